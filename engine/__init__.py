@@ -1,0 +1,1 @@
+"""The serving engine: scheduler, runner, sampling and the LLM API."""

@@ -1,0 +1,1 @@
+"""Flax NNX models, and the loading of Hugging Face checkpoints into them."""

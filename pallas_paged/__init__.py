@@ -1,0 +1,1 @@
+"""Paged attention for JAX: kernels, KV cache and block tables."""

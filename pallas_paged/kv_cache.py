@@ -1,0 +1,77 @@
+"""The KV cache of one layer, and the metadata that says how a step's tokens use it.
+
+Sizes, here and in every module of this layer: T query tokens, B sequences, M blocks per sequence,
+N blocks, S tokens per block, Hq / Hk query / KV heads, D head_dim.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+NULL_BLOCK = 0
+"""Never allocated: padded table entries and padded slots point to it."""
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer; one array each, so that a step updates them in place.
+
+    Attributes:
+      k: keys, `[N, Hk, S, D]`.
+      v: values, `[N, Hk, S, D]`.
+    """
+
+    k: Float[Array, "N Hk S D"]
+    v: Float[Array, "N Hk S D"]
+
+    @classmethod
+    def zeros(
+        cls,
+        num_blocks: int,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: jax.typing.DTypeLike,
+        sharding: jax.sharding.Sharding | None = None,
+    ) -> "KVCache":
+        """Returns a zeroed cache of `num_blocks` blocks, the null block included."""
+        shape = (num_blocks, num_kv_heads, block_size, head_dim)
+        return cls(
+            jnp.zeros(shape, dtype, device=sharding), jnp.zeros(shape, dtype, device=sharding)
+        )
+
+    @property
+    def block_size(self) -> int:
+        """S, the number of tokens in a block."""
+        return self.k.shape[2]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMetadata:
+    """Where each of a step's tokens stands in its sequence and in the KV cache.
+
+    The queries of the B sequences lie one after the other along T (ragged): sequence `b` owns
+    tokens `query_start_loc[b] : query_start_loc[b + 1]`, which are the last ones of its
+    `seq_lens[b]` tokens. Padding: rows with `seq_lens == 0` and no query tokens, table entries and
+    slots that are 0, tokens from `query_start_loc[B]` on.
+
+    Attributes:
+      positions: i32[T], each token's position in its sequence.
+      slot_mapping: i32[T], `block * S + offset` where the token's key and value are written.
+      block_tables: i32[B, M], the blocks of each sequence in order.
+      seq_lens: i32[B], tokens per sequence, the new ones included.
+      query_start_loc: i32[B + 1], prefix sums of the number of query tokens per sequence.
+      max_query_len: the most query tokens any sequence may have in this step; static. 1 means a
+        decode step, and lets an implementation leave out what only prefill needs. A sequence with
+        more query tokens than this is outside the contract.
+    """
+
+    positions: Int32[Array, "T"]
+    slot_mapping: Int32[Array, "T"]
+    block_tables: Int32[Array, "B M"]
+    seq_lens: Int32[Array, "B"]
+    query_start_loc: Int32[Array, "B+1"]
+    max_query_len: int = dataclasses.field(metadata={"static": True})

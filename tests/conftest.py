@@ -1,0 +1,18 @@
+"""Settings of every test: two CPU devices, strict dtypes, checked shapes."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+)
+
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+install_import_hook(
+    ["pallas_paged.kv_cache", "pallas_paged.block_tables", "pallas_paged.ops"], "beartype.beartype"
+)
