@@ -1,1 +1,14 @@
 """Paged attention for JAX: kernels, KV cache and block tables."""
+
+from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache
+from pallas_paged.ops.attention.api import attention_implementation, paged_attention
+from pallas_paged.ops.kv_write.api import write_kv
+
+__all__ = [
+    "NULL_BLOCK",
+    "AttentionMetadata",
+    "KVCache",
+    "attention_implementation",
+    "paged_attention",
+    "write_kv",
+]
