@@ -2,6 +2,8 @@
 
 from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache
 from pallas_paged.ops.attention.api import attention_implementation, paged_attention
+from pallas_paged.ops.block_copy.api import copy_blocks
+from pallas_paged.ops.block_transfer.api import gather_blocks, scatter_blocks
 from pallas_paged.ops.kv_write.api import write_kv
 
 __all__ = [
@@ -9,6 +11,9 @@ __all__ = [
     "AttentionMetadata",
     "KVCache",
     "attention_implementation",
+    "copy_blocks",
+    "gather_blocks",
     "paged_attention",
+    "scatter_blocks",
     "write_kv",
 ]
