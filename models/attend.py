@@ -1,10 +1,40 @@
 """The attentions a model can run with: see `pallas_paged.models.interface.Attend`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
+from pallas_paged.ops.attention.api import paged_attention
+from pallas_paged.ops.kv_write.api import write_kv
+
+
+def paged_attend(
+    q: Float[Array, "T Hq D"],
+    k: Float[Array, "T Hk D"],
+    v: Float[Array, "T Hk D"],
+    kv_cache: KVCache,
+    metadata: AttentionMetadata,
+    **options: Any,
+) -> tuple[Float[Array, "T Hq D"], KVCache]:
+    """Writes keys and values into the paged cache, then attends to all of each sequence's.
+
+    Args:
+      q: queries, positions encoded.
+      k: the same tokens' keys, positions encoded.
+      v: their values.
+      kv_cache: the layer's cache; donated by `write_kv`.
+      metadata: where the tokens stand.
+      **options: of `paged_attention`, such as `scale`, `sliding_window` or `implementation`.
+
+    Returns:
+      The attention's output and the updated cache.
+    """
+    kv_cache = write_kv(k, v, kv_cache, metadata.slot_mapping)
+    out: Any = paged_attention(q, kv_cache.k, kv_cache.v, metadata, **options)
+    return out, kv_cache
 
 
 def dense_attend(

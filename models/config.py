@@ -12,20 +12,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 _REQUIRED: Any = object()
 
-_WITHOUT_EFFECT = frozenset(
-    # Bookkeeping.
-    ("_name_or_path", "architectures", "model_type", "transformers_version", "torchscript")
-    + ("_attn_implementation_autoset", "use_cache", "return_dict", "output_attentions")
-    + ("output_hidden_states", "use_bfloat16", "problem_type", "id2label", "label2id")
-    # Training.
-    + ("attention_dropout", "activation_dropout", "dropout", "layerdrop", "initializer_range")
-    + ("init_std", "gradient_checkpointing")
-    # Tokens, read by tokenizers and by `load_generation_defaults`.
-    + ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "prefix")
-)
+_BOOKKEEPING = "_name_or_path architectures model_type transformers_version torchscript use_cache"
+_TRAINING = "attention_dropout activation_dropout dropout layerdrop initializer_range init_std"
+_TOKENS = "bos_token_id eos_token_id pad_token_id prefix"  # for tokenizers and generation defaults
+_WITHOUT_EFFECT = frozenset(f"{_BOOKKEEPING} {_TRAINING} {_TOKENS}".split())
 """Fields that change no logit; any other field that nobody reads is reported."""
 
-_NEUTRAL = {
+_NEUTRAL: dict[str, Any] = {
     "quantization_config": None,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
@@ -63,11 +56,11 @@ class HFFields:
             raise ValueError(f"{self._source}: {name}={value!r} must be of type {expected}")
         return value
 
-    def integer(self, name: str, default: int = _REQUIRED) -> int:
+    def integer(self, name: str, default: Any = _REQUIRED) -> int:
         """Returns an integer field; `default` where it is absent, `ValueError` without one."""
         return self._get(name, (int,), default)
 
-    def number(self, name: str, default: float = _REQUIRED) -> float:
+    def number(self, name: str, default: Any = _REQUIRED) -> float:
         """Returns a real-valued field as a float."""
         value = self._get(name, (int, float), default)
         return value if value is default else float(value)
@@ -80,7 +73,7 @@ class HFFields:
         """Returns a field that is an object itself, or None."""
         return self._get(name, (dict,), None)
 
-    def choice(self, name: str, supported: Sequence[str], default: str = _REQUIRED) -> str:
+    def choice(self, name: str, supported: Sequence[str], default: Any = _REQUIRED) -> Any:
         """Returns a field that must be one of the strings `supported`."""
         value = self._get(name, (str,), default)
         if value is not default and value not in supported:
@@ -123,7 +116,7 @@ def head_dim_from_hidden(hidden_size: int, num_heads: int) -> int:
     """Returns the size of heads that share `hidden_size` among them, all of it."""
     if hidden_size <= 0 or num_heads <= 0 or hidden_size % num_heads:
         raise ValueError(
-            f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_heads} where "
+            f"hidden_size={hidden_size} must be a multiple of num_attention_heads={num_heads}, for "
             "config.json gives no head_dim"
         )
     return hidden_size // num_heads
@@ -158,7 +151,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     checkpoint_dtype: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_q_heads", "num_kv_heads")
         check_positive(self, *sizes, "head_dim", "max_position_embeddings")
         if self.num_q_heads % self.num_kv_heads:

@@ -1,4 +1,4 @@
-"""What a model is to the engine, what attention is to a model, and what the loader needs to know."""
+"""What a model is to the engine, attention to a model, and a family to the loader."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,25 +11,14 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.models.config import HFFields, ModelConfig
 
+Attend = Callable[..., tuple[Array, Any]]
+"""`attend(q, k, v, kv_cache, metadata, **options) -> (out, kv_cache)`: a step's attention.
 
-class Attend(Protocol):
-    """Attention of a step's tokens: writes their keys and values, then attends.
-
-    Takes the step's queries `[T, Hq, D]`, keys and values `[T, Hk, D]` (positions already encoded),
-    the layer's cache, or None for an attention that keeps none, and the metadata that places the T
-    tokens. Returns the output `[T, Hq, D]` and the cache with the new keys and values in it.
-    Options are those of `pallas_paged.ops.attention.api.paged_attention`.
-    """
-
-    def __call__(  # noqa: D102
-        self,
-        q: Float[Array, "T Hq D"],
-        k: Float[Array, "T Hk D"],
-        v: Float[Array, "T Hk D"],
-        kv_cache: Any,
-        metadata: AttentionMetadata,
-        **options: Any,
-    ) -> tuple[Float[Array, "T Hq D"], Any]: ...
+Takes the step's queries `[T, Hq, D]`, keys and values `[T, Hk, D]` (positions already encoded), the
+layer's cache, or None for an attention that keeps none, and the metadata that places the T tokens.
+Returns the output `[T, Hq, D]` and the cache with the new keys and values in it. Options are those
+of `pallas_paged.ops.attention.api.paged_attention`; a model passes only those that it needs.
+"""
 
 
 class CausalLM(Protocol):

@@ -2,7 +2,8 @@
 
 Parameters carry logical axis names as Flax's `out_sharding` metadata, so that
 `flax.nnx.get_partition_spec` under `flax.core.spmd.logical_axis_rules` gives their sharding; on one
-device the names mean nothing, and no mesh is needed.
+device the names mean nothing, and no mesh is needed. The precision of float32 products follows
+`jax.default_matmul_precision`.
 """
 
 import jax
@@ -23,15 +24,6 @@ def _random(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jax.typing.DTypeLike)
     return INIT_STD * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, dtype)
 
 
-def matmul_precision(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
-    """Full precision for float32, where a GPU would else round the factors to 10 bits (TF32).
-
-    A `jax.default_matmul_precision` set by the caller wins.
-    """
-    full = dtype == jnp.float32 and jax.config.jax_default_matmul_precision is None
-    return jax.lax.Precision.HIGHEST if full else None
-
-
 class Linear(nnx.Module):
     """`x @ weight.T + bias`, with `weight` `[out_features, in_features]` as checkpoints have it."""
 
@@ -50,7 +42,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n in"]) -> Float[Array, "*n out"]:
         """Returns the projection of `x`, in its dtype."""
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...], precision=matmul_precision(x.dtype))
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
 
@@ -115,10 +107,4 @@ class LayerNorm(nnx.Module):
 
 def logits(hidden: Float[Array, "*n E"], weight: Float[Array, "V E"]) -> Float[Array, "*n V"]:
     """Returns float32 logits of `hidden` under the output embedding `weight`."""
-    return jnp.einsum(
-        "...e,ve->...v",
-        hidden,
-        weight,
-        precision=matmul_precision(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    return jnp.einsum("...e,ve->...v", hidden, weight, preferred_element_type=jnp.float32)

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
-from pallas_paged.models.attend import dense_attend
+from pallas_paged.models.attend import paged_attend
 from pallas_paged.models.config import (
     HFFields,
     ModelConfig,
@@ -34,7 +34,7 @@ class LlamaConfig(ModelConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "intermediate_size", "rms_norm_eps")
         if self.head_dim % 2:
@@ -190,7 +190,7 @@ class Llama(nnx.Module):
         metadata: AttentionMetadata,
         kv_caches: Sequence[KVCache | None],
         *,
-        attend: Attend = dense_attend,
+        attend: Attend = paged_attend,
     ) -> tuple[Float[Array, "T E"], tuple[KVCache | None, ...]]:
         """Runs a step's T tokens through all layers, see `CausalLM`; returns (hidden, caches)."""
         cos_sin = rotation(self.config.rope, metadata.positions, self.config.head_dim)

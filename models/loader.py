@@ -221,13 +221,10 @@ def _param_dtype(
                 f"ask for one of {', '.join(DTYPES)}"
             )
         requested = config.checkpoint_dtype or in_files.pop()
-    if (
-        isinstance(requested, str)
-        and requested not in DTYPES
-        or str(jnp.dtype(requested)) not in DTYPES
-    ):
+    name = requested if isinstance(requested, str) else jnp.dtype(requested).name
+    if name not in DTYPES:
         raise ValueError(f"dtype={requested!r} must be 'auto' or one of {', '.join(DTYPES)}")
-    return jnp.dtype(requested)
+    return jnp.dtype(name)
 
 
 def _check(

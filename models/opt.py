@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
-from pallas_paged.models.attend import dense_attend
+from pallas_paged.models.attend import paged_attend
 from pallas_paged.models.config import (
     HFFields,
     ModelConfig,
@@ -52,7 +52,7 @@ class OPTConfig(ModelConfig):
     enable_bias: bool = True
     layer_norm_elementwise_affine: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "ffn_dim", "word_embed_proj_dim")
         if self.activation_function not in _ACTIVATIONS:
@@ -223,7 +223,7 @@ class OPT(nnx.Module):
         metadata: AttentionMetadata,
         kv_caches: Sequence[KVCache | None],
         *,
-        attend: Attend = dense_attend,
+        attend: Attend = paged_attend,
     ) -> tuple[Float[Array, "T E"], tuple[KVCache | None, ...]]:
         """Runs a step's T tokens through all layers, see `CausalLM`; returns (hidden, caches)."""
         decoder = self.model.decoder

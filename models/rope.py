@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,7 @@ class Rope:
 
     rope_theta: float = 10000.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "rope_theta")
 
     def inv_freq(self, head_dim: int) -> np.ndarray:
@@ -44,7 +44,7 @@ class LinearRope(Rope):
 
     factor: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "rope_theta", "factor")
 
     def inv_freq(self, head_dim: int) -> np.ndarray:
@@ -67,7 +67,7 @@ class Llama3Rope(Rope):
     high_freq_factor: float
     original_max_position_embeddings: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "rope_theta", "factor", "original_max_position_embeddings")
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
@@ -102,7 +102,7 @@ class YarnRope(Rope):
     beta_fast: float = 32.0
     beta_slow: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive(self, "rope_theta", "factor", "original_max_position_embeddings")
         if not 0 < self.beta_slow < self.beta_fast:
             raise ValueError(
@@ -155,7 +155,7 @@ def rope_from_hf(fields: HFFields) -> Rope:
     parameters.only("partial_rotary_factor", 1.0)
     fields.only("partial_rotary_factor", 1.0)
     fields.only("original_max_position_embeddings", None)
-    values = {"rope_theta": fields.number("rope_theta", Rope.rope_theta)}
+    values: dict[str, Any] = {"rope_theta": fields.number("rope_theta", Rope.rope_theta)}
     for field in dataclasses.fields(rope):
         default = values.get(field.name, field.default)
         required = default is dataclasses.MISSING
