@@ -210,6 +210,7 @@ class Scheduler:
         """
         oldest = self._in_flight.popleft()
         assert step is oldest, "steps are committed in order"
+        assert len(tokens) == len(step.scheduled), f"{len(tokens)} tokens for {step.scheduled}"
         extended: list[Sequence] = []
         freed_rows: list[int] = []
         for share, token in zip(step.scheduled, tokens, strict=True):
