@@ -1,10 +1,10 @@
 """What differs between NumPy and jax in code that is written once for both.
 
-NumPy knows how many items there are; a jitted function has a fixed number of places for them. So
-the functions here return exactly the items in NumPy and pad in jax; `scatter` drops the padding.
+NumPy computes exactly the items that are selected. A jitted function has fixed shapes: it computes
+all items that could be, with a mask. `Selected` is either, and `scatter` takes the mask.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,44 +19,72 @@ def namespace(array: Array) -> Any:
 
 
 def scatter(
-    array: Array, index: Array, values: Array | int, how: Literal["set", "add", "max"] = "set"
+    array: Array,
+    index: Array,
+    values: Array | int,
+    where: Array,
+    how: Literal["set", "add", "max"] = "set",
 ) -> Array:
-    """Returns `array` with `values` set, added or compared at `index` along its first axis.
+    """Returns `array` with `values` set, added or compared at `index` of its first axis.
 
-    An index of `len(array)` is padding and dropped. Values that are set must not meet at one index.
+    Only where the mask `where`, of the shape of `index`, is True. Values that are set must not meet
+    at one index.
     """
     if not isinstance(array, np.ndarray):
+        index = jnp.where(where, index, len(array))
         return getattr(array.at[index], how)(values, mode="drop")
-    kept = index < len(array)
-    if not kept.any():
+    if not where.any():
         return array
     result = array.copy()
-    values = values if isinstance(values, int) else values[kept]
+    # A Python int would be an int64 to `ufunc.at`, which is 30 times slower when it has to cast.
+    values = array.dtype.type(values) if isinstance(values, int) else values[where]
     if how == "set":
-        result[index[kept]] = values
+        result[index[where]] = values
     else:
-        {"add": np.add, "max": np.maximum}[how].at(result, index[kept], values)
+        {"add": np.add, "max": np.maximum}[how].at(result, index[where], values)
     return result
 
 
-def repeat(values: Array, counts: Array, limit: int) -> Array:
-    """Returns each of `values` as often as `counts` says; in jax padded to `limit` items."""
-    if isinstance(values, np.ndarray):
-        return np.repeat(values, counts)
-    return jnp.repeat(values, counts, total_repeat_length=limit)
+class Selected(NamedTuple):
+    """Items selected from an array: just these in NumPy, all of them and a mask in jax.
 
-
-def compact(mask: Array) -> tuple[Array, Array]:
-    """Returns i32[E], where `mask` is True, and bool[E], which of these are not padding.
-
-    E is their number in NumPy, and the size of the mask in jax.
+    Attributes:
+      places: i32[E], where the item is in the (flattened) array.
+      rank: i32[E], how many items are selected before it.
+      valid: bool[E], whether it is selected.
     """
+
+    places: Array
+    rank: Array
+    valid: Array
+
+
+def select(mask: Array) -> Selected:
+    """Returns the items where `mask`, bool[N], is True."""
     if isinstance(mask, np.ndarray):
-        found = np.flatnonzero(mask).astype(np.int32)
-        return found, np.ones_like(found, bool)
-    (size,) = mask.shape
-    places = jnp.flatnonzero(mask, size=size, fill_value=size)
-    return places, places < size
+        return _all_of(np.flatnonzero(mask).astype(np.int32))
+    places = jnp.arange(len(mask), dtype=jnp.int32)
+    return Selected(places, jnp.cumsum(mask, dtype=jnp.int32) - 1, mask)
+
+
+def select_ranges(first: Array, counts: Array, width: int) -> Selected:
+    """Returns, of an array [R, `width`], `counts[r]` items of each row r from column `first[r]`."""
+    xp = namespace(counts)
+    start = xp.cumsum(counts, dtype=xp.int32) - counts
+    row = xp.arange(len(counts), dtype=xp.int32)
+    if xp is np:
+        owner = np.repeat(row, counts)
+        rank = np.arange(len(owner), dtype=np.int32)
+        return _all_of((row * width + first - start)[owner] + rank)
+    nth = jnp.arange(width, dtype=jnp.int32)[None, :] - first[:, None]
+    valid = (nth >= 0) & (nth < counts[:, None])
+    places = jnp.arange(valid.size, dtype=jnp.int32)
+    return Selected(places, (start[:, None] + nth).reshape(-1), valid.reshape(-1))
+
+
+def _all_of(places: np.ndarray) -> Selected:
+    num_places = len(places)
+    return Selected(places, np.arange(num_places, dtype=np.int32), np.ones(num_places, bool))
 
 
 def total(counts: Array) -> Array:

@@ -22,13 +22,13 @@ from jaxtyping import Bool, Int, Int32
 
 from pallas_paged._namespaces import (
     Array,
-    compact,
     namespace,
     refuse,
     refuse_outside,
     refuse_repeated,
-    repeat,
     scatter,
+    select,
+    select_ranges,
     total,
 )
 from pallas_paged.kv_cache import NULL_BLOCK
@@ -87,7 +87,7 @@ def create(
     ):
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
-    slots = max(num_blocks, max_blocks_per_seq) * block_size
+    slots = (max(num_blocks, max_blocks_per_seq) + 1) * block_size
     if max(slots, max_num_seqs * max_blocks_per_seq) >= 2**31:
         raise ValueError(
             f"{num_blocks=}, {max_num_seqs=}, {max_blocks_per_seq=} and {block_size=} make slots or"
@@ -104,12 +104,11 @@ def create(
 
 
 def num_blocks_needed(state: BlockTables, num_new: Int[Array, "R"]) -> Int32[Array, ""]:
-    """Returns how many free blocks `append(state, num_new)` would take, copies on write included.
+    """Returns how many blocks `append(state, num_new)` takes if it can, copies on write included.
 
-    No larger than `state.num_free`, and no row beyond M blocks, is what `append` asks for.
+    Raises `ValueError` for a negative count; in jax that is outside the contract.
     """
-    num_new = _per_row(state, "num_new", num_new)
-    return total(_plan_append(state, num_new).num_taken)
+    return total(_plan_append(state, _num_new(state, num_new)).num_taken)
 
 
 def append(state: BlockTables, num_new: Int[Array, "R"]) -> tuple[BlockTables, AppendResult]:
@@ -125,10 +124,8 @@ def append(state: BlockTables, num_new: Int[Array, "R"]) -> tuple[BlockTables, A
     exceed M blocks. Raises `ValueError` for a negative count; in jax `ok` is False then.
     """
     xp = namespace(state.tables)
-    num_new = _per_row(state, "num_new", num_new)
-    refuse(num_new < 0, "num_new", num_new, "must be 0 or more; `truncate` shortens sequences")
+    num_new = _num_new(state, num_new)
     R, M = state.tables.shape
-    (N,) = state.ref_counts.shape
     plan = _plan_append(state, num_new)
     fits = (num_new >= 0) & (num_new <= M * state.block_size - state.seq_lens)
     ok = xp.all(fits) & (total(plan.num_taken) <= state.num_free)
@@ -138,11 +135,11 @@ def append(state: BlockTables, num_new: Int[Array, "R"]) -> tuple[BlockTables, A
 
     # Row after row takes its blocks from the top of the stack, the one it copies to first.
     first = plan.num_blocks - xp.astype(copies, xp.int32)
-    entries, taken = _entries(state, first, num_taken, limit=min(N - 1, R * M))
-    blocks = state.free_blocks[state.num_free - 1 - xp.arange(len(entries), dtype=xp.int32)]
-    tables = scatter(state.tables.reshape(-1), entries, blocks).reshape(R, M)
-    ref_counts = scatter(state.ref_counts, xp.where(taken, blocks, N), 1, "add")
-    ref_counts = scatter(ref_counts, xp.where(copies, plan.last_block, N), -1, "add")
+    taken = select_ranges(first, num_taken, M)
+    blocks = state.free_blocks[state.num_free - 1 - taken.rank]
+    tables = scatter(state.tables.reshape(-1), taken.places, blocks, taken.valid).reshape(R, M)
+    ref_counts = scatter(state.ref_counts, blocks, 1, taken.valid, "add")
+    ref_counts = scatter(ref_counts, plan.last_block, -1, copies, "add")
     result = AppendResult(
         ok=xp.asarray(ok),
         copy_src=xp.where(copies, plan.last_block, NULL_BLOCK),
@@ -169,8 +166,7 @@ def fork(state: BlockTables, parents: Int[Array, "K"], children: Int[Array, "K"]
     contract.
     """
     xp = namespace(state.tables)
-    R = state.seq_lens.shape[0]
-    (N,) = state.ref_counts.shape
+    R = len(state.seq_lens)
     parents, children = xp.asarray(parents, xp.int32), xp.asarray(children, xp.int32)
     refuse_outside(parents, "parents", R)
     refuse_outside(children, "children", R)
@@ -181,14 +177,13 @@ def fork(state: BlockTables, parents: Int[Array, "K"], children: Int[Array, "K"]
     refuse_repeated(pairs, "children", children)
 
     pairs = pairs & ~occupied
-    into = xp.where(pairs, children, R)
     blocks = state.tables[parents]
-    referenced = xp.where(pairs[:, None] & (blocks != NULL_BLOCK), blocks, N).reshape(-1)
+    referenced = pairs[:, None] & (blocks != NULL_BLOCK)
     return dataclasses.replace(
         state,
-        tables=scatter(state.tables, into, blocks),
-        seq_lens=scatter(state.seq_lens, into, state.seq_lens[parents]),
-        ref_counts=scatter(state.ref_counts, referenced, 1, "add"),
+        tables=scatter(state.tables, children, blocks, pairs),
+        seq_lens=scatter(state.seq_lens, children, state.seq_lens[parents], pairs),
+        ref_counts=scatter(state.ref_counts, blocks, 1, referenced, "add"),
     )
 
 
@@ -222,13 +217,12 @@ def share(state: BlockTables, rows: Int[Array, "K"], blocks: Int[Array, "K P"]) 
     refuse_repeated(given, "blocks", blocks)
 
     begins = (num_blocks > 0) & ~occupied & ~xp.any(lost, axis=1)
-    into = xp.where(begins, rows, R)
-    referenced = xp.where(begins[:, None] & given, blocks, N).reshape(-1)
+    padded = xp.pad(blocks, ((0, 0), (0, M - num_given)))
     return dataclasses.replace(
         state,
-        tables=scatter(state.tables, into, xp.pad(blocks, ((0, 0), (0, M - num_given)))),
-        seq_lens=scatter(state.seq_lens, into, num_blocks * state.block_size),
-        ref_counts=scatter(state.ref_counts, referenced, 1, "add"),
+        tables=scatter(state.tables, rows, padded, begins),
+        seq_lens=scatter(state.seq_lens, rows, num_blocks * state.block_size, begins),
+        ref_counts=scatter(state.ref_counts, blocks, 1, begins[:, None] & given, "add"),
     )
 
 
@@ -238,6 +232,7 @@ def free(state: BlockTables, rows: Bool[Array, "R"]) -> BlockTables:
     Raises `ValueError` for a row that is empty already; in jax that does nothing.
     """
     xp = namespace(state.tables)
+    rows = _per_row(state, "rows", rows, np.bool_)
     refuse(rows & (state.seq_lens == 0), "rows", rows, "is an empty row; free a row once")
     return truncate(state, xp.where(rows, 0, state.seq_lens))
 
@@ -255,12 +250,12 @@ def truncate(state: BlockTables, new_lens: Int[Array, "R"]) -> BlockTables:
     R, M = state.tables.shape
     num_kept = _ceil_div(new_lens, state.block_size)
     num_dropped = _ceil_div(state.seq_lens, state.block_size) - num_kept
-    entries, dropped = _entries(state, num_kept, num_dropped, limit=R * M)
+    dropped = select_ranges(num_kept, num_dropped, M)
     tables = state.tables.reshape(-1)
-    blocks = xp.where(dropped, tables[xp.where(dropped, entries, 0)], NULL_BLOCK)
+    blocks = xp.where(dropped.valid, tables[dropped.places], NULL_BLOCK)
     return dataclasses.replace(
         release(state, blocks),
-        tables=scatter(tables, entries, NULL_BLOCK).reshape(R, M),
+        tables=scatter(tables, dropped.places, NULL_BLOCK, dropped.valid).reshape(R, M),
         seq_lens=new_lens,
     )
 
@@ -277,8 +272,7 @@ def hold(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
     refuse_outside(blocks, "blocks", N)
     held = blocks != NULL_BLOCK
     refuse(held & (state.ref_counts[blocks] == 0), "blocks", blocks, "has no references")
-    referenced = xp.where(held, blocks, N)
-    return dataclasses.replace(state, ref_counts=scatter(state.ref_counts, referenced, 1, "add"))
+    return dataclasses.replace(state, ref_counts=scatter(state.ref_counts, blocks, 1, held, "add"))
 
 
 def release(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
@@ -291,16 +285,16 @@ def release(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
     (N,) = state.ref_counts.shape
     blocks = xp.asarray(blocks, xp.int32)
     refuse_outside(blocks, "blocks", N)
-    referenced = xp.where(blocks != NULL_BLOCK, blocks, N)
-    ref_counts = scatter(state.ref_counts, referenced, -1, "add")
+    ref_counts = scatter(state.ref_counts, blocks, -1, blocks != NULL_BLOCK, "add")
     refuse(ref_counts[blocks] < 0, "blocks", blocks, "is released more often than it is held")
-    freed, is_freed = compact((state.ref_counts > 0) & (ref_counts == 0))
-    places = state.num_free + xp.arange(len(freed), dtype=xp.int32)
+    freed = select((state.ref_counts > 0) & (ref_counts == 0))
     return dataclasses.replace(
         state,
         ref_counts=ref_counts,
-        free_blocks=scatter(state.free_blocks, xp.where(is_freed, places, N), freed),
-        num_free=xp.asarray(state.num_free + total(is_freed)),
+        free_blocks=scatter(
+            state.free_blocks, state.num_free + freed.rank, freed.places, freed.valid
+        ),
+        num_free=xp.asarray(state.num_free + total(freed.valid)),
     )
 
 
@@ -389,11 +383,11 @@ def _plan_append(state: BlockTables, num_new: Int32[Array, "R"]) -> _AppendPlan:
     shared = writes & (state.ref_counts[last_block] > 1)
 
     # A block that all its owners would leave stays with the last of them.
-    owner = xp.arange(len(num_new), dtype=xp.int32)
-    left = scatter(state.ref_counts, xp.where(shared, last_block, N), -1, "add")
+    rows = xp.arange(len(num_new), dtype=xp.int32)
+    left = scatter(state.ref_counts, last_block, -1, shared, "add")
     leaving = shared & (left[last_block] == 0)
-    keeper = scatter(xp.zeros_like(left), xp.where(leaving, last_block, N), owner, "max")
-    copies = shared & ~(leaving & (keeper[last_block] == owner))
+    keeper = scatter(xp.zeros(N, xp.int32), last_block, rows, leaving, "max")
+    copies = shared & ~(leaving & (keeper[last_block] == rows))
 
     num_taken = _ceil_div(state.seq_lens + num_new, S) - num_blocks + xp.astype(copies, xp.int32)
     return _AppendPlan(num_blocks, last_block, copies, num_taken)
@@ -405,28 +399,17 @@ def _last_block(tables: Int32[Array, "R M"], num_blocks: Int32[Array, "R"]) -> I
     return tables[rows, xp.maximum(num_blocks - 1, 0)]
 
 
-def _entries(
-    state: BlockTables, first: Int32[Array, "R"], counts: Int32[Array, "R"], limit: int
-) -> tuple[Int32[Array, "E"], Bool[Array, "E"]]:
-    """Returns the flat places in the tables of `counts[r]` entries of each row r from `first[r]`.
-
-    E is their number in NumPy and `limit` in jax, where R * M is padding and the mask says so.
-    """
-    xp = namespace(counts)
-    R, M = state.tables.shape
-    rows = xp.arange(R, dtype=xp.int32)
-    ends = xp.cumsum(counts, dtype=xp.int32)
-    owner = repeat(rows, counts, limit)
-    index = xp.arange(len(owner), dtype=xp.int32)
-    valid = index < ends[-1]
-    return xp.where(valid, (rows * M + first - (ends - counts))[owner] + index, R * M), valid
-
-
 def _ceil_div(num_tokens: Array, block_size: int) -> Array:
     return (num_tokens + (block_size - 1)) // block_size
 
 
-def _per_row(state: BlockTables, name: str, values: Array) -> Array:
+def _num_new(state: BlockTables, num_new: Int[Array, "R"]) -> Int32[Array, "R"]:
+    num_new = _per_row(state, "num_new", num_new)
+    refuse(num_new < 0, "num_new", num_new, "must be 0 or more; `truncate` shortens sequences")
+    return num_new
+
+
+def _per_row(state: BlockTables, name: str, values: Array, dtype: type = np.int32) -> Array:
     if values.shape != state.seq_lens.shape:
         raise ValueError(f"{name} has shape {values.shape}; it needs {state.seq_lens.shape}")
-    return namespace(state.tables).asarray(values, dtype=np.int32)
+    return namespace(state.tables).asarray(values, dtype=dtype)
