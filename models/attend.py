@@ -1,32 +1,10 @@
-"""How a decoder layer attends: the border between the models and the attention kernels."""
-
-from typing import Protocol
+"""The attentions a model can run with: see `pallas_paged.models.interface.Attend`."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
-
-
-class Attend(Protocol):
-    """Attention of a step's tokens, as every model of this package calls it.
-
-    Takes the step's queries `[T, Hq, D]`, keys and values `[T, Hk, D]` (positions already encoded),
-    the layer's cache, or None for an attention that needs none, and the metadata that places the T
-    tokens. Returns the output `[T, Hq, D]` and the cache with the new keys and values in it.
-    """
-
-    def __call__(  # noqa: D102
-        self,
-        q: Float[Array, "T Hq D"],
-        k: Float[Array, "T Hk D"],
-        v: Float[Array, "T Hk D"],
-        kv_cache: KVCache | None,
-        metadata: AttentionMetadata,
-        *,
-        scale: float | None = None,
-    ) -> tuple[Float[Array, "T Hq D"], KVCache | None]: ...
 
 
 def dense_attend(

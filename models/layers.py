@@ -87,6 +87,32 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * jnp.broadcast_to(self.weight[...], x.shape)
 
 
+class LayerNorm(nnx.Module):
+    """`weight * (x - mean(x)) / sqrt(var(x) + 1e-5) + bias` (Ba et al., 2016), all in float32.
+
+    Without `affine`, neither weight nor bias.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, features: int, *, affine: bool, dtype: jax.typing.DTypeLike):
+        self.weight = parameter(jnp.ones(features, dtype), ("embed",)) if affine else None
+        self.bias = parameter(jnp.zeros(features, dtype), ("embed",)) if affine else None
+
+    def __call__(self, x: Float[Array, "T features"]) -> Float[Array, "T features"]:
+        """Returns `x` normalised over its last dimension, in its dtype."""
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + self.eps)
+        if self.weight is not None and self.bias is not None:
+            weight, bias = (
+                jnp.broadcast_to(p[...].astype(jnp.float32), x.shape)
+                for p in (self.weight, self.bias)
+            )
+            normed = normed * weight + bias
+        return normed.astype(x.dtype)
+
+
 def logits(hidden: Float[Array, "*n E"], weight: Float[Array, "V E"]) -> Float[Array, "*n V"]:
     """Returns float32 logits of `hidden` under the output embedding `weight`."""
     return jnp.einsum(

@@ -9,30 +9,63 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
-from pallas_paged.models.attend import Attend, dense_attend
+from pallas_paged.models.attend import dense_attend
+from pallas_paged.models.config import (
+    HFFields,
+    ModelConfig,
+    check_positive,
+    checkpoint_dtype_from_hf,
+    head_dim_from_hidden,
+)
+from pallas_paged.models.interface import Attend, CheckpointNames, Family
 from pallas_paged.models.layers import Embedding, Linear, RMSNorm, logits
-from pallas_paged.models.rope import Rope, rotate, rotation
+from pallas_paged.models.rope import Rope, rope_from_hf, rotate, rotation
 
 
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(ModelConfig):
     """The shape of a Llama."""
 
     architecture: ClassVar[str] = "LlamaForCausalLM"
 
-    vocab_size: int
-    hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int
     rope: Rope = dataclasses.field(default_factory=Rope)
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     mlp_bias: bool = False
-    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "intermediate_size", "rms_norm_eps")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
+
+    @classmethod
+    def from_hf(cls, fields: HFFields) -> "LlamaConfig":
+        """Returns the configuration in a `config.json`; `ValueError` for what is unsupported."""
+        fields.choice("hidden_act", ("silu",), "silu")
+        fields.only("pretraining_tp", 1)
+        hidden_size = fields.integer("hidden_size")
+        num_q_heads = fields.integer("num_attention_heads")
+        head_dim = fields.integer("head_dim", 0)
+        config = cls(
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=fields.integer("num_hidden_layers"),
+            num_q_heads=num_q_heads,
+            num_kv_heads=fields.integer("num_key_value_heads", num_q_heads),
+            head_dim=head_dim or head_dim_from_hidden(hidden_size, num_q_heads),
+            max_position_embeddings=fields.integer("max_position_embeddings", 2048),
+            rope=rope_from_hf(fields),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            attention_bias=fields.flag("attention_bias", False),
+            mlp_bias=fields.flag("mlp_bias", False),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+            checkpoint_dtype=checkpoint_dtype_from_hf(fields),
+        )
+        fields.finish()
+        return config
 
 
 class LlamaAttention(nnx.Module):
@@ -159,18 +192,7 @@ class Llama(nnx.Module):
         *,
         attend: Attend = dense_attend,
     ) -> tuple[Float[Array, "T E"], tuple[KVCache | None, ...]]:
-        """Runs a step's T tokens through all layers.
-
-        Args:
-          input_ids: the tokens; where each stands is in `metadata`.
-          metadata: the tokens' places; `positions` turn queries and keys.
-          kv_caches: one entry per layer, whatever `attend` takes.
-          attend: the attention, by default over the paged cache.
-
-        Returns:
-          The final hidden states, normed, for `compute_logits`; and the updated caches, which take
-          the place of `kv_caches` (donate those to have the update in place).
-        """
+        """Runs a step's T tokens through all layers, see `CausalLM`; returns (hidden, caches)."""
         cos_sin = rotation(self.config.rope, metadata.positions, self.config.head_dim)
         x = self.model.embed_tokens(input_ids)
         updated = []
@@ -184,3 +206,10 @@ class Llama(nnx.Module):
         tied = self.config.tie_word_embeddings
         output = self.model.embed_tokens if tied else self.lm_head
         return logits(hidden, output.weight[...])
+
+
+FAMILY = Family(
+    LlamaConfig,
+    Llama,
+    CheckpointNames(embedding="model.embed_tokens.weight", derived=(".rotary_emb.inv_freq",)),
+)
