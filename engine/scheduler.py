@@ -139,7 +139,13 @@ class Scheduler:
         return len(self._running)
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a new sequence at the end of the queue.
+        """Puts a new sequence at the end of the queue; raises `ValueError` as `check` does."""
+        self.check(sequence)
+        self._unfinished[sequence.request_id] = sequence
+        self._waiting.append(sequence)
+
+    def check(self, sequence: Sequence) -> None:
+        """Tells whether `add` would accept the sequence; changes nothing.
 
         Raises:
           ValueError: the request is empty, its id is taken, or it could not run to its end even
@@ -167,8 +173,6 @@ class Scheduler:
                 f"{sequence.max_tokens} may take {num_tokens} tokens, {num_blocks} blocks, and the "
                 f"KV cache has {usable}; lower max_tokens, shorten the prompt or enlarge the cache"
             )
-        self._unfinished[name] = sequence
-        self._waiting.append(sequence)
 
     def schedule(self) -> ScheduledStep | None:
         """Returns the next step, or None if nothing can be computed now.
