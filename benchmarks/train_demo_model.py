@@ -223,7 +223,10 @@ def save_model(folder: pathlib.Path, model: Llama, tokenizer: Any) -> None:
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
             "max_position_embeddings": config.max_position_embeddings,
-            "rope_theta": config.rope.theta,
+            "rope_parameters": {
+                "rope_type": config.rope.rope_type,
+                "rope_theta": config.rope.rope_theta,
+            },
             "rms_norm_eps": config.rms_norm_eps,
             "hidden_act": "silu",
             "tie_word_embeddings": config.tie_word_embeddings,
