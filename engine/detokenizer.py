@@ -5,9 +5,9 @@ from typing import Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 NUM_CONTEXT = 8
-"""Tokens of context in front of new ones; any that have text do, a few bytes may have none."""
+"""Most tokens of context in front of new ones."""
 MAX_PENDING = 8
-"""Tokens without settled text after which the search for a settled part of them starts."""
+"""Tokens that may be a character under way, before a part of them is looked for that is not."""
 
 
 class Decoder(Protocol):
@@ -46,63 +46,65 @@ class Detokenizer:
         """Starts behind the prompt, of which only the end matters."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._window = list(prompt_token_ids[-NUM_CONTEXT:])  # read tokens, then pending ones
-        self._num_read = len(self._window)
-        self._read_text = self._decode(self._window)
-        if self._read_text.endswith(REPLACEMENT):
-            self._window, self._num_read, self._read_text = [], 0, ""
+        context = self._context(prompt_token_ids)
+        self._window = context  # read tokens, then pending ones
+        self._num_read = len(context)
+        self._text = self._read_text = self._decode(context)
 
     def append(self, token_id: int) -> str:
         """Takes the next token and returns the text that is settled by it, often empty."""
+        text = self._decode([*self._window, token_id])
+        if text == self._text and not self._decode([token_id, token_id]):
+            return ""  # a token that never has text: a skipped special one, an unknown id
         self._window.append(token_id)
-        text = self._decode(self._window)
-        if text == self._read_text:
-            return self._skip_empty()
+        self._text = text
         if not text.endswith(REPLACEMENT):
-            return self._advance(text, num_pending=0)
+            return self._read_up_to(len(self._window), text)
         if len(self._window) - self._num_read > MAX_PENDING:
-            return self._settle_part(text)
+            return self._read_a_part()
         return ""
 
     def finish(self) -> str:
         """Returns the rest, in which incomplete characters are replacement characters."""
-        return self._added(self._decode(self._window))
+        return self._read_up_to(len(self._window), self._text)
+
+    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """Returns enough of the prompt's end to stand for all of it, or nothing; see the class."""
+        size = NUM_CONTEXT
+        text = self._decode(prompt_token_ids[-size:])
+        # Skipped special tokens alone have no text, and the cut may go through a character.
+        while (not text or text.endswith(REPLACEMENT)) and size < len(prompt_token_ids):
+            size *= 2
+            text = self._decode(prompt_token_ids[-size:])
+        return [] if text.endswith(REPLACEMENT) else list(prompt_token_ids[-size:])
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
 
-    def _added(self, text: str) -> str:
-        """Returns what the window's `text` has beyond what is read."""
+    def _read_up_to(self, end: int, text: str) -> str:
+        """Marks the window's first `end` tokens, whose text is given, as read; returns the news."""
         if text.startswith(self._read_text):
-            return text[len(self._read_text) :]
-        return self._decode(self._window[self._num_read :])  # byte fallback, see the class
-
-    def _skip_empty(self) -> str:
-        """Forgets tokens that have no text (skipped special ones) before they pile up."""
-        if len(self._window) > NUM_CONTEXT + MAX_PENDING:
-            self._window.pop()
-        return ""
-
-    def _advance(self, text: str, num_pending: int) -> str:
-        """Returns the new part of `text`, that of all tokens but the pending ones, as read."""
-        added = self._added(text)
-        end = len(self._window) - num_pending
-        start = max(self._num_read, end - NUM_CONTEXT)
-        self._window = self._window[start:]
-        self._num_read = end - start
-        self._read_text = self._decode(self._window[: self._num_read])
+            added = text[len(self._read_text) :]
+        else:  # byte fallback, see the class
+            added = self._decode(self._window[self._num_read : end])
+        if added:  # else the read tokens must stay: without text in front, spaces may get lost
+            self._window = self._window[max(self._num_read, end - NUM_CONTEXT) :]
+            end = min(end - self._num_read, NUM_CONTEXT)
+            self._text = self._decode(self._window)
+        self._num_read = end
+        whole = end == len(self._window)
+        self._read_text = self._text if whole else self._decode(self._window[:end])
         return added
 
-    def _settle_part(self, text: str) -> str:
-        """Returns the text in front of a border between tokens that no character crosses, if any.
+    def _read_a_part(self) -> str:
+        """Reads up to a border between tokens that no character crosses, if there is one.
 
-        For long runs of invalid bytes, which never end in a whole character. A character has at
-        most four bytes, so that one of the last borders is such a one; it is when the two sides
-        decode to the same text apart and together.
+        For long runs of invalid bytes, which need not ever end in a whole character. A character
+        has at most four bytes, so that one of the last borders is such a one; it is when the two
+        sides decode to the same text apart and together.
         """
-        for num_pending in range(1, 4):
-            left = self._decode(self._window[:-num_pending])
-            right = self._decode(self._window[-num_pending:])
-            if left + right == text:
-                return self._advance(left, num_pending)
+        for border in range(len(self._window) - 1, len(self._window) - 4, -1):
+            left, right = self._decode(self._window[:border]), self._decode(self._window[border:])
+            if right and left + right == self._text:
+                return self._read_up_to(border, left)
         return ""

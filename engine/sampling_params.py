@@ -8,6 +8,7 @@ from typing import Any
 
 MAX_N = 16384
 MAX_SEED = 2**64 - 1
+_MAX_FLOAT32 = 3.4028234e38  # what the device computes with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,8 @@ def _integer(low: int, high: int | None, way_out: str, *, optional: bool = False
 
 def _real(within: Callable[[float], bool], limits: str, way_out: str) -> _Check:
     def check(field: str, value: Any) -> float:
-        if not _is_number(value) or not math.isfinite(value) or not within(value):
+        # NaN compares false; an integer too large for a float does not overflow here.
+        if not _is_number(value) or not abs(value) <= _MAX_FLOAT32 or not within(value):
             raise _refuse(field, value, f"a finite number {limits}; {way_out}")
         return float(value)
 
@@ -152,17 +154,16 @@ def _top_k(field: str, value: Any) -> int:
 
 
 def _strings(field: str, value: Any, *, single: bool = False) -> tuple[str, ...]:
-    if single and isinstance(value, str):
-        value = (value,)
-    kind = f"{'a string, ' if single else ''}a list of strings or None"
-    if value is not None and not isinstance(value, list | tuple):
-        raise _refuse(field, value, kind)
-    for item in value or ():
+    rule = f"{'a string, ' if single else ''}a list of strings or None"
+    items = (value,) if single and isinstance(value, str) else value
+    if items is not None and not isinstance(items, list | tuple):
+        raise _refuse(field, value, rule)
+    for item in items or ():
         if not isinstance(item, str):
-            raise _refuse(field, value, f"{kind}; {item!r} is not a string")
+            raise _refuse(field, value, f"{rule}; {item!r} is not a string")
         if not item:
-            raise _refuse(field, value, f"{kind}, none of them empty; leave {item!r} out")
-    return tuple(value or ())
+            raise _refuse(field, value, f"{rule}, none of them empty; leave '' out")
+    return tuple(items or ())
 
 
 def _token_ids(field: str, value: Any) -> tuple[int, ...]:
@@ -197,11 +198,12 @@ def _logit_bias(field: str, value: Any) -> dict[int, float] | None:
             raise _refuse(field, value, f"a mapping of token ids; {token!r} is not an id >= 0")
         if not _is_number(bias) or math.isnan(bias):
             raise _refuse(field, value, f"a mapping to numbers; {bias!r} is not one")
-    return (
-        {int(token): max(-100.0, min(100.0, float(bias))) for token, bias in value.items()}
-        if value
-        else None
-    )
+    held = {int(token): _clamp(float(bias), 100.0) for token, bias in (value or {}).items()}
+    return held or None
+
+
+def _clamp(value: float, limit: float) -> float:
+    return max(-limit, min(limit, value))
 
 
 _PENALTY = _real(lambda x: -2 <= x <= 2, "in [-2, 2]", "use 0 for none")
