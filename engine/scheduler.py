@@ -139,7 +139,13 @@ class Scheduler:
         return len(self._running)
 
     def add(self, sequence: Sequence) -> None:
-        """Puts a new sequence at the end of the queue.
+        """Puts a new sequence at the end of the queue; raises `ValueError` as `check` does."""
+        self.check(sequence)
+        self._unfinished[sequence.request_id] = sequence
+        self._waiting.append(sequence)
+
+    def check(self, sequence: Sequence) -> None:
+        """Tells whether `add` would accept the sequence; changes nothing.
 
         Raises:
           ValueError: the request is empty, its id is taken, or it could not run to its end even
@@ -167,16 +173,14 @@ class Scheduler:
                 f"{sequence.max_tokens} may take {num_tokens} tokens, {num_blocks} blocks, and the "
                 f"KV cache has {usable}; lower max_tokens, shorten the prompt or enlarge the cache"
             )
-        self._unfinished[name] = sequence
-        self._waiting.append(sequence)
 
     def schedule(self) -> ScheduledStep | None:
         """Returns the next step, or None if nothing can be computed now.
 
         None means that nothing is unfinished, or that the step in flight must be committed first.
-        Running sequences come first, then new ones as far as tokens, rows and blocks allow. When
-        the running ones find no block to grow, the last of them loses its own, until the others
-        fit; then nobody is admitted in this step.
+        Running sequences come first, then those that wait, as far as tokens, rows and blocks
+        allow. When the running ones find no blocks to grow, the last of them loses its own, until
+        the others fit; it waits at the head of the queue then, and nobody overtakes it.
         """
         assert len(self._in_flight) <= 1, "at most one step may be in flight"
         preempted: list[Sequence] = []
@@ -184,16 +188,14 @@ class Scheduler:
         while not self._reserve(planned):
             preempted.append(self._preempt(choose_victim(self._running)))
             planned = self._plan_running()
-        if not preempted:
-            num_planned = sum(num_tokens for _, num_tokens in planned)
-            planned += self._admit(self.max_num_batched_tokens - num_planned)
+        planned += self._admit(self.max_num_batched_tokens - sum(count for _, count in planned))
         if not planned:
             assert self._in_flight or not self._unfinished, "nothing to wait for, nothing to do"
             return None
         step = ScheduledStep(
             next(self._step_ids),
-            tuple(self._dispatch(sequence, num_tokens) for sequence, num_tokens in planned),
-            sum(num_tokens for _, num_tokens in planned),
+            tuple(self._dispatch(sequence, count) for sequence, count in planned),
+            sum(count for _, count in planned),
             tuple(preempted),
         )
         self._in_flight.append(step)
@@ -212,6 +214,7 @@ class Scheduler:
         """
         oldest = self._in_flight.popleft()
         assert step is oldest, "steps are committed in order"
+        assert len(tokens) == len(step.scheduled), f"{len(tokens)} tokens for {step.scheduled}"
         extended: list[Sequence] = []
         freed_rows: list[int] = []
         for share, token in zip(step.scheduled, tokens, strict=True):
@@ -308,8 +311,6 @@ class Scheduler:
             if sequence.num_dispatched + num_tokens > sequence.num_reserved
         }
         rows = [sequence.row for sequence in growth if sequence.row is not None]
-        if not rows:
-            return True
         if not self.memory.append(rows, list(growth.values())):
             return False
         for sequence, count in growth.items():

@@ -17,13 +17,21 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
+from pallas_paged._namespaces import (
+    Array,
+    namespace,
+    refuse,
+    refuse_outside,
+    refuse_repeated,
+    scatter,
+    select,
+    select_ranges,
+    total,
+)
 from pallas_paged.kv_cache import NULL_BLOCK
-
-Array = jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -79,7 +87,7 @@ def create(
     ):
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
-    slots = max(num_blocks, max_blocks_per_seq) * block_size
+    slots = (max(num_blocks, max_blocks_per_seq) + 1) * block_size
     if max(slots, max_num_seqs * max_blocks_per_seq) >= 2**31:
         raise ValueError(
             f"{num_blocks=}, {max_num_seqs=}, {max_blocks_per_seq=} and {block_size=} make slots or"
@@ -96,12 +104,11 @@ def create(
 
 
 def num_blocks_needed(state: BlockTables, num_new: Int[Array, "R"]) -> Int32[Array, ""]:
-    """Returns how many free blocks `append(state, num_new)` would take, copies on write included.
+    """Returns how many blocks `append(state, num_new)` takes if it can, copies on write included.
 
-    No larger than `state.num_free`, and no row beyond M blocks, is what `append` asks for.
+    Raises `ValueError` for a negative count; in jax that is outside the contract.
     """
-    num_new = _per_row(state, "num_new", num_new)
-    return _total(_plan_append(state, num_new).num_taken)
+    return total(_plan_append(state, _num_new(state, num_new)).num_taken)
 
 
 def append(state: BlockTables, num_new: Int[Array, "R"]) -> tuple[BlockTables, AppendResult]:
@@ -116,40 +123,36 @@ def append(state: BlockTables, num_new: Int[Array, "R"]) -> tuple[BlockTables, A
     `ok` is False, and the state unchanged, when the free blocks do not suffice or a row would
     exceed M blocks. Raises `ValueError` for a negative count; in jax `ok` is False then.
     """
-    xp = _namespace(state)
-    num_new = _per_row(state, "num_new", num_new)
-    _refuse(num_new < 0, "num_new", num_new, "must be 0 or more; `truncate` shortens sequences")
+    xp = namespace(state.tables)
+    num_new = _num_new(state, num_new)
     R, M = state.tables.shape
-    (N,) = state.ref_counts.shape
     plan = _plan_append(state, num_new)
     fits = (num_new >= 0) & (num_new <= M * state.block_size - state.seq_lens)
-    ok = xp.all(fits) & (_total(plan.num_taken) <= state.num_free)
+    ok = xp.all(fits) & (total(plan.num_taken) <= state.num_free)
     num_new = xp.where(ok, num_new, 0)
     num_taken = xp.where(ok, plan.num_taken, 0)
     copies = plan.copies & ok
 
-    # Row after row takes its blocks from the top of the stack; a copy's destination comes first.
+    # Row after row takes its blocks from the top of the stack, the one it copies to first.
     first = plan.num_blocks - xp.astype(copies, xp.int32)
-    entries, taken = _entries(state, first, num_taken, limit=min(N - 1, R * M))
-    top = state.num_free - 1
-    blocks = state.free_blocks[top - xp.arange(entries.shape[0], dtype=xp.int32)]
-    copy_dst = state.free_blocks[top - (xp.cumsum(num_taken, dtype=xp.int32) - num_taken)]
-    referenced = xp.concat(
-        [xp.where(taken, blocks, N), xp.where(copies, plan.last_block, N)],
-    )
-    change = xp.concat([xp.ones_like(blocks), -xp.ones_like(plan.last_block)])
-    state = dataclasses.replace(
-        state,
-        tables=_scatter(state.tables.reshape(-1), entries, blocks).reshape(R, M),
-        seq_lens=state.seq_lens + num_new,
-        ref_counts=_scatter(state.ref_counts, referenced, change, add=True),
-        num_free=xp.asarray(state.num_free - _total(num_taken)),
-    )
-    return state, AppendResult(
+    taken = select_ranges(first, num_taken, M)
+    blocks = state.free_blocks[state.num_free - 1 - taken.rank]
+    tables = scatter(state.tables.reshape(-1), taken.places, blocks, taken.valid).reshape(R, M)
+    ref_counts = scatter(state.ref_counts, blocks, 1, taken.valid, "add")
+    ref_counts = scatter(ref_counts, plan.last_block, -1, copies, "add")
+    result = AppendResult(
         ok=xp.asarray(ok),
         copy_src=xp.where(copies, plan.last_block, NULL_BLOCK),
-        copy_dst=xp.where(copies, copy_dst, NULL_BLOCK),
+        copy_dst=xp.where(copies, _last_block(tables, plan.num_blocks), NULL_BLOCK),
     )
+    state = dataclasses.replace(
+        state,
+        tables=tables,
+        seq_lens=state.seq_lens + num_new,
+        ref_counts=ref_counts,
+        num_free=xp.asarray(state.num_free - total(num_taken)),
+    )
+    return state, result
 
 
 def fork(state: BlockTables, parents: Int[Array, "K"], children: Int[Array, "K"]) -> BlockTables:
@@ -162,27 +165,25 @@ def fork(state: BlockTables, parents: Int[Array, "K"], children: Int[Array, "K"]
     jax a pair whose child is not empty does nothing; a child that comes twice is outside the
     contract.
     """
-    xp = _namespace(state)
-    R = state.seq_lens.shape[0]
-    (N,) = state.ref_counts.shape
+    xp = namespace(state.tables)
+    R = len(state.seq_lens)
     parents, children = xp.asarray(parents, xp.int32), xp.asarray(children, xp.int32)
-    _refuse_outside(parents, "parents", R)
-    _refuse_outside(children, "children", R)
+    refuse_outside(parents, "parents", R)
+    refuse_outside(children, "children", R)
     pairs = parents != children
     occupied = pairs & (state.seq_lens[children] > 0)
-    _refuse(occupied, "children", children, "is not empty; `free` it first")
-    _refuse(pairs & (state.seq_lens[parents] == 0), "parents", parents, "is empty")
-    _refuse_repeated(pairs, "children", children)
+    refuse(occupied, "children", children, "is not empty; `free` it first")
+    refuse(pairs & (state.seq_lens[parents] == 0), "parents", parents, "is empty")
+    refuse_repeated(pairs, "children", children)
 
     pairs = pairs & ~occupied
-    into = xp.where(pairs, children, R)
     blocks = state.tables[parents]
-    referenced = xp.where(pairs[:, None] & (blocks != NULL_BLOCK), blocks, N).reshape(-1)
+    referenced = pairs[:, None] & (blocks != NULL_BLOCK)
     return dataclasses.replace(
         state,
-        tables=_scatter(state.tables, into, blocks),
-        seq_lens=_scatter(state.seq_lens, into, state.seq_lens[parents]),
-        ref_counts=_scatter(state.ref_counts, referenced, xp.ones_like(referenced), add=True),
+        tables=scatter(state.tables, children, blocks, pairs),
+        seq_lens=scatter(state.seq_lens, children, state.seq_lens[parents], pairs),
+        ref_counts=scatter(state.ref_counts, blocks, 1, referenced, "add"),
     )
 
 
@@ -195,34 +196,33 @@ def share(state: BlockTables, rows: Int[Array, "K"], blocks: Int[Array, "K P"]) 
     references, past padding or repeated in one row. In jax a row that is not empty, or is given a
     block without references, stays as it is; the others are outside the contract.
     """
-    xp = _namespace(state)
+    xp = namespace(state.tables)
     R, M = state.tables.shape
     (N,) = state.ref_counts.shape
     rows, blocks = xp.asarray(rows, xp.int32), xp.asarray(blocks, xp.int32)
     num_given = blocks.shape[1]
     if num_given > M:
         raise ValueError(f"blocks has {num_given} columns, but a row has max_blocks_per_seq={M}")
-    _refuse_outside(rows, "rows", R)
-    _refuse_outside(blocks, "blocks", N)
+    refuse_outside(rows, "rows", R)
+    refuse_outside(blocks, "blocks", N)
     given = blocks != NULL_BLOCK
     num_blocks = xp.sum(given, axis=1, dtype=xp.int32)
     gaps = given & (xp.arange(num_given, dtype=xp.int32)[None, :] >= num_blocks[:, None])
-    _refuse(gaps, "blocks", blocks, "comes after a 0; pad with 0 behind the blocks only")
+    refuse(gaps, "blocks", blocks, "comes after a 0; pad with 0 behind the blocks only")
     lost = given & (state.ref_counts[blocks] == 0)
-    _refuse(lost, "blocks", blocks, "has no references; `hold` blocks that are to be shared")
+    refuse(lost, "blocks", blocks, "has no references; `hold` blocks that are to be shared")
     occupied = (num_blocks > 0) & (state.seq_lens[rows] > 0)
-    _refuse(occupied, "rows", rows, "is not empty; `free` it first")
-    _refuse_repeated(num_blocks > 0, "rows", rows)
-    _refuse_repeated(given, "blocks", blocks)
+    refuse(occupied, "rows", rows, "is not empty; `free` it first")
+    refuse_repeated(num_blocks > 0, "rows", rows)
+    refuse_repeated(given, "blocks", blocks)
 
     begins = (num_blocks > 0) & ~occupied & ~xp.any(lost, axis=1)
-    into = xp.where(begins, rows, R)
-    referenced = xp.where(begins[:, None] & given, blocks, N).reshape(-1)
+    padded = xp.pad(blocks, ((0, 0), (0, M - num_given)))
     return dataclasses.replace(
         state,
-        tables=_scatter(state.tables, into, xp.pad(blocks, ((0, 0), (0, M - num_given)))),
-        seq_lens=_scatter(state.seq_lens, into, num_blocks * state.block_size),
-        ref_counts=_scatter(state.ref_counts, referenced, xp.ones_like(referenced), add=True),
+        tables=scatter(state.tables, rows, padded, begins),
+        seq_lens=scatter(state.seq_lens, rows, num_blocks * state.block_size, begins),
+        ref_counts=scatter(state.ref_counts, blocks, 1, begins[:, None] & given, "add"),
     )
 
 
@@ -231,8 +231,9 @@ def free(state: BlockTables, rows: Bool[Array, "R"]) -> BlockTables:
 
     Raises `ValueError` for a row that is empty already; in jax that does nothing.
     """
-    xp = _namespace(state)
-    _refuse(rows & (state.seq_lens == 0), "rows", rows, "is an empty row; free a row once")
+    xp = namespace(state.tables)
+    rows = _per_row(state, "rows", rows, np.bool_)
+    refuse(rows & (state.seq_lens == 0), "rows", rows, "is an empty row; free a row once")
     return truncate(state, xp.where(rows, 0, state.seq_lens))
 
 
@@ -241,20 +242,20 @@ def truncate(state: BlockTables, new_lens: Int[Array, "R"]) -> BlockTables:
 
     Raises `ValueError` unless 0 <= new_lens <= seq_lens; jax clips to these bounds.
     """
-    xp = _namespace(state)
+    xp = namespace(state.tables)
     new_lens = _per_row(state, "new_lens", new_lens)
     outside = (new_lens < 0) | (new_lens > state.seq_lens)
-    _refuse(outside, "new_lens", new_lens, "must be between 0 and the row's length; see `append`")
+    refuse(outside, "new_lens", new_lens, "must be between 0 and the row's length; see `append`")
     new_lens = xp.clip(new_lens, 0, state.seq_lens)
     R, M = state.tables.shape
     num_kept = _ceil_div(new_lens, state.block_size)
     num_dropped = _ceil_div(state.seq_lens, state.block_size) - num_kept
-    entries, dropped = _entries(state, num_kept, num_dropped, limit=R * M)
+    dropped = select_ranges(num_kept, num_dropped, M)
     tables = state.tables.reshape(-1)
-    blocks = xp.where(dropped, tables[xp.where(dropped, entries, 0)], NULL_BLOCK)
+    blocks = xp.where(dropped.valid, tables[dropped.places], NULL_BLOCK)
     return dataclasses.replace(
         release(state, blocks),
-        tables=_scatter(tables, entries, xp.zeros_like(entries)).reshape(R, M),
+        tables=scatter(tables, dropped.places, NULL_BLOCK, dropped.valid).reshape(R, M),
         seq_lens=new_lens,
     )
 
@@ -265,16 +266,13 @@ def hold(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
     Raises `ValueError` for a block without references, whose content may be gone; in jax that is
     outside the contract.
     """
-    xp = _namespace(state)
+    xp = namespace(state.tables)
     (N,) = state.ref_counts.shape
     blocks = xp.asarray(blocks, xp.int32)
-    _refuse_outside(blocks, "blocks", N)
+    refuse_outside(blocks, "blocks", N)
     held = blocks != NULL_BLOCK
-    _refuse(held & (state.ref_counts[blocks] == 0), "blocks", blocks, "has no references")
-    referenced = xp.where(held, blocks, N)
-    return dataclasses.replace(
-        state, ref_counts=_scatter(state.ref_counts, referenced, xp.ones_like(blocks), add=True)
-    )
+    refuse(held & (state.ref_counts[blocks] == 0), "blocks", blocks, "has no references")
+    return dataclasses.replace(state, ref_counts=scatter(state.ref_counts, blocks, 1, held, "add"))
 
 
 def release(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
@@ -283,20 +281,20 @@ def release(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
     Only references of `hold` are the caller's to release. Raises `ValueError` where a block has
     fewer references than are released; in jax that is outside the contract.
     """
-    xp = _namespace(state)
+    xp = namespace(state.tables)
     (N,) = state.ref_counts.shape
     blocks = xp.asarray(blocks, xp.int32)
-    _refuse_outside(blocks, "blocks", N)
-    referenced = xp.where(blocks != NULL_BLOCK, blocks, N)
-    ref_counts = _scatter(state.ref_counts, referenced, -xp.ones_like(blocks), add=True)
-    _refuse(ref_counts[blocks] < 0, "blocks", blocks, "is released more often than it is held")
-    freed, is_freed = _compact((state.ref_counts > 0) & (ref_counts == 0))
-    places = state.num_free + xp.arange(freed.shape[0], dtype=xp.int32)
+    refuse_outside(blocks, "blocks", N)
+    ref_counts = scatter(state.ref_counts, blocks, -1, blocks != NULL_BLOCK, "add")
+    refuse(ref_counts[blocks] < 0, "blocks", blocks, "is released more often than it is held")
+    freed = select((state.ref_counts > 0) & (ref_counts == 0))
     return dataclasses.replace(
         state,
         ref_counts=ref_counts,
-        free_blocks=_scatter(state.free_blocks, xp.where(is_freed, places, N), freed),
-        num_free=xp.asarray(state.num_free + _total(is_freed)),
+        free_blocks=scatter(
+            state.free_blocks, state.num_free + freed.rank, freed.places, freed.valid
+        ),
+        num_free=xp.asarray(state.num_free + total(freed.valid)),
     )
 
 
@@ -307,7 +305,7 @@ def slot_mapping(
 
     Positions past a row's blocks lie in the null block: padding.
     """
-    xp = _namespace(state)
+    xp = namespace(state.tables)
     S = state.block_size
     rows, positions = xp.asarray(rows, xp.int32), xp.asarray(positions, xp.int32)
     return state.tables[rows, positions // S] * S + positions % S
@@ -315,124 +313,7 @@ def slot_mapping(
 
 def blocks_in_use(state: BlockTables) -> Int32[Array, ""]:
     """Returns how many blocks have references."""
-    return _namespace(state).asarray(state.ref_counts.shape[0] - 1 - state.num_free)
-
-
-class _AppendPlan(NamedTuple):
-    num_blocks: Int32[Array, "R"]  # before the append
-    last_block: Int32[Array, "R"]
-    copies: Bool[Array, "R"]
-    num_taken: Int32[Array, "R"]
-
-
-def _plan_append(state: BlockTables, num_new: Int32[Array, "R"]) -> _AppendPlan:
-    xp = _namespace(state)
-    S = state.block_size
-    rows = xp.arange(num_new.shape[0], dtype=xp.int32)
-    num_blocks = _ceil_div(state.seq_lens, S)
-    last_block = state.tables[rows, xp.maximum(num_blocks - 1, 0)]
-    num_refs = state.ref_counts[last_block]
-    shared = (num_new > 0) & (state.seq_lens % S != 0) & (num_refs > 1)
-
-    # The rows that append to one shared block, side by side in the order of rows.
-    key = xp.where(shared, last_block, NULL_BLOCK)
-    order = xp.argsort(key, stable=True)
-    start, end = (xp.searchsorted(key[order], key, side=side) for side in ("left", "right"))
-    keeps = (end - start == num_refs) & (order[end - 1] == rows)
-    copies = shared & ~keeps
-    num_taken = _ceil_div(state.seq_lens + num_new, S) - num_blocks + xp.astype(copies, xp.int32)
-    return _AppendPlan(num_blocks, last_block, copies, num_taken)
-
-
-def _entries(
-    state: BlockTables, first: Int32[Array, "R"], counts: Int32[Array, "R"], limit: int
-) -> tuple[Int32[Array, "E"], Bool[Array, "E"]]:
-    """Returns the flat places in the tables of `counts[r]` entries of each row r from `first[r]`.
-
-    E is their number in NumPy and `limit` in jax, where R * M is padding and the mask says so.
-    """
-    xp = _namespace(state)
-    R, M = state.tables.shape
-    rows = xp.arange(R, dtype=xp.int32)
-    ends = xp.cumsum(counts, dtype=xp.int32)
-    if xp is np:
-        owner = np.repeat(rows, counts)
-    else:
-        owner = jnp.repeat(rows, counts, total_repeat_length=limit)
-    index = xp.arange(owner.shape[0], dtype=xp.int32)
-    valid = index < ends[-1]
-    return xp.where(valid, (rows * M + first - (ends - counts))[owner] + index, R * M), valid
-
-
-def _compact(mask: Bool[Array, "N"]) -> tuple[Int32[Array, "E"], Bool[Array, "E"]]:
-    """Returns where `mask` is True: E places in NumPy; in jax E = N with padding and its mask."""
-    if isinstance(mask, np.ndarray):
-        found = np.flatnonzero(mask).astype(np.int32)
-        return found, np.ones_like(found, bool)
-    places = jnp.flatnonzero(mask, size=mask.shape[0], fill_value=mask.shape[0])
-    return places, places < mask.shape[0]
-
-
-def _scatter(array: Array, index: Array, values: Array, add: bool = False) -> Array:
-    """Returns `array` with `values` set at, or added to, `index` of its first axis.
-
-    An index of `len(array)` is padding and dropped. Only added values may meet at one index.
-    """
-    if isinstance(array, np.ndarray):
-        kept = index < len(array)
-        if not kept.any():
-            return array
-        result = array.copy()
-        if add:
-            np.add.at(result, index[kept], values[kept])
-        else:
-            result[index[kept]] = values[kept]
-        return result
-    target = array.at[index]
-    return target.add(values, mode="drop") if add else target.set(values, mode="drop")
-
-
-def _namespace(state: BlockTables) -> Any:
-    return np if isinstance(state.tables, np.ndarray) else jnp
-
-
-def _ceil_div(num_tokens: Array, block_size: int) -> Array:
-    return (num_tokens + (block_size - 1)) // block_size
-
-
-def _total(counts: Array) -> Int32[Array, ""]:
-    xp = np if isinstance(counts, np.ndarray) else jnp
-    return xp.asarray(xp.sum(counts, dtype=np.int32))
-
-
-def _per_row(state: BlockTables, name: str, values: Array) -> Array:
-    if values.shape != state.seq_lens.shape:
-        raise ValueError(
-            f"{name} has shape {values.shape}, but needs one value for each row:"
-            f" {state.seq_lens.shape}"
-        )
-    return _namespace(state).asarray(values, dtype=np.int32)
-
-
-def _refuse(bad: Array, name: str, values: Array, reason: str) -> None:
-    """Raises `ValueError` with the values where `bad` is True; jax has no values to look at."""
-    if isinstance(bad, np.ndarray) and bad.any():
-        places = [place[0] if len(place) == 1 else place for place in np.argwhere(bad).tolist()]
-        culprits = ", ".join(f"{name}[{p}]={v}" for p, v in zip(places, values[bad], strict=True))
-        raise ValueError(f"{culprits} {reason}")
-
-
-def _refuse_outside(values: Array, name: str, size: int) -> None:
-    _refuse((values < 0) | (values >= size), name, values, f"must be between 0 and {size - 1}")
-
-
-def _refuse_repeated(real: Array, name: str, ids: Array) -> None:
-    if isinstance(ids, np.ndarray):
-        size = ids.shape[-1]
-        ids = np.sort(np.where(real, ids, np.arange(-size, 0)))  # padding differs from everything
-        repeated = ids[..., 1:][ids[..., 1:] == ids[..., :-1]]
-        if repeated.size:
-            raise ValueError(f"{name} repeat {repeated.tolist()}; name each one once")
+    return namespace(state.tables).asarray(state.ref_counts.shape[0] - 1 - state.num_free)
 
 
 def check_invariants(state: BlockTables, held: Any = ()) -> None:
@@ -483,3 +364,52 @@ def check_invariants(state: BlockTables, held: Any = ()) -> None:
     last = tables[partial, seq_lens[partial] // S]
     in_place, writers = np.unique(last[ref_counts[last] == 1], return_counts=True)
     assert (writers == 1).all(), f"blocks {in_place[writers > 1]} are written by several rows"
+
+
+class _AppendPlan(NamedTuple):
+    num_blocks: Int32[Array, "R"]  # before the append
+    last_block: Int32[Array, "R"]
+    copies: Bool[Array, "R"]
+    num_taken: Int32[Array, "R"]
+
+
+def _plan_append(state: BlockTables, num_new: Int32[Array, "R"]) -> _AppendPlan:
+    xp = namespace(state.tables)
+    S = state.block_size
+    (N,) = state.ref_counts.shape
+    num_blocks = _ceil_div(state.seq_lens, S)
+    last_block = _last_block(state.tables, num_blocks)
+    writes = (num_new > 0) & (state.seq_lens % S != 0)
+    shared = writes & (state.ref_counts[last_block] > 1)
+
+    # A block that all its owners would leave stays with the last of them.
+    rows = xp.arange(len(num_new), dtype=xp.int32)
+    left = scatter(state.ref_counts, last_block, -1, shared, "add")
+    leaving = shared & (left[last_block] == 0)
+    keeper = scatter(xp.zeros(N, xp.int32), last_block, rows, leaving, "max")
+    copies = shared & ~(leaving & (keeper[last_block] == rows))
+
+    num_taken = _ceil_div(state.seq_lens + num_new, S) - num_blocks + xp.astype(copies, xp.int32)
+    return _AppendPlan(num_blocks, last_block, copies, num_taken)
+
+
+def _last_block(tables: Int32[Array, "R M"], num_blocks: Int32[Array, "R"]) -> Int32[Array, "R"]:
+    xp = namespace(tables)
+    rows = xp.arange(len(tables), dtype=xp.int32)
+    return tables[rows, xp.maximum(num_blocks - 1, 0)]
+
+
+def _ceil_div(num_tokens: Array, block_size: int) -> Array:
+    return (num_tokens + (block_size - 1)) // block_size
+
+
+def _num_new(state: BlockTables, num_new: Int[Array, "R"]) -> Int32[Array, "R"]:
+    num_new = _per_row(state, "num_new", num_new)
+    refuse(num_new < 0, "num_new", num_new, "must be 0 or more; `truncate` shortens sequences")
+    return num_new
+
+
+def _per_row(state: BlockTables, name: str, values: Array, dtype: type = np.int32) -> Array:
+    if values.shape != state.seq_lens.shape:
+        raise ValueError(f"{name} has shape {values.shape}; it needs {state.seq_lens.shape}")
+    return namespace(state.tables).asarray(values, dtype=dtype)
