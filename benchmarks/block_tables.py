@@ -195,9 +195,10 @@ def main(argv: list[str]) -> None:
         ratio = figures["numpy"][name] / figures["list"][name]
         print(name.ljust(36), *(f"{cell:10.1f}" for cell in cells), f"{ratio:12.2f}")
     if _JSON.value:
-        flag_values = {flag: flags.FLAGS[flag].value for flag in ("num_seqs", "num_tokens")}
+        names = ("num_seqs", "num_tokens", "block_size", "steps")
+        report = {name: flags.FLAGS[name].value for name in names} | {"median_us": figures}
         with open(_JSON.value, "w") as file:
-            json.dump(flag_values | {"block_size": S, "median_us": figures}, file, indent=2)
+            json.dump(report, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ docstring says what happens there instead. No call changes a sequence that it do
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -134,7 +135,7 @@ def append(state: BlockTables, num_new: Int[Array, "R"]) -> tuple[BlockTables, A
     copies = plan.copies & ok
 
     # Row after row takes its blocks from the top of the stack, the one it copies to first.
-    first = plan.num_blocks - xp.astype(copies, xp.int32)
+    first = plan.num_blocks - copies.astype(np.int32)
     taken = select_ranges(first, num_taken, M)
     blocks = state.free_blocks[state.num_free - 1 - taken.rank]
     tables = scatter(state.tables.reshape(-1), taken.places, blocks, taken.valid).reshape(R, M)
@@ -316,36 +317,42 @@ def blocks_in_use(state: BlockTables) -> Int32[Array, ""]:
     return namespace(state.tables).asarray(state.ref_counts.shape[0] - 1 - state.num_free)
 
 
-def check_invariants(state: BlockTables, held: Any = ()) -> None:
+def check_invariants(state: BlockTables, held: Sequence[int] | Array = ()) -> None:
     """Raises `AssertionError`, with the values, unless the state is consistent. Runs on the host.
 
     `held` are the ids of the blocks held through `hold`, one for each reference; 0 is padding.
 
-    - The free blocks, the referenced blocks and the null block are all blocks, each once.
-    - A block's reference count is the number of table entries and holders that point to it.
     - A row covers exactly ceil(len / S) different blocks; the rest of it is 0.
-    - No two sequences can write one slot: a row that appends to a partly filled last block without
-      copying it is the only one that has the block. (`append` copies at any count above 1; a block
-      that is full, or has more references, is written by nobody.)
+    - No two sequences can write one slot. Only a partly filled last block with one reference is
+      written without a copy, so no two rows may end in such a block.
+    - A block's reference count is the number of table entries and holders that point to it.
+    - The free blocks, the referenced blocks and the null block are all blocks, each once.
     """
     tables, seq_lens, ref_counts, free_blocks = (
         np.asarray(x) for x in (state.tables, state.seq_lens, state.ref_counts, state.free_blocks)
     )
     (N,) = ref_counts.shape
-    S, num_free = state.block_size, int(state.num_free)
+    S, num_free, holders = state.block_size, int(state.num_free), np.asarray(held, np.int64)
     for name, array in vars(state).items():
         assert name == "block_size" or array.dtype == np.int32, f"{name} is {array.dtype}"
+    for name, ids in ("table entries", tables), ("holders", holders), ("free blocks", free_blocks):
+        assert ((ids >= 0) & (ids < N)).all(), f"{name} outside 0..{N - 1}: {ids}"
 
     assert (seq_lens >= 0).all(), f"{seq_lens=}"
     covered = np.arange(tables.shape[1]) < _ceil_div(seq_lens, S)[:, None]
     wrong = np.flatnonzero(((tables != NULL_BLOCK) != covered).any(axis=1))
     assert not wrong.size, f"rows {wrong}: {seq_lens[wrong]=} do not fit {tables[wrong]=}"
-    assert ((tables >= 0) & (tables < N)).all(), f"table entries outside 0..{N - 1}: {tables}"
-    for row in np.flatnonzero(seq_lens):
-        blocks = tables[row, covered[row]]
-        assert len(np.unique(blocks)) == len(blocks), f"row {row} repeats a block: {blocks}"
+    ordered = np.sort(tables)
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NULL_BLOCK)
+    wrong = np.flatnonzero(repeated.any(axis=1))
+    assert not wrong.size, f"rows {wrong} repeat a block: {tables[wrong]=}"
 
-    holders = np.asarray(held, dtype=np.int64)
+    partial = np.flatnonzero(seq_lens % S)
+    last = tables[partial, seq_lens[partial] // S]
+    in_place, num_writers = np.unique(last[ref_counts[last] == 1], return_counts=True)
+    wrong = in_place[num_writers > 1]
+    assert not wrong.size, f"blocks {wrong} are written by several rows"
+
     pointers = np.bincount(np.concatenate([tables[covered], holders]), minlength=N)
     pointers[NULL_BLOCK] = 0
     wrong = np.flatnonzero(pointers != ref_counts)
@@ -357,13 +364,8 @@ def check_invariants(state: BlockTables, held: Any = ()) -> None:
     both = listed[ref_counts[listed] > 0]
     assert not both.size, f"blocks {both} are free and referenced: {ref_counts[both]=}"
     assert len(np.unique(listed)) == num_free, f"a block is free twice: {listed}"
-    num_referenced = np.count_nonzero(ref_counts)
+    num_referenced = int(np.count_nonzero(ref_counts))
     assert num_free + num_referenced + 1 == N, f"{num_free=} + {num_referenced=} + null != {N}"
-
-    partial = np.flatnonzero(seq_lens % S)
-    last = tables[partial, seq_lens[partial] // S]
-    in_place, writers = np.unique(last[ref_counts[last] == 1], return_counts=True)
-    assert (writers == 1).all(), f"blocks {in_place[writers > 1]} are written by several rows"
 
 
 class _AppendPlan(NamedTuple):
@@ -389,7 +391,7 @@ def _plan_append(state: BlockTables, num_new: Int32[Array, "R"]) -> _AppendPlan:
     keeper = scatter(xp.zeros(N, xp.int32), last_block, rows, leaving, "max")
     copies = shared & ~(leaving & (keeper[last_block] == rows))
 
-    num_taken = _ceil_div(state.seq_lens + num_new, S) - num_blocks + xp.astype(copies, xp.int32)
+    num_taken = _ceil_div(state.seq_lens + num_new, S) - num_blocks + copies.astype(np.int32)
     return _AppendPlan(num_blocks, last_block, copies, num_taken)
 
 

@@ -1,5 +1,7 @@
 """What each function of `block_tables` does, one small case at a time, in both namespaces."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -310,13 +312,15 @@ def test_a_jitted_scan_decodes_through_its_own_block_tables():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_free": 6}, "both|free"),
+        ({"num_free": {(): 5}}, r"num_free=5 \+ num_referenced=3 \+ null != 10"),
         ({"ref_counts": {1: 2}}, r"blocks \[1\]"),
         ({"ref_counts": {9: 1}}, r"blocks \[9\]"),
         ({"tables": {(0, 2): 5}}, r"rows \[0\]"),
         ({"tables": {(0, 1): 0}}, r"rows \[0\]"),
-        ({"tables": {(0, 1): 1}}, "row 0 repeats a block"),
+        ({"tables": {(0, 1): 1}}, r"rows \[0\] repeat a block"),
+        ({"tables": {(0, 1): 3}}, r"blocks \[3\] are written by several rows"),
         ({"tables": {(0, 0): 3}}, r"blocks \[1 3\]"),
+        ({"tables": {(0, 0): 10}}, r"table entries outside 0..9"),
         ({"free_blocks": {0: 1}}, r"blocks \[1\] are free and referenced"),
         ({"free_blocks": {0: 8}}, "a block is free twice"),
         ({"free_blocks": {0: 0}}, "the null block is free"),
@@ -324,10 +328,17 @@ def test_a_jitted_scan_decodes_through_its_own_block_tables():
 )
 def test_check_invariants_finds_a_damaged_state(changes, message):
     state, _ = bt.append(bt.create(10, 3, 4, S), np.array([5, 1, 0]))
-    damaged = vars(state) | {"num_free": np.array(state.num_free)}
+    arrays = {name: np.array(getattr(state, name)) for name in changes}
     for name, change in changes.items():
-        damaged[name] = array = np.array(damaged[name])
-        for index, value in change.items() if isinstance(change, dict) else [((), change - 1)]:
-            array[index] = value
+        for index, value in change.items():
+            arrays[name][index] = value
     with pytest.raises(AssertionError, match=message):
-        bt.check_invariants(bt.BlockTables(**damaged))
+        bt.check_invariants(dataclasses.replace(state, **arrays))
+
+
+def test_check_invariants_finds_a_holder_that_has_no_reference():
+    state, _ = bt.append(bt.create(10, 3, 4, S), np.array([5, 1, 0]))
+    with pytest.raises(AssertionError, match=r"blocks \[3\]: ref_counts\[wrong\]=array\(\[1\]"):
+        bt.check_invariants(state, held=[3])
+    with pytest.raises(AssertionError, match=r"holders outside 0..9: \[10\]"):
+        bt.check_invariants(state, held=[10])

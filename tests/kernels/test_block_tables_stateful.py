@@ -113,7 +113,14 @@ class _Machine(RuleBasedStateMachine):
     def append(self, data):
         most = self.M * self.S
         counts = st.one_of(st.just(1), st.integers(0, 2), st.integers(0, most))
-        num_new = [data.draw(counts) for _ in range(self.R)]
+        self.append_to_rows([data.draw(counts) for _ in range(self.R)])
+
+    @precondition(lambda self: any(self.model.lens))
+    @rule()
+    def decode(self):
+        self.append_to_rows([int(n > 0) for n in self.model.lens])
+
+    def append_to_rows(self, num_new):
         before, num_free = self.states, len(self.model.free)
         copies = self.model.append(num_new)
         needed = self.call("num_blocks_needed", num_new)
