@@ -1,5 +1,7 @@
 """Paged attention for JAX: kernels, KV cache and block tables."""
 
+from pallas_paged import block_tables
+from pallas_paged.block_tables import BlockTables
 from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache
 from pallas_paged.ops.attention.api import attention_implementation, paged_attention
 from pallas_paged.ops.block_copy.api import copy_blocks
@@ -9,8 +11,10 @@ from pallas_paged.ops.kv_write.api import write_kv
 __all__ = [
     "NULL_BLOCK",
     "AttentionMetadata",
+    "BlockTables",
     "KVCache",
     "attention_implementation",
+    "block_tables",
     "copy_blocks",
     "gather_blocks",
     "paged_attention",

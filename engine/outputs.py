@@ -1,0 +1,75 @@
+"""What a request gives back."""
+
+import dataclasses
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestMetrics:
+    """When things happened to a request, as seconds of `time.monotonic()`.
+
+    Attributes:
+      arrival_time_s: the engine took the request in.
+      first_scheduled_time_s: it first took part in a step; None while it waits.
+      first_token_time_s: its first token reached the host; None before.
+      finish_time_s: it finished or was aborted; None before.
+      num_preemptions: times it lost its blocks and was recomputed.
+    """
+
+    arrival_time_s: float
+    first_scheduled_time_s: float | None = None
+    first_token_time_s: float | None = None
+    finish_time_s: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOutput:
+    """One completion of a request, as far as it has come.
+
+    Attributes:
+      index: which of the request's completions this is.
+      text: the text of the tokens; None without a tokenizer or with `detokenize=False`. While
+        streaming it ends before a character or a stop string that may still be under way.
+      token_ids: the generated tokens, the one that ended the completion included.
+      cumulative_logprob: sum of the log-probabilities of the tokens; None unless asked for.
+      logprobs: per token, log-probabilities by token id; None unless asked for.
+      finish_reason: None while it runs.
+      stop_reason: the stop string or the token id of `stop_token_ids` that ended it; None when EOS
+        did, or when it ended for another reason.
+    """
+
+    index: int
+    text: str | None
+    token_ids: tuple[int, ...]
+    cumulative_logprob: float | None = None
+    logprobs: tuple[dict[int, float], ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """A request with its completions, finished or, while streaming, as far as they have come.
+
+    Attributes:
+      request_id: the engine's name for the request.
+      prompt: the prompt's text; None when it came as tokens.
+      prompt_token_ids: the prompt's tokens.
+      outputs: the completions, by index.
+      finished: all completions are.
+      metrics: times and counts of this request.
+      num_cached_tokens: prompt tokens whose KV came from the prefix cache.
+      prompt_logprobs: per prompt token, log-probabilities by token id; None unless asked for.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    metrics: RequestMetrics
+    num_cached_tokens: int = 0
+    prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None

@@ -1,0 +1,250 @@
+"""What a request asks of sampling: `SamplingParams`, checked when it is built."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+MAX_N = 16384
+MAX_SEED = 2**64 - 1
+_MAX_FLOAT32 = 3.4028234e38  # what the device computes with
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, and when it ends.
+
+    The filters apply in this order: temperature, `min_p`, `top_k`, `top_p`; see
+    `pallas_paged.engine.sampling`. A field that is not supported yet accepts only its default and
+    is refused by name otherwise, never ignored.
+
+    Attributes:
+      n: completions per prompt, 1 to 16384. Only 1 is supported yet.
+      presence_penalty: in [-2, 2]. Only 0 is supported yet.
+      frequency_penalty: in [-2, 2]. Only 0 is supported yet.
+      repetition_penalty: finite and > 0. Only 1 is supported yet.
+      temperature: divides the logits; finite and >= 0. 0 is greedy: the most likely token.
+      top_p: in (0, 1]; keeps the smallest set of most likely tokens that has this mass. 1 is off.
+      top_k: keeps the k most likely tokens. 0 or -1 is off; held as 0.
+      min_p: in [0, 1]; drops tokens less likely than this share of the most likely one's. 0 is off.
+      seed: 0 to 2**64 - 1; the same seed gives the same tokens whatever else is running. None: the
+        engine picks one.
+      stop: a string or strings that end the request when they appear in its text; held as a tuple.
+      stop_token_ids: tokens that end the request besides EOS; held as a tuple.
+      ignore_eos: go on after an EOS token.
+      max_tokens: most tokens to generate, >= 1. None: as many as fit into the model's length.
+      min_tokens: fewest tokens to generate, 0 to `max_tokens`. Only 0 is supported yet.
+      logprobs: log-probabilities per token: >= 0, or -1 for all. Only None is supported yet.
+      prompt_logprobs: the same for the prompt's tokens. Only None is supported yet.
+      detokenize: make text of the tokens. Without it `text` is None and `stop` must be empty.
+      skip_special_tokens: leave special tokens out of the text.
+      include_stop_str_in_output: keep the stop string that ended the text.
+      logit_bias: added to the logits of given token ids. Only None is supported yet.
+      allowed_token_ids: the only token ids to choose from. Only None is supported yet.
+      bad_words: strings never to generate. Only None is supported yet.
+
+    Raises:
+      ValueError: a field is out of its range, of the wrong type, or not supported yet.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for field, check in _CHECKS.items():
+            object.__setattr__(self, field, check(field, getattr(self, field)))
+        self._check_together()
+        for field, neutral in _NOT_SUPPORTED_YET.items():
+            value = getattr(self, field)
+            if value != neutral:
+                raise ValueError(f"{field}={value!r} is not supported yet; leave it at {neutral!r}")
+
+    def _check_together(self) -> None:
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError(
+                f"n={self.n} with temperature=0.0 would give {self.n} equal completions; use n=1, "
+                "or a temperature above 0"
+            )
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}"
+            )
+        if self.stop and not self.detokenize:
+            raise ValueError(
+                f"stop={self.stop!r} needs the text, but detokenize=False; use detokenize=True, "
+                "or stop_token_ids"
+            )
+
+    def stop_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
+        """Returns the tokens that end a request of a model with these EOS tokens."""
+        eos = () if self.ignore_eos else eos_token_ids
+        return frozenset([*(self.stop_token_ids or ()), *eos])
+
+
+type _Check = Callable[[str, Any], Any]
+"""(field, value) -> the value as it is held; raises ValueError."""
+
+
+def _refuse(field: str, value: object, rule: str) -> ValueError:
+    return ValueError(f"{field}={value!r} must be {rule}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _integer(low: int, high: int | None, way_out: str, *, optional: bool = False) -> _Check:
+    limits = f">= {low}" if high is None else f"from {low} to {high}"
+    rule = f"an integer {limits}{' or None' if optional else ''}; {way_out}"
+
+    def check(field: str, value: Any) -> int | None:
+        if value is None and optional:
+            return None
+        if not _is_int(value) or value < low or (high is not None and value > high):
+            raise _refuse(field, value, rule)
+        return int(value)
+
+    return check
+
+
+def _real(within: Callable[[float], bool], limits: str, way_out: str) -> _Check:
+    def check(field: str, value: Any) -> float:
+        # NaN compares false; an integer too large for a float does not overflow here.
+        if not _is_number(value) or not abs(value) <= _MAX_FLOAT32 or not within(value):
+            raise _refuse(field, value, f"a finite number {limits}; {way_out}")
+        return float(value)
+
+    return check
+
+
+def _flag(field: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _refuse(field, value, "True or False")
+    return value
+
+
+def _top_k(field: str, value: Any) -> int:
+    k = _integer(-1, None, "use 0 or -1 to keep every token")(field, value)
+    return max(k, 0)
+
+
+def _strings(field: str, value: Any, *, single: bool = False) -> tuple[str, ...]:
+    rule = f"{'a string, ' if single else ''}a list of strings or None"
+    items = (value,) if single and isinstance(value, str) else value
+    if items is not None and not isinstance(items, list | tuple):
+        raise _refuse(field, value, rule)
+    for item in items or ():
+        if not isinstance(item, str):
+            raise _refuse(field, value, f"{rule}; {item!r} is not a string")
+        if not item:
+            raise _refuse(field, value, f"{rule}, none of them empty; leave '' out")
+    return tuple(items or ())
+
+
+def _token_ids(field: str, value: Any) -> tuple[int, ...]:
+    if value is not None and not isinstance(value, list | tuple):
+        raise _refuse(field, value, "a list of token ids or None")
+    for item in value or ():
+        if not _is_int(item) or item < 0:
+            raise _refuse(field, value, f"a list of token ids or None; {item!r} is not an id >= 0")
+    return tuple(int(item) for item in value or ())
+
+
+def _stop(field: str, value: Any) -> tuple[str, ...]:
+    return _strings(field, value, single=True)
+
+
+def _bad_words(field: str, value: Any) -> tuple[str, ...] | None:
+    return _strings(field, value) or None
+
+
+def _allowed_token_ids(field: str, value: Any) -> tuple[int, ...] | None:
+    ids = _token_ids(field, value)
+    if value is not None and not ids:
+        raise _refuse(field, value, "None or at least one token id; use None to allow every token")
+    return ids or None
+
+
+def _logit_bias(field: str, value: Any) -> dict[int, float] | None:
+    if value is not None and not isinstance(value, Mapping):
+        raise _refuse(field, value, "a mapping of token ids to numbers or None")
+    for token, bias in (value or {}).items():
+        if not _is_int(token) or token < 0:
+            raise _refuse(field, value, f"a mapping of token ids; {token!r} is not an id >= 0")
+        if not _is_number(bias) or math.isnan(bias):
+            raise _refuse(field, value, f"a mapping to numbers; {bias!r} is not one")
+    held = {int(token): _clamp(float(bias), 100.0) for token, bias in (value or {}).items()}
+    return held or None
+
+
+def _clamp(value: float, limit: float) -> float:
+    return max(-limit, min(limit, value))
+
+
+_PENALTY = _real(lambda x: -2 <= x <= 2, "in [-2, 2]", "use 0 for none")
+_LOGPROBS = _integer(-1, None, "use None for none and -1 for the whole vocabulary", optional=True)
+
+_CHECKS: dict[str, _Check] = {
+    "n": _integer(1, MAX_N, "send more requests for more completions"),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "repetition_penalty": _real(lambda x: x > 0, "> 0", "use 1 for none"),
+    "temperature": _real(lambda x: x >= 0, ">= 0", "use 0 for the most likely token"),
+    "top_p": _real(lambda x: 0 < x <= 1, "in (0, 1]", "use 1 to keep every token"),
+    "top_k": _top_k,
+    "min_p": _real(lambda x: 0 <= x <= 1, "in [0, 1]", "use 0 to keep every token"),
+    "seed": _integer(0, MAX_SEED, "use None to let the engine pick one", optional=True),
+    "stop": _stop,
+    "stop_token_ids": _token_ids,
+    "ignore_eos": _flag,
+    "max_tokens": _integer(
+        1, None, "use None for as many as fit into the model's length", optional=True
+    ),
+    "min_tokens": _integer(0, None, "use 0 for none"),
+    "logprobs": _LOGPROBS,
+    "prompt_logprobs": _LOGPROBS,
+    "detokenize": _flag,
+    "skip_special_tokens": _flag,
+    "include_stop_str_in_output": _flag,
+    "logit_bias": _logit_bias,
+    "allowed_token_ids": _allowed_token_ids,
+    "bad_words": _bad_words,
+}
+
+_NOT_SUPPORTED_YET: dict[str, object] = {
+    "n": 1,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_tokens": 0,
+    "logprobs": None,
+    "prompt_logprobs": None,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": None,
+}

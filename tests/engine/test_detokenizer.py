@@ -1,0 +1,154 @@
+"""The detokenizer against decoding everything at once."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from pallas_paged.engine.detokenizer import REPLACEMENT, Detokenizer
+from tests.engine import small_tokenizers
+
+KINDS = [small_tokenizers.byte_level, small_tokenizers.metaspace, small_tokenizers.byte_fallback]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+ATOMS = [" ", "  x", "the", "\n", "é", "e\u0301", "你好", "😀", "👨\u200d👩\u200d👧", "🇩🇪"]
+texts = st.lists(st.sampled_from(ATOMS)).map("".join) | st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters=REPLACEMENT)
+)
+
+
+class Counting:
+    """A tokenizer that counts the tokens it decodes."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.num_decoded = 0
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        self.num_decoded += len(token_ids)
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+
+def pieces(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    prompt: Sequence[int] = (),
+    skip_special_tokens: bool = True,
+) -> list[str]:
+    detokenizer = Detokenizer(Counting(tokenizer), prompt, skip_special_tokens=skip_special_tokens)
+    return [*(detokenizer.append(token) for token in token_ids), detokenizer.finish()]
+
+
+def any_ids(kind: Callable[[], Tokenizer]) -> st.SearchStrategy[list[int]]:
+    """Ids of all kinds: text, single bytes, special tokens, some that the tokenizer lacks."""
+    size = kind().get_vocab_size()
+    special = [kind().token_to_id(token) for token in small_tokenizers.SPECIAL]
+    return st.lists(st.integers(0, size + 3) | st.sampled_from(special), max_size=60)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_any_tokens_give_what_decoding_all_of_them_gives(kind, skip_special_tokens, data):
+    ids = data.draw(any_ids(kind))
+    whole = kind().decode(ids, skip_special_tokens=skip_special_tokens)
+    assert "".join(pieces(kind(), ids, (), skip_special_tokens)) == whole
+
+
+@every_kind
+@settings(deadline=None, max_examples=100)
+@given(text=texts)
+def test_text_streams_without_delay_and_never_a_part_of_a_character(kind, text):
+    ids = kind().encode(text).ids
+    detokenizer = Detokenizer(Counting(kind()))
+    streamed = ""
+    for i, token in enumerate(ids):
+        streamed += detokenizer.append(token)
+        so_far = kind().decode(ids[: i + 1])
+        assert streamed == so_far or so_far.endswith(REPLACEMENT)
+        assert REPLACEMENT not in streamed
+    assert streamed + detokenizer.finish() == kind().decode(ids)
+
+
+@every_kind
+@settings(deadline=None, max_examples=100)
+@given(prompt=texts, text=texts, num_special=st.integers(0, 40))
+def test_text_continues_the_prompt(kind, prompt, text, num_special):
+    prompt_ids = kind().encode(prompt).ids + [kind().token_to_id("<|user|>")] * num_special
+    ids = kind().encode(text).ids
+    text = "".join(pieces(kind(), ids, prompt_ids))
+    assert kind().decode(prompt_ids) + text == kind().decode(prompt_ids + ids)
+
+
+def test_the_space_before_the_first_word_stays_behind_a_prompt():
+    tokenizer = small_tokenizers.metaspace()
+    prompt, answer = tokenizer.encode("the fox").ids, tokenizer.encode("the dog").ids
+    assert "".join(pieces(tokenizer, answer)) == "the dog"
+    assert "".join(pieces(tokenizer, answer, prompt)) == " the dog"
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), cut=st.integers(1, 3))
+def test_a_prompt_that_ends_inside_a_character_is_left_out(data, cut):
+    tokenizer = small_tokenizers.byte_level()
+    prompt = [byte_token(byte) for byte in "😀".encode()[:cut]]
+    ids = data.draw(any_ids(small_tokenizers.byte_level))
+    assert "".join(pieces(tokenizer, ids, prompt)) == tokenizer.decode(ids)
+
+
+@functools.cache
+def byte_token(byte: int) -> int:
+    """Returns the byte-level tokenizer's token of one byte.
+
+    GPT-2's alphabet: printable Latin-1 characters stand for themselves, the others for 256 and up.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    character = chr(byte if byte in printable else 256 + others.index(byte))
+    return small_tokenizers.byte_level().token_to_id(character)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=80) | st.lists(st.sampled_from(list("😀你\xff".encode())), max_size=60))
+@example(b"\xe4" * 40)
+@example(b"\xf0\x9f\x98" * 20)
+@example(b"\x80" * 33 + "é".encode())
+def test_any_bytes_give_what_decoding_all_of_them_gives(data):
+    tokenizer = small_tokenizers.byte_level()
+    ids = [byte_token(byte) for byte in data]
+    assert tokenizer.decode(ids) == bytes(data).decode(errors="replace")
+    assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_an_incomplete_character_comes_out_at_the_end_only():
+    ids = [byte_token(byte) for byte in b"ab" + "😀".encode()[:3]]
+    assert pieces(small_tokenizers.byte_level(), ids) == ["a", "b", "", "", "", REPLACEMENT]
+
+
+def test_a_character_split_by_special_tokens_is_still_one():
+    tokenizer = small_tokenizers.byte_level()
+    eos = tokenizer.token_to_id("</s>")
+    first, *rest = (byte_token(byte) for byte in "é".encode())
+    assert pieces(tokenizer, [first, *[eos] * 20, *rest])[-2:] == ["é", ""]
+
+
+def test_byte_fallback_keeps_what_is_out_when_a_wrong_byte_follows():
+    tokenizer = small_tokenizers.byte_fallback()
+    good = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "你".encode()]
+    wrong = tokenizer.token_to_id("<0xFF>")
+    assert tokenizer.decode([*good, wrong]) == REPLACEMENT * 4
+    assert pieces(tokenizer, [*good, wrong]) == ["", "", "你", "", REPLACEMENT]
+
+
+@pytest.mark.parametrize("data", [b"plain text, ", "你好".encode(), b"\xff", None])
+def test_cost_per_token_does_not_grow(data):
+    eos = small_tokenizers.byte_level().token_to_id("</s>")
+    ids = [eos] if data is None else [byte_token(byte) for byte in data]
+    tokenizer = Counting(small_tokenizers.byte_level())
+    detokenizer = Detokenizer(tokenizer)
+    for i in range(1200):
+        detokenizer.append(ids[i % len(ids)])
+    assert tokenizer.num_decoded < 50 * 1200

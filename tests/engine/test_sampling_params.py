@@ -1,0 +1,157 @@
+"""Every field of `SamplingParams`: its default, its range, its way of refusing."""
+
+import dataclasses
+import math
+import pickle
+
+import numpy as np
+import pytest
+
+from pallas_paged.engine.sampling_params import SamplingParams
+
+DEFAULTS = {
+    "n": 1,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "seed": None,
+    "stop": None,
+    "stop_token_ids": None,
+    "ignore_eos": False,
+    "max_tokens": 16,
+    "min_tokens": 0,
+    "logprobs": None,
+    "prompt_logprobs": None,
+    "detokenize": True,
+    "skip_special_tokens": True,
+    "include_stop_str_in_output": False,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": None,
+}
+
+NAN, INF = math.nan, math.inf
+
+REFUSED: list[tuple[str, object, str]] = [
+    *(("n", value, "from 1 to 16384") for value in (0, -1, 16385, True, 1.0, "1", None, NAN)),
+    *((f"{kind}_penalty", value, r"in \[-2, 2\]; use 0 for none")
+      for kind in ("presence", "frequency") for value in (-2.1, 2.1, NAN, INF, True, "0", None)),
+    *(("repetition_penalty", value, "> 0; use 1") for value in (0, -1, NAN, INF, True, "1", None)),
+    *(("temperature", value, ">= 0; use 0") for value in (-0.1, NAN, INF, -INF, True, "1", None)),
+    *(("temperature", value, "a finite number") for value in (1e39, 10**400, 1j)),
+    *(("top_p", value, r"in \(0, 1\]; use 1") for value in (0, -0.1, 1.1, NAN, INF, True, "1")),
+    *(("top_k", value, ">= -1; use 0 or -1") for value in (-2, True, 5.0, "5", None, NAN)),
+    *(("min_p", value, r"in \[0, 1\]; use 0") for value in (-0.1, 1.1, NAN, INF, False, "0", None)),
+    *(("seed", value, "or None; use None") for value in (-1, 2**64, True, 1.5, "1", NAN)),
+    *(("stop", value, "a string, a list of strings or None")
+      for value in (5, b"x", [5], ["a", None], {"a": 1}, {"a"}, True)),
+    *(("stop", value, "none of them empty; leave '' out") for value in ("", [""], ["a", ""])),
+    *(("stop_token_ids", value, "a list of token ids or None") for value in (5, "5", {5}, NAN)),
+    *(("stop_token_ids", value, "is not an id >= 0")
+      for value in ([-1], [1, "2"], [True], [1.0], [None])),
+    *((field, value, "True or False")
+      for field in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
+      for value in (0, 1, None, "yes", np.True_)),
+    *(("max_tokens", value, "or None; use None") for value in (0, -1, True, 16.0, "16", NAN)),
+    *(("min_tokens", value, ">= 0; use 0") for value in (-1, True, 1.0, None)),
+    *((field, value, "or None; use None for none")
+      for field in ("logprobs", "prompt_logprobs") for value in (-2, True, 1.0, "all")),
+    *(("logit_bias", value, "of token ids") for value in ([(1, 2)], 5, {-1: 0}, {"1": 0})),
+    *(("logit_bias", value, "a mapping to numbers") for value in ({1: NAN}, {1: "x"}, {1: True})),
+    *(("allowed_token_ids", value, "token id") for value in (5, [], [-1], ["a"])),
+    *(("bad_words", value, "a list of strings") for value in ("word", [""], [5])),
+]  # fmt: skip
+
+NOT_SUPPORTED_YET: list[tuple[str, object]] = [
+    ("n", 2), ("presence_penalty", 0.5), ("frequency_penalty", -0.5), ("repetition_penalty", 1.1),
+    ("min_tokens", 1), ("logprobs", 0), ("logprobs", -1), ("prompt_logprobs", 0),
+    ("logit_bias", {1: 0.5}), ("allowed_token_ids", [0]), ("bad_words", ["word"]),
+]  # fmt: skip
+
+ACCEPTED: list[tuple[str, object, object]] = [
+    ("n", np.int64(1), 1),
+    ("temperature", 0, 0.0),
+    ("temperature", 1e-6, 1e-6),
+    ("temperature", np.float32(0.5), 0.5),
+    ("top_p", 1, 1.0),
+    ("top_p", 1e-9, 1e-9),
+    ("top_k", -1, 0),
+    ("top_k", 10**9, 10**9),
+    ("min_p", 1, 1.0),
+    ("seed", 0, 0),
+    ("seed", 2**64 - 1, 2**64 - 1),
+    ("stop", None, ()),
+    ("stop", [], ()),
+    ("stop", "\n", ("\n",)),
+    ("stop", ["a", "b"], ("a", "b")),
+    ("stop_token_ids", None, ()),
+    ("stop_token_ids", (np.int32(2), 3), (2, 3)),
+    ("max_tokens", None, None),
+    ("max_tokens", 1, 1),
+    ("logit_bias", {}, None),
+    ("bad_words", [], None),
+]
+
+
+def test_names_and_defaults():
+    assert {f.name: f.default for f in dataclasses.fields(SamplingParams)} == DEFAULTS
+
+
+@pytest.mark.parametrize(("field", "value", "message"), REFUSED)
+def test_refused(field, value, message):
+    with pytest.raises(ValueError, match=message) as error:
+        SamplingParams(**{field: value})
+    assert str(error.value).startswith(f"{field}={value!r} must be ")
+
+
+@pytest.mark.parametrize(("field", "value"), NOT_SUPPORTED_YET)
+def test_not_supported_yet(field, value):
+    way_out = f"is not supported yet; leave it at {DEFAULTS[field]!r}"
+    with pytest.raises(ValueError, match=way_out) as error:
+        SamplingParams(**{field: value})
+    assert str(error.value).startswith(f"{field}=")
+
+
+@pytest.mark.parametrize(("field", "value", "held"), ACCEPTED)
+def test_accepted_and_held_in_one_form(field, value, held):
+    result = getattr(SamplingParams(**{field: value}), field)
+    assert result == held
+    assert type(result) is type(held)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n": 2, "temperature": 0}, "n=2 with temperature=0.0 .* use n=1, or a temperature"),
+        ({"min_tokens": 17}, "min_tokens=17 must be at most max_tokens=16"),
+        ({"stop": "x", "detokenize": False}, r"stop=\('x',\) needs the text.*stop_token_ids"),
+    ],
+)
+def test_fields_that_exclude_each_other(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**fields)
+
+
+def test_min_tokens_is_compared_only_with_a_limit():
+    with pytest.raises(ValueError, match="not supported yet"):
+        SamplingParams(min_tokens=100, max_tokens=None)
+
+
+def test_frozen_equal_and_copied():
+    params = SamplingParams(stop=["a"], stop_token_ids=[1], seed=3)
+    assert params == SamplingParams(stop="a", stop_token_ids=(1,), seed=3)
+    assert dataclasses.replace(params, top_k=-1) == params
+    assert pickle.loads(pickle.dumps(params)) == params
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.seed = 4
+
+
+def test_stop_ids():
+    params = SamplingParams(stop_token_ids=[5, 6])
+    assert params.stop_ids([2]) == {2, 5, 6}
+    assert SamplingParams(stop_token_ids=[5], ignore_eos=True).stop_ids([2]) == {5}
+    assert SamplingParams().stop_ids(()) == set()
