@@ -5,7 +5,6 @@ padding rows of q.
 """
 
 import dataclasses
-import itertools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -197,23 +196,30 @@ def _length_specs() -> list[AttentionSpec]:
 
 
 def _feature_specs() -> list[AttentionSpec]:
-    """Each option with each other one, in a mixed step."""
-    features: tuple[dict[str, Any], ...] = (
-        {"scale": 0.7},
-        {"sliding_window": 9},
-        {"logits_soft_cap": 1.5},
-        {"alibi": True},
-        {"sinks": True},
+    """Options in a mixed step: every two of them together, apart, and each without the other."""
+    options: dict[str, Any] = {
+        "scale": 0.7,
+        "sliding_window": 9,
+        "logits_soft_cap": 1.5,
+        "alibi": True,
+        "sinks": True,
+    }
+    combinations = (
+        ("scale", "logits_soft_cap", "alibi"),
+        ("scale", "logits_soft_cap", "sinks"),
+        ("scale", "sliding_window", "alibi", "sinks"),
+        ("sliding_window", "logits_soft_cap", "sinks"),
+        ("sliding_window", "alibi"),
     )
     return [
         AttentionSpec(
-            "-".join(first | second),
+            "-".join(names),
             (23, 1, 40, 9, 0, 64),
             (1, 1, 13, 9, 0, 3),
             num_q_heads=6,
-            **(first | second),
+            **{name: options[name] for name in names},
         )
-        for first, second in itertools.combinations(features, 2)
+        for names in combinations
     ]
 
 
@@ -229,7 +235,6 @@ def _layout_specs() -> list[AttentionSpec]:
         AttentionSpec("window-of-one", lens, queries, sliding_window=1),
         AttentionSpec("decode-no-queries", (5, 40, 17), (0, 1, 1)),
         AttentionSpec("mixed-no-queries", (5, 40, 17), (0, 7, 1), num_rows=3, num_tokens=8),
-        AttentionSpec("mixed-mqa", (65, 30), (65, 1), num_q_heads=6, num_kv_heads=1),
         AttentionSpec("decode-one", (77,)),
         AttentionSpec("prefill-one", (77,), (77,), num_tokens=77, max_blocks=10),
         AttentionSpec("decode-many", tuple(range(1, 38)), num_rows=37, num_tokens=37),
