@@ -5,7 +5,6 @@ padding rows of q.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,8 +25,8 @@ class AttentionSpec:
         have none; one of length 0 must.
       num_q_heads, num_kv_heads, head_dim, block_size: sizes of the heads and of the cache.
       dtype: of q; `cache_dtype` None is the same.
-      num_padded_rows, num_padded_tokens: how far a bucket exceeds the sequences and tokens.
-      max_blocks: M; None is what the longest sequence needs, and one more.
+      num_rows, num_tokens, max_blocks: B, T and M; None rounds what is needed up to a power of
+        two, so that there is padding, as in an engine, and that programs are shared.
       num_shared_blocks: leading blocks that all sequences long enough have in common.
       scale, sliding_window, logits_soft_cap, alibi, sinks: options; the last two switch on
         random slopes and sinks.
@@ -42,8 +41,8 @@ class AttentionSpec:
     block_size: int = 8
     dtype: str = "float32"
     cache_dtype: str | None = None
-    num_padded_rows: int = 0
-    num_padded_tokens: int = 0
+    num_rows: int | None = None
+    num_tokens: int | None = None
     max_blocks: int | None = None
     num_shared_blocks: int = 0
     scale: float | None = None
@@ -81,7 +80,7 @@ def build(spec: AttentionSpec, seed: int = 0) -> AttentionArguments:
     metadata, num_blocks = _metadata(spec, rng)
     num_tokens = sum(spec.lens_of_queries)
     q = rng.standard_normal(
-        (num_tokens + spec.num_padded_tokens, spec.num_q_heads, spec.head_dim), np.float32
+        (metadata.positions.shape[0], spec.num_q_heads, spec.head_dim), np.float32
     )
     q[num_tokens:] = np.nan
     shape = (num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
@@ -109,20 +108,25 @@ def build(spec: AttentionSpec, seed: int = 0) -> AttentionArguments:
     )
 
 
+def _bucket(needed: int, chosen: int | None) -> int:
+    return 1 << (needed - 1).bit_length() if chosen is None else chosen
+
+
 def _metadata(spec: AttentionSpec, rng: np.random.Generator) -> tuple[AttentionMetadata, int]:
     """Returns the metadata and the number of blocks, some of which no sequence uses."""
-    lens = np.array(spec.seq_lens + (0,) * spec.num_padded_rows, np.int32)
-    query_lens = np.array(spec.lens_of_queries + (0,) * spec.num_padded_rows, np.int32)
+    num_rows = _bucket(len(spec.seq_lens), spec.num_rows)
+    padded_rows = (0,) * (num_rows - len(spec.seq_lens))
+    lens = np.array(spec.seq_lens + padded_rows, np.int32)
+    query_lens = np.array(spec.lens_of_queries + padded_rows, np.int32)
+    num_tokens = _bucket(int(query_lens.sum()), spec.num_tokens)
     counts = -(-lens // spec.block_size)
-    width = spec.max_blocks or int(counts.max()) + 1
-    num_blocks = int(counts.sum()) + 3
+    tables = np.full((num_rows, _bucket(int(counts.max()), spec.max_blocks)), NULL_BLOCK, np.int32)
+    num_blocks = _bucket(int(counts.sum()) + 3, None)
     free = list(rng.permutation(np.arange(NULL_BLOCK + 1, num_blocks)))
-    tables = np.full((len(lens), width), NULL_BLOCK, np.int32)
     shared = [free.pop() for _ in range(spec.num_shared_blocks)]
     for row, count in enumerate(counts):
-        is_sharing = lens[row] >= len(shared) * spec.block_size
-        own = count - len(shared) if is_sharing else count
-        tables[row, :count] = (shared if is_sharing else []) + [free.pop() for _ in range(own)]
+        common = shared if lens[row] >= len(shared) * spec.block_size else []
+        tables[row, :count] = common + [free.pop() for _ in range(count - len(common))]
     tokens = [
         (row, position)
         for row, (length, queries) in enumerate(zip(lens, query_lens, strict=True))
@@ -130,14 +134,15 @@ def _metadata(spec: AttentionSpec, rng: np.random.Generator) -> tuple[AttentionM
     ]
     rows, positions = (np.array(column, np.int32) for column in zip(*tokens, strict=True))
     slots = tables[rows, positions // spec.block_size] * spec.block_size
-    padding = (0, spec.num_padded_tokens)
+    padding = (0, num_tokens - len(tokens))
+    is_decode = query_lens.max() <= 1
     metadata = AttentionMetadata(
         positions=jnp.asarray(np.pad(positions, padding)),
         slot_mapping=jnp.asarray(np.pad(slots + positions % spec.block_size, padding)),
         block_tables=jnp.asarray(tables),
         seq_lens=jnp.asarray(lens),
         query_start_loc=jnp.asarray(np.append(0, np.cumsum(query_lens)), jnp.int32),
-        max_query_len=int(query_lens.max()),
+        max_query_len=1 if is_decode else num_tokens,
     )
     return metadata, num_blocks
 
@@ -152,20 +157,19 @@ def _used_slots(spec: AttentionSpec, tables: np.ndarray, num_blocks: int) -> np.
 
 
 def _head_specs() -> list[AttentionSpec]:
-    """Every ratio of heads and every head_dim, decode and mixed."""
+    """Every ratio of heads and every head_dim, in a mixed step."""
     ratios = ((1, 3), (3, 2), (4, 2), (5, 1), (7, 1), (8, 1))
     head_dims = (64, 80, 96, 128, 16, 32)
     return [
         AttentionSpec(
-            f"{name}-heads{ratio * kv_heads}/{kv_heads}-dim{head_dim}",
+            f"heads{ratio * kv_heads}-{kv_heads}-dim{head_dim}",
             (17, 5, 40),
-            query_lens,
+            (1, 5, 11),
             num_q_heads=ratio * kv_heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
         )
         for (ratio, kv_heads), head_dim in zip(ratios, head_dims, strict=True)
-        for name, query_lens in (("decode", None), ("mixed", (1, 5, 11)))
     ]
 
 
@@ -173,71 +177,88 @@ def _length_specs() -> list[AttentionSpec]:
     """Every block size with lengths around it, as decode, prefill, chunked prefill and mixed."""
     specs = []
     for size in (1, 8, 16, 32):
-        lens = (0, 1, max(size - 1, 1), size, size + 1, 3 * size + 2, 301)
+        lens = (0, 1, max(size - 1, 1), size, size + 1, 3 * size + 2, 201)
         chunked = tuple(-(-length // 2) for length in lens)
         mixed = tuple(length if i % 2 else min(length, 1) for i, length in enumerate(lens))
-        cases = (("decode", None), ("prefill", lens), ("chunked", chunked), ("mixed", mixed))
-        for name, query_lens in cases:
-            spec = AttentionSpec(f"{name}-block{size}", lens, query_lens, block_size=size)
-            specs.append(spec)
+        specs.append(AttentionSpec(f"decode-block{size}", lens, block_size=size, num_rows=7))
+        for name, queries in (("prefill", lens), ("chunked", chunked), ("mixed", mixed)):
+            specs.append(
+                AttentionSpec(
+                    f"{name}-block{size}",
+                    lens,
+                    queries,
+                    block_size=size,
+                    num_rows=7,
+                    num_tokens=512,
+                )
+            )
     return specs
 
 
 def _feature_specs() -> list[AttentionSpec]:
-    """Each option alone and with each other one, in a mixed step."""
-    features: tuple[dict[str, Any], ...] = (
-        {"scale": 0.7},
-        {"sliding_window": 9},
-        {"logits_soft_cap": 1.5},
-        {"alibi": True},
-        {"sinks": True},
+    """Options in a mixed step: every two of them together, apart, and each without the other."""
+    options: dict[str, Any] = {
+        "scale": 0.7,
+        "sliding_window": 9,
+        "logits_soft_cap": 1.5,
+        "alibi": True,
+        "sinks": True,
+    }
+    combinations = (
+        ("scale", "logits_soft_cap", "alibi"),
+        ("scale", "logits_soft_cap", "sinks"),
+        ("scale", "sliding_window", "alibi", "sinks"),
+        ("sliding_window", "logits_soft_cap", "sinks"),
+        ("sliding_window", "alibi"),
     )
-    pairs: Sequence[dict[str, Any]] = [
-        first | second for i, first in enumerate(features) for second in features[i:]
-    ]
     return [
         AttentionSpec(
-            "features-" + "-".join(options),
+            "-".join(names),
             (23, 1, 40, 9, 0, 64),
             (1, 1, 13, 9, 0, 3),
             num_q_heads=6,
-            **options,
+            **{name: options[name] for name in names},
         )
-        for options in pairs
+        for names in combinations
     ]
 
 
 def _layout_specs() -> list[AttentionSpec]:
-    """Padding, sharing, windows, wide tables, empty steps, dtypes."""
+    """Sharing, windows, wide tables, sequences without queries, exact buckets, many rows."""
     lens, queries = (33, 1, 70, 16, 200), (1, 1, 64, 16, 1)
     window: dict[str, Any] = {"sliding_window": 24, "sinks": True}
     return [
-        AttentionSpec("decode-padded", lens, num_padded_rows=3, num_padded_tokens=5),
-        AttentionSpec("mixed-padded", lens, queries, num_padded_rows=3, num_padded_tokens=45),
-        AttentionSpec("decode-shared", lens, num_shared_blocks=2, block_size=16),
         AttentionSpec("mixed-shared", lens, queries, num_shared_blocks=2, block_size=16),
-        AttentionSpec("decode-wide", lens, max_blocks=1000),
         AttentionSpec("mixed-wide", lens, queries, max_blocks=1000),
-        AttentionSpec("decode-window", lens, **window),
         AttentionSpec("decode-long-window", (700, 90, 3), **window),
         AttentionSpec("prefill-long-window", (700, 90, 3), (300, 90, 3), **window),
-        AttentionSpec("decode-window-of-one", lens, sliding_window=1),
-        AttentionSpec("mixed-window-of-one", lens, queries, sliding_window=1),
+        AttentionSpec("window-of-one", lens, queries, sliding_window=1),
         AttentionSpec("decode-no-queries", (5, 40, 17), (0, 1, 1)),
-        AttentionSpec("mixed-no-queries", (5, 40, 17), (0, 7, 1)),
+        AttentionSpec("mixed-no-queries", (5, 40, 17), (0, 7, 1), num_rows=3, num_tokens=8),
         AttentionSpec("decode-one", (77,)),
-        AttentionSpec("prefill-one", (77,), (77,)),
-        AttentionSpec("decode-many", tuple(range(1, 38)), num_padded_rows=2, num_padded_tokens=2),
-        AttentionSpec("prefill-long", (513, 130), (513, 129), num_padded_tokens=7),
-    ] + [
-        AttentionSpec(f"{name}-{dtype}-cache-{cache}", lens, q, dtype=dtype, cache_dtype=cache)
-        for name, q in (("decode", None), ("mixed", queries))
-        for dtype, cache in (
-            ("bfloat16", "bfloat16"),
-            ("float16", "float16"),
-            ("float32", "bfloat16"),
-            ("bfloat16", "float32"),
+        AttentionSpec("prefill-one", (77,), (77,), num_tokens=77, max_blocks=10),
+        AttentionSpec("decode-many", tuple(range(1, 38)), num_rows=37, num_tokens=37),
+        AttentionSpec("prefill-long", (513, 130), (513, 129), num_tokens=650),
+    ]
+
+
+def _dtype_specs() -> list[AttentionSpec]:
+    """Dtypes of q and of the cache."""
+    dtypes = (
+        ("bfloat16", "bfloat16"),
+        ("float16", "float16"),
+        ("float32", "bfloat16"),
+        ("bfloat16", "float32"),
+    )
+    return [
+        AttentionSpec(
+            f"{dtype}-cache-{cache}",
+            (33, 1, 70, 16, 200),
+            (1, 1, 64, 16, 1),
+            dtype=dtype,
+            cache_dtype=cache,
         )
+        for dtype, cache in dtypes
     ]
 
 
@@ -246,5 +267,6 @@ SPECS: tuple[AttentionSpec, ...] = (
     *_length_specs(),
     *_feature_specs(),
     *_layout_specs(),
+    *_dtype_specs(),
 )
 """What every implementation is held against the reference on."""

@@ -19,17 +19,21 @@ from pallas_paged.kv_cache import AttentionMetadata
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Sizes of the pieces of work.
+    """Sizes of the pieces of work, found by `benchmarks/attention.py --tune` on two CPU cores.
 
     Attributes:
-      decode_rows: sequences that are processed together in the decode part.
+      decode_rows: the most sequences that are processed together in the decode part. More rows
+        save turns of the loop; fewer waste less on rows shorter than their group's longest.
       decode_chunk: tokens of each of them per turn of its inner loop, rounded to whole blocks.
+      decode_bytes: float32 bytes of keys per turn beyond which fewer rows are taken: what a turn
+        gathers should still be in the core's cache when the products read it.
       prefill_tile: query tokens in a tile.
       prefill_chunk: tokens per turn of a tile's inner loop, rounded to whole blocks.
     """
 
-    decode_rows: int = 8
-    decode_chunk: int = 128
+    decode_rows: int = 16
+    decode_chunk: int = 64
+    decode_bytes: int = 1 << 20
     prefill_tile: int = 64
     prefill_chunk: int = 128
 
@@ -122,7 +126,9 @@ def _decode(
     q, metadata = problem.q, problem.metadata
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = problem.k_cache.shape[1]
-    num_rows = min(tuning.decode_rows, metadata.seq_lens.shape[0])
+    row_bytes = tuning.decode_chunk * num_kv_heads * head_dim * 4
+    num_rows = min(tuning.decode_rows, tuning.decode_bytes // row_bytes, len(metadata.seq_lens))
+    num_rows = max(num_rows, 1)
 
     end = jnp.where(jnp.diff(metadata.query_start_loc) == 1, metadata.seq_lens, 0)
     end = jnp.pad(end, (0, -end.shape[0] % num_rows))
@@ -251,7 +257,10 @@ def _read_blocks(cache: jax.Array, blocks: jax.Array) -> jax.Array:
     num_blocks, num_kv_heads, block_size, head_dim = cache.shape
     heads = jnp.arange(num_kv_heads, dtype=jnp.int32)
     indices = blocks[:, None, :] * num_kv_heads + heads[None, :, None]
-    rows = cache.reshape(num_blocks * num_kv_heads, block_size, head_dim)[indices]
+    # Fused into the gather, this arithmetic would be done again for every element.
+    indices = jax.lax.optimization_barrier(indices)
+    slices = cache.reshape(num_blocks * num_kv_heads, block_size, head_dim)
+    rows = slices.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
     return rows.reshape(blocks.shape[0], num_kv_heads, -1, head_dim).astype(jnp.float32)
 
 
