@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -53,7 +53,7 @@ class Sequence:
     stop_token_ids: frozenset[int] = frozenset()
     eos_token_ids: frozenset[int] = frozenset()
     arrival_time: float = 0.0
-    sampling_params: object = None
+    sampling_params: Any = None
 
     token_ids: list[int] = dataclasses.field(init=False)
     status: SequenceStatus = dataclasses.field(init=False, default=SequenceStatus.WAITING)
