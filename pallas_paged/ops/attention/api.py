@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,40 @@ _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "reference": reference.paged_attention,
 }
 _DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
+
+
+@overload
+def paged_attention(
+    q: Float[Array, "T Hq D"],
+    k_cache: Float[Array, "N Hk S D"],
+    v_cache: Float[Array, "N Hk S D"],
+    metadata: AttentionMetadata,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Float32[Array, "Hq"] | None = None,
+    sinks: Float32[Array, "Hq"] | None = None,
+    return_lse: Literal[False] = False,
+    implementation: str | None = None,
+) -> Float[Array, "T Hq D"]: ...
+
+
+@overload
+def paged_attention(
+    q: Float[Array, "T Hq D"],
+    k_cache: Float[Array, "N Hk S D"],
+    v_cache: Float[Array, "N Hk S D"],
+    metadata: AttentionMetadata,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Float32[Array, "Hq"] | None = None,
+    sinks: Float32[Array, "Hq"] | None = None,
+    return_lse: Literal[True],
+    implementation: str | None = None,
+) -> tuple[Float[Array, "T Hq D"], Float32[Array, "T Hq"]]: ...
 
 
 def paged_attention(
