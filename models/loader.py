@@ -69,7 +69,7 @@ def load_generation_defaults(path: str | os.PathLike[str]) -> tuple[int, ...]:
 def load_model(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike = "auto") -> CausalLM:
     """Returns the model in the folder `path`, its weights on JAX's default device.
 
-    Tensors are read one after the other: the host never holds more than two of them.
+    Tensors are read and placed one after the other; the host holds none but the one in hand.
 
     Args:
       path: a folder with `config.json` and either `model.safetensors`, or
@@ -89,17 +89,15 @@ def load_model(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike = "auto
     graph, abstract = nnx.split(
         nnx.eval_shape(lambda: family.model(config, dtype=param_dtype, rngs=nnx.Rngs(0)))
     )
-    params = {".".join(map(str, keys)): (keys, param) for keys, param in _flat(abstract)}
+    params = {
+        ".".join(map(str, keys)): (keys, param) for keys, param in nnx.to_flat_state(abstract)
+    }
     _check(path, tensors, {name: param.shape for name, (_, param) in params.items()})
-    loaded = [
-        (params[name][0], params[name][1].replace(jnp.asarray(value.astype(param_dtype))))
-        for name, value in _read(tensors)
-    ]
+    loaded = []
+    for name, value in _read(tensors):
+        keys, param = params[name]
+        loaded.append((keys, param.replace(jnp.asarray(value.astype(param_dtype)))))
     return nnx.merge(graph, nnx.from_flat_state(loaded))
-
-
-def _flat(state: Any) -> list[tuple[tuple[Any, ...], nnx.Param]]:
-    return list(nnx.to_flat_state(state))
 
 
 def _model_file(path: str | os.PathLike[str], name: str) -> Path:
@@ -149,8 +147,8 @@ def _scan(path: str | os.PathLike[str]) -> list[_Tensor]:
             "first (transformers' save_pretrained does)"
         )
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no object 'weight_map'")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ValueError(f"{index} has no object 'weight_map' of tensor names and file names")
     shards = sorted(set(weight_map.values()))
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise FileNotFoundError(f"{index} names files that are missing: {', '.join(missing)}")
@@ -185,18 +183,18 @@ def _by_parameter(
         found[name] = tensor
     if config.tie_word_embeddings and names.output in found:
         output = found.pop(names.output)
-        embedding = found.setdefault(names.embedding, output)
-        _check_tied(embedding, output)
+        if names.embedding in found:
+            _check_equal(found[names.embedding], output)
+        found.setdefault(names.embedding, output)
     return found
 
 
-def _check_tied(embedding: _Tensor, output: _Tensor) -> None:
-    pair = {"embedding": embedding, "output": output}
-    values = dict(_read(pair))
+def _check_equal(embedding: _Tensor, output: _Tensor) -> None:
+    values = dict(_read({"embedding": embedding, "output": output}))
     if not np.array_equal(values["embedding"], values["output"]):
         raise ValueError(
-            f"{output.name} differs from {embedding.name}, but config.json has "
-            "tie_word_embeddings=true (or leaves it at that): set it to false to use both"
+            f"{output.name} differs from {embedding.name}, but by config.json they are one tensor: "
+            "set tie_word_embeddings to false there to use both"
         )
 
 

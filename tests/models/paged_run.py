@@ -25,12 +25,16 @@ def nan_caches(config: ModelConfig, num_blocks: int, dtype: Any) -> tuple[KVCach
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
 def step(
-    graph: Any, state: Any, input_ids: Any, metadata: AttentionMetadata, kv_caches: Any
+    graph: Any, max_query_len: int, state: Any, input_ids: Any, places: Any, kv_caches: Any
 ) -> Any:
-    """Returns the logits of all tokens, and the caches: as the engine calls a model."""
+    """Returns the logits of all tokens, and the caches: as the engine calls a model.
+
+    `places` are the arrays of an `AttentionMetadata`, by name.
+    """
     model = nnx.merge(graph, state)
+    metadata = AttentionMetadata(**places, max_query_len=max_query_len)
     hidden, kv_caches = model(input_ids, metadata, kv_caches)
     return model.compute_logits(hidden), kv_caches
 
@@ -61,16 +65,15 @@ class PagedRun:
             input_ids[at], positions[at] = tokens, place
             blocks = self.block_tables[row, place // BLOCK_SIZE]
             slots[at] = blocks * BLOCK_SIZE + place % BLOCK_SIZE
-        metadata = AttentionMetadata(
-            positions=jnp.asarray(positions),
-            slot_mapping=jnp.asarray(slots),
-            block_tables=jnp.asarray(self.block_tables * (counts > 0)[:, None]),
-            seq_lens=jnp.asarray(self.seq_lens * (counts > 0)),
-            query_start_loc=jnp.asarray(offsets),
-            max_query_len=max_query_len,
-        )
+        places = {
+            "positions": positions,
+            "slot_mapping": slots,
+            "block_tables": self.block_tables * (counts > 0)[:, None],
+            "seq_lens": self.seq_lens * (counts > 0),
+            "query_start_loc": offsets,
+        }
         logits, self.kv_caches = step(
-            self.graph, self.state, jnp.asarray(input_ids), metadata, self.kv_caches
+            self.graph, max_query_len, self.state, input_ids, places, self.kv_caches
         )
         return np.split(np.asarray(logits), offsets[1:])[:-1]
 

@@ -1,0 +1,241 @@
+import dataclasses
+import json
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pallas_paged.models.config import ModelConfig
+from pallas_paged.models.llama import LlamaConfig
+from pallas_paged.models.opt import OPTConfig
+from pallas_paged.models.registry import FAMILIES, config_from_hf
+from pallas_paged.models.rope import LinearRope, Llama3Rope, Rope, YarnRope
+from tests.models.references import DATA
+
+PUBLISHED = json.loads((DATA / "published.json").read_text())
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+OPT = {
+    "architectures": ["OPTForCausalLM"],
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "ffn_dim": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32, "rope_type": "llama3"}
+
+
+def num_parameters(config: ModelConfig) -> int:
+    build = FAMILIES[config.architecture].model
+    model = nnx.eval_shape(lambda: build(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model)))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_number_of_parameters(name, caplog):
+    published = PUBLISHED[name]
+    with caplog.at_level(logging.WARNING):
+        config = config_from_hf(published["config"])
+    assert not caplog.records
+    first, second = (num_parameters(dataclasses.replace(config, num_layers=n)) for n in (1, 2))
+    expected = published["num_parameters"]
+    assert first + (config.num_layers - 1) * (second - first) == expected
+
+
+def test_published_fields_are_read():
+    llama32 = config_from_hf(PUBLISHED["llama-3.2-3b"]["config"])
+    assert llama32 == LlamaConfig(
+        vocab_size=128256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_layers=28,
+        num_q_heads=24,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope=Llama3Rope(
+            rope_theta=500000.0,
+            factor=32.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        ),
+        tie_word_embeddings=True,
+        checkpoint_dtype="bfloat16",
+    )
+    opt350m = config_from_hf(PUBLISHED["opt-350m"]["config"])
+    assert opt350m == OPTConfig(
+        vocab_size=50272,
+        hidden_size=1024,
+        ffn_dim=4096,
+        word_embed_proj_dim=512,
+        num_layers=24,
+        num_q_heads=16,
+        num_kv_heads=16,
+        head_dim=64,
+        max_position_embeddings=2048,
+        do_layer_norm_before=False,
+        tie_word_embeddings=True,
+        checkpoint_dtype="float16",
+    )
+    assert config_from_hf(PUBLISHED["llama-7b"]["config"]).num_kv_heads == 32
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, Rope(rope_theta=10000.0)),
+        ({"rope_theta": 500}, Rope(rope_theta=500.0)),
+        ({"rope_scaling": None, "rope_theta": 7.0}, Rope(rope_theta=7.0)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, Rope(rope_theta=7.0)),
+        ({"rope_parameters": {"rope_theta": 7.0}, "rope_theta": 9.0}, Rope(rope_theta=7.0)),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, LinearRope(factor=2.0)),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2.0}},
+            LinearRope(factor=2.0),
+        ),
+        (
+            {"rope_scaling": LLAMA3, "rope_theta": 5.0},
+            Llama3Rope(
+                rope_theta=5.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 5.0,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                    "attention_factor": 1.5,
+                    "mscale": None,
+                }
+            },
+            YarnRope(
+                rope_theta=5.0,
+                factor=4.0,
+                original_max_position_embeddings=32,
+                attention_factor=1.5,
+            ),
+        ),
+    ],
+)
+def test_rope_in_both_spellings(fields, expected):
+    assert config_from_hf(LLAMA | fields).rope == expected
+
+
+@pytest.mark.parametrize(
+    ("base", "fields", "message"),
+    [
+        (LLAMA, {"architectures": None}, "architectures=None .* only LlamaForCausalLM, OPTFor"),
+        (LLAMA, {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "model_type='gpt2'"),
+        (LLAMA, {"vocab_size": None}, "no 'vocab_size'"),
+        (LLAMA, {"hidden_size": "32"}, "hidden_size='32' must be of type int"),
+        (LLAMA, {"num_hidden_layers": True}, "num_hidden_layers=True must be of type int"),
+        (LLAMA, {"num_hidden_layers": 0}, "num_layers=0 must be positive"),
+        (LLAMA, {"num_key_value_heads": 3}, "num_q_heads=4 must be divisible by num_kv_heads=3"),
+        (LLAMA, {"num_attention_heads": 5}, "hidden_size=32 must be a multiple of"),
+        (LLAMA, {"head_dim": 7}, "head_dim=7 must be even"),
+        (LLAMA, {"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be positive"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only silu"),
+        (LLAMA, {"attention_bias": 1}, "attention_bias=1 must be of type bool"),
+        (LLAMA, {"pretraining_tp": 2}, "pretraining_tp=2 is not supported, only 1"),
+        (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config=.* is not supported"),
+        (LLAMA, {"torch_dtype": "int8"}, "torch_dtype='int8' is not supported, only float32 or"),
+        (LLAMA, {"dtype": "float64"}, "dtype='float64' is not supported"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        (LLAMA, {"rope_theta": -1.0}, "rope_theta=-1.0 must be positive"),
+        (LLAMA, {"rope_scaling": "linear"}, "rope_scaling='linear' must be of type dict"),
+        (
+            LLAMA,
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_scaling: rope_type='dynamic' is not supported, only default or linear or",
+        ),
+        (LLAMA, {"rope_scaling": {"type": "su"}}, "rope_scaling: type='su' is not supported"),
+        (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_scaling has no 'factor'"),
+        (
+            LLAMA,
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}},
+            "beta_fast not supported with rope type 'linear'",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}},
+            "remove one of them",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+            "low_freq_factor=4.0 must lie",
+        ),
+        (
+            LLAMA,
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 32,
+                    "mscale": 1.0,
+                }
+            },
+            "mscale not supported with rope type 'yarn'",
+        ),
+        (OPT, {"ffn_dim": None}, "no 'ffn_dim'"),
+        (OPT, {"ffn_dim": -1}, "ffn_dim=-1 must be positive"),
+        (OPT, {"activation_function": "silu"}, "activation_function='silu' is not supported, only"),
+        (OPT, {"do_layer_norm_before": "yes"}, "do_layer_norm_before='yes' must be of type bool"),
+        (OPT, {"num_attention_heads": 3}, "hidden_size=32 must be a multiple of"),
+        (OPT, {"is_encoder_decoder": True}, "is_encoder_decoder=True is not supported"),
+    ],
+)
+def test_refused_by_name(base, fields, message):
+    config_from_hf(base)
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(base | fields)
+
+
+def test_fields_that_nobody_reads_are_reported(caplog):
+    with caplog.at_level(logging.WARNING):
+        config_from_hf(LLAMA | {"window": 3, "use_cache": False, "head_dim": None, "other": None})
+    assert [record.getMessage() for record in caplog.records] == [
+        "config.json: no effect here have the fields window"
+    ]
+
+
+def test_configs_are_checked_when_built_and_frozen():
+    config = config_from_hf(OPT)
+    with pytest.raises(ValueError, match="activation_function='tanh'"):
+        dataclasses.replace(config, activation_function="tanh")
+    with pytest.raises(ValueError, match="checkpoint_dtype='int4'"):
+        dataclasses.replace(config, checkpoint_dtype="int4")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.hidden_size = 3
+
+
+def test_rope_scalings():
+    plain = Rope().inv_freq(64)
+    np.testing.assert_allclose(LinearRope(factor=4.0).inv_freq(64), plain / 4, rtol=1e-6)
+    yarn = YarnRope(factor=4.0, original_max_position_embeddings=128).inv_freq(64)
+    assert yarn[0] == plain[0]
+    np.testing.assert_allclose(yarn[-1], plain[-1] / 4, rtol=1e-6)
+    assert YarnRope(factor=1.0, original_max_position_embeddings=128).magnitude == 1.0
+    assert YarnRope(factor=math.e, original_max_position_embeddings=128).magnitude == 1.1

@@ -1,0 +1,101 @@
+"""What the engine relies on: the split state under `jax.jit`, donation, sharding names."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pallas_paged.kv_cache import KVCache
+from pallas_paged.models import load_model
+from tests.models.paged_run import BLOCK_SIZE, step
+from tests.models.references import REFERENCES, load_reference
+
+AXES = {"vocab", "embed", "heads", "kv_heads", "mlp", "positions", "word_embed"}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_every_parameter_has_the_names_of_its_axes(name):
+    model = load_model(load_reference(name).path)
+    for path, param in nnx.to_flat_state(nnx.state(model)):
+        assert len(param.out_sharding) == param[...].ndim, path
+        assert set(param.out_sharding) <= AXES, path
+    by_name = {".".join(map(str, path)): p for path, p in nnx.to_flat_state(nnx.state(model))}
+    for name, param in by_name.items():
+        for part, axes in (("k_proj.weight", ("kv_heads", "embed")), ("embed_tokens", ("vocab",))):
+            if part in name:
+                assert param.out_sharding[: len(axes)] == axes, name
+
+
+def test_axis_names_become_a_sharding():
+    state = nnx.state(load_model(load_reference("llama-gqa-llama3").path))
+    rules = (("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"))
+    rules += (("embed", None),)
+    with nnx.logical_axis_rules(rules):
+        spec = nnx.get_partition_spec(state)
+    layer = spec["model"]["layers"][0]
+    assert layer["self_attn"]["q_proj"]["weight"].get_value() == jax.P("tensor", None)
+    assert layer["self_attn"]["o_proj"]["weight"].get_value() == jax.P(None, "tensor")
+    assert layer["mlp"]["down_proj"]["bias"].get_value() == jax.P(None)
+
+
+def decode_arguments(name: str, num_blocks: int, num_seqs: int = 4) -> tuple:
+    model = load_model(load_reference(name).path)
+    config = model.config
+    rows = np.arange(num_seqs, dtype=np.int32)
+    places = {
+        "positions": 0 * rows,
+        "slot_mapping": (rows + 1) * BLOCK_SIZE,
+        "block_tables": (rows + 1)[:, None],
+        "seq_lens": 0 * rows + 1,
+        "query_start_loc": np.arange(num_seqs + 1, dtype=np.int32),
+    }
+    size = (num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
+    caches = tuple(KVCache.zeros(*size, jnp.float32) for _ in range(config.num_layers))
+    graph, state = nnx.split(model)
+    return graph, 1, state, rows, places, caches
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-llama3", "opt-prenorm"])
+def test_the_compiled_decode_step_copies_neither_caches_nor_weights(name):
+    arguments = decode_arguments(name, num_blocks=5001)
+    caches = arguments[-1]
+    compiled = step.lower(*arguments).compile()
+    text = compiled.as_text()
+
+    aliases = text.partition("input_output_alias={")[2].partition("entry_computation_layout")[0]
+    assert aliases.count("-alias)") == 2 * len(caches)
+
+    weights = [x for x in jax.tree.leaves(arguments[2]) if x.ndim > 1]
+    shapes = {",".join(map(str, x.shape)) for x in (*weights, *jax.tree.leaves(caches))}
+    moved = re.findall(r"f32\[([\d,]*)\]\S* (?:copy|transpose)(?:-start)?\(", text)
+    assert moved, "the pattern must find the copies of small arrays that there are"
+    assert not shapes & set(moved)
+    assert compiled.memory_analysis().temp_size_in_bytes < caches[0].k.nbytes
+
+    _, updated = step(*arguments)
+    assert all(x.is_deleted() for x in jax.tree.leaves(caches))
+    written = np.asarray(updated[0].k)
+    assert np.abs(written[1:5, :, 0]).min() > 0
+    assert not written[5:].any()
+
+
+def test_split_state_round_trips_through_jit():
+    model = load_model(load_reference("opt-postnorm-projected").path)
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def doubled(state):
+        model = nnx.merge(graph, state)
+        return nnx.state(jax.tree.map(lambda x: 2 * x, model))
+
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(doubled(state)), strict=True):
+        np.testing.assert_array_equal(2 * before, after)
+
+
+def test_a_second_load_needs_no_second_trace():
+    graphs = [nnx.split(load_model(load_reference("opt-prenorm").path))[0] for _ in range(2)]
+    assert graphs[0] == graphs[1]
+    assert hash(graphs[0]) == hash(graphs[1])
