@@ -1,1 +1,15 @@
 """The serving engine: scheduler, runner, sampling and the LLM API."""
+
+from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.llm import LLM
+from pallas_paged.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from pallas_paged.engine.sampling_params import SamplingParams
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+]

@@ -40,18 +40,23 @@ class Tokenizer:
         return self._implementation.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], **template_values: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Returns the tokens of a conversation, up to where the model's answer starts.
+        """Returns the tokens of a conversation.
 
         Args:
           messages: each with at least a "role" and a "content", oldest first.
-          template_values: passed on to the template.
+          chat_template: a Jinja template instead of the folder's own.
+          add_generation_prompt: end where the model's answer starts.
 
         Raises:
           ValueError: the folder has no chat template, or it refuses the messages.
         """
-        if self._implementation.chat_template is None:
+        if chat_template is None and self._implementation.chat_template is None:
             raise ValueError(
                 f"{self.path} has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json), so messages cannot be turned into a prompt; send the "
@@ -63,10 +68,10 @@ class Tokenizer:
         try:
             return self._implementation.apply_chat_template(
                 [dict(message) for message in messages],
-                add_generation_prompt=True,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
                 tokenize=True,
                 return_dict=False,
-                **template_values,
             )
         except jinja2.TemplateError as error:
             raise ValueError(

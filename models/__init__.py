@@ -1,1 +1,14 @@
 """Flax NNX models, and the loading of Hugging Face checkpoints into them."""
+
+from pallas_paged.models.config import ModelConfig
+from pallas_paged.models.interface import Attend, CausalLM
+from pallas_paged.models.loader import load_config, load_generation_defaults, load_model
+
+__all__ = [
+    "Attend",
+    "CausalLM",
+    "ModelConfig",
+    "load_config",
+    "load_generation_defaults",
+    "load_model",
+]

@@ -1,1 +1,23 @@
 """Paged attention for JAX: kernels, KV cache and block tables."""
+
+from pallas_paged import block_tables
+from pallas_paged.block_tables import BlockTables
+from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache
+from pallas_paged.ops.attention.api import attention_implementation, paged_attention
+from pallas_paged.ops.block_copy.api import copy_blocks
+from pallas_paged.ops.block_transfer.api import gather_blocks, scatter_blocks
+from pallas_paged.ops.kv_write.api import write_kv
+
+__all__ = [
+    "NULL_BLOCK",
+    "AttentionMetadata",
+    "BlockTables",
+    "KVCache",
+    "attention_implementation",
+    "block_tables",
+    "copy_blocks",
+    "gather_blocks",
+    "paged_attention",
+    "scatter_blocks",
+    "write_kv",
+]

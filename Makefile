@@ -1,0 +1,72 @@
+# `make demo` and `make test` do all their own set-up in .venv; nothing else is touched.
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+OLDEST := .venv-oldest
+OLDEST_JAX := 0.11.2
+
+.PHONY: demo test check format oldest dist clean
+
+demo: $(VENV)/.base
+	@$(PY) -m pallas_paged.engine.demo
+
+test: $(VENV)/.test
+	@$(PY) -m pytest
+
+check: $(VENV)/.test
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(PY) -m pytest
+
+format: $(VENV)/.test
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+# Kernels, block tables and a request from end to end on the oldest JAX we support.
+oldest:
+	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.test
+	@$(OLDEST)/bin/pip install --quiet jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX)
+	@$(OLDEST)/bin/python -m pytest tests/kernels tests/engine/test_smoke.py
+
+# sdist -> wheel -> an empty environment -> a request, run from another directory.
+dist: $(VENV)/.test
+	@rm -rf dist && $(PY) -m build --outdir dist .
+	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	$(PY) -m venv "$$work/venv"; \
+	"$$work/venv/bin/pip" install --quiet --constraint constraints.txt dist/*.whl; \
+	cd "$$work" && venv/bin/python -m pallas_paged.engine.generate \
+	  --prompt='def main():' --max_tokens=8 --temperature=0
+
+clean:
+	rm -rf $(VENV) $(OLDEST) dist
+
+# --- set-up -----------------------------------------------------------------------------------
+
+$(VENV)/.base: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "Installing pallas-paged into $(VENV) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "Installing pallas-paged with its test tools into $(VENV) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $(VENV)/.base $@
+
+# The first Python >= 3.12 found; the names that most systems, pyenv (.python-version) and uv give.
+$(VENV)/bin/pip:
+	@rm -rf $(VENV); \
+	for python in python3.12 python3 python3.13 python3.14 python; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	    if $$python -m venv $(VENV) 2>/dev/null; then exit 0; fi; \
+	    rm -rf $(VENV); no_venv=$$python; \
+	  fi; \
+	done; \
+	if command -v uv >/dev/null 2>&1 && uv venv --quiet --seed --python 3.12 $(VENV); then exit 0; fi; \
+	if [ -n "$$no_venv" ]; then \
+	  echo "$$no_venv cannot make virtual environments: install its venv module" >&2; \
+	  echo "(Debian, Ubuntu: apt-get install python3-venv), or install uv." >&2; \
+	else \
+	  echo "pallas-paged needs Python 3.12 or newer as python3.12 or python3, or uv, on the PATH." >&2; \
+	  echo "Found: $$(python3 --version 2>&1 || true)" >&2; \
+	fi; exit 1

@@ -1,0 +1,137 @@
+"""Engine configuration: frozen, checked when built; derived values are functions of it."""
+
+import dataclasses
+
+from pallas_paged.dispatch import KNOWN_IMPLEMENTATIONS
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
+"""The pool on a CPU when nothing is asked for: a stated size, not a share of all memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How an engine runs. The names are those of vLLM's engine arguments where it has them.
+
+    Attributes:
+      model: folder with a Hugging Face checkpoint.
+      tokenizer: folder with tokenizer files; None means `model`.
+      dtype: of parameters and activations: "auto" (the checkpoint's), "float32", "bfloat16",
+        "float16".
+      kv_cache_dtype: of the KV cache; "auto" is the model's dtype.
+      max_model_len: most tokens (prompt + output) of a sequence; None means the model's limit.
+      max_num_seqs: most sequences that run at once.
+      max_num_batched_tokens: most tokens computed in one step; longer prompts are computed in
+        chunks. At least `max_num_seqs`, so that every running sequence can advance in every step.
+      block_size: tokens in a KV block.
+      num_blocks: size of the pool in blocks, the null block included; wins over
+        `kv_cache_memory_bytes`.
+      kv_cache_memory_bytes: size of the pool in bytes; wins over `gpu_memory_utilization`.
+      gpu_memory_utilization: share of a GPU's memory for weights, temporaries and pool together.
+        On a CPU the default pool is 1 GiB (or less, when all sequences at their longest need
+        less).
+      seed: where the seeds of requests that bring none are drawn from.
+      attention_implementation: None chooses by platform; a named one is used or refused.
+      async_scheduling: schedule and dispatch a step before the previous one's tokens are on the
+        host.
+      deterministic: run every step in one fixed shape, so that in float32 a request's tokens do
+        not depend, bit for bit, on what else is in its batches. Decoding then costs as much as
+        the largest step.
+      compile_ahead: compile every bucket when the engine starts instead of at first use.
+      compilation_cache_dir: folder of compiled programs; "auto" is `~/.cache/pallas-paged`, None
+        switches the cache off. A folder already set in JAX's configuration wins.
+      enable_prefix_caching, tensor_parallel_size, swap_space: not supported yet; only the neutral
+        values False, 1 and 0 are accepted.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    seed: int = 0
+    attention_implementation: str | None = None
+    async_scheduling: bool = True
+    deterministic: bool = False
+    compile_ahead: bool = False
+    compilation_cache_dir: str | None = "auto"
+    enable_prefix_caching: bool = False
+    tensor_parallel_size: int = 1
+    swap_space: float = 0
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "kv_cache_dtype"):
+            _require(getattr(self, name) in DTYPES, self, name, f"must be one of {DTYPES}")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            _require(_is_int(getattr(self, name), 1), self, name, "must be an integer >= 1")
+        for name, least in (("max_model_len", 1), ("num_blocks", 2), ("kv_cache_memory_bytes", 1)):
+            value = getattr(self, name)
+            ok = value is None or _is_int(value, least)
+            _require(ok, self, name, f"must be None or an integer >= {least}")
+        _require(_is_int(self.seed, 0), self, "seed", "must be an integer >= 0")
+        share = self.gpu_memory_utilization
+        _require(0 < share <= 1, self, "gpu_memory_utilization", "must be in (0, 1]")
+        _require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            self,
+            "max_num_batched_tokens",
+            f"must be at least max_num_seqs={self.max_num_seqs}",
+        )
+        _require(
+            self.attention_implementation in (None, *KNOWN_IMPLEMENTATIONS),
+            self,
+            "attention_implementation",
+            f"must be None or one of {KNOWN_IMPLEMENTATIONS}",
+        )
+        for name, neutral in (
+            ("enable_prefix_caching", False),
+            ("tensor_parallel_size", 1),
+            ("swap_space", 0),
+        ):
+            _require(
+                getattr(self, name) == neutral,
+                self,
+                name,
+                f"is not supported yet; leave it at {neutral!r}",
+            )
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _require(condition: bool, config: EngineConfig, name: str, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={getattr(config, name)!r} {rule}")
+
+
+def resolve_max_model_len(config: EngineConfig, max_position_embeddings: int) -> int:
+    """Returns the longest sequence the engine serves, in tokens.
+
+    Raises:
+      ValueError: `config.max_model_len` is more than the model was made for.
+    """
+    if config.max_model_len is None:
+        return max_position_embeddings
+    if config.max_model_len > max_position_embeddings:
+        raise ValueError(
+            f"max_model_len={config.max_model_len} is more than the model's "
+            f"max_position_embeddings={max_position_embeddings}; choose at most that"
+        )
+    return config.max_model_len
+
+
+def round_num_blocks(num_blocks: int) -> int:
+    """Rounds down to 8 sizes per power of two.
+
+    The pool's size is a shape of every compiled program: on this grid a start with slightly more
+    or less free memory finds the same programs in the compilation cache.
+    """
+    step = 1 << max(0, num_blocks.bit_length() - 4)
+    return num_blocks // step * step

@@ -1,0 +1,315 @@
+"""The engine's loop: schedule a step, dispatch it, then take in the step before it.
+
+No state of a request lives elsewhere; `LLM` and servers only translate. One thread at a time.
+"""
+
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from pallas_paged.engine.detokenizer import Detokenizer
+from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from pallas_paged.engine.runner import InFlight, Runner
+from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
+from pallas_paged.engine.sequence import Sequence
+from pallas_paged.engine.stop import StopMatcher
+from pallas_paged.engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class _Request:
+    """A request between arrival and its last output."""
+
+    sequence: Sequence
+    prompt: str | None
+    params: SamplingParams
+    detokenizer: Detokenizer | None
+    stop: StopMatcher
+    text: str = ""
+    num_detokenized: int = 0
+    first_scheduled_time_s: float | None = None
+    first_token_time_s: float | None = None
+
+
+class Engine:
+    """Runs requests over a scheduler, a memory and a runner.
+
+    Args:
+      scheduler: whose memory is `memory`.
+      memory: the owner of the block tables.
+      runner: the device.
+      vocab_size: V; token ids are below it.
+      max_model_len: most tokens of a sequence.
+      eos_token_ids: tokens that end an output unless `ignore_eos`.
+      tokenizer: None serves token prompts only, and outputs have no text.
+      seed: where the seeds of requests that bring none are drawn from.
+      async_scheduling: keep one step in flight while the next is scheduled.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        memory: BlockTableMemory,
+        runner: Runner,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        eos_token_ids: Seq[int] = (),
+        tokenizer: Tokenizer | None = None,
+        seed: int = 0,
+        async_scheduling: bool = True,
+    ):
+        self.scheduler = scheduler
+        self.memory = memory
+        self.tokenizer = tokenizer
+        self.num_steps = 0
+        self.num_generated_tokens = 0
+        self.runner = runner
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._async_scheduling = async_scheduling
+        self._seeds = np.random.default_rng(seed)
+        self._requests: dict[str, _Request] = {}
+        self._in_flight: InFlight | None = None
+        self._undelivered: list[RequestOutput] = []
+        self._counter = itertools.count()
+
+    def check_idle(self) -> None:
+        """Asserts that no request is left, and that the block tables agree: every block is free."""
+        assert not self.has_unfinished, f"unfinished: {sorted(self._requests)}"
+        self.scheduler.check_invariants()
+        free, usable = self.memory.num_free_blocks, self.memory.num_usable_blocks
+        assert free == usable, f"{usable - free} blocks are lost"
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def make_sequence(
+        self,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams,
+        request_id: str | None = None,
+    ) -> Sequence:
+        """Returns a sequence that `add` accepts; changes nothing but the id counter.
+
+        Raises:
+          ValueError: the prompt is empty, too long for the model, or for the pool together with
+            `max_tokens`; a token id is outside the vocabulary; stop strings without a tokenizer.
+            The message names field, value and way out.
+        """
+        ids = _checked_token_ids(prompt_token_ids, self._vocab_size)
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer; use stop_token_ids")
+        for token_id in params.stop_token_ids or ():
+            if token_id >= self._vocab_size:
+                raise ValueError(
+                    f"stop_token_ids holds {token_id}, which is outside the vocabulary of "
+                    f"{self._vocab_size} tokens"
+                )
+        longest = min(
+            self._max_model_len, self.memory.num_usable_blocks * self.memory.state.block_size
+        )
+        if len(ids) >= self._max_model_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, which leaves no room for output within "
+                f"max_model_len={self._max_model_len}; shorten it"
+            )
+        max_tokens = params.max_tokens
+        if max_tokens is None:
+            max_tokens = max(1, longest - len(ids))
+        elif len(ids) + max_tokens > self._max_model_len:
+            raise ValueError(
+                f"the prompt's {len(ids)} tokens and max_tokens={max_tokens} are more than "
+                f"max_model_len={self._max_model_len}; shorten one of them, or pass "
+                "max_tokens=None for as many as fit"
+            )
+        sequence = Sequence(
+            request_id=f"request-{next(self._counter)}" if request_id is None else request_id,
+            prompt_token_ids=ids,
+            max_tokens=max_tokens,
+            eos_token_ids=frozenset() if params.ignore_eos else self._eos_token_ids,
+            stop_token_ids=frozenset(params.stop_token_ids or ()),
+            arrival_time=time.monotonic(),
+            sampling_params=self._with_seed(params),
+        )
+        self.scheduler.check(sequence)
+        return sequence
+
+    def add(self, sequence: Sequence, prompt: str | None = None) -> None:
+        """Queues a sequence made by `make_sequence`; `prompt` is its text, if it came as text.
+
+        Raises:
+          ValueError: its request id is in use.
+        """
+        if sequence.request_id in self._requests:
+            raise ValueError(f"request_id={sequence.request_id!r} is in use; choose another")
+        params = sequence.sampling_params
+        detokenizer = None
+        if self.tokenizer is not None and params.detokenize:
+            detokenizer = Detokenizer(
+                self.tokenizer,
+                sequence.prompt_token_ids,
+                skip_special_tokens=params.skip_special_tokens,
+            )
+        stop = StopMatcher(params.stop or (), include_stop_str=params.include_stop_str_in_output)
+        self.scheduler.add(sequence)
+        self._requests[sequence.request_id] = _Request(sequence, prompt, params, detokenizer, stop)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and frees its blocks; the next `step` returns its last output.
+
+        Allowed in every state and as often as one likes; unknown and finished ones are ignored.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.scheduler.abort(request_id)
+            self._undelivered.append(self._output(request))
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything left to do."""
+        return bool(self._requests or self._undelivered) or self._in_flight is not None
+
+    # --- steps --------------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Dispatches the next step and takes in the one before; returns what changed.
+
+        With `async_scheduling` the step dispatched here stays in flight, so that the host's work
+        for the next one happens while the device computes.
+
+        Raises:
+          Exception: whatever failed. Every request has been aborted, every block is free again, and
+            the engine can be used on; the next `step` returns the requests' last outputs, with
+            the error as `stop_reason`.
+        """
+        try:
+            outputs = self._step()
+        except BaseException as error:
+            self._fail_all(f"{type(error).__name__}: {error}")
+            raise
+        undelivered, self._undelivered = self._undelivered, []
+        return undelivered + outputs
+
+    def _step(self) -> list[RequestOutput]:
+        step = self.scheduler.schedule()
+        dispatched = self._dispatch(step) if step is not None else None
+        if not self._async_scheduling:
+            return self._take_in(dispatched) if dispatched is not None else []
+        before, self._in_flight = self._in_flight, dispatched
+        return self._take_in(before) if before is not None else []
+
+    def _fail_all(self, cause: str) -> None:
+        self._in_flight = None
+        for sequence in self.scheduler.abort_all():
+            sequence.stop_reason = cause
+            self._undelivered.append(self._output(self._requests[sequence.request_id]))
+        self.runner.recover()
+
+    def _dispatch(self, step: ScheduledStep) -> InFlight:
+        now = time.monotonic()
+        for scheduled in step.scheduled:
+            request = self._requests[scheduled.sequence.request_id]
+            if request.first_scheduled_time_s is None:
+                request.first_scheduled_time_s = now
+        self.num_steps += 1
+        return self.runner.dispatch(step, self.memory.state)
+
+    def _take_in(self, in_flight: InFlight) -> list[RequestOutput]:
+        tokens = self.runner.collect(in_flight)
+        now = time.monotonic()
+        invalid = {
+            scheduled.sequence.request_id
+            for scheduled, token in zip(in_flight.step.scheduled, tokens, strict=True)
+            if scheduled.samples and token >= self._vocab_size
+        }
+        outputs = []
+        for sequence in self.scheduler.commit(in_flight.step, tokens):
+            request = self._requests[sequence.request_id]
+            if sequence.request_id in invalid:
+                sequence.token_ids.pop()
+                logger.error("request %s aborted: its logits are not finite", sequence.request_id)
+                self.scheduler.finish(sequence, "abort", "logits are not finite")
+            else:
+                self.num_generated_tokens += 1
+                if request.first_token_time_s is None:
+                    request.first_token_time_s = now
+                self._update_text(request)
+            outputs.append(self._output(request))
+        return outputs
+
+    def _update_text(self, request: _Request) -> None:
+        """Detokenizes what is new, and ends the request where a stop string has completed."""
+        sequence = request.sequence
+        if request.detokenizer is None:
+            return
+        new = sequence.output_token_ids[request.num_detokenized :]
+        request.num_detokenized += len(new)
+        if sequence.finish_reason == "stop" and not request.params.include_stop_str_in_output:
+            new = new[:-1]  # the token that ended the output is not part of its text
+        text = "".join(request.detokenizer.append(token) for token in new)
+        if sequence.is_finished:
+            text += request.detokenizer.finish()
+        request.text += request.stop.append(text)
+        if request.stop.stop_reason is not None:
+            self.scheduler.finish(sequence, "stop", request.stop.stop_reason)
+        elif sequence.is_finished:
+            request.text += request.stop.finish()
+
+    def _output(self, request: _Request) -> RequestOutput:
+        sequence = request.sequence
+        finished = sequence.is_finished
+        if finished:
+            del self._requests[sequence.request_id]
+        completion = CompletionOutput(
+            index=0,
+            text=None if request.detokenizer is None else request.text,
+            token_ids=tuple(sequence.output_token_ids),
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+        )
+        return RequestOutput(
+            request_id=sequence.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=sequence.prompt_token_ids,
+            outputs=(completion,),
+            finished=finished,
+            metrics=RequestMetrics(
+                arrival_time_s=sequence.arrival_time,
+                first_scheduled_time_s=request.first_scheduled_time_s,
+                first_token_time_s=request.first_token_time_s,
+                finish_time_s=time.monotonic() if finished else None,
+                num_preemptions=sequence.num_preemptions,
+            ),
+        )
+
+    def _with_seed(self, params: SamplingParams) -> SamplingParams:
+        if params.seed is not None:
+            return params
+        return dataclasses.replace(params, seed=int(self._seeds.integers(1 << 63)))
+
+
+def _checked_token_ids(token_ids: Seq[int], vocab_size: int) -> tuple[int, ...]:
+    try:
+        ids = np.asarray(token_ids)
+    except ValueError as error:
+        raise ValueError(f"prompt_token_ids must be a flat list of integers: {error}") from error
+    if ids.size == 0:
+        raise ValueError("the prompt is empty; give it at least one token")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"prompt_token_ids must be a flat list of integers, not {token_ids!r:.80}")
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"prompt_token_ids holds {outside[0]}, which is outside the vocabulary of "
+            f"{vocab_size} tokens"
+        )
+    return tuple(ids.tolist())

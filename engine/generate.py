@@ -1,0 +1,135 @@
+"""Completes prompts from the command line.
+
+  python -m pallas_paged.engine.generate --model=FOLDER --prompt='def main():'
+  python -m pallas_paged.engine.generate --model=FOLDER --prompts_file=prompts.txt
+  echo 'class Stack:' | python -m pallas_paged.engine.generate
+
+One prompt is streamed as it is generated; several run as one batch and are printed in their order.
+Standard input is one prompt, or one per line with --prompts_file=-. Without --model the demo model
+that comes with the package runs.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from pallas_paged.engine.llm import LLM, Prompt
+from pallas_paged.engine.outputs import RequestOutput
+from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.models.demo import DEMO_MODEL
+
+_MODEL = flags.DEFINE_string("model", str(DEMO_MODEL), "Folder with a Hugging Face checkpoint.")
+_PROMPT = flags.DEFINE_multi_string("prompt", None, "A prompt; repeat the flag for several.")
+_PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file", None, "File with one prompt per line; '-' is standard input."
+)
+_CHAT = flags.DEFINE_bool("chat", False, "Send each prompt through the model's chat template.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Smallest set of tokens with this much probability.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Most likely tokens to sample from; 0 is all.")
+_MIN_P = flags.DEFINE_float("min_p", 0.0, "Least probability, relative to the likeliest token.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most tokens to generate per prompt.")
+_STOP = flags.DEFINE_multi_string("stop", None, "Text that ends a completion; may be repeated.")
+_SEED = flags.DEFINE_integer("seed", None, "Seed of the samples; without it every run differs.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "Type of weights and activations."
+)
+_MAX_MODEL_LEN = flags.DEFINE_integer("max_model_len", None, "Most tokens of prompt and output.")
+_NUM_BLOCKS = flags.DEFINE_integer("num_blocks", None, "Size of the KV pool in blocks.")
+_VERBOSE = flags.DEFINE_bool("verbose", False, "Log memory, compilation and implementation.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Completes the prompts of the flags, a file or standard input."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; prompts go into --prompt")
+    logging.getLogger("pallas_paged").setLevel(logging.INFO if _VERBOSE.value else logging.WARNING)
+    try:
+        prompts = _read_prompts()
+        params = SamplingParams(
+            temperature=_TEMPERATURE.value,
+            top_p=_TOP_P.value,
+            top_k=_TOP_K.value,
+            min_p=_MIN_P.value,
+            max_tokens=_MAX_TOKENS.value,
+            stop=_STOP.value,
+            seed=_SEED.value,
+        )
+        llm = LLM(
+            _MODEL.value,
+            dtype=_DTYPE.value,
+            max_model_len=_MAX_MODEL_LEN.value,
+            num_blocks=_NUM_BLOCKS.value,
+            seed=time.time_ns(),
+        )
+        inputs: list[Prompt] = (
+            [llm.chat_prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
+            if _CHAT.value
+            else list(prompts)
+        )
+        begin = time.perf_counter()
+        outputs = (
+            _stream(llm, inputs[0], params) if len(inputs) == 1 else _batch(llm, inputs, params)
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    seconds = time.perf_counter() - begin
+    print(
+        f"{num_tokens} tokens in {seconds:.1f} s, compilation included: "
+        f"{num_tokens / seconds:.1f} tokens/s",
+        file=sys.stderr,
+    )
+
+
+def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> list[RequestOutput]:
+    """Prints the prompt, and its completion as it grows."""
+    if isinstance(prompt, str):
+        print(prompt, end="", flush=True)
+    shown = 0
+    for output in llm.stream(prompt, params):
+        text = output.outputs[0].text or ""
+        print(text[shown:], end="", flush=True)
+        shown = len(text)
+    print()
+    return [output]
+
+
+def _batch(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> list[RequestOutput]:
+    """Prints each prompt and completion, in the order of the prompts."""
+    outputs = llm.generate(prompts, params)
+    for index, output in enumerate(outputs):
+        print(f"=== {index}: {output.prompt!r}\n{output.outputs[0].text}")
+    return outputs
+
+
+def _read_prompts() -> list[str]:
+    """Returns the prompts of the flags, or of standard input as one prompt."""
+    if _PROMPT.value and _PROMPTS_FILE.value:
+        raise ValueError("--prompt and --prompts_file are both given; choose one")
+    if _PROMPT.value:
+        return _PROMPT.value
+    if _PROMPTS_FILE.value:
+        if _PROMPTS_FILE.value == "-":
+            lines = sys.stdin.read().splitlines()
+        else:
+            with open(_PROMPTS_FILE.value, encoding="utf-8") as file:
+                lines = file.read().splitlines()
+        prompts = [line for line in lines if line]
+        if not prompts:
+            raise ValueError(f"--prompts_file={_PROMPTS_FILE.value} holds no prompt")
+        return prompts
+    if sys.stdin.isatty():
+        raise ValueError("no prompt: give --prompt, --prompts_file or text on standard input")
+    text = sys.stdin.read()
+    if not text:
+        raise ValueError("standard input is empty; give it a prompt, or use --prompt")
+    return [text]
+
+
+if __name__ == "__main__":
+    app.run(main)

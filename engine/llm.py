@@ -1,0 +1,295 @@
+"""The offline API: prompts in, completions out."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from tqdm import tqdm
+
+from pallas_paged.engine.buckets import Buckets
+from pallas_paged.engine.config import EngineConfig, resolve_max_model_len
+from pallas_paged.engine.core import Engine
+from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.outputs import RequestOutput
+from pallas_paged.engine.pool import plan_pool
+from pallas_paged.engine.runner import ModelRunner
+from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.engine.scheduler import Scheduler
+from pallas_paged.engine.sequence import Sequence
+from pallas_paged.engine.tokenizer import load_tokenizer, require_tokenizer
+from pallas_paged.models import load_generation_defaults, load_model
+from pallas_paged.ops.attention.api import attention_implementation
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Mapping[str, Any]
+"""A string, `{"prompt": str}` or `{"prompt_token_ids": [int]}`; beside tokens, text is a label."""
+_PROMPT_KEYS = {"prompt", "prompt_token_ids"}
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, its KV cache and the engine that serves it from this process.
+
+    Args:
+      model: folder with a Hugging Face checkpoint: `config.json`, safetensors, and tokenizer files
+        if text is to go in or out.
+      **options: the other fields of `EngineConfig`.
+
+    Raises:
+      ValueError: an option or the checkpoint is not usable; the message names the field or tensor.
+      FileNotFoundError: the folder or one of its files is missing.
+    """
+
+    def __init__(self, model: str | Path, **options: Any):
+        self.config = config = EngineConfig(model=str(model), **options)
+        _use_compilation_cache(config.compilation_cache_dir)
+        self.tokenizer = load_tokenizer(config.tokenizer or config.model)
+        network = load_model(config.model, dtype=config.dtype)
+        self.model_config = network.config
+        self.max_model_len = resolve_max_model_len(config, network.config.max_position_embeddings)
+        implementation = attention_implementation(config.attention_implementation)
+        cache_dtype = (
+            jax.tree.leaves(nnx.state(network))[0].dtype
+            if config.kv_cache_dtype == "auto"
+            else jnp.dtype(config.kv_cache_dtype)
+        )
+        self.buckets = Buckets.for_config(config)
+        plan = plan_pool(
+            config, network, self.buckets, self.max_model_len, cache_dtype, implementation
+        )
+        logger.info("attention: %s on %s", implementation, jax.devices()[0].device_kind)
+        logger.info("%s", plan)
+        memory = BlockTableMemory(
+            num_blocks=plan.num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=plan.max_blocks_per_seq * config.block_size,
+        )
+        self.runner = ModelRunner(
+            network,
+            num_blocks=plan.num_blocks,
+            block_size=config.block_size,
+            kv_cache_dtype=cache_dtype,
+            max_num_seqs=config.max_num_seqs,
+            max_blocks_per_seq=plan.max_blocks_per_seq,
+            buckets=self.buckets,
+            implementation=implementation,
+        )
+        scheduler = Scheduler(
+            memory,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+        )
+        self.engine = Engine(
+            scheduler,
+            memory,
+            self.runner,
+            vocab_size=network.config.vocab_size,
+            max_model_len=self.max_model_len,
+            eos_token_ids=load_generation_defaults(config.model),
+            tokenizer=self.tokenizer,
+            seed=config.seed,
+            async_scheduling=config.async_scheduling,
+        )
+        self._awaited: set[str] = set()
+        self._outputs: dict[str, RequestOutput] = {}
+        if config.compile_ahead:
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Compiles every bucket, so that no request waits for a compilation."""
+        self.runner.programs.compile(self.buckets.all())
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes prompts as one continuously batched run.
+
+        Args:
+          prompts: one or several of `Prompt`.
+          sampling_params: one for all, or one per prompt; None means `SamplingParams()`.
+          use_tqdm: show progress on standard error.
+
+        Returns:
+          One output per prompt, in the order of the prompts.
+
+        Raises:
+          ValueError: a prompt or parameter is not usable; nothing has been run then.
+        """
+        requests = self._check_all(prompts, sampling_params)
+        done: dict[str, RequestOutput] = {}
+        with tqdm(total=len(requests), unit="request", disable=not use_tqdm) as progress:
+            begin = self.engine.num_generated_tokens
+            for output in self._run(requests):
+                if output.finished:
+                    done[output.request_id] = output
+                    progress.update()
+                    tokens = self.engine.num_generated_tokens - begin
+                    seconds = max(progress.format_dict["elapsed"], 1e-9)
+                    progress.set_postfix_str(f"{tokens / seconds:.1f} output tokens/s")
+        return [done[sequence.request_id] for sequence, _ in requests]
+
+    def stream(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Completes prompts like `generate`, and yields each output whenever it has grown.
+
+        The last output of a request has `finished` set. What is wrong with a prompt is raised
+        before this returns; the requests run while the result is iterated over, together with
+        those of other iterations. Leaving the iteration early aborts what has not finished.
+        """
+        return self._run(self._check_all(prompts, sampling_params))
+
+    def chat(
+        self,
+        messages: Seq[Message] | Seq[Seq[Message]],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or several as one batch.
+
+        Args:
+          messages: a conversation, `[{"role": ..., "content": ...}, ...]`, or a list of them.
+          sampling_params: see `generate`.
+          use_tqdm: see `generate`.
+          chat_template: a Jinja template instead of the tokenizer's own.
+          add_generation_prompt: end the prompt where the assistant's answer begins.
+
+        Raises:
+          ValueError: there is no tokenizer or no chat template, or as for `generate`.
+        """
+        is_single = len(messages) > 0 and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if is_single else messages
+        prompts = [
+            self.chat_prompt(conversation, chat_template, add_generation_prompt)
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def chat_prompt(
+        self,
+        messages: Seq[Message],
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
+        """Returns the prompt that `chat` makes of one conversation."""
+        tokenizer = require_tokenizer(self.tokenizer, self.config.model)
+        ids = tokenizer.apply_chat_template(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+        )
+        return {
+            "prompt_token_ids": ids,
+            "prompt": tokenizer.decode(ids, skip_special_tokens=False),
+        }
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request that `stream` is running; unknown and finished ones are ignored."""
+        self.engine.abort(request_id)
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The share of the pool's blocks that sequences hold, in [0, 1]."""
+        memory = self.engine.memory
+        return 1 - memory.num_free_blocks / memory.num_usable_blocks
+
+    def _check_all(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None,
+    ) -> list[tuple[Sequence, str | None]]:
+        """Returns a sequence for each prompt, and the prompt's text; queues nothing yet."""
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        params = _broadcast(sampling_params, len(prompts))
+        checked = []
+        for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                text, ids = self._tokenized(prompt)
+                checked.append((self.engine.make_sequence(ids, one), text))
+            except ValueError as error:
+                if len(prompts) == 1:
+                    raise
+                raise ValueError(f"prompts[{index}]: {error}") from error
+        return checked
+
+    def _tokenized(self, prompt: Prompt) -> tuple[str | None, Seq[int]]:
+        """Returns a prompt's text, if it has one, and its tokens."""
+        if isinstance(prompt, str):
+            prompt = {"prompt": prompt}
+        if not isinstance(prompt, Mapping) or not prompt or prompt.keys() - _PROMPT_KEYS:
+            raise ValueError(
+                f"a prompt is a string, {{'prompt': str}} or {{'prompt_token_ids': [int]}}, not "
+                f"{prompt!r:.80}"
+            )
+        text = prompt.get("prompt")
+        if "prompt_token_ids" in prompt:
+            return text, prompt["prompt_token_ids"]
+        if not isinstance(text, str):
+            raise ValueError(f"prompt={text!r:.80} must be a string")
+        return text, require_tokenizer(self.tokenizer, self.config.model).encode(text)
+
+    def _run(self, requests: list[tuple[Sequence, str | None]]) -> Iterator[RequestOutput]:
+        """Queues the requests and steps the engine until they are done.
+
+        Several iterations may be under way: each step's outputs are left for whoever waits.
+        """
+        unfinished = {sequence.request_id for sequence, _ in requests}
+        self._awaited |= unfinished
+        try:
+            for sequence, text in requests:
+                self.engine.add(sequence, text)
+            while unfinished:
+                if unfinished.isdisjoint(self._outputs):
+                    for output in self.engine.step():
+                        if output.request_id in self._awaited:
+                            self._outputs[output.request_id] = output
+                for request_id in sorted(unfinished & self._outputs.keys()):
+                    output = self._outputs.pop(request_id)
+                    if output.finished:
+                        unfinished.discard(request_id)
+                        self._awaited.discard(request_id)
+                    yield output
+        finally:
+            for request_id in unfinished:
+                self._awaited.discard(request_id)
+                self._outputs.pop(request_id, None)
+                self.engine.abort(request_id)
+
+
+def _broadcast(
+    params: SamplingParams | Seq[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise ValueError(
+            f"sampling_params has {len(params)} entries for {count} prompts; pass one per prompt, "
+            "or a single one for all"
+        )
+    return list(params)
+
+
+def _use_compilation_cache(folder: str | None) -> None:
+    """Lets JAX keep compiled programs in `folder`, unless its configuration names one already."""
+    if folder is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    path = Path.home() / ".cache" / "pallas-paged" if folder == "auto" else Path(folder)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

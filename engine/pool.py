@@ -1,0 +1,118 @@
+"""How large the KV pool is, and where a device's bytes go."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_paged.engine.buckets import Buckets
+from pallas_paged.engine.config import DEFAULT_CPU_KV_CACHE_BYTES, EngineConfig, round_num_blocks
+from pallas_paged.engine.step import StepPrograms
+from pallas_paged.kv_cache import KVCache
+from pallas_paged.models import CausalLM, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolPlan:
+    """The pool's size and the bytes beside it.
+
+    Attributes:
+      num_blocks: N, the null block included.
+      max_blocks_per_seq: M, the width of a block table.
+      block_size: S.
+      block_bytes: bytes of one block over all layers.
+      weight_bytes: bytes of the model's parameters.
+      temporary_bytes: bytes of the largest step's temporaries; None where the pool's size did not
+        need them.
+    """
+
+    num_blocks: int
+    max_blocks_per_seq: int
+    block_size: int
+    block_bytes: int
+    weight_bytes: int
+    temporary_bytes: int | None
+
+    def __str__(self) -> str:
+        slots = (self.num_blocks - 1) * self.block_size
+        parts = [
+            f"weights {_mib(self.weight_bytes)}",
+            f"KV pool {_mib(self.num_blocks * self.block_bytes)}"
+            f" ({self.num_blocks} blocks of {self.block_size} tokens, {slots} tokens)",
+        ]
+        if self.temporary_bytes is not None:
+            parts.append(f"temporaries of the largest step {_mib(self.temporary_bytes)}")
+        return "memory: " + ", ".join(parts)
+
+
+def plan_pool(
+    config: EngineConfig,
+    model: CausalLM,
+    buckets: Buckets,
+    max_model_len: int,
+    cache_dtype: jnp.dtype,
+    implementation: str,
+) -> PoolPlan:
+    """Sizes the pool by `num_blocks`, else by bytes, else by the device.
+
+    On a CPU the device's default is a stated size; on a GPU it is the configured share of its
+    memory less what is in use (the weights) and less the temporaries of the largest compiled step.
+    No pool is larger than all sequences at their longest need.
+
+    Raises:
+      ValueError: there is no room for a single block beside the null block.
+    """
+    S = config.block_size
+    shape = model.config
+    block_elements = 2 * shape.num_layers * shape.num_kv_heads * S * shape.head_dim
+    block_bytes = block_elements * cache_dtype.itemsize
+    max_blocks_per_seq = math.ceil(max_model_len / S)
+    weight_bytes = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model))
+    )
+    temporary_bytes = None
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+    else:
+        if config.kv_cache_memory_bytes is not None:
+            source = f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}"
+            pool_bytes = config.kv_cache_memory_bytes
+        elif jax.default_backend() == "cpu":
+            source, pool_bytes = "the default on a CPU", DEFAULT_CPU_KV_CACHE_BYTES
+        else:
+            source = f"gpu_memory_utilization={config.gpu_memory_utilization}"
+            caches = cache_shapes(shape, 2, S, cache_dtype)
+            programs = StepPrograms(
+                model, caches, config.max_num_seqs, max_blocks_per_seq, implementation
+            )
+            temporary_bytes = programs.temporary_bytes(max(buckets.all()))
+            stats = jax.local_devices()[0].memory_stats()
+            limit = int(stats["bytes_limit"] * config.gpu_memory_utilization)
+            pool_bytes = limit - stats["bytes_in_use"] - temporary_bytes
+        num_blocks = round_num_blocks(max(0, pool_bytes) // block_bytes)
+        if num_blocks < 2:
+            raise ValueError(
+                f"{source} leaves {max(0, pool_bytes)} bytes for the KV pool, and a block takes "
+                f"{block_bytes}; at least 2 blocks are needed: give it more memory, or choose a "
+                "smaller block_size or model"
+            )
+        num_blocks = min(num_blocks, config.max_num_seqs * max_blocks_per_seq + 1)
+    # Nobody can hold more blocks than there are: a narrower table is a smaller copy every step.
+    max_blocks_per_seq = min(max_blocks_per_seq, num_blocks - 1)
+    return PoolPlan(num_blocks, max_blocks_per_seq, S, block_bytes, weight_bytes, temporary_bytes)
+
+
+def cache_shapes(
+    shape: ModelConfig, num_blocks: int, block_size: int, dtype: jnp.dtype
+) -> tuple[KVCache, ...]:
+    """Returns the shapes of the caches of a model whose config is `shape`."""
+    one = jax.eval_shape(
+        lambda: KVCache.zeros(num_blocks, shape.num_kv_heads, block_size, shape.head_dim, dtype)
+    )
+    return (one,) * shape.num_layers
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

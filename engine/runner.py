@@ -1,0 +1,98 @@
+"""Holds the device's state and runs the scheduler's steps on it.
+
+The only module that copies from the device to the host.
+"""
+
+import logging
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_paged.block_tables import BlockTables
+from pallas_paged.engine import batch
+from pallas_paged.engine.buckets import Buckets
+from pallas_paged.engine.scheduler import ScheduledStep
+from pallas_paged.engine.step import StepPrograms
+from pallas_paged.kv_cache import KVCache
+from pallas_paged.models import CausalLM
+
+logger = logging.getLogger(__name__)
+
+
+class InFlight(NamedTuple):
+    """A dispatched step and the tokens it will have sampled, i32[B] in the step's order."""
+
+    step: ScheduledStep
+    tokens: jax.Array
+
+
+class Runner(Protocol):
+    """What the engine needs of a device. Steps run in the order of their dispatch."""
+
+    def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
+        """Starts a step without waiting for its result."""
+
+    def collect(self, in_flight: InFlight) -> list[int]:
+        """Waits for a step; returns one entry per scheduled sequence, meaningful if it samples."""
+
+    def recover(self) -> None:
+        """Makes the device usable again after a step that failed; cached tokens are lost."""
+
+
+class ModelRunner:
+    """Runs a model's steps on JAX's default device."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        num_blocks: int,
+        block_size: int,
+        kv_cache_dtype: jnp.dtype,
+        max_num_seqs: int,
+        max_blocks_per_seq: int,
+        buckets: Buckets,
+        implementation: str | None = None,
+    ):
+        config = model.config
+        self._make_caches = lambda: tuple(
+            KVCache.zeros(
+                num_blocks, config.num_kv_heads, block_size, config.head_dim, kv_cache_dtype
+            )
+            for _ in range(config.num_layers)
+        )
+        self._vocab_size = config.vocab_size
+        self.buckets = buckets
+        self.kv_caches = self._make_caches()
+        self.last_tokens = jnp.zeros(max_num_seqs + 1, jnp.int32)
+        self.programs = StepPrograms(
+            model, self.kv_caches, max_num_seqs, max_blocks_per_seq, implementation
+        )
+
+    def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
+        """Starts a step without waiting for its result; the caches are donated to it."""
+        bucket = self.buckets.pick(step.num_tokens, len(step.scheduled))
+        packed = jnp.asarray(batch.build(step, state, bucket))
+        self.kv_caches, self.last_tokens, tokens = self.programs(
+            bucket, self.kv_caches, self.last_tokens, packed
+        )
+        tokens.copy_to_host_async()
+        return InFlight(step, tokens)
+
+    def collect(self, in_flight: InFlight) -> list[int]:
+        """Waits for a step; returns one entry per scheduled sequence, meaningful if it samples."""
+        tokens = np.asarray(in_flight.tokens)[: len(in_flight.step.scheduled)]
+        return tokens.tolist()
+
+    def recover(self) -> None:
+        """Replaces caches that a failed step took with it."""
+        if any(cache.k.is_deleted() or cache.v.is_deleted() for cache in self.kv_caches):
+            self.kv_caches = self._make_caches()
+        if self.last_tokens.is_deleted():
+            self.last_tokens = jnp.zeros_like(self.last_tokens)
+
+    def block_until_ready(self) -> None:
+        """Waits until every dispatched step has run."""
+        jax.block_until_ready((self.kv_caches, self.last_tokens))

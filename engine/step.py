@@ -1,0 +1,151 @@
+"""The compiled programs of an engine step, one per bucket."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_paged.engine import batch
+from pallas_paged.engine.buckets import Bucket
+from pallas_paged.engine.sampling import sample
+from pallas_paged.kv_cache import KVCache
+from pallas_paged.models import CausalLM
+from pallas_paged.models.attend import paged_attend
+
+logger = logging.getLogger(__name__)
+
+Caches = tuple[KVCache, ...]
+StepResult = tuple[Caches, jax.Array, jax.Array]
+
+
+def run_step(
+    params: Any,
+    kv_caches: Caches,
+    last_tokens: jax.Array,
+    packed: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    bucket: Bucket,
+    max_blocks_per_seq: int,
+    implementation: str | None,
+) -> StepResult:
+    """Computes a step's tokens, writes their keys and values, and samples.
+
+    Args:
+      params: the model's split state.
+      kv_caches: one per layer; donated by `StepPrograms`.
+      last_tokens: i32[R + 1], the last token sampled in each of the allocator's R rows, and one
+        entry that padding writes to; donated.
+      packed: i32[K], see `batch.build`.
+      graphdef: the model's graph definition.
+      bucket: the step's shape.
+      max_blocks_per_seq: M.
+      implementation: of paged attention.
+
+    Returns:
+      The caches, `last_tokens` with this step's samples, and the samples i32[B]. A sequence whose
+      logits are not finite gets V, which is no token: the host turns it into an error.
+    """
+    x = batch.unpack(packed, bucket, max_blocks_per_seq)
+    starts = x.query_start_loc[:-1]
+    on_device = jnp.where(x.input_on_device == 1, starts, bucket.num_tokens)
+    input_ids = x.input_ids.at[on_device].set(last_tokens[x.rows], mode="drop")
+
+    model = nnx.merge(graphdef, params)
+    attend = functools.partial(paged_attend, implementation=implementation)
+    metadata = batch.attention_metadata(x, bucket)
+    hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend)
+    logits = model.compute_logits(hidden[x.logits_indices])
+
+    tokens = sample(logits, batch.sampling_inputs(x))
+    finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    last_tokens = last_tokens.at[x.sample_rows].set(tokens)
+    return kv_caches, last_tokens, jnp.where(finite, tokens, logits.shape[-1])
+
+
+@dataclasses.dataclass
+class StepPrograms:
+    """Compiles `run_step` per bucket, ahead or at first use, and counts what it traced.
+
+    A compiled program refuses inputs of any other shape or dtype, so nothing compiles by accident.
+
+    Attributes:
+      model: the model; its state is an argument of every call, not a constant of the programs.
+      kv_caches: the caches, of which only shapes and dtypes count.
+      max_num_seqs: R.
+      max_blocks_per_seq: M.
+      implementation: of paged attention.
+      num_traces: how often each bucket was traced.
+    """
+
+    model: CausalLM
+    kv_caches: Caches
+    max_num_seqs: int
+    max_blocks_per_seq: int
+    implementation: str | None = None
+    num_traces: dict[Bucket, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.graphdef, self.params = nnx.split(self.model)
+        self._compiled: dict[Bucket, jax.stages.Compiled] = {}
+
+    def __call__(
+        self, bucket: Bucket, kv_caches: Caches, last_tokens: jax.Array, packed: jax.Array
+    ) -> StepResult:
+        """Runs the step; donates `kv_caches` and `last_tokens`."""
+        if bucket not in self._compiled:
+            self.compile([bucket])
+        return self._compiled[bucket](self.params, kv_caches, last_tokens, packed)
+
+    def compile(self, buckets: Iterable[Bucket]) -> None:
+        """Compiles the programs of those `buckets` that have none yet, two at a time."""
+        missing = [bucket for bucket in buckets if bucket not in self._compiled]
+        begin = time.perf_counter()
+        # Tracing runs Python and gains nothing from threads; XLA's compiler leaves the lock.
+        lowered = [self.lower(bucket) for bucket in missing]
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            compiled = pool.map(lambda program: program.compile(), lowered)
+            self._compiled.update(zip(missing, compiled, strict=True))
+        if missing:
+            names = ", ".join(
+                f"{'decode' if b.is_decode else 'mixed'} {b.num_tokens}x{b.num_seqs}"
+                for b in missing
+            )
+            logger.info("compiled %s in %.1f s", names, time.perf_counter() - begin)
+
+    def lower(self, bucket: Bucket) -> jax.stages.Lowered:
+        """Traces the program of one bucket."""
+
+        def step(params: Any, kv_caches: Caches, last: jax.Array, packed: jax.Array) -> StepResult:
+            self.num_traces[bucket] = self.num_traces.get(bucket, 0) + 1
+            return run_step(
+                params,
+                kv_caches,
+                last,
+                packed,
+                graphdef=self.graphdef,
+                bucket=bucket,
+                max_blocks_per_seq=self.max_blocks_per_seq,
+                implementation=self.implementation,
+            )
+
+        i32 = jnp.int32
+        last_tokens = jax.ShapeDtypeStruct((self.max_num_seqs + 1,), i32)
+        packed = jax.ShapeDtypeStruct((batch.packed_size(bucket, self.max_blocks_per_seq),), i32)
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.kv_caches)
+        jitted = jax.jit(step, donate_argnums=(1, 2))
+        return jitted.lower(self.params, shapes, last_tokens, packed)
+
+    def temporary_bytes(self, bucket: Bucket) -> int:
+        """Returns the bytes of temporaries of a bucket's compiled program."""
+        self.compile([bucket])
+        analysis = self._compiled[bucket].memory_analysis()
+        assert analysis is not None, "XLA gave no memory analysis of a compiled program"
+        return analysis.temp_size_in_bytes

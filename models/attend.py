@@ -1,0 +1,80 @@
+"""The attentions a model can run with: see `pallas_paged.models.interface.Attend`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_paged.kv_cache import AttentionMetadata, KVCache
+from pallas_paged.ops.attention.api import paged_attention
+from pallas_paged.ops.kv_write.api import write_kv
+
+
+def paged_attend(
+    q: Float[Array, "T Hq D"],
+    k: Float[Array, "T Hk D"],
+    v: Float[Array, "T Hk D"],
+    kv_cache: KVCache,
+    metadata: AttentionMetadata,
+    **options: Any,
+) -> tuple[Float[Array, "T Hq D"], KVCache]:
+    """Writes keys and values into the paged cache, then attends to all of each sequence's.
+
+    Args:
+      q: queries, positions encoded.
+      k: the same tokens' keys, positions encoded.
+      v: their values.
+      kv_cache: the layer's cache; donated by `write_kv`.
+      metadata: where the tokens stand.
+      **options: of `paged_attention`, such as `scale`, `sliding_window` or `implementation`.
+
+    Returns:
+      The attention's output and the updated cache.
+    """
+    kv_cache = write_kv(k, v, kv_cache, metadata.slot_mapping)
+    out: Any = paged_attention(q, kv_cache.k, kv_cache.v, metadata, **options)
+    return out, kv_cache
+
+
+def dense_attend(
+    q: Float[Array, "T Hq D"],
+    k: Float[Array, "T Hk D"],
+    v: Float[Array, "T Hk D"],
+    kv_cache: KVCache | None,
+    metadata: AttentionMetadata,
+    *,
+    scale: float | None = None,
+) -> tuple[Float[Array, "T Hq D"], None]:
+    """Causal attention over whole sequences of equal length, without a cache: for training.
+
+    The T tokens are `T / max_query_len` sequences of `metadata.max_query_len` tokens each, one
+    after the other; nothing else in the metadata is read (see `dense_metadata`). Differentiable.
+
+    Raises:
+      ValueError: a cache was given, or T is not a multiple of `metadata.max_query_len`.
+    """
+    num_tokens, length = q.shape[0], metadata.max_query_len
+    if kv_cache is not None:
+        raise ValueError("dense_attend keeps no cache: pass kv_caches=(None,) * num_layers")
+    if num_tokens % length:
+        raise ValueError(
+            f"num_tokens={num_tokens} must be a multiple of max_query_len={length}: dense_attend "
+            "takes sequences of equal length"
+        )
+    q, k, v = (x.reshape(-1, length, *x.shape[1:]) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return out.reshape(num_tokens, *out.shape[2:]), None
+
+
+def dense_metadata(num_seqs: int, length: int) -> AttentionMetadata:
+    """Returns the metadata of `num_seqs` whole sequences of `length` tokens for `dense_attend`."""
+    num_tokens = num_seqs * length
+    return AttentionMetadata(
+        positions=jnp.tile(jnp.arange(length, dtype=jnp.int32), num_seqs),
+        slot_mapping=jnp.zeros(num_tokens, jnp.int32),
+        block_tables=jnp.zeros((num_seqs, 0), jnp.int32),
+        seq_lens=jnp.full(num_seqs, length, jnp.int32),
+        query_start_loc=jnp.arange(num_seqs + 1, dtype=jnp.int32) * length,
+        max_query_len=length,
+    )

@@ -1,0 +1,98 @@
+"""What a model is to the engine, attention to a model, and a family to the loader."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_paged.kv_cache import AttentionMetadata, KVCache
+from pallas_paged.models.config import HFFields, ModelConfig
+
+Attend = Callable[..., tuple[Array, Any]]
+"""`attend(q, k, v, kv_cache, metadata, **options) -> (out, kv_cache)`: a step's attention.
+
+Takes the step's queries `[T, Hq, D]`, keys and values `[T, Hk, D]` (positions already encoded), the
+layer's cache, or None for an attention that keeps none, and the metadata that places the T tokens.
+Returns the output `[T, Hq, D]` and the cache with the new keys and values in it. Options are those
+of `pallas_paged.ops.attention.api.paged_attention`; a model passes only those that it needs.
+"""
+
+
+class CausalLM(Protocol):
+    """A decoder-only language model: a Flax `nnx.Module` with these members."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+
+    def __call__(
+        self,
+        input_ids: Int32[Array, "T"],
+        metadata: AttentionMetadata,
+        kv_caches: Sequence[KVCache | None],
+        *,
+        attend: Attend = ...,
+    ) -> tuple[Float[Array, "T E"], tuple[KVCache | None, ...]]:
+        """Runs a step's T tokens through all layers.
+
+        Args:
+          input_ids: the tokens; where each stands is in `metadata`.
+          metadata: the tokens' places; the models read `positions`, the rest is for `attend`.
+          kv_caches: one per layer, each `[N, Hk, S, D]` twice; or whatever `attend` takes.
+          attend: the attention, by default the paged one.
+
+        Returns:
+          The hidden states, for `compute_logits`; and the updated caches, which take the place of
+          `kv_caches` (donate those to have the update in place).
+        """
+
+    def compute_logits(self, hidden: Float[Array, "*n E"]) -> Float32[Array, "*n V"]:
+        """Returns the float32 logits of those hidden states that need them."""
+
+
+class ConfigFromHF(Protocol):
+    """The class of a family's configuration."""
+
+    architecture: str
+
+    def from_hf(self, fields: HFFields) -> ModelConfig:
+        """Returns the configuration in a `config.json`; `ValueError` for what is unsupported."""
+
+
+class BuildModel(Protocol):
+    """The class of a family's model."""
+
+    def __call__(  # noqa: D102
+        self, config: Any, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+    ) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointNames:
+    """How a family's checkpoints name tensors that the model's own modules name otherwise.
+
+    A tensor's name is the path of its parameter, joined with dots, unless this says otherwise.
+
+    Attributes:
+      embedding: the input embedding, which is the output embedding too where those are tied.
+      output: the output embedding; a tied model's checkpoint may have it instead of, or equal to,
+        `embedding`.
+      prefixes: (prefix in a checkpoint, prefix in the model) pairs; the first that fits is used.
+      derived: suffixes of tensors that hold what the model computes from its configuration.
+    """
+
+    embedding: str
+    output: str = "lm_head.weight"
+    prefixes: tuple[tuple[str, str], ...] = ()
+    derived: tuple[str, ...] = ()
+
+
+class Family(NamedTuple):
+    """An architecture: its configuration, its model, its checkpoints."""
+
+    config: ConfigFromHF
+    model: BuildModel
+    names: CheckpointNames

@@ -1,0 +1,110 @@
+"""The layers all families share, with the parameter names and layouts of Hugging Face checkpoints.
+
+Parameters carry logical axis names as Flax's `out_sharding` metadata, so that
+`flax.nnx.get_partition_spec` under `flax.core.spmd.logical_axis_rules` gives their sharding; on one
+device the names mean nothing, and no mesh is needed. The precision of float32 products follows
+`jax.default_matmul_precision`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+INIT_STD = 0.02
+"""Standard deviation of freshly initialised weights, before truncation at two of them."""
+
+
+def parameter(value: Array, axes: tuple[str, ...]) -> nnx.Param:
+    """Returns a parameter whose dimensions carry the logical names `axes`."""
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+def _random(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
+    return INIT_STD * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, dtype)
+
+
+class Linear(nnx.Module):
+    """`x @ weight.T + bias`, with `weight` `[out_features, in_features]` as checkpoints have it."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str, str],
+        bias: bool = False,
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.weight = parameter(_random(rngs, (out_features, in_features), dtype), axes)
+        self.bias = parameter(jnp.zeros(out_features, dtype), axes[:1]) if bias else None
+
+    def __call__(self, x: Float[Array, "*n in"]) -> Float[Array, "*n out"]:
+        """Returns the projection of `x`, in its dtype."""
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+
+
+class Embedding(nnx.Module):
+    """A table of row vectors, `weight` `[num_embeddings, features]`."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        features: int,
+        *,
+        axes: tuple[str, str],
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.weight = parameter(_random(rngs, (num_embeddings, features), dtype), axes)
+
+    def __call__(self, ids: Int32[Array, "T"]) -> Float[Array, "T features"]:
+        """Returns the rows `ids`; an id outside the table takes the nearest row."""
+        return jnp.take(self.weight[...], ids, axis=0, mode="clip")
+
+
+class RMSNorm(nnx.Module):
+    """`weight * x / sqrt(mean(x^2) + eps)` (Zhang & Sennrich, 2019), statistics in float32."""
+
+    def __init__(self, features: int, *, eps: float, dtype: jax.typing.DTypeLike):
+        self.eps = eps
+        self.weight = parameter(jnp.ones(features, dtype), ("embed",))
+
+    def __call__(self, x: Float[Array, "T features"]) -> Float[Array, "T features"]:
+        """Returns `x` normalised over its last dimension, in its dtype."""
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * jnp.broadcast_to(self.weight[...], x.shape)
+
+
+class LayerNorm(nnx.Module):
+    """`weight * (x - mean(x)) / sqrt(var(x) + 1e-5) + bias` (Ba et al., 2016), all in float32.
+
+    Without `affine`, neither weight nor bias.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, features: int, *, affine: bool, dtype: jax.typing.DTypeLike):
+        self.weight = parameter(jnp.ones(features, dtype), ("embed",)) if affine else None
+        self.bias = parameter(jnp.zeros(features, dtype), ("embed",)) if affine else None
+
+    def __call__(self, x: Float[Array, "T features"]) -> Float[Array, "T features"]:
+        """Returns `x` normalised over its last dimension, in its dtype."""
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + self.eps)
+        if self.weight is not None and self.bias is not None:
+            weight, bias = (
+                jnp.broadcast_to(p[...].astype(jnp.float32), x.shape)
+                for p in (self.weight, self.bias)
+            )
+            normed = normed * weight + bias
+        return normed.astype(x.dtype)
+
+
+def logits(hidden: Float[Array, "*n E"], weight: Float[Array, "V E"]) -> Float[Array, "*n V"]:
+    """Returns float32 logits of `hidden` under the output embedding `weight`."""
+    return jnp.einsum("...e,ve->...v", hidden, weight, preferred_element_type=jnp.float32)

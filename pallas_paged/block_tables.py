@@ -1,0 +1,417 @@
+"""Block tables: which blocks of the KV cache hold which tokens of which sequence.
+
+The KV cache manager of Kwon et al. 2023 (arXiv 2309.06180, section 4.3) as an immutable pytree of
+int32 arrays and pure functions from state to state. Every function works on all sequences at once
+and is written once over the array namespace: NumPy arrays in, NumPy arrays out, on the host; jax
+arrays under `jax.jit`, `lax.scan` or on their own. States share the arrays that did not change, so
+none of them may be written to in place.
+
+Sizes: R rows (sequences), M blocks per sequence, N blocks, S tokens per block. Block 0 is the null
+block: never allocated, never referenced, the padding of tables and of lists of blocks.
+
+What a caller does wrong raises `ValueError` in NumPy. In jax no value can be looked at; each
+docstring says what happens there instead. No call changes a sequence that it does not name.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int, Int32
+
+from pallas_paged._namespaces import (
+    Array,
+    namespace,
+    refuse,
+    refuse_outside,
+    refuse_repeated,
+    scatter,
+    select,
+    select_ranges,
+    total,
+)
+from pallas_paged.kv_cache import NULL_BLOCK
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockTables:
+    """The state of the allocator; see `create`.
+
+    Attributes:
+      tables: i32[R, M], the blocks of each sequence in order; 0 past its last block.
+      seq_lens: i32[R], tokens per sequence; 0 is an empty row, free to begin a sequence in.
+      ref_counts: i32[N], table entries plus holders (see `hold`) that point to each block.
+      free_blocks: i32[N], a stack of the blocks without references; entries from `num_free` on
+        mean nothing.
+      num_free: i32[], how many blocks are free.
+      block_size: S; static.
+    """
+
+    tables: Int32[Array, "R M"]
+    seq_lens: Int32[Array, "R"]
+    ref_counts: Int32[Array, "N"]
+    free_blocks: Int32[Array, "N"]
+    num_free: Int32[Array, ""]
+    block_size: int = dataclasses.field(metadata={"static": True})
+
+
+class AppendResult(NamedTuple):
+    """What `append` did.
+
+    Attributes:
+      ok: bool[]; False: the state is unchanged and there is nothing to copy.
+      copy_src: i32[R], the block that row r must copy before it writes, or 0.
+      copy_dst: i32[R], where row r copies it to, or 0. The padding (0, 0) copies the null block
+        onto itself, so that both go to `copy_blocks` as they are.
+    """
+
+    ok: Bool[Array, ""]
+    copy_src: Int32[Array, "R"]
+    copy_dst: Int32[Array, "R"]
+
+
+def create(
+    num_blocks: int, max_num_seqs: int, max_blocks_per_seq: int, block_size: int, xp: Any = np
+) -> BlockTables:
+    """Returns R = `max_num_seqs` empty rows and `num_blocks - 1` free blocks (0 is the null block).
+
+    `xp` is `numpy` or `jax.numpy`, and with it the namespace of every later state.
+    """
+    for name, value, least in (
+        ("num_blocks", num_blocks, 2),
+        ("max_num_seqs", max_num_seqs, 1),
+        ("max_blocks_per_seq", max_blocks_per_seq, 1),
+        ("block_size", block_size, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    slots = (max(num_blocks, max_blocks_per_seq) + 1) * block_size
+    if max(slots, max_num_seqs * max_blocks_per_seq) >= 2**31:
+        raise ValueError(
+            f"{num_blocks=}, {max_num_seqs=}, {max_blocks_per_seq=} and {block_size=} make slots or"
+            " table entries that int32 cannot number; use fewer or smaller blocks"
+        )
+    return BlockTables(
+        tables=xp.zeros((max_num_seqs, max_blocks_per_seq), xp.int32),
+        seq_lens=xp.zeros(max_num_seqs, xp.int32),
+        ref_counts=xp.zeros(num_blocks, xp.int32),
+        free_blocks=xp.arange(num_blocks - 1, -1, -1, dtype=xp.int32),  # block 1 is on top
+        num_free=xp.asarray(num_blocks - 1, dtype=xp.int32),
+        block_size=block_size,
+    )
+
+
+def num_blocks_needed(state: BlockTables, num_new: Int[Array, "R"]) -> Int32[Array, ""]:
+    """Returns how many blocks `append(state, num_new)` takes if it can, copies on write included.
+
+    Raises `ValueError` for a negative count; in jax that is outside the contract.
+    """
+    return total(_plan_append(state, _num_new(state, num_new)).num_taken)
+
+
+def append(state: BlockTables, num_new: Int[Array, "R"]) -> tuple[BlockTables, AppendResult]:
+    """Makes room for `num_new[r]` >= 0 more tokens in each row r; all rows or none.
+
+    New blocks are taken where a row's last block is full. Where it is partly filled and has other
+    references, the row gets a block of its own in its place (copy on write), and the pair comes
+    back in the result: the caller copies the blocks before writing the new tokens. Where all
+    references to a block are rows that append in this call, the last of these rows keeps the block
+    and writes in place.
+
+    `ok` is False, and the state unchanged, when the free blocks do not suffice or a row would
+    exceed M blocks. Raises `ValueError` for a negative count; in jax `ok` is False then.
+    """
+    xp = namespace(state.tables)
+    num_new = _num_new(state, num_new)
+    R, M = state.tables.shape
+    plan = _plan_append(state, num_new)
+    fits = (num_new >= 0) & (num_new <= M * state.block_size - state.seq_lens)
+    ok = xp.all(fits) & (total(plan.num_taken) <= state.num_free)
+    num_new = xp.where(ok, num_new, 0)
+    num_taken = xp.where(ok, plan.num_taken, 0)
+    copies = plan.copies & ok
+
+    # Row after row takes its blocks from the top of the stack, the one it copies to first.
+    first = plan.num_blocks - copies.astype(np.int32)
+    taken = select_ranges(first, num_taken, M)
+    blocks = state.free_blocks[state.num_free - 1 - taken.rank]
+    tables = scatter(state.tables.reshape(-1), taken.places, blocks, taken.valid).reshape(R, M)
+    ref_counts = scatter(state.ref_counts, blocks, 1, taken.valid, "add")
+    ref_counts = scatter(ref_counts, plan.last_block, -1, copies, "add")
+    result = AppendResult(
+        ok=xp.asarray(ok),
+        copy_src=xp.where(copies, plan.last_block, NULL_BLOCK),
+        copy_dst=xp.where(copies, _last_block(tables, plan.num_blocks), NULL_BLOCK),
+    )
+    state = dataclasses.replace(
+        state,
+        tables=tables,
+        seq_lens=state.seq_lens + num_new,
+        ref_counts=ref_counts,
+        num_free=xp.asarray(state.num_free - total(num_taken)),
+    )
+    return state, result
+
+
+def fork(state: BlockTables, parents: Int[Array, "K"], children: Int[Array, "K"]) -> BlockTables:
+    """Lets each row `children[k]` begin with all tokens, and all blocks, of row `parents[k]`.
+
+    A pair of a row with itself is padding and does nothing. A row may have many children, and may
+    not be parent and child in one call.
+
+    Raises `ValueError` for a child that is not empty or comes twice, and for an empty parent. In
+    jax a pair whose child is not empty does nothing; a child that comes twice is outside the
+    contract.
+    """
+    xp = namespace(state.tables)
+    R = len(state.seq_lens)
+    parents, children = xp.asarray(parents, xp.int32), xp.asarray(children, xp.int32)
+    refuse_outside(parents, "parents", R)
+    refuse_outside(children, "children", R)
+    pairs = parents != children
+    occupied = pairs & (state.seq_lens[children] > 0)
+    refuse(occupied, "children", children, "is not empty; `free` it first")
+    refuse(pairs & (state.seq_lens[parents] == 0), "parents", parents, "is empty")
+    refuse_repeated(pairs, "children", children)
+
+    pairs = pairs & ~occupied
+    blocks = state.tables[parents]
+    referenced = pairs[:, None] & (blocks != NULL_BLOCK)
+    return dataclasses.replace(
+        state,
+        tables=scatter(state.tables, children, blocks, pairs),
+        seq_lens=scatter(state.seq_lens, children, state.seq_lens[parents], pairs),
+        ref_counts=scatter(state.ref_counts, blocks, 1, referenced, "add"),
+    )
+
+
+def share(state: BlockTables, rows: Int[Array, "K"], blocks: Int[Array, "K P"]) -> BlockTables:
+    """Lets each empty row `rows[k]` begin with the full blocks `blocks[k]`, padded with 0 behind.
+
+    The row's length becomes S times its blocks. Rows of nothing but padding do nothing.
+
+    Raises `ValueError` for a row that is not empty or comes twice, and for blocks without
+    references, past padding or repeated in one row. In jax a row that is not empty, or is given a
+    block without references, stays as it is; the others are outside the contract.
+    """
+    xp = namespace(state.tables)
+    R, M = state.tables.shape
+    (N,) = state.ref_counts.shape
+    rows, blocks = xp.asarray(rows, xp.int32), xp.asarray(blocks, xp.int32)
+    num_given = blocks.shape[1]
+    if num_given > M:
+        raise ValueError(f"blocks has {num_given} columns, but a row has max_blocks_per_seq={M}")
+    refuse_outside(rows, "rows", R)
+    refuse_outside(blocks, "blocks", N)
+    given = blocks != NULL_BLOCK
+    num_blocks = xp.sum(given, axis=1, dtype=xp.int32)
+    gaps = given & (xp.arange(num_given, dtype=xp.int32)[None, :] >= num_blocks[:, None])
+    refuse(gaps, "blocks", blocks, "comes after a 0; pad with 0 behind the blocks only")
+    lost = given & (state.ref_counts[blocks] == 0)
+    refuse(lost, "blocks", blocks, "has no references; `hold` blocks that are to be shared")
+    occupied = (num_blocks > 0) & (state.seq_lens[rows] > 0)
+    refuse(occupied, "rows", rows, "is not empty; `free` it first")
+    refuse_repeated(num_blocks > 0, "rows", rows)
+    refuse_repeated(given, "blocks", blocks)
+
+    begins = (num_blocks > 0) & ~occupied & ~xp.any(lost, axis=1)
+    padded = xp.pad(blocks, ((0, 0), (0, M - num_given)))
+    return dataclasses.replace(
+        state,
+        tables=scatter(state.tables, rows, padded, begins),
+        seq_lens=scatter(state.seq_lens, rows, num_blocks * state.block_size, begins),
+        ref_counts=scatter(state.ref_counts, blocks, 1, begins[:, None] & given, "add"),
+    )
+
+
+def free(state: BlockTables, rows: Bool[Array, "R"]) -> BlockTables:
+    """Empties the rows where `rows` is True; their blocks that nothing else refers to become free.
+
+    Raises `ValueError` for a row that is empty already; in jax that does nothing.
+    """
+    xp = namespace(state.tables)
+    rows = _per_row(state, "rows", rows, np.bool_)
+    refuse(rows & (state.seq_lens == 0), "rows", rows, "is an empty row; free a row once")
+    return truncate(state, xp.where(rows, 0, state.seq_lens))
+
+
+def truncate(state: BlockTables, new_lens: Int[Array, "R"]) -> BlockTables:
+    """Shortens each row r to its first `new_lens[r]` tokens, and gives up the blocks past them.
+
+    Raises `ValueError` unless 0 <= new_lens <= seq_lens; jax clips to these bounds.
+    """
+    xp = namespace(state.tables)
+    new_lens = _per_row(state, "new_lens", new_lens)
+    outside = (new_lens < 0) | (new_lens > state.seq_lens)
+    refuse(outside, "new_lens", new_lens, "must be between 0 and the row's length; see `append`")
+    new_lens = xp.clip(new_lens, 0, state.seq_lens)
+    R, M = state.tables.shape
+    num_kept = _ceil_div(new_lens, state.block_size)
+    num_dropped = _ceil_div(state.seq_lens, state.block_size) - num_kept
+    dropped = select_ranges(num_kept, num_dropped, M)
+    tables = state.tables.reshape(-1)
+    blocks = xp.where(dropped.valid, tables[dropped.places], NULL_BLOCK)
+    return dataclasses.replace(
+        release(state, blocks),
+        tables=scatter(tables, dropped.places, NULL_BLOCK, dropped.valid).reshape(R, M),
+        seq_lens=new_lens,
+    )
+
+
+def hold(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
+    """Adds one reference to each of `blocks` (0 is padding), so that they outlive their sequences.
+
+    Raises `ValueError` for a block without references, whose content may be gone; in jax that is
+    outside the contract.
+    """
+    xp = namespace(state.tables)
+    (N,) = state.ref_counts.shape
+    blocks = xp.asarray(blocks, xp.int32)
+    refuse_outside(blocks, "blocks", N)
+    held = blocks != NULL_BLOCK
+    refuse(held & (state.ref_counts[blocks] == 0), "blocks", blocks, "has no references")
+    return dataclasses.replace(state, ref_counts=scatter(state.ref_counts, blocks, 1, held, "add"))
+
+
+def release(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
+    """Takes one reference from each of `blocks` (0 is padding); those without any become free.
+
+    Only references of `hold` are the caller's to release. Raises `ValueError` where a block has
+    fewer references than are released; in jax that is outside the contract.
+    """
+    xp = namespace(state.tables)
+    (N,) = state.ref_counts.shape
+    blocks = xp.asarray(blocks, xp.int32)
+    refuse_outside(blocks, "blocks", N)
+    ref_counts = scatter(state.ref_counts, blocks, -1, blocks != NULL_BLOCK, "add")
+    refuse(ref_counts[blocks] < 0, "blocks", blocks, "is released more often than it is held")
+    freed = select((state.ref_counts > 0) & (ref_counts == 0))
+    return dataclasses.replace(
+        state,
+        ref_counts=ref_counts,
+        free_blocks=scatter(
+            state.free_blocks, state.num_free + freed.rank, freed.places, freed.valid
+        ),
+        num_free=xp.asarray(state.num_free + total(freed.valid)),
+    )
+
+
+def slot_mapping(
+    state: BlockTables, rows: Int[Array, "T"], positions: Int[Array, "T"]
+) -> Int32[Array, "T"]:
+    """Returns `block * S + offset` of the tokens at `positions` (0 <= p < M * S) of `rows`.
+
+    Positions past a row's blocks lie in the null block: padding.
+    """
+    xp = namespace(state.tables)
+    S = state.block_size
+    rows, positions = xp.asarray(rows, xp.int32), xp.asarray(positions, xp.int32)
+    return state.tables[rows, positions // S] * S + positions % S
+
+
+def blocks_in_use(state: BlockTables) -> Int32[Array, ""]:
+    """Returns how many blocks have references."""
+    return namespace(state.tables).asarray(state.ref_counts.shape[0] - 1 - state.num_free)
+
+
+def check_invariants(state: BlockTables, held: Sequence[int] | Array = ()) -> None:
+    """Raises `AssertionError`, with the values, unless the state is consistent. Runs on the host.
+
+    `held` are the ids of the blocks held through `hold`, one for each reference; 0 is padding.
+
+    - A row covers exactly ceil(len / S) different blocks; the rest of it is 0.
+    - No two sequences can write one slot. Only a partly filled last block with one reference is
+      written without a copy, so no two rows may end in such a block.
+    - A block's reference count is the number of table entries and holders that point to it.
+    - The free blocks, the referenced blocks and the null block are all blocks, each once.
+    """
+    tables, seq_lens, ref_counts, free_blocks = (
+        np.asarray(x) for x in (state.tables, state.seq_lens, state.ref_counts, state.free_blocks)
+    )
+    (N,) = ref_counts.shape
+    S, num_free, holders = state.block_size, int(state.num_free), np.asarray(held, np.int64)
+    for name, array in vars(state).items():
+        assert name == "block_size" or array.dtype == np.int32, f"{name} is {array.dtype}"
+    for name, ids in ("table entries", tables), ("holders", holders), ("free blocks", free_blocks):
+        assert ((ids >= 0) & (ids < N)).all(), f"{name} outside 0..{N - 1}: {ids}"
+
+    assert (seq_lens >= 0).all(), f"{seq_lens=}"
+    covered = np.arange(tables.shape[1]) < _ceil_div(seq_lens, S)[:, None]
+    wrong = np.flatnonzero(((tables != NULL_BLOCK) != covered).any(axis=1))
+    assert not wrong.size, f"rows {wrong}: {seq_lens[wrong]=} do not fit {tables[wrong]=}"
+    ordered = np.sort(tables)
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NULL_BLOCK)
+    wrong = np.flatnonzero(repeated.any(axis=1))
+    assert not wrong.size, f"rows {wrong} repeat a block: {tables[wrong]=}"
+
+    partial = np.flatnonzero(seq_lens % S)
+    last = tables[partial, seq_lens[partial] // S]
+    in_place, num_writers = np.unique(last[ref_counts[last] == 1], return_counts=True)
+    wrong = in_place[num_writers > 1]
+    assert not wrong.size, f"blocks {wrong} are written by several rows"
+
+    pointers = np.bincount(np.concatenate([tables[covered], holders]), minlength=N)
+    pointers[NULL_BLOCK] = 0
+    wrong = np.flatnonzero(pointers != ref_counts)
+    assert not wrong.size, f"blocks {wrong}: {ref_counts[wrong]=}, but {pointers[wrong]=}"
+
+    assert 0 <= num_free <= N - 1, f"{num_free=} of {N} blocks"
+    listed = free_blocks[:num_free]
+    assert (listed != NULL_BLOCK).all(), f"the null block is free: {listed}"
+    both = listed[ref_counts[listed] > 0]
+    assert not both.size, f"blocks {both} are free and referenced: {ref_counts[both]=}"
+    assert len(np.unique(listed)) == num_free, f"a block is free twice: {listed}"
+    num_referenced = int(np.count_nonzero(ref_counts))
+    assert num_free + num_referenced + 1 == N, f"{num_free=} + {num_referenced=} + null != {N}"
+
+
+class _AppendPlan(NamedTuple):
+    num_blocks: Int32[Array, "R"]  # before the append
+    last_block: Int32[Array, "R"]
+    copies: Bool[Array, "R"]
+    num_taken: Int32[Array, "R"]
+
+
+def _plan_append(state: BlockTables, num_new: Int32[Array, "R"]) -> _AppendPlan:
+    xp = namespace(state.tables)
+    S = state.block_size
+    (N,) = state.ref_counts.shape
+    num_blocks = _ceil_div(state.seq_lens, S)
+    last_block = _last_block(state.tables, num_blocks)
+    writes = (num_new > 0) & (state.seq_lens % S != 0)
+    shared = writes & (state.ref_counts[last_block] > 1)
+
+    # A block that all its owners would leave stays with the last of them.
+    rows = xp.arange(len(num_new), dtype=xp.int32)
+    left = scatter(state.ref_counts, last_block, -1, shared, "add")
+    leaving = shared & (left[last_block] == 0)
+    keeper = scatter(xp.zeros(N, xp.int32), last_block, rows, leaving, "max")
+    copies = shared & ~(leaving & (keeper[last_block] == rows))
+
+    num_taken = _ceil_div(state.seq_lens + num_new, S) - num_blocks + copies.astype(np.int32)
+    return _AppendPlan(num_blocks, last_block, copies, num_taken)
+
+
+def _last_block(tables: Int32[Array, "R M"], num_blocks: Int32[Array, "R"]) -> Int32[Array, "R"]:
+    xp = namespace(tables)
+    rows = xp.arange(len(tables), dtype=xp.int32)
+    return tables[rows, xp.maximum(num_blocks - 1, 0)]
+
+
+def _ceil_div(num_tokens: Array, block_size: int) -> Array:
+    return (num_tokens + (block_size - 1)) // block_size
+
+
+def _num_new(state: BlockTables, num_new: Int[Array, "R"]) -> Int32[Array, "R"]:
+    num_new = _per_row(state, "num_new", num_new)
+    refuse(num_new < 0, "num_new", num_new, "must be 0 or more; `truncate` shortens sequences")
+    return num_new
+
+
+def _per_row(state: BlockTables, name: str, values: Array, dtype: type = np.int32) -> Array:
+    if values.shape != state.seq_lens.shape:
+        raise ValueError(f"{name} has shape {values.shape}; it needs {state.seq_lens.shape}")
+    return namespace(state.tables).asarray(values, dtype=dtype)

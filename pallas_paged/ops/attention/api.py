@@ -1,0 +1,168 @@
+"""Ragged paged attention: the public function, its checks and its dispatch."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from pallas_paged.dispatch import choose_implementation
+from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.ops.attention import reference, xla
+
+_IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "xla": xla.paged_attention,
+    "reference": reference.paged_attention,
+}
+_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
+
+
+def paged_attention(
+    q: Float[Array, "T Hq D"],
+    k_cache: Float[Array, "N Hk S D"],
+    v_cache: Float[Array, "N Hk S D"],
+    metadata: AttentionMetadata,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Float32[Array, "Hq"] | None = None,
+    sinks: Float32[Array, "Hq"] | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "T Hq D"] | tuple[Float[Array, "T Hq D"], Float32[Array, "T Hq"]]:
+    r"""Causal attention of a step's ragged queries over keys and values in blocks.
+
+    One call serves decode (one query token per sequence), prefill, chunked prefill and any mix of
+    them. Query head h reads KV head `h // (Hq // Hk)`. Query token i of sequence b stands at
+    `p = seq_lens[b] - query_len[b] + i` and attends to the keys at positions j <= p:
+
+      x_j = scale * q . k_j;  x_j = cap * tanh(x_j / cap);  x_j = x_j + slope * (j - p)
+      out = sum_j exp(x_j) v_j / (exp(sink) + sum_j exp(x_j)),  lse = log(the denominator)
+
+    where the cap, the slope and the sink enter only if given. The new tokens' keys and values must
+    have been written before (`write_kv`). What the cache holds elsewhere (free blocks, the null
+    block, the tail of a last block, positions left of the window), NaN included, never reaches a
+    result. Sums are float32 whatever the dtypes; the precision of float32 products follows
+    `jax.default_matmul_precision`.
+
+    Args:
+      q: queries, float32, bfloat16 or float16; rows from `query_start_loc[B]` on are padding.
+      k_cache: keys in blocks, one of the same dtypes. Not modified.
+      v_cache: values in blocks, dtype as `k_cache`. Not modified.
+      metadata: where the tokens stand; `positions` and `slot_mapping` are not read. May be traced.
+      scale: factor of the dot products; None means `D ** -0.5`.
+      sliding_window: number of tokens that a query sees, itself included; None sees all.
+      logits_soft_cap: the cap in the formula above.
+      alibi_slopes: f32[Hq], the slopes in the formula above.
+      sinks: f32[Hq], a logit per query head that joins the denominator and has no value.
+      return_lse: whether to return lse too. It counts the sink: to merge partial results over
+        disjoint keys, give the sink to one part only.
+      implementation: "xla" (any platform), "reference" (slow, any platform), or None to choose.
+
+    Returns:
+      out, `[T, Hq, D]` in q's dtype; with `return_lse` (out, lse), lse f32 `[T, Hq]`, natural log.
+      Padding tokens get 0 and -inf.
+
+    Raises:
+      ValueError: shapes, dtypes or options that do not fit; the message names and shows them.
+      NotImplementedError: the named implementation does not exist.
+
+    Sources: PagedAttention (Kwon et al. 2023, arXiv 2309.06180); online softmax as in
+    FlashAttention (Dao et al. 2022, arXiv 2205.14135); ALiBi (Press et al. 2021, arXiv 2108.12409).
+    """
+    _check_arrays(q, k_cache, v_cache)
+    _check_metadata(metadata)
+    _check_options(q.shape[1], scale, sliding_window, logits_soft_cap, alibi_slopes, sinks)
+    name = choose_implementation("paged_attention", _IMPLEMENTATIONS, implementation)
+    out, lse = _IMPLEMENTATIONS[name](
+        q,
+        k_cache,
+        v_cache,
+        metadata,
+        scale=q.shape[2] ** -0.5 if scale is None else float(scale),
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    return (out, lse) if return_lse else out
+
+
+def attention_implementation(implementation: str | None = None) -> str:
+    """Returns the name of the implementation that `paged_attention(implementation=...)` runs.
+
+    Raises:
+      ValueError: `implementation` is no implementation's name.
+      NotImplementedError: there is no such implementation of attention.
+    """
+    return choose_implementation("paged_attention", _IMPLEMENTATIONS, implementation)
+
+
+def _check_arrays(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array) -> None:
+    if q.ndim != 3:
+        raise ValueError(f"q.shape={q.shape} must be [tokens, query heads, head_dim]")
+    if k_cache.ndim != 4 or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"k_cache.shape={k_cache.shape} and v_cache.shape={v_cache.shape} must both be "
+            "[blocks, kv heads, block size, head_dim]"
+        )
+    _, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, _, cache_head_dim = k_cache.shape
+    if head_dim != cache_head_dim:
+        raise ValueError(f"head_dim={head_dim} of q must equal the cache's {cache_head_dim}")
+    if num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"num_q_heads={num_q_heads} must be divisible by num_kv_heads={num_kv_heads}"
+        )
+    if q.dtype not in _DTYPES or k_cache.dtype not in _DTYPES:
+        raise ValueError(
+            f"q.dtype={q.dtype} and k_cache.dtype={k_cache.dtype} must be among "
+            f"{', '.join(map(str, _DTYPES))}"
+        )
+    if k_cache.dtype != v_cache.dtype:
+        raise ValueError(f"k_cache.dtype={k_cache.dtype} must equal v_cache.dtype={v_cache.dtype}")
+
+
+def _check_metadata(metadata: AttentionMetadata) -> None:
+    tables, lens = metadata.block_tables.shape, metadata.seq_lens.shape
+    starts = metadata.query_start_loc.shape
+    if len(tables) != 2 or lens != tables[:1] or starts != (tables[0] + 1,):
+        raise ValueError(
+            f"block_tables.shape={tables}, seq_lens.shape={lens} and query_start_loc.shape="
+            f"{starts} must be [B, M], [B] and [B + 1]"
+        )
+    for name in ("block_tables", "seq_lens", "query_start_loc"):
+        dtype = getattr(metadata, name).dtype
+        if dtype != jnp.int32:
+            raise ValueError(f"metadata.{name}.dtype={dtype} must be int32")
+    if metadata.max_query_len < 1:
+        raise ValueError(f"metadata.max_query_len={metadata.max_query_len} must be at least 1")
+
+
+def _check_options(
+    num_q_heads: int,
+    scale: float | None,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+    alibi_slopes: Any,
+    sinks: Any,
+) -> None:
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(
+            f"sliding_window={sliding_window} must be at least 1, or None for no limit"
+        )
+    if logits_soft_cap is not None and not 0 < logits_soft_cap < math.inf:
+        raise ValueError(
+            f"logits_soft_cap={logits_soft_cap} must be positive and finite, or None for no cap"
+        )
+    for name, value in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+        if value is not None and (value.shape != (num_q_heads,) or value.dtype != jnp.float32):
+            raise ValueError(
+                f"{name} is {value.dtype}{list(value.shape)}, must be float32[{num_q_heads}]: "
+                "one number per query head"
+            )

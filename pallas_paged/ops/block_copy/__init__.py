@@ -1,0 +1,1 @@
+"""Copy of blocks inside the KV cache."""

@@ -1,0 +1,53 @@
+"""Copy of blocks inside the KV cache (copy on write): the public function and its checks."""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from pallas_paged.dispatch import choose_implementation
+from pallas_paged.kv_cache import KVCache
+from pallas_paged.ops.block_copy import reference, xla
+
+_IMPLEMENTATIONS: Mapping[str, Callable[..., KVCache]] = {
+    "xla": xla.copy_blocks,
+    "reference": reference.copy_blocks,
+}
+
+
+def copy_blocks(
+    kv_cache: KVCache,
+    src: Int32[Array, "P"],
+    dst: Int32[Array, "P"],
+    *,
+    implementation: str | None = None,
+) -> KVCache:
+    """Copies P blocks of keys and values in one launch: block `dst[i]` becomes `src[i]`'s content.
+
+    All sources are read before any destination is written. Unused pairs are (0, 0), the null block
+    onto itself; apart from them the destinations differ, or which source wins is unspecified.
+
+    Args:
+      kv_cache: donated: it must not be used afterwards. Inside a caller's own `jax.jit` it is
+        updated in place if the caller donates it there.
+      src: i32[P], blocks to read.
+      dst: i32[P], blocks to overwrite.
+      implementation: "xla" (any platform), "reference", or None to choose.
+
+    Returns:
+      The cache with the copies made.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+      NotImplementedError: the named implementation does not exist.
+
+    Source: copy-on-write at block granularity, PagedAttention (Kwon et al. 2023), section 4.4.
+    """
+    for name, blocks in (("src", src), ("dst", dst)):
+        if blocks.shape != src.shape or blocks.ndim != 1 or blocks.dtype != jnp.int32:
+            raise ValueError(
+                f"{name} is {blocks.dtype}{list(blocks.shape)}; src and dst must be int32[P] of "
+                f"the same length (src has {list(src.shape)})"
+            )
+    name = choose_implementation("copy_blocks", _IMPLEMENTATIONS, implementation)
+    return _IMPLEMENTATIONS[name](kv_cache, src, dst)

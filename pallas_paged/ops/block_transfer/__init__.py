@@ -1,0 +1,1 @@
+"""Copies of blocks out of the KV cache and back (swapping)."""

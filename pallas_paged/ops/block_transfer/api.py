@@ -1,0 +1,83 @@
+"""Copies of blocks out of the KV cache and back: the public functions and their checks."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from pallas_paged.dispatch import choose_implementation
+from pallas_paged.kv_cache import KVCache
+from pallas_paged.ops.block_transfer import reference, xla
+
+_GATHER: Mapping[str, Callable[..., KVCache]] = {
+    "xla": xla.gather_blocks,
+    "reference": reference.gather_blocks,
+}
+_SCATTER: Mapping[str, Callable[..., KVCache]] = {
+    "xla": xla.scatter_blocks,
+    "reference": reference.scatter_blocks,
+}
+
+
+def gather_blocks(
+    kv_cache: KVCache, block_ids: Int32[Array, "P"], *, implementation: str | None = None
+) -> KVCache:
+    """Returns copies of P blocks, `k` and `v` of `[P, Hk, S, D]`, in the order of `block_ids`.
+
+    Args:
+      kv_cache: not modified.
+      block_ids: i32[P], which may repeat; unused entries are 0 (the null block).
+      implementation: "xla" (any platform), "reference", or None to choose.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+      NotImplementedError: the named implementation does not exist.
+    """
+    _check_ids(block_ids)
+    name = choose_implementation("gather_blocks", _GATHER, implementation)
+    return _GATHER[name](kv_cache, block_ids)
+
+
+def scatter_blocks(
+    kv_cache: KVCache,
+    block_ids: Int32[Array, "P"],
+    blocks: KVCache,
+    *,
+    implementation: str | None = None,
+) -> KVCache:
+    """Writes P blocks into the cache: block `block_ids[i]` becomes `blocks[i]`.
+
+    Args:
+      kv_cache: donated: it must not be used afterwards. Inside a caller's own `jax.jit` it is
+        updated in place if the caller donates it there.
+      block_ids: i32[P], all different, but for unused entries, which are 0 (the null block).
+      blocks: what `gather_blocks` returned, `[P, Hk, S, D]` in the cache's dtype.
+      implementation: "xla" (any platform), "reference", or None to choose.
+
+    Returns:
+      The cache with the blocks written.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+      NotImplementedError: the named implementation does not exist.
+    """
+    _check_ids(block_ids)
+    _check_blocks(kv_cache.k, block_ids, blocks.k, "k")
+    _check_blocks(kv_cache.v, block_ids, blocks.v, "v")
+    name = choose_implementation("scatter_blocks", _SCATTER, implementation)
+    return _SCATTER[name](kv_cache, block_ids, blocks)
+
+
+def _check_ids(block_ids: jax.Array) -> None:
+    if block_ids.ndim != 1 or block_ids.dtype != jnp.int32:
+        raise ValueError(f"block_ids is {block_ids.dtype}{list(block_ids.shape)}, must be int32[P]")
+
+
+def _check_blocks(cache: jax.Array, block_ids: jax.Array, blocks: jax.Array, name: str) -> None:
+    expected = (*block_ids.shape, *cache.shape[1:])
+    if blocks.shape != expected or blocks.dtype != cache.dtype:
+        raise ValueError(
+            f"blocks.{name} is {blocks.dtype}{list(blocks.shape)}, must be "
+            f"{cache.dtype}{list(expected)} for {block_ids.shape[0]} blocks of this cache"
+        )

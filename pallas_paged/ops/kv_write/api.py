@@ -1,0 +1,65 @@
+"""Write of a step's keys and values into the KV cache: the public function and its checks."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_paged.dispatch import choose_implementation
+from pallas_paged.kv_cache import KVCache
+from pallas_paged.ops.kv_write import reference, xla
+
+_IMPLEMENTATIONS: Mapping[str, Callable[..., KVCache]] = {
+    "xla": xla.write_kv,
+    "reference": reference.write_kv,
+}
+
+
+def write_kv(
+    k: Float[Array, "T Hk D"],
+    v: Float[Array, "T Hk D"],
+    kv_cache: KVCache,
+    slot_mapping: Int32[Array, "T"],
+    *,
+    implementation: str | None = None,
+) -> KVCache:
+    """Writes the keys and values of T tokens into their slots.
+
+    Args:
+      k: keys, cast to the cache's dtype.
+      v: values, likewise.
+      kv_cache: donated: it must not be used afterwards. Inside a caller's own `jax.jit` it is
+        updated in place if the caller donates it there.
+      slot_mapping: i32[T], `block * S + offset` of each token. Padding tokens name slots of the
+        null block, which may repeat; what ends up there is unspecified. Other slots differ.
+      implementation: "xla" (any platform), "reference", or None to choose.
+
+    Returns:
+      The cache with k and v written.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+      NotImplementedError: the named implementation does not exist.
+    """
+    _check(k, v, kv_cache, slot_mapping)
+    name = choose_implementation("write_kv", _IMPLEMENTATIONS, implementation)
+    return _IMPLEMENTATIONS[name](k, v, kv_cache, slot_mapping)
+
+
+def _check(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array) -> None:
+    if kv_cache.k.ndim != 4 or kv_cache.k.shape != kv_cache.v.shape:
+        raise ValueError(
+            f"kv_cache.k.shape={kv_cache.k.shape} and kv_cache.v.shape={kv_cache.v.shape} must "
+            "both be [blocks, kv heads, block size, head_dim]"
+        )
+    _, num_kv_heads, _, head_dim = kv_cache.k.shape
+    expected = (*slot_mapping.shape[:1], num_kv_heads, head_dim)
+    if k.shape != expected or v.shape != expected:
+        raise ValueError(
+            f"k.shape={k.shape} and v.shape={v.shape} must both be {expected}: "
+            f"[slots, kv heads, head_dim] for slot_mapping.shape={slot_mapping.shape} and "
+            f"kv_cache.k.shape={kv_cache.k.shape}"
+        )
+    if slot_mapping.dtype != jnp.int32:
+        raise ValueError(f"slot_mapping.dtype={slot_mapping.dtype} must be int32")

@@ -1,0 +1,189 @@
+"""A model whose tokens can be computed by hand, and a runner that computes them out of blocks.
+
+The runner keeps a "KV cache" of token ids and finds them only through the slots and the block
+tables of the step, so a wrong row, a block freed too early or a stale slot gives wrong tokens.
+Like a device, it lags: a step is described when it is dispatched and computed when it is
+collected, after the next one was dispatched.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from pallas_paged import block_tables
+from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
+from pallas_paged.engine.sequence import Sequence
+
+VOCAB_SIZE = 61
+
+
+def next_token(token_ids: list[int]) -> int:
+    """Every token and its place count: [5] gives 8, [5, 8] gives 30, [8, 5] gives 27."""
+    return sum((i + 1) * (t + 3) for i, t in enumerate(token_ids)) % VOCAB_SIZE
+
+
+HostStop = Callable[[list[int]], bool]
+"""Stands for a stop string: whether the host ends a sequence with these output tokens."""
+
+
+def generate_alone(
+    sequence: Sequence, max_model_len: int, host_stop: HostStop | None = None
+) -> tuple[list[int], str, int | str | None]:
+    """Returns the output tokens, finish_reason and stop_reason of the sequence's request."""
+    token_ids: list[int] = list(sequence.prompt_token_ids)
+    max_length = min(len(token_ids) + sequence.max_tokens, max_model_len)
+    while True:
+        token = next_token(token_ids)
+        token_ids.append(token)
+        output = token_ids[len(sequence.prompt_token_ids) :]
+        if token in sequence.eos_token_ids:
+            return output, "stop", None
+        if token in sequence.stop_token_ids:
+            return output, "stop", token
+        if len(token_ids) == max_length:
+            return output, "length", None
+        if host_stop and host_stop(output):
+            return output, "stop", "host"
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A step as the device gets it: copies, and no reference to any sequence."""
+
+    input_ids: list[list[int] | None]  # None: the row's last sampled token
+    rows: list[int]
+    slots: list[np.ndarray]
+    tables: list[np.ndarray]
+    seq_lens: list[int]
+    samples: list[bool]
+    free_blocks: np.ndarray
+
+
+class MockRunner:
+    """Computes steps in the order of their dispatch."""
+
+    def __init__(self, memory: BlockTableMemory) -> None:
+        self.memory = memory
+        num_blocks = memory.num_usable_blocks + 1
+        self.cache = np.full((num_blocks, memory.state.block_size), -1)
+        self.last_tokens = np.full(len(memory.state.seq_lens), -1)
+        self.queue: collections.deque[Batch] = collections.deque()
+
+    def dispatch(self, step: ScheduledStep) -> Batch:
+        state = self.memory.state
+        batch = Batch(
+            input_ids=[
+                None
+                if share.input_on_device
+                else share.sequence.token_ids[share.start : share.start + share.num_tokens]
+                for share in step.scheduled
+            ],
+            rows=[share.row for share in step.scheduled],
+            slots=[
+                block_tables.slot_mapping(
+                    state,
+                    np.full(share.num_tokens, share.row),
+                    np.arange(share.start, share.start + share.num_tokens),
+                )
+                for share in step.scheduled
+            ],
+            tables=[state.tables[share.row].copy() for share in step.scheduled],
+            seq_lens=[share.start + share.num_tokens for share in step.scheduled],
+            samples=[share.samples for share in step.scheduled],
+            free_blocks=np.flatnonzero(state.ref_counts == 0),
+        )
+        self.queue.append(batch)
+        return batch
+
+    def collect(self, batch: Batch) -> list[int]:
+        assert self.queue.popleft() is batch, "the device computes steps in order"
+        self.cache[batch.free_blocks] = -1  # what nobody owns may hold anything
+        for row, slots, input_ids in zip(batch.rows, batch.slots, batch.input_ids, strict=True):
+            tokens = [self.last_tokens[row]] if input_ids is None else input_ids
+            assert len(tokens) == len(slots)
+            self.cache.reshape(-1)[slots] = tokens
+        sampled = []
+        for row, table, seq_len, samples in zip(
+            batch.rows, batch.tables, batch.seq_lens, batch.samples, strict=True
+        ):
+            if samples:
+                context = self.cache[table].reshape(-1)[:seq_len].tolist()
+                self.last_tokens[row] = next_token(context)
+                sampled.append(int(self.last_tokens[row]))
+            else:
+                sampled.append(-1)  # nothing is sampled here, and nobody may look
+        return sampled
+
+
+class MockEngine:
+    """The engine's loop: dispatch a step, then commit the one before."""
+
+    def __init__(
+        self, scheduler: Scheduler, runner: MockRunner, host_stop: HostStop | None = None
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.host_stop = host_stop
+        self.in_flight: tuple[ScheduledStep, Batch] | None = None
+        self.events: list[str] = []
+
+    def step(self, overlap: bool = True) -> ScheduledStep | None:
+        """One turn of the loop; without overlap nothing is in flight when it returns."""
+        step = self.scheduler.schedule()
+        previous, self.in_flight = self.in_flight, None
+        if step is not None:
+            self.events.append(f"dispatch {step.step_id}")
+            self.in_flight = step, self.runner.dispatch(step)
+        if previous is not None:
+            self.commit(*previous)
+        if not overlap:
+            self.drain()
+        return step
+
+    def drain(self) -> None:
+        """Commits the step in flight."""
+        if self.in_flight is not None:
+            in_flight, self.in_flight = self.in_flight, None
+            self.commit(*in_flight)
+
+    def commit(self, step: ScheduledStep, batch: Batch) -> None:
+        self.events.append(f"collect {step.step_id}")
+        for sequence in self.scheduler.commit(step, self.runner.collect(batch)):
+            if self.host_stop and self.host_stop(sequence.output_token_ids):
+                self.scheduler.finish(sequence, "stop", "host")
+
+    def run(self, overlap: bool = True) -> None:
+        """Turns the loop until nothing is unfinished and nothing in flight."""
+        while self.scheduler.has_unfinished:
+            self.step(overlap)
+        self.drain()
+
+
+def make_engine(
+    *,
+    num_blocks: int = 65,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 64,
+    max_model_len: int = 64,
+    watermark_blocks: int | None = 0,
+    host_stop: HostStop | None = None,
+) -> MockEngine:
+    """Returns an engine over fresh block tables (`num_blocks` counts the null block)."""
+    memory = BlockTableMemory(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+    )
+    scheduler = Scheduler(
+        memory,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        watermark_blocks=watermark_blocks,
+    )
+    return MockEngine(scheduler, MockRunner(memory), host_stop)

@@ -1,0 +1,47 @@
+"""What the engine's tests share: small engines, their requests, and the rule of equal tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pallas_paged.engine import LLM
+from tests.models.references import DATA, load_reference
+
+MIN_MARGIN = 1e-3
+
+
+def make_llm(name: str, **options: Any) -> LLM:
+    """Returns an engine over one of the recorded checkpoints."""
+    return LLM(DATA / name, **{"num_blocks": 400, "compilation_cache_dir": None} | options)
+
+
+def reference_requests(name: str) -> list[dict[str, list[int]]]:
+    """Returns the prompts that transformers' tokens were recorded for."""
+    return [{"prompt_token_ids": list(prompt)} for prompt in load_reference(name).prompts]
+
+
+def same_tokens(actual: Sequence[Sequence[int]], expected: np.ndarray, margins: np.ndarray) -> None:
+    """Asserts that tokens are equal up to where the reference's top two are as good as equal.
+
+    Rows may be shorter than the reference's. Sequences that part at such a place are under 1 % of
+    all tokens, or the test has no meaning.
+    """
+    parted = 0
+    for row, (tokens, wanted, margin) in enumerate(zip(actual, expected, margins, strict=True)):
+        wanted = wanted[: len(tokens)].tolist()
+        different = [
+            i for i, pair in enumerate(zip(tokens, wanted, strict=True)) if pair[0] != pair[1]
+        ]
+        if different:
+            close = np.flatnonzero(margin < MIN_MARGIN)
+            assert close.size, f"row {row}: {list(tokens)} instead of {wanted}"
+            assert close[0] <= different[0], f"row {row}: {list(tokens)} instead of {wanted}"
+            parted += 1
+    assert parted <= 0.01 * expected.size
+
+
+def assert_idle(llm: LLM) -> None:
+    """Asserts that nothing is left of any request."""
+    assert llm.kv_cache_usage == 0
+    llm.engine.check_idle()

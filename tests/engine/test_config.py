@@ -1,0 +1,162 @@
+"""Configuration, buckets and the size of the pool."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from pallas_paged.engine.buckets import Bucket, Buckets
+from pallas_paged.engine.config import (
+    DEFAULT_CPU_KV_CACHE_BYTES,
+    EngineConfig,
+    resolve_max_model_len,
+    round_num_blocks,
+)
+from pallas_paged.engine.pool import plan_pool
+from pallas_paged.models.llama import Llama, LlamaConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("dtype", "int8", "dtype='int8' must be one of"),
+        ("kv_cache_dtype", "fp8", "kv_cache_dtype='fp8' must be one of"),
+        ("max_num_seqs", 0, "max_num_seqs=0 must be an integer >= 1"),
+        ("max_num_seqs", True, "max_num_seqs=True must be an integer >= 1"),
+        ("max_num_seqs", 513, "max_num_batched_tokens=512 must be at least max_num_seqs=513"),
+        ("max_num_batched_tokens", 63, "max_num_batched_tokens=63 must be at least"),
+        ("block_size", 0, "block_size=0 must be"),
+        ("block_size", 16.0, "block_size=16.0 must be"),
+        ("num_blocks", 1, "num_blocks=1 must be None or an integer >= 2"),
+        ("max_model_len", 0, "max_model_len=0 must be"),
+        ("kv_cache_memory_bytes", -1, "kv_cache_memory_bytes=-1 must be"),
+        ("gpu_memory_utilization", 0, "gpu_memory_utilization=0 must be in (0, 1]"),
+        ("gpu_memory_utilization", 1.1, "gpu_memory_utilization=1.1 must be in (0, 1]"),
+        ("gpu_memory_utilization", float("nan"), "must be in (0, 1]"),
+        ("seed", -1, "seed=-1 must be"),
+        ("attention_implementation", "triton", "attention_implementation='triton' must be"),
+        ("tensor_parallel_size", 2, "tensor_parallel_size=2 is not supported yet"),
+        ("enable_prefix_caching", True, "enable_prefix_caching=True is not supported yet"),
+        ("swap_space", 4, "swap_space=4 is not supported yet"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=r".") as error:
+        EngineConfig("model", **{field: value})
+    assert message in str(error.value)
+
+
+def test_an_unknown_field_is_refused() -> None:
+    with pytest.raises(TypeError, match="max_sequences"):
+        EngineConfig("model", max_sequences=3)
+
+
+def test_the_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EngineConfig("model").seed = 3
+
+
+def test_max_model_len() -> None:
+    assert resolve_max_model_len(EngineConfig("m"), 2048) == 2048
+    assert resolve_max_model_len(EngineConfig("m", max_model_len=100), 2048) == 100
+    with pytest.raises(ValueError, match="max_position_embeddings=64"):
+        resolve_max_model_len(EngineConfig("m", max_model_len=100), 64)
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 8, 9, 64, 100])
+@pytest.mark.parametrize("max_num_batched_tokens", [100, 128, 512])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_every_step_fits_a_bucket_that_is_compiled_ahead(
+    max_num_seqs: int, max_num_batched_tokens: int, deterministic: bool
+) -> None:
+    config = EngineConfig(
+        "m",
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        deterministic=deterministic,
+    )
+    buckets = Buckets.for_config(config)
+    every = buckets.all()
+    assert len(every) == len(set(every)) <= 20
+    assert len(every) == 1 or not deterministic
+    for num_seqs in range(1, max_num_seqs + 1):
+        for num_tokens in range(num_seqs, max_num_batched_tokens + 1, 7):
+            bucket = buckets.pick(num_tokens, num_seqs)
+            assert bucket in every
+            assert bucket.num_seqs >= num_seqs
+            assert bucket.num_tokens >= num_tokens
+            assert bucket.is_decode == (num_tokens == num_seqs and not deterministic)
+
+
+def test_buckets_are_the_smallest_that_fit() -> None:
+    buckets = Buckets((1, 2, 4), (8, 32), (2, 4))
+    assert buckets.pick(3, 3) == Bucket(4, 4, is_decode=True)
+    assert buckets.pick(8, 2) == Bucket(8, 2, is_decode=False)
+    assert buckets.pick(9, 3) == Bucket(32, 4, is_decode=False)
+    with pytest.raises(AssertionError, match="largest bucket 32"):
+        buckets.pick(33, 1)
+
+
+def test_pool_sizes_lie_on_a_coarse_grid() -> None:
+    assert [round_num_blocks(n) for n in (2, 3, 15, 16, 17, 100, 1000)] == [
+        2,
+        3,
+        15,
+        16,
+        16,
+        96,
+        960,
+    ]
+    for n in range(2, 5000):
+        assert n * 7 / 8 < round_num_blocks(n) <= n
+    assert len({round_num_blocks(n) for n in range(1024, 2048)}) == 8
+
+
+SHAPE = LlamaConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=2,
+    num_q_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    max_position_embeddings=4096,
+)
+BLOCK_BYTES = 2 * 2 * 1 * 16 * 8 * 4  # keys and values, layers, KV heads, S, D, float32
+
+
+def plan(max_model_len: int = 4096, **options: object):
+    model = nnx.eval_shape(lambda: Llama(SHAPE, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    config = EngineConfig("m", **options)
+    buckets = Buckets.for_config(config)
+    return plan_pool(config, model, buckets, max_model_len, jnp.dtype(jnp.float32), "xla")
+
+
+def test_num_blocks_wins_over_bytes() -> None:
+    result = plan(num_blocks=77, kv_cache_memory_bytes=10 * BLOCK_BYTES)
+    assert (result.num_blocks, result.block_bytes) == (77, BLOCK_BYTES)
+    assert result.max_blocks_per_seq == 76
+
+
+def test_bytes_are_an_upper_limit() -> None:
+    result = plan(kv_cache_memory_bytes=100 * BLOCK_BYTES)
+    assert result.num_blocks == 96
+
+
+def test_the_default_on_a_cpu_is_a_stated_size() -> None:
+    assert DEFAULT_CPU_KV_CACHE_BYTES <= 4 << 30
+    assert plan().num_blocks == 64 * 256 + 1  # all sequences at their longest need less
+    whole = round_num_blocks(DEFAULT_CPU_KV_CACHE_BYTES // BLOCK_BYTES)
+    assert plan(max_num_seqs=64, max_model_len=10**9).num_blocks == whole
+
+
+def test_a_pool_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"a block takes {BLOCK_BYTES}"):
+        plan(kv_cache_memory_bytes=BLOCK_BYTES)
+
+
+def test_the_plan_says_where_the_bytes_go() -> None:
+    text = str(plan(num_blocks=77))
+    assert "77 blocks of 16 tokens, 1216 tokens" in text
+    assert "weights" in text

@@ -1,0 +1,286 @@
+"""The engine's loop over a mock device: order of events, errors, aborts, text."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from pallas_paged.block_tables import BlockTables
+from pallas_paged.engine import SamplingParams, batch
+from pallas_paged.engine.buckets import Buckets
+from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.core import Engine
+from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.outputs import RequestOutput
+from pallas_paged.engine.runner import InFlight
+from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
+from tests.engine.mock_model import VOCAB_SIZE, next_token
+
+MAX_MODEL_LEN = 64
+GREEDY = SamplingParams(temperature=0, max_tokens=10, detokenize=False)
+
+
+@dataclasses.dataclass
+class PackedMockRunner:
+    """The mock model behind the real packed inputs: it knows nothing but what a device is given.
+
+    Attributes:
+      buckets: of the steps.
+      events: "dispatch n" and "collect n" in the order in which they happened.
+      before: called with each event; may raise.
+    """
+
+    buckets: Buckets
+    num_slots: int
+    num_rows: int
+    events: list[str] = dataclasses.field(default_factory=list)
+    before: Callable[[str], None] = lambda event: None
+    token: int | None = None
+
+    def __post_init__(self) -> None:
+        self.cache = np.full(self.num_slots, -1)
+        self.last_tokens = np.full(self.num_rows + 1, -1)
+
+    def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
+        self.note(f"dispatch {step.step_id}")
+        bucket = self.buckets.pick(step.num_tokens, len(step.scheduled))
+        packed = batch.build(step, state, bucket)
+        return InFlight(step, (packed, bucket, state))
+
+    def collect(self, in_flight: InFlight) -> list[int]:
+        self.note(f"collect {in_flight.step.step_id}")
+        packed, bucket, state = in_flight.tokens
+        x = batch.views(packed, bucket, state.tables.shape[1])
+        S = state.block_size
+        tokens = []
+        ids = x.input_ids.copy()
+        on_device = np.flatnonzero(x.input_on_device)
+        ids[x.query_start_loc[on_device]] = self.last_tokens[x.rows[on_device]]
+        self.cache[x.slot_mapping] = ids
+        for b in range(bucket.num_seqs):
+            slots = x.block_tables[b][:, None] * S + np.arange(S)
+            context = self.cache[slots.ravel()[: x.seq_lens[b]]]
+            token = next_token(context.tolist()) if self.token is None else self.token
+            self.last_tokens[x.sample_rows[b]] = token
+            tokens.append(token)
+        return tokens[: len(in_flight.step.scheduled)]
+
+    def recover(self) -> None:
+        self.cache[:] = -1
+
+    def note(self, event: str) -> None:
+        self.before(event)
+        self.events.append(event)
+
+
+def make_engine(num_blocks: int = 65, **options: object) -> Engine:
+    memory = BlockTableMemory(
+        num_blocks=num_blocks, block_size=4, max_num_seqs=8, max_model_len=MAX_MODEL_LEN
+    )
+    scheduler = Scheduler(
+        memory, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=MAX_MODEL_LEN
+    )
+    config = EngineConfig("mock", max_num_seqs=8, max_num_batched_tokens=32)
+    runner = PackedMockRunner(Buckets.for_config(config), num_blocks * 4, 8)
+    return Engine(
+        scheduler,
+        memory,
+        runner,
+        vocab_size=VOCAB_SIZE,
+        max_model_len=MAX_MODEL_LEN,
+        **options,
+    )
+
+
+def add(engine: Engine, prompts: list[list[int]], params: SamplingParams = GREEDY) -> None:
+    for prompt in prompts:
+        engine.add(engine.make_sequence(prompt, params))
+
+
+def run(engine: Engine) -> dict[str, RequestOutput]:
+    outputs = {}
+    while engine.has_unfinished:
+        for output in engine.step():
+            outputs[output.request_id] = output
+    engine.check_idle()
+    return outputs
+
+
+def collect_finished(engine: Engine, finished: list[RequestOutput]) -> None:
+    while engine.has_unfinished:
+        finished += [output for output in engine.step() if output.finished]
+
+
+def expected(prompt: list[int], count: int = 10) -> tuple[int, ...]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tuple(tokens[len(prompt) :])
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB_SIZE, rng.integers(1, 50)).tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+@pytest.mark.parametrize("num_blocks", [17, 24, 65])
+def test_packed_steps_give_the_tokens_computed_by_hand(
+    num_blocks: int, async_scheduling: bool
+) -> None:
+    engine = make_engine(num_blocks, async_scheduling=async_scheduling)
+    requests = prompts(40)
+    add(engine, requests)
+    outputs = run(engine)
+    assert [o.outputs[0].token_ids for o in outputs.values()] != []
+    for index, prompt in enumerate(requests):
+        assert outputs[f"request-{index}"].outputs[0].token_ids == expected(prompt)
+    if num_blocks == 17:
+        assert engine.scheduler.num_preemptions > 0
+
+
+def test_the_next_step_is_dispatched_before_the_last_is_collected() -> None:
+    engine = make_engine()
+    add(engine, prompts(3))
+    run(engine)
+    events = engine.runner.events
+    last = int(events[-1].split()[1])
+    assert last > 5
+    for n in range(last):
+        assert events.index(f"dispatch {n + 1}") < events.index(f"collect {n}")
+    assert [e for e in events if e.startswith("collect")] == [
+        f"collect {n}" for n in range(last + 1)
+    ]
+
+
+def test_without_async_scheduling_nothing_is_in_flight() -> None:
+    engine = make_engine(async_scheduling=False)
+    add(engine, prompts(3))
+    run(engine)
+    pairs = zip(engine.runner.events[::2], engine.runner.events[1::2], strict=True)
+    assert all(a.split()[1] == b.split()[1] for a, b in pairs)
+
+
+@pytest.mark.parametrize("failing", ["dispatch 0", "dispatch 3", "collect 0", "collect 4"])
+def test_a_failing_step_fails_every_request_and_the_engine_serves_on(failing: str) -> None:
+    engine = make_engine()
+    requests = prompts(12)
+
+    def fail(event: str) -> None:
+        if event == failing:
+            engine.runner.before = lambda event: None
+            raise OSError("the device is gone")
+
+    engine.runner.before = fail
+    add(engine, requests)
+    finished: list[RequestOutput] = []
+    with pytest.raises(OSError, match="the device is gone"):
+        collect_finished(engine, finished)
+    last = engine.step()
+    assert {o.outputs[0].finish_reason for o in last} == {"abort"}
+    assert {o.outputs[0].stop_reason for o in last} == {"OSError: the device is gone"}
+    assert len(finished) + len(last) == len(requests)
+    engine.check_idle()
+
+    add(engine, requests)
+    outputs = run(engine)
+    for index, prompt in enumerate(requests):
+        output = outputs[f"request-{len(requests) + index}"]
+        assert output.outputs[0].token_ids == expected(prompt)
+
+
+def test_logits_that_are_not_finite_end_only_their_request() -> None:
+    engine = make_engine()
+    engine.runner.token = VOCAB_SIZE  # what the step returns for such a row
+    add(engine, [[1, 2, 3]])
+    (output,) = run(engine).values()
+    assert output.outputs[0].token_ids == ()
+    assert output.outputs[0].finish_reason == "abort"
+    assert output.outputs[0].stop_reason == "logits are not finite"
+
+
+@pytest.mark.parametrize("after_steps", range(6))
+def test_abort_returns_the_blocks_in_every_state(after_steps: int) -> None:
+    engine = make_engine(num_blocks=20)
+    requests = prompts(12, seed=after_steps)
+    add(engine, requests)
+    seen: dict[str, RequestOutput] = {}
+    for _ in range(after_steps):
+        seen |= {o.request_id: o for o in engine.step()}
+    for victim in ("request-0", "request-5", "request-11"):
+        engine.abort(victim)
+        engine.abort(victim)
+    engine.abort("nobody")
+    seen |= run(engine)
+    for index, prompt in enumerate(requests):
+        completion = seen[f"request-{index}"].outputs[0]
+        whole = expected(prompt)
+        if index in (0, 5, 11) and completion.finish_reason == "abort":
+            assert completion.token_ids == whole[: len(completion.token_ids)]
+        else:
+            assert (completion.token_ids, completion.finish_reason) == (whole, "length")
+
+
+def test_metrics_are_in_order() -> None:
+    engine = make_engine()
+    add(engine, prompts(10))
+    for output in run(engine).values():
+        m = output.metrics
+        assert m.arrival_time_s <= m.first_scheduled_time_s
+        assert m.first_scheduled_time_s <= m.first_token_time_s <= m.finish_time_s
+
+
+def refuse(prompt: object, **params: object) -> str:
+    engine = make_engine(num_blocks=9)
+    with pytest.raises(ValueError, match=r".") as error:
+        engine.make_sequence(prompt, dataclasses.replace(GREEDY, **params))
+    assert not engine.has_unfinished
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([1, VOCAB_SIZE], {}, f"holds {VOCAB_SIZE}, which is outside the vocabulary"),
+        ([1, -1], {}, "holds -1, which is outside the vocabulary"),
+        ([1.5], {}, "must be a flat list of integers"),
+        ([[1], [2]], {}, "must be a flat list of integers"),
+        ([[1], [2, 3]], {}, "must be a flat list of integers"),
+        ("text", {}, "must be a flat list of integers"),
+        ([True], {}, "must be a flat list of integers"),
+        ([1] * MAX_MODEL_LEN, {}, f"max_model_len={MAX_MODEL_LEN}"),
+        ([1] * 60, {"max_tokens": 5}, "max_tokens=5"),
+        ([1] * 30, {"max_tokens": 10}, "the KV cache has 8"),
+        ([1] * 40, {"max_tokens": None}, "the KV cache has 8"),
+        ([1], {"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids holds 61"),
+        ([1], {"stop": "x", "detokenize": True}, "stop=('x',) needs"),
+    ],
+)
+def test_bad_requests_are_refused(prompt: object, params: dict, message: str) -> None:
+    assert message in refuse(prompt, **params)
+
+
+def test_max_tokens_none_means_as_many_as_fit() -> None:
+    engine = make_engine()
+    assert engine.make_sequence([1] * 10, SamplingParams(max_tokens=None)).max_tokens == 54
+    small = make_engine(num_blocks=6)
+    assert small.make_sequence([1] * 10, SamplingParams(max_tokens=None)).max_tokens == 10
+
+
+def test_a_request_id_in_use_is_refused() -> None:
+    engine = make_engine()
+    engine.add(engine.make_sequence([1], GREEDY, request_id="a"))
+    with pytest.raises(ValueError, match="'a'"):
+        engine.add(engine.make_sequence([1], GREEDY, request_id="a"))
+    run(engine)
+    engine.add(engine.make_sequence([1], GREEDY, request_id="a"))
+
+
+def test_requests_without_a_seed_get_different_ones() -> None:
+    engine = make_engine(seed=7)
+    seeds = [engine.make_sequence([1], GREEDY).sampling_params.seed for _ in range(100)]
+    assert len(set(seeds)) == 100
+    again = make_engine(seed=7)
+    assert seeds == [again.make_sequence([1], GREEDY).sampling_params.seed for _ in range(100)]

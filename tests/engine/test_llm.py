@@ -1,0 +1,185 @@
+"""Requests from end to end: the same tokens whatever the batch, the pool and the buckets."""
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_paged.engine import LLM, SamplingParams
+from tests.engine.serving import assert_idle, make_llm, reference_requests, same_tokens
+from tests.models.references import load_reference
+
+ONE_PER_FAMILY = ("llama-gqa-llama3", "opt-postnorm-projected")
+GREEDY = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+
+
+def generate(llm: LLM, prompts: Sequence, params) -> list[tuple[int, ...]]:
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert_idle(llm)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.fixture(scope="module", params=ONE_PER_FAMILY)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def llm(name: str) -> LLM:
+    return make_llm(name, max_num_seqs=32, max_num_batched_tokens=64, block_size=8)
+
+
+def test_a_batch_gives_transformers_tokens(llm: LLM, name: str) -> None:
+    reference, prompts = load_reference(name), reference_requests(name)
+    assert len(prompts) == 32
+    tokens = generate(llm, prompts, GREEDY)
+    same_tokens(tokens, reference.greedy, reference.margins)
+
+
+def test_each_request_alone_gives_the_same(llm: LLM, name: str) -> None:
+    reference, prompts = load_reference(name), reference_requests(name)
+    tokens = [generate(llm, [prompt], GREEDY)[0] for prompt in prompts[:12]]
+    same_tokens(tokens, reference.greedy[:12], reference.margins[:12])
+
+
+def test_preemption_changes_nothing(name: str) -> None:
+    """A pool that holds hardly more than the longest request: everybody is preempted, often."""
+    reference, prompts = load_reference(name), reference_requests(name)
+    llm = make_llm(name, max_num_seqs=16, max_num_batched_tokens=48, block_size=4, num_blocks=31)
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert_idle(llm)
+    assert sum(output.metrics.num_preemptions for output in outputs) > 16
+    same_tokens([o.outputs[0].token_ids for o in outputs], reference.greedy, reference.margins)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17])
+def test_row_bucket_boundaries(llm: LLM, name: str, count: int) -> None:
+    reference, prompts = load_reference(name), reference_requests(name)
+    tokens = generate(llm, prompts[-count:], dataclasses.replace(GREEDY, max_tokens=6))
+    same_tokens(tokens, reference.greedy[-count:, :6], reference.margins[-count:, :6])
+
+
+@pytest.mark.parametrize("length", [31, 32, 33, 63, 64, 65])
+def test_token_bucket_boundaries(llm: LLM, name: str, length: int) -> None:
+    """A prompt of `length` tokens fills a token bucket, and its neighbours' decodes ride along."""
+    reference = load_reference(name)
+    index = list(map(len, reference.prompts)).index(length)
+    prompts = reference_requests(name)
+    for batch in ([index], [0, index], [index, 1, 2]):
+        tokens = generate(
+            llm, [prompts[i] for i in batch], dataclasses.replace(GREEDY, max_tokens=4)
+        )
+        same_tokens(tokens, reference.greedy[batch, :4], reference.margins[batch, :4])
+
+
+def sampled(seeds: Sequence[int], **options) -> list[SamplingParams]:
+    return [
+        SamplingParams(temperature=1.0, max_tokens=16, seed=seed, ignore_eos=True, **options)
+        for seed in seeds
+    ]
+
+
+def test_a_seed_gives_the_same_tokens_alone_batched_and_preempted(llm: LLM, name: str) -> None:
+    prompts = reference_requests(name)[:12]
+    params = sampled(range(12), top_p=0.9)
+    batched = generate(llm, prompts, params)
+    alone = [generate(llm, [p], [one])[0] for p, one in zip(prompts, params, strict=True)]
+    tight = make_llm(name, max_num_seqs=8, max_num_batched_tokens=32, block_size=4, num_blocks=20)
+    preempted = tight.generate(prompts, params, use_tqdm=False)
+    assert sum(output.metrics.num_preemptions for output in preempted) > 0
+    # Float32 logits differ by about 1e-6 between batches: one draw in a million may differ.
+    assert alone == batched
+    assert [output.outputs[0].token_ids for output in preempted] == batched
+
+
+def test_different_seeds_give_different_tokens(llm: LLM, name: str) -> None:
+    prompt = reference_requests(name)[3]
+    tokens = generate(llm, [prompt] * 8, sampled(range(8)))
+    assert len(set(tokens)) == 8
+    assert len(set(generate(llm, [prompt] * 8, SamplingParams(max_tokens=16)))) == 8
+
+
+def test_deterministic_is_bitwise(name: str) -> None:
+    llm = make_llm(
+        name,
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        block_size=4,
+        num_blocks=40,
+        deterministic=True,
+    )
+    assert len(llm.buckets.all()) == 1
+    prompts = reference_requests(name)[:10]
+    batched = generate(llm, prompts, GREEDY)
+    assert [generate(llm, [prompt], GREEDY)[0] for prompt in prompts] == batched
+
+
+@pytest.fixture
+def traced(llm: LLM) -> Iterator[LLM]:
+    """Fails when a program is traced or compiled while the test runs."""
+    llm.warm_up()
+    before = dict(llm.runner.programs.num_traces)
+    compiled: list[str] = []
+
+    def listen(event: str, _: float, **details: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(str(details))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield llm
+    jax.monitoring.unregister_event_duration_listener(listen)
+    new = {
+        b: n - before.get(b, 0)
+        for b, n in llm.runner.programs.num_traces.items()
+        if n != before.get(b)
+    }
+    assert not new, f"these buckets were traced after the warm-up: {new}"
+    assert not compiled, f"compiled after the warm-up: {compiled}"
+
+
+def test_nothing_compiles_after_warm_up(traced: LLM, name: str) -> None:
+    rng = np.random.default_rng(0)
+    vocab_size = traced.model_config.vocab_size
+    prompts = [
+        {"prompt_token_ids": rng.integers(4, vocab_size, rng.integers(1, 90)).tolist()}
+        for _ in range(200)
+    ]
+    params = [
+        SamplingParams(
+            temperature=float(rng.choice([0.0, 0.7, 1.0])),
+            top_p=float(rng.choice([0.9, 1.0])),
+            top_k=int(rng.choice([0, 5])),
+            max_tokens=int(rng.integers(1, 30)),
+        )
+        for _ in prompts
+    ]
+    assert len(generate(traced, prompts, params)) == 200
+
+
+def test_each_step_takes_over_the_caches(llm: LLM, name: str) -> None:
+    """Donation is real: no array of the step before survives a step."""
+    stream = llm.stream(reference_requests(name)[:3], GREEDY)
+    next(stream)
+    before = [array for cache in llm.runner.kv_caches for array in cache]
+    num_steps = llm.engine.num_steps
+    while llm.engine.num_steps == num_steps:
+        next(stream)
+    llm.runner.block_until_ready()
+    assert all(array.is_deleted() for array in before)
+    pointers = [cache.k.unsafe_buffer_pointer() for cache in llm.runner.kv_caches]
+    for _ in stream:
+        pass
+    assert [cache.k.unsafe_buffer_pointer() for cache in llm.runner.kv_caches] == pointers
+
+
+def test_an_engine_goes_when_its_owner_does(name: str) -> None:
+    llm = make_llm(name, max_num_seqs=2, max_num_batched_tokens=32)
+    llm.generate(reference_requests(name)[:1], GREEDY, use_tqdm=False)
+    gone = weakref.ref(llm)
+    del llm
+    gc.collect()
+    assert gone() is None

@@ -1,0 +1,520 @@
+"""What the scheduler does, scenario by scenario.
+
+`engine.step()` schedules and dispatches a step, then commits the one before: one step stays in
+flight. With `overlap=False` nothing does. Blocks have 4 tokens unless a test says otherwise.
+"""
+
+from typing import Any
+
+import pytest
+
+from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
+from pallas_paged.engine.sequence import Sequence, SequenceStatus
+from tests.engine.mock_model import MockEngine, generate_alone, make_engine, next_token
+
+
+def request(name: str, prompt_len: int, max_tokens: int = 8, **options: Any) -> Sequence:
+    return Sequence(name, tuple(range(1, prompt_len + 1)), max_tokens, **options)
+
+
+def add(engine: MockEngine, *sequences: Sequence) -> None:
+    for sequence in sequences:
+        engine.scheduler.add(sequence)
+
+
+def shares(step: ScheduledStep | None) -> dict[str, tuple[int, int]]:
+    """The (start, num_tokens) of every sequence in the step."""
+    assert step is not None
+    return {s.sequence.request_id: (s.start, s.num_tokens) for s in step.scheduled}
+
+
+def blocks_in_use(engine: MockEngine) -> int:
+    return engine.scheduler.memory.num_usable_blocks - engine.scheduler.memory.num_free_blocks
+
+
+def order_of_admission(engine: MockEngine, *waiting: Sequence) -> list[Sequence]:
+    """Runs to the end and returns the sequences as they got rows."""
+    admitted: list[Sequence] = []
+    while engine.scheduler.has_unfinished:
+        engine.step()
+        admitted += [s for s in waiting if s.row is not None and s not in admitted]
+    engine.drain()
+    return admitted
+
+
+def assert_as_if_alone(engine: MockEngine, *sequences: Sequence) -> None:
+    """All blocks are back, and each request ended as it does alone."""
+    engine.scheduler.check_invariants()
+    assert blocks_in_use(engine) == 0
+    for s in sequences:
+        expected = generate_alone(s, engine.scheduler.max_model_len, engine.host_stop)
+        assert (s.output_token_ids, s.finish_reason, s.stop_reason) == expected
+
+
+class TestOneRequest:
+    def test_prefill_then_decode(self) -> None:
+        engine, a = make_engine(), request("a", 3, max_tokens=3)
+        add(engine, a)
+        prefill, decode, last = (engine.step() for _ in range(3))
+        assert [shares(step) for step in (prefill, decode, last)] == [
+            {"a": (0, 3)},
+            {"a": (3, 1)},
+            {"a": (4, 1)},
+        ]
+        assert prefill is not None
+        assert decode is not None
+        assert not prefill.is_decode
+        assert decode.is_decode
+        assert prefill.scheduled[0].samples
+        assert not prefill.scheduled[0].input_on_device
+        assert decode.scheduled[0].input_on_device
+        engine.run()
+        assert_as_if_alone(engine, a)
+
+    def test_without_overlap_the_host_knows_every_input(self) -> None:
+        engine, a = make_engine(), request("a", 3, max_tokens=3)
+        add(engine, a)
+        for _ in range(3):
+            step = engine.step(overlap=False)
+            assert step is not None
+            assert not step.scheduled[0].input_on_device
+        assert_as_if_alone(engine, a)
+
+    def test_nothing_to_schedule(self) -> None:
+        engine = make_engine()
+        assert engine.step() is None
+
+    def test_step_n_plus_1_is_dispatched_before_the_tokens_of_step_n_are_known(self) -> None:
+        engine = make_engine()
+        add(engine, request("a", 3, max_tokens=3))
+        engine.run()
+        assert engine.events == [
+            "dispatch 0",
+            "dispatch 1",
+            "collect 0",
+            "dispatch 2",
+            "collect 1",
+            "collect 2",
+        ]
+
+    def test_counts_of_dispatched_computed_and_pending_tokens(self) -> None:
+        engine, a = make_engine(), request("a", 6, max_tokens=4)
+        add(engine, a)
+        engine.step()
+        assert (a.num_dispatched, a.num_computed, a.num_pending) == (6, 0, 1)
+        assert (a.num_tokens, len(a.token_ids)) == (7, 6)
+        engine.step()
+        assert (a.num_dispatched, a.num_computed, a.num_pending) == (7, 6, 1)
+        assert (a.num_tokens, len(a.token_ids)) == (8, 7)
+        assert a.output_token_ids == [next_token([1, 2, 3, 4, 5, 6])]
+        engine.drain()
+        assert (a.num_dispatched, a.num_computed, a.num_pending) == (7, 7, 0)
+
+
+class TestEnd:
+    def test_max_tokens_never_dispatches_a_token_too_many(self) -> None:
+        engine, a = make_engine(), request("a", 3, max_tokens=2)
+        add(engine, a)
+        engine.step()
+        engine.step()
+        assert engine.step() is None  # its last token is in flight
+        assert a.finish_reason == "length"
+        assert_as_if_alone(engine, a)
+
+    def test_max_model_len_ends_by_length(self) -> None:
+        engine, a = make_engine(max_model_len=10), request("a", 7, max_tokens=100)
+        add(engine, a)
+        engine.run()
+        assert (a.num_output_tokens, a.finish_reason) == (3, "length")
+
+    @pytest.mark.parametrize(
+        ("options", "stop_reason"),
+        [
+            ({"eos_token_ids": {0}}, None),
+            ({"stop_token_ids": {0}}, 0),
+            ({"eos_token_ids": {0}, "stop_token_ids": {0}}, None),
+        ],
+        ids=["eos", "stop token", "both"],
+    )
+    def test_stop_reason(self, options: dict[str, set[int]], stop_reason: int | None) -> None:
+        assert next_token([58]) == 0
+        a = Sequence("a", (58,), 8, **{k: frozenset(v) for k, v in options.items()})
+        engine = make_engine()
+        add(engine, a)
+        engine.run()
+        assert (a.output_token_ids, a.finish_reason, a.stop_reason) == ([0], "stop", stop_reason)
+
+    def test_stop_token_in_the_last_place_is_a_stop(self) -> None:
+        a = Sequence("a", (58,), 1, eos_token_ids=frozenset({0}))
+        engine = make_engine()
+        add(engine, a)
+        engine.run()
+        assert a.finish_reason == "stop"
+
+    def test_late_token_is_dropped_and_blocks_are_back_at_once(self) -> None:
+        a = Sequence("a", (58,), 8, eos_token_ids=frozenset({0}))
+        engine = make_engine()
+        add(engine, a)
+        engine.step()
+        engine.step()  # dispatches a step with `a`, then learns that `a` has ended
+        assert a.status is SequenceStatus.FINISHED
+        assert blocks_in_use(engine) == 0
+        engine.drain()
+        assert a.output_token_ids == [0]
+
+    def test_freed_row_and_blocks_serve_the_next_step_while_the_late_one_is_in_flight(self) -> None:
+        a = Sequence("a", (58,), 4, eos_token_ids=frozenset({0}))
+        b = request("b", 7, max_tokens=1)
+        engine = make_engine(num_blocks=3, max_num_seqs=1)
+        add(engine, a, b)
+        engine.step()
+        late = engine.step()
+        assert late is not None
+        step = engine.step()
+        assert step is not None
+        assert step.scheduled[0].sequence is b
+        assert step.scheduled[0].row == late.scheduled[0].row
+        engine.run()
+        assert_as_if_alone(engine, a, b)
+
+    def test_stop_string_found_by_the_host(self) -> None:
+        a = request("a", 3)
+        engine = make_engine(host_stop=lambda output: len(output) == 2)
+        add(engine, a)
+        engine.run()
+        assert a.num_output_tokens == 2
+        assert_as_if_alone(engine, a)
+
+    def test_finish_leaves_a_finished_sequence_alone(self) -> None:
+        engine, a = make_engine(), request("a", 3, max_tokens=1)
+        add(engine, a)
+        engine.run()
+        engine.scheduler.finish(a, "stop", "late")
+        assert (a.finish_reason, a.stop_reason) == ("length", None)
+
+
+class TestChunkedPrefill:
+    def test_long_prompt_is_computed_within_the_budget_and_sampled_once(self) -> None:
+        engine, a = make_engine(max_num_batched_tokens=4), request("a", 10, max_tokens=1)
+        add(engine, a)
+        steps = [engine.step() for _ in range(3)]
+        assert [shares(step)["a"] for step in steps] == [(0, 4), (4, 4), (8, 2)]
+        assert [step.scheduled[0].samples for step in steps if step] == [False, False, True]
+        engine.run()
+        assert_as_if_alone(engine, a)
+
+    def test_decodes_come_first_and_the_prompt_gets_the_rest(self) -> None:
+        engine = make_engine(max_num_batched_tokens=4)
+        a, b, c = request("a", 3), request("b", 6), request("c", 2)
+        add(engine, a, b, c)
+        assert shares(engine.step()) == {"a": (0, 3), "b": (0, 1)}
+        assert shares(engine.step()) == {"a": (3, 1), "b": (1, 3)}
+        assert shares(engine.step()) == {"a": (4, 1), "b": (4, 2), "c": (0, 1)}
+        assert shares(engine.step()) == {"a": (5, 1), "b": (6, 1), "c": (1, 1)}
+        engine.run()
+        assert_as_if_alone(engine, a, b, c)
+
+    def test_last_chunk_of_one_token_is_no_decode_of_a_pending_token(self) -> None:
+        engine, a = make_engine(max_num_batched_tokens=4), request("a", 5, max_tokens=2)
+        add(engine, a)
+        engine.step()
+        step = engine.step()
+        assert step is not None
+        assert shares(step) == {"a": (4, 1)}
+        assert not step.scheduled[0].input_on_device
+        assert blocks_in_use(engine) == 2
+        engine.run()
+        assert_as_if_alone(engine, a)
+
+
+class TestAdmission:
+    def test_takes_blocks_for_the_whole_prompt_though_it_is_computed_in_chunks(self) -> None:
+        engine = make_engine(max_num_batched_tokens=4)
+        add(engine, request("a", 10))
+        engine.step()
+        assert blocks_in_use(engine) == 3
+
+    def test_bounded_by_rows(self) -> None:
+        engine = make_engine(max_num_seqs=2)
+        add(engine, *(request(name, 3) for name in "abc"))
+        assert set(shares(engine.step())) == {"a", "b"}
+
+    def test_bounded_by_blocks_and_nobody_overtakes(self) -> None:
+        engine = make_engine(num_blocks=4)
+        a, big, small = request("a", 8, 4), request("big", 8, 4), request("small", 1, 1)
+        add(engine, a, big, small)
+        assert set(shares(engine.step())) == {"a"}  # one block is left, enough for `small`
+        engine.run()
+        assert_as_if_alone(engine, a, big, small)
+
+    def test_watermark_stays_free_unless_nothing_runs(self) -> None:
+        engine = make_engine(num_blocks=5, watermark_blocks=2)
+        a, b = request("a", 4, max_tokens=4), request("b", 5, max_tokens=8)
+        add(engine, a, b)
+        assert set(shares(engine.step())) == {"a"}  # leaves 3 blocks; with `b` it would be 1
+        engine.run()
+        c = request("c", 12, max_tokens=4)
+        add(engine, c)
+        assert set(shares(engine.step())) == {"c"}  # leaves 1, but runs alone
+        engine.run()
+        assert_as_if_alone(engine, a, b, c)
+
+    def test_default_watermark(self) -> None:
+        for num_blocks, expected in ((3, 1), (101, 1), (1001, 10)):
+            engine = make_engine(num_blocks=num_blocks, watermark_blocks=None)
+            assert engine.scheduler.watermark_blocks == expected
+
+    def test_id_is_free_again_when_its_request_has_ended(self) -> None:
+        engine, a = make_engine(), request("same", 3)
+        add(engine, a)
+        engine.step()
+        engine.scheduler.abort("same")  # its step is still in flight
+        b = request("same", 4)
+        add(engine, b)
+        engine.run()
+        assert_as_if_alone(engine, b)
+        assert a.output_token_ids == []
+
+    @pytest.mark.parametrize(
+        ("sequence", "message"),
+        [
+            (request("a", 0), r"'a': the prompt is empty; give at least one token"),
+            (request("a", 1, max_tokens=0), r"'a': max_tokens=0 must be at least 1"),
+            (request("a", 32), r"32 tokens leaves no room .* max_model_len=32; shorten the prompt"),
+            (
+                request("a", 10, max_tokens=11),
+                r"10 prompt tokens and max_tokens=11 may take 21 tokens, 6 blocks, and the KV cache"
+                r" has 5; lower max_tokens",
+            ),
+            (request("a", 31, max_tokens=100), r"may take 32 tokens, 8 blocks"),
+            (request("taken", 3), r"request_id='taken' is taken by an unfinished request"),
+        ],
+        ids=["empty", "max_tokens", "too long", "too big", "too big when capped", "taken"],
+    )
+    def test_refuses_what_can_never_run(self, sequence: Sequence, message: str) -> None:
+        engine = make_engine(num_blocks=6, max_model_len=32)
+        taken = request("taken", 10, max_tokens=10)  # 5 blocks: just fits
+        add(engine, taken)
+        with pytest.raises(ValueError, match=message):
+            engine.scheduler.add(sequence)
+        engine.run()
+        assert_as_if_alone(engine, taken)
+
+    @pytest.mark.parametrize(
+        "option", ["max_num_seqs", "max_num_batched_tokens", "max_model_len", "watermark_blocks"]
+    )
+    def test_refuses_impossible_settings(self, option: str) -> None:
+        settings = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 2}
+        memory = make_engine().scheduler.memory
+        with pytest.raises(ValueError, match=rf"{option}=-1 must be at least"):
+            Scheduler(memory, **{**settings, option: -1})
+
+
+class TestPreemption:
+    def test_last_arrived_loses_its_blocks_and_comes_back_first(self) -> None:
+        engine = make_engine(num_blocks=4)  # 3 blocks; `a` and `b` hold one each, and then grow
+        a, b, c = request("a", 4), request("b", 4), request("c", 4, max_tokens=1)
+        add(engine, a, b)
+        engine.step(overlap=False)
+        add(engine, c)
+        step = engine.step(overlap=False)
+        assert step is not None
+        assert step.preempted == (b,)
+        assert shares(step) == {"a": (4, 1)}  # `c` may not take the block that is left
+        assert (b.status, b.row, b.num_preemptions) == (SequenceStatus.WAITING, None, 1)
+        assert engine.scheduler.num_preemptions == 1
+        assert order_of_admission(engine, b, c) == [b, c]
+        assert_as_if_alone(engine, a, b, c)
+
+    def test_prompt_and_output_are_recomputed_as_one_prompt(self) -> None:
+        engine = make_engine(num_blocks=4)
+        a, b = request("a", 4, max_tokens=5), request("b", 3)
+        add(engine, a, b)
+        engine.step(overlap=False)
+        engine.step(overlap=False)  # `b` has 2 output tokens, and no second block for the next
+        assert engine.scheduler.num_preemptions == 0
+        step = engine.step(overlap=False)
+        assert step is not None
+        assert step.preempted == (b,)
+        while b.row is None:
+            step = engine.step(overlap=False)
+        assert shares(step)["b"] == (0, 5)
+        engine.run()
+        assert_as_if_alone(engine, a, b)
+
+    def test_several_keep_their_order(self) -> None:
+        engine = make_engine(num_blocks=7, block_size=1)
+        a, b, c = request("a", 2, max_tokens=4), request("b", 2, 4), request("c", 2, 4)
+        add(engine, a, b, c)
+        engine.step(overlap=False)
+        step = engine.step(overlap=False)
+        assert step is not None
+        assert step.preempted == (c,)
+        step = engine.step(overlap=False)
+        assert step is not None
+        assert step.preempted == (b,)
+        assert engine.scheduler.num_waiting == 2
+        assert order_of_admission(engine, b, c) == [b, c]
+        assert_as_if_alone(engine, a, b, c)
+
+    def test_token_in_flight_is_kept_and_its_computation_is_not(self) -> None:
+        engine = make_engine(num_blocks=4)
+        a, b = request("a", 4), request("b", 4)
+        add(engine, a, b)
+        engine.step()
+        step = engine.scheduler.schedule()  # step 0, which samples the first tokens, is in flight
+        assert step is not None
+        assert step.preempted == (b,)
+        assert (b.num_pending, b.num_in_flight, b.num_dispatched) == (1, 1, 0)
+        assert engine.in_flight is not None
+        batch = engine.runner.dispatch(step)
+        engine.commit(*engine.in_flight)
+        engine.in_flight = step, batch
+        assert b.output_token_ids == [next_token([1, 2, 3, 4])]
+        assert (b.num_pending, b.num_in_flight, b.num_computed) == (0, 0, 0)
+        engine.run()
+        assert_as_if_alone(engine, a, b)
+
+    def test_token_in_flight_may_end_a_preempted_sequence(self) -> None:
+        engine = make_engine(num_blocks=4)
+        a = request("a", 4)
+        b = request("b", 4, eos_token_ids=frozenset({next_token([1, 2, 3, 4])}))
+        add(engine, a, b)
+        engine.step()
+        step = engine.step()
+        assert step is not None
+        assert step.preempted == (b,)
+        assert (b.finish_reason, b.num_output_tokens) == ("stop", 1)
+        assert engine.scheduler.num_waiting == 0
+        engine.run()
+        assert_as_if_alone(engine, a, b)
+
+    def test_not_admitted_again_while_its_earlier_life_is_in_flight(self) -> None:
+        engine = make_engine(num_blocks=3)
+        a, b = request("a", 4, max_tokens=1), request("b", 4, max_tokens=4)
+        add(engine, a, b)
+        engine.step()
+        assert engine.scheduler.schedule() is None  # `a` needs no more, `b` finds no block
+        assert b.num_preemptions == 1
+        engine.scheduler.abort("a")
+        assert engine.scheduler.schedule() is None  # all blocks are free, but a step holds `b`
+        engine.drain()
+        assert shares(engine.step()) == {"b": (0, 5)}
+        engine.run()
+        assert_as_if_alone(engine, b)
+
+    def test_the_earliest_runs_alone_before_it_would_be_preempted(self) -> None:
+        engine = make_engine(num_blocks=5, block_size=1)
+        a, b = request("a", 1, max_tokens=3), request("b", 1, max_tokens=3)
+        add(engine, a, b)
+        engine.run()
+        assert a.num_preemptions == 0
+        assert b.num_preemptions > 0
+        assert_as_if_alone(engine, a, b)
+
+
+class TestAbort:
+    """Aborting twice, in whatever state: blocks are back at once, late tokens are dropped."""
+
+    def check(self, engine: MockEngine, a: Sequence, num_output_tokens: int) -> None:
+        used_by_others = blocks_in_use(engine) - (a.row is not None and -(-a.num_reserved // 4))
+        for _ in range(2):
+            engine.scheduler.abort("a")
+            engine.scheduler.check_invariants()
+        assert blocks_in_use(engine) == used_by_others
+        engine.run()
+        assert (a.finish_reason, a.num_output_tokens) == ("abort", num_output_tokens)
+        assert blocks_in_use(engine) == 0
+
+    def test_waiting(self) -> None:
+        engine, a = make_engine(), request("a", 3)
+        add(engine, a)
+        self.check(engine, a, 0)
+
+    def test_chunk_in_flight(self) -> None:
+        engine, a = make_engine(max_num_batched_tokens=4), request("a", 10)
+        add(engine, a)
+        engine.step()
+        self.check(engine, a, 0)
+
+    def test_token_in_flight(self) -> None:
+        engine, a, b = make_engine(), request("a", 3), request("b", 3)
+        add(engine, a, b)
+        engine.step()
+        engine.step()
+        self.check(engine, a, 1)
+
+    def test_nothing_in_flight(self) -> None:
+        engine, a = make_engine(), request("a", 3)
+        add(engine, a)
+        engine.step(overlap=False)
+        self.check(engine, a, 1)
+
+    def test_preempted_with_token_in_flight(self) -> None:
+        engine = make_engine(num_blocks=4)
+        b, a = request("b", 4), request("a", 4)
+        add(engine, b, a)
+        engine.step()
+        step = engine.scheduler.schedule()
+        assert step is not None
+        assert step.preempted == (a,)
+        assert a.num_pending == 1
+        engine.scheduler.abort("a")
+        assert engine.in_flight is not None
+        first, engine.in_flight = engine.in_flight, (step, engine.runner.dispatch(step))
+        engine.commit(*first)
+        self.check(engine, a, 0)
+
+    def test_finished(self) -> None:
+        engine, a = make_engine(), request("a", 3, max_tokens=1)
+        add(engine, a)
+        engine.run()
+        engine.scheduler.abort("a")
+        assert a.finish_reason == "length"
+
+    def test_unknown(self) -> None:
+        make_engine().scheduler.abort("never added")
+
+    def test_all_after_an_error_leaves_the_scheduler_empty_and_fit_for_work(self) -> None:
+        engine = make_engine(max_num_seqs=2)
+        sequences = [request(name, 3) for name in "abc"]
+        add(engine, *sequences)
+        engine.step()
+        engine.step()
+        assert engine.scheduler.abort_all() == sequences
+        engine.in_flight = None  # its results never come
+        engine.runner.queue.clear()
+        assert blocks_in_use(engine) == 0
+        d = request("d", 3)
+        add(engine, d)
+        engine.run()
+        assert_as_if_alone(engine, d)
+
+
+class TestOrderOfSteps:
+    def test_a_third_step_is_not_scheduled_while_two_are_in_flight(self) -> None:
+        engine = make_engine()
+        add(engine, request("a", 3))
+        engine.scheduler.schedule()
+        engine.scheduler.schedule()
+        with pytest.raises(AssertionError, match="at most one step may be in flight"):
+            engine.scheduler.schedule()
+
+    def test_steps_are_committed_in_order(self) -> None:
+        engine = make_engine()
+        add(engine, request("a", 3))
+        engine.scheduler.schedule()
+        second = engine.scheduler.schedule()
+        assert second is not None
+        with pytest.raises(AssertionError, match="committed in order"):
+            engine.scheduler.commit(second, [1])
+
+    def test_commit_returns_the_sequences_that_got_a_token(self) -> None:
+        engine = make_engine(max_num_batched_tokens=4)
+        a, b = request("a", 3, max_tokens=1), request("b", 6)
+        add(engine, a, b)
+        step = engine.scheduler.schedule()
+        assert step is not None
+        assert shares(step) == {"a": (0, 3), "b": (0, 1)}
+        assert engine.scheduler.commit(step, [7, -1]) == [a]
+        assert (a.output_token_ids, a.finish_reason) == ([7], "length")

@@ -1,0 +1,197 @@
+"""Thousands of random traces through the scheduler, the block tables and the mock model.
+
+Each trace is a function of its seed: `run_trace(random_trace(seed))` repeats it.
+"""
+
+import collections
+import dataclasses
+import random
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+
+from pallas_paged.engine.sequence import Sequence
+from tests.engine.mock_model import VOCAB_SIZE, MockEngine, generate_alone, make_engine
+
+TRACES_PER_TEST = 250
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrival:
+    """A request: the turn of the loop in which it comes, and in which it is aborted, if it is."""
+
+    turn: int
+    sequence: Sequence
+    abort_turn: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """All that happens in a run."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    watermark_blocks: int
+    overlap: tuple[bool, ...]  # turn by turn, again and again
+    arrivals: tuple[Arrival, ...]
+
+    @property
+    def max_turns(self) -> int:
+        """A bound on the turns with work: the earliest request makes progress in each of them.
+
+        Once it is the earliest it is never preempted again. It is computed from the start at most
+        once, then token by token; a turn more passes while its earlier life's step is in flight,
+        and one while its last token is.
+        """
+        return sum(
+            -(-(s.num_prompt_tokens + s.max_tokens) // self.max_num_batched_tokens)
+            + s.max_tokens
+            + 2
+            for s in (arrival.sequence for arrival in self.arrivals)
+        )
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """The block tables' own tests check shapes; here that would be four fifths of the time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def host_stop(output_token_ids: list[int]) -> bool:
+    """A "stop string" of two tokens."""
+    return len(output_token_ids) >= 2 and sum(output_token_ids[-2:]) % 29 == 0
+
+
+def random_trace(seed: int) -> Trace:
+    rng = random.Random(seed)
+    crowded = rng.random() < 0.6  # many requests at once, which begin small and grow
+    max_model_len = rng.randint(10 if crowded else 2, 40)
+    block_size = rng.choice([1, 2, 3, 4] if crowded else [1, 2, 3, 4, 8, 16])
+    arrivals = []
+    turn = 0
+    for i in range(rng.randint(3, 8) if crowded else rng.randint(1, 8)):
+        turn += rng.choice([0, 0, 1]) if crowded else rng.choice([0, 1, 5, 20])
+        prompt_len = rng.randint(1, 6 if crowded and rng.random() < 0.8 else max_model_len - 1)
+        sequence = Sequence(
+            f"request-{i}",
+            tuple(rng.randrange(VOCAB_SIZE) for _ in range(prompt_len)),
+            max_tokens=rng.randint(5, 25) if crowded else rng.randint(1, rng.choice([3, 25])),
+            stop_token_ids=frozenset(rng.sample(range(VOCAB_SIZE), rng.choice([0, 0, 1]))),
+            eos_token_ids=frozenset(rng.sample(range(VOCAB_SIZE), rng.choice([0, 1, 2]))),
+        )
+        abort_turn = turn + rng.randint(0, 20) if rng.random() < 0.15 else None
+        arrivals.append(Arrival(turn, sequence, abort_turn))
+    worst = max(
+        min(a.sequence.num_prompt_tokens + a.sequence.max_tokens, max_model_len) for a in arrivals
+    )
+    return Trace(
+        num_blocks=1 + -(-worst // block_size) + rng.choice([0, 0, 1, 2, 10]),
+        block_size=block_size,
+        max_num_seqs=rng.randint(2, 6) if crowded else rng.randint(1, 6),
+        max_num_batched_tokens=rng.choice([1, 2, 3, 5, 8, 16, 64]),
+        max_model_len=max_model_len,
+        watermark_blocks=rng.choice([0, 0, 0, 1, 3]),
+        overlap=rng.choice([(True,), (True,), (False,), (True, True, False)]),
+        arrivals=tuple(arrivals),
+    )
+
+
+def check_first_come_first_served(engine: MockEngine, arrived: list[Sequence]) -> None:
+    """The running sequences are the earliest unfinished ones."""
+    states = [s.row is not None for s in arrived if not s.is_finished]
+    assert states == sorted(states, reverse=True)
+
+
+def run_trace(trace: Trace) -> tuple[MockEngine, collections.Counter[str]]:
+    """Runs a trace, checking every turn, and returns what happened in it."""
+    options = {f.name: getattr(trace, f.name) for f in dataclasses.fields(trace)}
+    del options["overlap"], options["arrivals"]
+    engine = make_engine(**options, host_stop=host_stop)
+    scheduler = engine.scheduler
+    arrivals = collections.deque(trace.arrivals)
+    arrived: list[Sequence] = []
+    seen: collections.Counter[str] = collections.Counter()
+    turn = busy_turns = 0
+    while arrivals or scheduler.has_unfinished:
+        while arrivals and arrivals[0].turn == turn:
+            arrived.append(arrivals.popleft().sequence)
+            scheduler.add(arrived[-1])
+        for arrival in trace.arrivals:
+            if arrival.abort_turn == turn:
+                seen[f"abort while {arrival.sequence.status.name}"] += 1
+                seen["abort in flight"] += arrival.sequence.num_in_flight > 0
+                scheduler.abort(arrival.sequence.request_id)
+        busy_turns += scheduler.has_unfinished
+        assert busy_turns <= trace.max_turns, "livelock"
+        held = engine.in_flight[0].scheduled if engine.in_flight else ()
+        step = engine.step(trace.overlap[turn % len(trace.overlap)])
+        scheduler.check_invariants()
+        check_first_come_first_served(engine, arrived)
+        if step is not None:
+            assert 0 < step.num_tokens <= trace.max_num_batched_tokens
+            assert len(step.scheduled) <= trace.max_num_seqs
+            for share in step.scheduled:
+                seen["late token"] += share.sequence.is_finished
+                seen["chunk"] += not share.samples
+                seen["input on device"] += share.input_on_device
+            preempted_in_flight = {share.sequence for share in held} & set(step.preempted)
+            seen["preempted in flight"] += len(preempted_in_flight)
+            seen["finished while preempted"] += sum(s.is_finished for s in preempted_in_flight)
+            seen["several preempted"] += len(step.preempted) > 1
+        turn += 1
+    engine.drain()
+    assert scheduler.num_waiting == scheduler.num_running == 0
+    assert scheduler.memory.num_free_blocks == scheduler.memory.num_usable_blocks
+    seen["preemption"] = scheduler.num_preemptions
+    seen.update(f"finish by {s.finish_reason}" for s in arrived)
+    return engine, seen
+
+
+def check_outputs(trace: Trace) -> None:
+    """Every request has its own tokens alone; an aborted one the first of them."""
+    for arrival in trace.arrivals:
+        sequence = arrival.sequence
+        expected = generate_alone(sequence, trace.max_model_len, host_stop)
+        if sequence.finish_reason == "abort":
+            assert expected[0][: sequence.num_output_tokens] == sequence.output_token_ids
+            assert sequence.num_output_tokens < len(expected[0])
+        else:
+            actual = sequence.output_token_ids, sequence.finish_reason, sequence.stop_reason
+            assert actual == expected
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("first_seed", range(0, 8 * TRACES_PER_TEST, TRACES_PER_TEST))
+def test_random_traces(first_seed: int) -> None:
+    seen: collections.Counter[str] = collections.Counter()
+    for seed in range(first_seed, first_seed + TRACES_PER_TEST):
+        trace = random_trace(seed)
+        try:
+            seen += run_trace(trace)[1]
+            check_outputs(trace)
+        except BaseException as error:
+            error.add_note(f"seed={seed}")
+            raise
+    for event in (
+        "chunk",
+        "input on device",
+        "late token",
+        "preemption",
+        "several preempted",
+        "preempted in flight",
+        "finished while preempted",
+        "abort while WAITING",
+        "abort while RUNNING",
+        "abort while FINISHED",
+        "abort in flight",
+        "finish by stop",
+        "finish by length",
+        "finish by abort",
+    ):
+        assert seen[event], f"the traces do not test {event!r}: {seen}"

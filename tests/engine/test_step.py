@@ -1,0 +1,37 @@
+"""What the compiled steps hold: the caches in place, and temporaries that do not grow with them."""
+
+import re
+
+import pytest
+
+from pallas_paged.engine.buckets import Bucket
+from tests.engine.serving import make_llm
+
+DECODE = Bucket(4, 4, is_decode=True)
+MIXED = Bucket(32, 4, is_decode=False)
+
+
+@pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("name", ["llama-gqa-llama3", "opt-prenorm"])
+def test_the_caches_are_updated_in_place(name: str, bucket: Bucket) -> None:
+    llm = make_llm(name, max_num_seqs=4, max_num_batched_tokens=32, num_blocks=600)
+    caches = llm.runner.kv_caches
+    compiled = llm.runner.programs.lower(bucket).compile()
+    text = compiled.as_text()
+    shape = ",".join(map(str, caches[0].k.shape))
+    aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text).group(1)
+    assert aliases.count("may-alias") + aliases.count("must-alias") >= 2 * len(caches)
+    copies = re.findall(rf"= f32\[{shape}\]\S* copy\(.*", text)
+    assert not copies
+    one_cache = caches[0].k.nbytes
+    assert compiled.memory_analysis().temp_size_in_bytes < one_cache
+
+
+def test_temporaries_do_not_grow_with_the_pool() -> None:
+    temporaries = []
+    for num_blocks in (100, 900):
+        llm = make_llm(
+            "llama-gqa-llama3", max_num_seqs=4, max_num_batched_tokens=32, num_blocks=num_blocks
+        )
+        temporaries.append(llm.runner.programs.temporary_bytes(DECODE))
+    assert temporaries[1] <= temporaries[0] * 1.02

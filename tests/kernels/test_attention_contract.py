@@ -1,0 +1,123 @@
+"""What paged attention refuses, which implementation it chooses, what its programs hold."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_paged import (
+    AttentionMetadata,
+    KVCache,
+    attention_implementation,
+    paged_attention,
+    write_kv,
+)
+from pallas_paged.dispatch import _log_choice
+from pallas_paged.ops.attention.arg_specs import AttentionSpec, build
+
+
+def compile_step(spec, cache=None):
+    """Compiles write and attention as one program that donates the cache."""
+    arguments = build(spec)
+    fields = dict(vars(arguments.metadata))
+    max_query_len = fields.pop("max_query_len")
+
+    def step(cache, q, k, fields):
+        metadata = AttentionMetadata(**fields, max_query_len=max_query_len)
+        cache = write_kv(k, k, cache, metadata.slot_mapping)
+        return cache, paged_attention(q, *cache, metadata)
+
+    cache = cache or KVCache(arguments.k_cache, arguments.v_cache)
+    k = arguments.q[:, : spec.num_kv_heads]
+    return jax.jit(step, donate_argnums=0).lower(cache, arguments.q, k, fields).compile()
+
+
+@pytest.mark.parametrize("queries", [None, (1, 8, 1, 8)], ids=["decode", "mixed"])
+def test_temporaries_do_not_depend_on_the_table_width(queries):
+    narrow, wide = (
+        compile_step(AttentionSpec("width", (64,) * 4, queries, max_blocks=width))
+        .memory_analysis()
+        .temp_size_in_bytes
+        for width in (16, 2048)
+    )
+    assert wide - narrow <= 4 * (2048 - 16) * 4  # bytes of the tables themselves
+
+
+@pytest.mark.parametrize("queries", [None, (1, 8, 1, 8)], ids=["decode", "mixed"])
+def test_step_holds_no_copy_of_the_cache(queries):
+    cache = KVCache.zeros(4096, 2, 8, 16, jnp.float32)
+    analysis = compile_step(AttentionSpec("step", (64,) * 4, queries), cache).memory_analysis()
+    assert analysis.alias_size_in_bytes >= 2 * cache.k.nbytes
+    assert analysis.temp_size_in_bytes < cache.k.nbytes
+
+
+def _with(**changes):
+    def change(arguments, options):
+        fields = dict(vars(arguments.metadata))
+        for name, value in changes.items():
+            if name in fields:
+                fields[name] = value
+            elif name in arguments._fields:
+                arguments = arguments._replace(**{name: value})
+            else:
+                options[name] = value
+        return arguments._replace(metadata=AttentionMetadata(**fields)), options
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_with(q=jnp.ones((2, 16))), r"q.shape=\(2, 16\)"),
+        (_with(q=jnp.ones((2, 4, 8))), "head_dim=8 of q must equal the cache's 16"),
+        (_with(q=jnp.ones((2, 3, 16))), "num_q_heads=3 must be divisible by num_kv_heads=2"),
+        (_with(q=jnp.ones((2, 4, 16), jnp.int32)), "q.dtype=int32"),
+        (_with(k_cache=jnp.ones((9, 2, 8))), r"k_cache.shape=\(9, 2, 8\)"),
+        (_with(v_cache=jnp.ones((9, 2, 4, 16))), r"v_cache.shape=\(9, 2, 4, 16\)"),
+        (_with(seq_lens=jnp.ones(3, jnp.int32)), r"seq_lens.shape=\(3,\)"),
+        (_with(query_start_loc=jnp.ones(2, jnp.int32)), r"query_start_loc.shape=\(2,\)"),
+        (_with(block_tables=jnp.ones((2, 2))), "metadata.block_tables.dtype=float32"),
+        (_with(max_query_len=0), "metadata.max_query_len=0"),
+        (_with(scale=float("nan")), "scale=nan"),
+        (_with(sliding_window=0), "sliding_window=0"),
+        (_with(logits_soft_cap=-1.0), "logits_soft_cap=-1.0"),
+        (_with(alibi_slopes=jnp.ones(2)), r"alibi_slopes is float32\[2\].*float32\[4\]"),
+        (_with(sinks=jnp.ones(4, jnp.bfloat16)), r"sinks is bfloat16\[4\]"),
+        (_with(implementation="cuda"), "'cuda' is unknown; use None or one of 'xla', 'reference'"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_wrong_arguments(change, message):
+    arguments = build(AttentionSpec("valid", (5, 3)))
+    arguments, options = change(arguments, {})
+    with pytest.raises(ValueError, match=message):
+        paged_attention(*arguments.arrays, **options)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_caches_of_two_dtypes():
+    arguments = build(AttentionSpec("valid", (5, 3)))
+    arguments = arguments._replace(v_cache=arguments.v_cache.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"k_cache.dtype=float32 must equal v_cache.dtype=bfloat1"):
+        paged_attention(*arguments.arrays)
+
+
+def test_missing_implementation_is_refused_by_name():
+    arguments = build(AttentionSpec("valid", (5, 3)))
+    with pytest.raises(NotImplementedError, match="paged_attention has no 'mosaic_gpu'"):
+        paged_attention(*arguments.arrays, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="use implementation=None or one of 'xla'"):
+        attention_implementation("mosaic_gpu")
+
+
+def test_automatic_choice_is_logged_once(caplog):
+    _log_choice.cache_clear()
+    with caplog.at_level(logging.INFO, logger="pallas_paged"):
+        assert attention_implementation() == "xla"
+        assert attention_implementation("reference") == "reference"
+        assert attention_implementation() == "xla"
+    assert [record.getMessage() for record in caplog.records] == [
+        "paged_attention runs as 'xla' on cpu (automatic choice)"
+    ]

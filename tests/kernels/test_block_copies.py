@@ -1,0 +1,106 @@
+"""Block copy, gather and scatter: XLA against the reference, in place, and what is refused."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_paged import KVCache, copy_blocks, gather_blocks, scatter_blocks
+from tests.kernels.in_place import assert_donated, assert_updates_in_place
+
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "xla"])
+
+
+def make_cache(num_blocks=200, dtype="float32"):
+    rng = np.random.default_rng(0)
+    return KVCache(
+        *(jnp.asarray(rng.standard_normal((num_blocks, 2, 8, 16)), dtype) for _ in range(2))
+    )
+
+
+def ints(*values):
+    return jnp.array(values, jnp.int32)
+
+
+def assert_equal(actual, expected):
+    for array, other in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(array, other)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize(
+    ("src", "dst"),
+    [
+        ((3, 3, 9), (5, 6, 7)),
+        ((1, 2, 3), (2, 3, 1)),  # a rotation: all is read before anything is written
+        (tuple(range(1, 100)), tuple(range(2, 101))),
+        ((4, 0, 0), (8, 0, 0)),
+        ((7,), (7,)),
+    ],
+    ids=["one-source-twice", "rotation", "shift", "padded", "itself"],
+)
+def test_copy_reads_before_it_writes(implementation, src, dst):
+    cache = make_cache()
+    expected = [np.array(array) for array in cache]
+    for array in expected:
+        array[list(dst)] = array[list(src)]
+    copied = copy_blocks(cache, ints(*src), ints(*dst), implementation=implementation)
+    assert_equal(copied, expected)
+
+
+@IMPLEMENTATIONS
+def test_gather_takes_copies_in_order(implementation):
+    cache = make_cache()
+    ids = (9, 2, 2, 0)
+    blocks = gather_blocks(cache, ints(*ids), implementation=implementation)
+    assert_equal(blocks, (np.asarray(array)[list(ids)] for array in cache))
+    assert not cache.k.is_deleted()
+
+
+@IMPLEMENTATIONS
+def test_scatter_puts_gathered_blocks_elsewhere(implementation):
+    cache = make_cache()
+    expected = [np.array(array) for array in cache]
+    for array in expected:
+        array[[20, 3]] = array[[9, 2]]
+    blocks = gather_blocks(cache, ints(9, 2, 0, 0), implementation=implementation)
+    restored = scatter_blocks(cache, ints(20, 3, 0, 0), blocks, implementation=implementation)
+    assert_equal(restored, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_caches_are_updated_in_place(dtype):
+    cache = make_cache(dtype=dtype)
+    src, dst = ints(1, 2, 3, 0), ints(4, 5, 6, 0)
+    assert_updates_in_place(copy_blocks, cache, src, dst)
+    copied = copy_blocks(cache, src, dst)
+    assert_donated(cache, copied)
+    blocks = gather_blocks(copied, src)
+    assert_updates_in_place(scatter_blocks, copied, dst, blocks)
+    assert_donated(copied, scatter_blocks(copied, dst, blocks))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_wrong_arguments():
+    cache = make_cache()
+    blocks = gather_blocks(cache, ints(1, 2))
+    with pytest.raises(ValueError, match=r"dst is int32\[1\]; src and dst must be int32\[P\]"):
+        copy_blocks(cache, ints(1, 2), ints(1))
+    with pytest.raises(ValueError, match=r"src is float32\[2\]"):
+        copy_blocks(cache, jnp.ones(2), ints(1, 2))
+    with pytest.raises(ValueError, match=r"block_ids is int32\[1, 2\], must be int32\[P\]"):
+        gather_blocks(cache, ints(1, 2)[None])
+    with pytest.raises(ValueError, match=r"blocks.k is float32\[2, 2, 8, 16\], must be float32\[3"):
+        scatter_blocks(cache, ints(1, 2, 3), blocks)
+    with pytest.raises(ValueError, match=r"blocks.v is bfloat16.* for 2 blocks of this cache"):
+        scatter_blocks(cache, ints(1, 2), KVCache(blocks.k, blocks.v.astype(jnp.bfloat16)))
+
+
+@pytest.mark.parametrize(
+    "operation", [copy_blocks, gather_blocks, scatter_blocks], ids=lambda f: f.__name__
+)
+def test_missing_implementations_are_refused_by_name(operation):
+    cache = make_cache(4)
+    ids = ints(0, 1, 2, 3)
+    args = {copy_blocks: (ids, ids), gather_blocks: (ids,), scatter_blocks: (ids, cache)}
+    with pytest.raises(NotImplementedError, match=f"{operation.__name__} has no 'mosaic_gpu'"):
+        operation(cache, *args[operation], implementation="mosaic_gpu")
