@@ -12,9 +12,9 @@ ones by id, and each of them keeps a prefix of that order:
 Top-p needs no threshold. A token is drawn as if there were no top-p; if the mass before it shows
 that it lies outside the prefix, the next draw is among the tokens before it, until one is inside.
 What is refused never belongs to the prefix, so every token inside keeps its share of the chance,
-and each round costs one pass over the vocabulary (rejection from a shrinking prefix, as in
-FlashInfer's sampling kernels, https://arxiv.org/abs/2501.01005). Top-k finds its threshold among
-64 candidates, or, for a larger k, by bisection over the bits of the logits: both are exact.
+and each round costs one pass over the vocabulary (rejection with a shrinking pivot, see
+https://flashinfer.ai/2025/03/10/sampling.html). Top-k finds its end among 64 candidates, or, for a
+larger k, by bisection over the bits of the logits; both are exact.
 
 The random numbers of a row are a function of (request seed, sample index, position of the new
 token) and nothing else: neither its neighbours, nor its row, nor the bucket, nor a preemption
@@ -27,12 +27,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32, UInt32
 
 TILE = 128
 NUM_CANDIDATES = 64
 CANDIDATE_TILE = 32
+SMALLEST = float(np.finfo(np.float32).tiny)  # of the floats that no device flushes to zero
 
 
 class SamplingInputs(NamedTuple):
@@ -73,15 +75,19 @@ def sample(logits: Float[Array, "B V"], inputs: SamplingInputs) -> Int32[Array, 
         such as one that is padding, may hold anything.
       inputs: see `SamplingInputs`.
     """
-    top = jnp.max(logits, axis=-1)
-    greedy = _first(logits == top[:, None])
+    tiles = _tiles(logits)
+    tile_top = jnp.max(tiles, axis=-1)
+    top = jnp.max(tile_top, axis=-1)
+    tile = _first(tile_top == top[:, None])
+    greedy = tile * TILE + _first(_take_tile(tiles, tile) == top[:, None])
     # A temperature that the device may flush to zero is zero.
-    drawn = inputs.temperature >= jnp.finfo(jnp.float32).tiny
-
-    def draw() -> Array:
-        return jnp.where(drawn, _draw_filtered(logits - top[:, None], drawn, inputs), greedy)
-
-    return lax.cond(jnp.any(drawn), draw, lambda: greedy)
+    drawn = inputs.temperature >= SMALLEST
+    tokens = lax.cond(
+        jnp.any(drawn),
+        lambda: jnp.where(drawn, _draw_filtered(tiles, top, drawn, inputs), greedy),
+        lambda: greedy,
+    )
+    return jnp.minimum(tokens, logits.shape[1] - 1)  # a row of NaN may end up in the padding
 
 
 class _Place(NamedTuple):
@@ -91,15 +97,22 @@ class _Place(NamedTuple):
     token: Array  # i32[B]
 
 
-def _draw_filtered(shifted: Array, drawn: Array, inputs: SamplingInputs) -> Array:
-    """Returns a token for each row in `drawn`, from logits [B, V] shifted to a maximum of 0."""
-    tiles = _tiles(shifted)
-    end = _end_of_top_k(tiles, jnp.where(drawn, inputs.top_k, 0))
+def _draw_filtered(tiles: Array, top: Array, drawn: Array, inputs: SamplingInputs) -> Array:
+    """Returns a token for each row in `drawn`, from logits [B, N, L] whose maximum is `top` [B]."""
+    end = _end_of_top_k(tiles, top, jnp.where(drawn, inputs.top_k, 0))
     temperature = jnp.where(drawn, inputs.temperature, 1.0)
-    weights = jnp.exp(tiles / temperature[:, None, None])
-    kept = _precede(tiles, end) & (weights >= inputs.min_p[:, None, None])
+    weights = jnp.exp(_shifted(tiles, top) / temperature[:, None, None])
+    kept = _precede(_shifted(tiles, top), end) & (weights >= inputs.min_p[:, None, None])
     weights = jnp.where(kept, weights, 0.0)
     return _draw_top_p(weights, jnp.where(drawn, inputs.top_p, 1.0), _keys(inputs))
+
+
+def _shifted(tiles: Array, top: Array) -> Array:
+    """Returns logits at most 0, in which 0 is never -0.
+
+    Called at each use: where it is computed inside a branch, no other branch pays for storing it.
+    """
+    return tiles - top[:, None, None]
 
 
 # ---- top-p -------------------------------------------------------------------------------------
@@ -108,7 +121,7 @@ def _draw_filtered(shifted: Array, drawn: Array, inputs: SamplingInputs) -> Arra
 def _draw_top_p(weights: Array, top_p: Array, keys: Array) -> Array:
     """Returns a token of each row's top-p prefix, drawn in proportion to `weights` [B, N, L]."""
     sums = jnp.sum(weights, axis=-1)  # [B, N]
-    limit = jnp.maximum(top_p * jnp.sum(sums, axis=-1), jnp.finfo(jnp.float32).tiny)
+    limit = jnp.maximum(top_p * jnp.sum(sums, axis=-1), SMALLEST)
     token = _draw_token(weights, sums, keys, 0)
 
     def check(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -153,7 +166,7 @@ def _keys(inputs: SamplingInputs) -> Array:
 # ---- top-k -------------------------------------------------------------------------------------
 
 
-def _end_of_top_k(tiles: Array, top_k: Array) -> _Place:
+def _end_of_top_k(tiles: Array, top: Array, top_k: Array) -> _Place:
     """Returns the place in each row that exactly the `top_k` [B] first tokens precede.
 
     Where `top_k` is 0, or not below the number of tokens, every token precedes it.
@@ -161,27 +174,20 @@ def _end_of_top_k(tiles: Array, top_k: Array) -> _Place:
     num_tokens = tiles.shape[1] * tiles.shape[2]
     everything = _Place(jnp.full(top_k.shape, -jnp.inf), jnp.full(top_k.shape, num_tokens))
     limited = (top_k > 0) & (top_k < num_tokens)
-    num_candidates = min(NUM_CANDIDATES, num_tokens)
+    large = limited & (top_k > NUM_CANDIDATES)
 
     def among_candidates() -> _Place:
-        values, tokens = _candidates(tiles, num_candidates)
-        last = jnp.clip(top_k - 1, 0, num_candidates - 1)[:, None]
-        return _Place(
-            jnp.take_along_axis(values, last, axis=1)[:, 0],
-            jnp.take_along_axis(tokens, last, axis=1)[:, 0] + 1,
-        )
+        values, tokens = _candidates(_shifted(tiles, top), NUM_CANDIDATES)
+        last = jnp.clip(top_k - 1, 0, NUM_CANDIDATES - 1)[:, None]
+        value, token = (jnp.take_along_axis(x, last, axis=1)[:, 0] for x in (values, tokens))
+        return _Place(value, token + 1)
 
-    def search() -> _Place:
-        large = limited & (top_k > num_candidates)
-        small_end = among_candidates()
-        end = lax.cond(
-            jnp.any(large),
-            lambda: _select(large, _bisect_top_k(tiles, jnp.where(large, top_k, 1)), small_end),
-            lambda: small_end,
-        )
-        return _select(limited, end, everything)
+    def by_bisection() -> _Place:
+        return _bisect_top_k(_shifted(tiles, top), jnp.where(large, top_k, 1))
 
-    return lax.cond(jnp.any(limited), search, lambda: everything)
+    small_end = lax.cond(jnp.any(limited & ~large), among_candidates, lambda: everything)
+    large_end = lax.cond(jnp.any(large), by_bisection, lambda: everything)
+    return _select(large, large_end, _select(limited, small_end, everything))
 
 
 def _candidates(tiles: Array, k: int) -> tuple[Array, Array]:
@@ -212,7 +218,8 @@ def _bisect_top_k(tiles: Array, top_k: Array) -> _Place:
         return -lax.bitcast_convert_type(bits, jnp.float32)
 
     def count(mask: Array) -> Array:
-        return jnp.sum(mask.astype(jnp.int32), axis=(1, 2))
+        # Floats are what XLA adds up fast on a CPU; they are exact below 2**24.
+        return jnp.sum(mask.astype(jnp.float32), axis=(1, 2)).astype(jnp.int32)
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds  # fewer than k values at low, at least k at high
@@ -272,7 +279,7 @@ def _first_above(weights: Array, target: Array) -> Array:
     n = weights.shape[1]
     index = _index_like(weights)
     above = jnp.cumsum(weights, axis=-1) > target[:, None]
-    # Positive and above the target: the first; else positive: the last, placed behind all of those.
+    # Where rounding leaves no positive weight above the target, the last positive one is nearest.
     rank = jnp.where(above, index, 2 * n - index)
     rank = jnp.min(jnp.where(weights > 0, rank, 2 * n), axis=-1)
     return jnp.where(rank < n, rank, 2 * n - rank)

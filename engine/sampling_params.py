@@ -149,7 +149,7 @@ def _flag(field: str, value: Any) -> bool:
 
 
 def _top_k(field: str, value: Any) -> int:
-    k = _integer(-1, None, "use 0 or -1 to keep every token")(field, value)
+    k = _integer(-1, 2**31 - 1, "use 0 or -1 to keep every token")(field, value)
     return max(k, 0)
 
 

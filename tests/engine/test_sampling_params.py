@@ -44,7 +44,8 @@ REFUSED: list[tuple[str, object, str]] = [
     *(("temperature", value, ">= 0; use 0") for value in (-0.1, NAN, INF, -INF, True, "1", None)),
     *(("temperature", value, "a finite number") for value in (1e39, 10**400, 1j)),
     *(("top_p", value, r"in \(0, 1\]; use 1") for value in (0, -0.1, 1.1, NAN, INF, True, "1")),
-    *(("top_k", value, ">= -1; use 0 or -1") for value in (-2, True, 5.0, "5", None, NAN)),
+    *(("top_k", value, "from -1 to 2147483647; use 0 or -1")
+      for value in (-2, 2**31, True, 5.0, "5", None, NAN)),
     *(("min_p", value, r"in \[0, 1\]; use 0") for value in (-0.1, 1.1, NAN, INF, False, "0", None)),
     *(("seed", value, "or None; use None") for value in (-1, 2**64, True, 1.5, "1", NAN)),
     *(("stop", value, "a string, a list of strings or None")
