@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Float, Int32, UInt32
 
 TILE = 128
@@ -118,49 +119,65 @@ def _shifted(tiles: Array, top: Array) -> Array:
 # ---- top-p -------------------------------------------------------------------------------------
 
 
-def _draw_top_p(weights: Array, top_p: Array, keys: Array) -> Array:
+def _draw_top_p(weights: Array, top_p: Array, keys: tuple[Array, Array]) -> Array:
     """Returns a token of each row's top-p prefix, drawn in proportion to `weights` [B, N, L]."""
-    sums = jnp.sum(weights, axis=-1)  # [B, N]
-    limit = jnp.maximum(top_p * jnp.sum(sums, axis=-1), SMALLEST)
-    token = _draw_token(weights, sums, keys, 0)
+    B, num_tokens = weights.shape[0], weights.shape[1] * weights.shape[2]
+    limit = jnp.maximum(top_p * jnp.sum(weights, axis=(1, 2)), SMALLEST)
 
-    def check(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        num_draws, token, unchecked = state
-        before = jnp.where(_precede(weights, _place_of(weights, token)), weights, 0.0)
+    def draw(state: tuple[Array, _Place, Array]) -> tuple[Array, _Place, Array]:
+        num_draws, end, open_rows = state
+        before = jnp.where(_precede(weights, end), weights, 0.0)
         sums = jnp.sum(before, axis=-1)
-        # NaN compares false and ends the search: no row can hang the others.
-        refused = unchecked & (jnp.sum(sums, axis=-1) >= limit)
-        again = _draw_token(before, sums, keys, num_draws)
-        return num_draws + 1, jnp.where(refused, again, token), refused
+        # The first draw is among all tokens, a later one among those before a token that lies
+        # outside. NaN compares false and ends the search: no row can hang the others.
+        outside = (num_draws == 0) | (jnp.sum(sums, axis=-1) >= limit)
+        open_rows = open_rows & outside
+        token = _draw_token(before, sums, keys, num_draws)
+        end = _select(open_rows, _place_of(weights, token), end)
+        return num_draws + 1, end, open_rows & (top_p < 1.0)
 
-    state = (jnp.int32(1), token, top_p < 1.0)
-    return lax.while_loop(lambda state: jnp.any(state[2]), check, state)[1]
+    everything = _Place(jnp.full(B, -jnp.inf), jnp.full(B, num_tokens))
+    state = (jnp.int32(0), everything, jnp.full(B, True))
+    return lax.while_loop(lambda state: jnp.any(state[2]), draw, state)[1].token
 
 
-def _draw_token(weights: Array, sums: Array, keys: Array, num_draws: Array | int) -> Array:
+def _draw_token(
+    weights: Array, sums: Array, keys: tuple[Array, Array], num_draws: Array | int
+) -> Array:
     """Returns a token per row by inverting the running sum, over the tiles and then inside one.
 
     Two uniforms, so that neither the number of tiles nor a small tile coarsens the other's steps.
     """
 
-    def pair(key: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, num_draws), (2,))
-
-    uniforms = jax.vmap(pair)(keys)
-    tile = _first_above(sums, uniforms[:, 0] * jnp.sum(sums, axis=-1))
+    first, second = _uniforms(keys, num_draws)
+    tile = _first_above(sums, first * jnp.sum(sums, axis=-1))
     lanes = _take_tile(weights, tile)
-    lane = _first_above(lanes, uniforms[:, 1] * jnp.sum(lanes, axis=-1))
+    lane = _first_above(lanes, second * jnp.sum(lanes, axis=-1))
     return tile * TILE + lane
 
 
-def _keys(inputs: SamplingInputs) -> Array:
-    """Returns a typed key per row: a function of seed, sample index and position only."""
+def _keys(inputs: SamplingInputs) -> tuple[Array, Array]:
+    """Returns two key words per row: a function of seed, sample index and position only."""
+    seeds = inputs.seeds[:, 0], inputs.seeds[:, 1]
+    return _threefry(*seeds, inputs.sample_index, inputs.positions)
 
-    def key(seed: Array, sample_index: Array, position: Array) -> Array:
-        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        return jax.random.fold_in(jax.random.fold_in(key, sample_index), position)
 
-    return jax.vmap(key)(inputs.seeds, inputs.sample_index, inputs.positions)
+def _uniforms(keys: tuple[Array, Array], num_draws: Array | int) -> tuple[Array, Array]:
+    """Returns two numbers in [0, 1) per row, multiples of 2**-24, for its draw `num_draws`."""
+    counter = jnp.full(keys[0].shape, num_draws, jnp.int32)
+    words = _threefry(*keys, counter, jnp.zeros_like(counter))
+    first, second = ((word >> 8).astype(jnp.float32) * 2.0**-24 for word in words)
+    return first, second
+
+
+def _threefry(key0: Array, key1: Array, count0: Array, count1: Array) -> tuple[Array, Array]:
+    """Returns two u32[B]: Threefry-2x32 (Salmon et al., 2011), a key and a counter per row.
+
+    One block per row where `jax.random` under `vmap` takes several: every block adds to the time
+    that each step takes to compile.
+    """
+    counts = count0.astype(jnp.uint32), count1.astype(jnp.uint32)
+    return threefry2x32_p.bind(key0, key1, *counts)
 
 
 # ---- top-k -------------------------------------------------------------------------------------
