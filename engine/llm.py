@@ -80,6 +80,7 @@ class LLM:
             max_blocks_per_seq=plan.max_blocks_per_seq,
             buckets=self.buckets,
             implementation=implementation,
+            deterministic=config.deterministic,
         )
         scheduler = Scheduler(
             memory,

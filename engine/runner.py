@@ -55,6 +55,7 @@ class ModelRunner:
         max_blocks_per_seq: int,
         buckets: Buckets,
         implementation: str | None = None,
+        deterministic: bool = False,
     ):
         config = model.config
         self._make_caches = lambda: tuple(
@@ -68,7 +69,12 @@ class ModelRunner:
         self.kv_caches = self._make_caches()
         self.last_tokens = jnp.zeros(max_num_seqs + 1, jnp.int32)
         self.programs = StepPrograms(
-            model, self.kv_caches, max_num_seqs, max_blocks_per_seq, implementation
+            model,
+            self.kv_caches,
+            max_num_seqs,
+            max_blocks_per_seq,
+            implementation,
+            deterministic,
         )
 
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:

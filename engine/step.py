@@ -35,6 +35,7 @@ def run_step(
     bucket: Bucket,
     max_blocks_per_seq: int,
     implementation: str | None,
+    deterministic: bool,
 ) -> StepResult:
     """Computes a step's tokens, writes their keys and values, and samples.
 
@@ -48,6 +49,7 @@ def run_step(
       bucket: the step's shape.
       max_blocks_per_seq: M.
       implementation: of paged attention.
+      deterministic: see `EngineConfig`.
 
     Returns:
       The caches, `last_tokens` with this step's samples, and the samples i32[B]. A sequence whose
@@ -59,7 +61,9 @@ def run_step(
     input_ids = x.input_ids.at[on_device].set(last_tokens[x.rows], mode="drop")
 
     model = nnx.merge(graphdef, params)
-    attend = functools.partial(paged_attend, implementation=implementation)
+    attend = functools.partial(
+        paged_attend, implementation=implementation, deterministic=deterministic
+    )
     metadata = batch.attention_metadata(x, bucket)
     hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend)
     logits = model.compute_logits(hidden[x.logits_indices])
@@ -82,6 +86,7 @@ class StepPrograms:
       max_num_seqs: R.
       max_blocks_per_seq: M.
       implementation: of paged attention.
+      deterministic: see `EngineConfig`.
       num_traces: how often each bucket was traced.
     """
 
@@ -90,6 +95,7 @@ class StepPrograms:
     max_num_seqs: int
     max_blocks_per_seq: int
     implementation: str | None = None
+    deterministic: bool = False
     num_traces: dict[Bucket, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -134,6 +140,7 @@ class StepPrograms:
                 bucket=bucket,
                 max_blocks_per_seq=self.max_blocks_per_seq,
                 implementation=self.implementation,
+                deterministic=self.deterministic,
             )
 
         i32 = jnp.int32

@@ -4,6 +4,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_paged import (
@@ -121,3 +122,37 @@ def test_automatic_choice_is_logged_once(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "paged_attention runs as 'xla' on cpu (automatic choice)"
     ]
+
+
+def test_deterministic_does_not_depend_on_what_else_is_in_the_call() -> None:
+    """A token's result is the same, bit for bit, in a long chunk, a short one, and as a decode."""
+    T, S, num_blocks = 64, 8, 40
+    rng = np.random.default_rng(0)
+    length = 41
+    q_all = rng.standard_normal((length, 6, 64), np.float32)
+    k_cache, v_cache = rng.standard_normal((2, num_blocks, 2, S, 64), np.float32)
+    tables = rng.permutation(np.arange(1, 37)).reshape(3, 12).astype(np.int32)
+
+    def last_row(new: int, first: int, others: tuple[int, ...]) -> np.ndarray:
+        """The result of the sequence's last token, `new` of whose tokens are in the call."""
+        query_lens = np.array([first, new, *others], np.int32)
+        starts = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
+        q = rng.standard_normal((T, 6, 64), np.float32)
+        q[starts[1] : starts[2]] = q_all[length - new :]
+        seq_lens = np.array([max(first, 50), length, *(max(n, 7) for n in others)], np.int32)
+        metadata = AttentionMetadata(
+            positions=jnp.zeros(T, jnp.int32),
+            slot_mapping=jnp.zeros(T, jnp.int32),
+            block_tables=jnp.asarray(tables),
+            seq_lens=jnp.asarray(np.where(query_lens > 0, seq_lens, 0).astype(np.int32)),
+            query_start_loc=jnp.asarray(starts),
+            max_query_len=T,
+        )
+        out = paged_attention(
+            jnp.asarray(q), jnp.asarray(k_cache), jnp.asarray(v_cache), metadata, deterministic=True
+        )
+        return np.asarray(out)[starts[2] - 1]
+
+    whole = last_row(length, 0, (0,))
+    for new, first, others in [(1, 0, (0,)), (1, 30, (1,)), (2, 1, (9,)), (17, 20, (20,))]:
+        np.testing.assert_array_equal(last_row(new, first, others), whole)

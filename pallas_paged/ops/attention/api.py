@@ -65,6 +65,7 @@ def paged_attention(
     alibi_slopes: Float32[Array, "Hq"] | None = None,
     sinks: Float32[Array, "Hq"] | None = None,
     return_lse: bool = False,
+    deterministic: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "T Hq D"] | tuple[Float[Array, "T Hq D"], Float32[Array, "T Hq"]]:
     r"""Causal attention of a step's ragged queries over keys and values in blocks.
@@ -94,6 +95,9 @@ def paged_attention(
       sinks: f32[Hq], a logit per query head that joins the denominator and has no value.
       return_lse: whether to return lse too. It counts the sink: to merge partial results over
         disjoint keys, give the sink to one part only.
+      deterministic: treat decode and prefill alike, so that a token's result does not depend, bit
+        for bit, on the sequences and tokens beside it in a call of the same shapes. Decoding costs
+        more then.
       implementation: "xla" (any platform), "reference" (slow, any platform), or None to choose.
 
     Returns:
@@ -121,6 +125,7 @@ def paged_attention(
         logits_soft_cap=logits_soft_cap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        deterministic=deterministic,
     )
     return (out, lse) if return_lse else out
 

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from pallas_paged.kv_cache import AttentionMetadata
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "sliding_window", "logits_soft_cap"))
+@functools.partial(
+    jax.jit, static_argnames=("scale", "sliding_window", "logits_soft_cap", "deterministic")
+)
 def paged_attention(
     q: jax.Array,
     k_cache: jax.Array,
@@ -20,6 +22,7 @@ def paged_attention(
     logits_soft_cap: float | None,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
+    deterministic: bool = True,  # always: every token is computed alone
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out, lse); see `api.paged_attention`."""
     num_tokens, num_q_heads, head_dim = q.shape

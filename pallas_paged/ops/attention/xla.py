@@ -86,7 +86,8 @@ class _Partial(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("scale", "sliding_window", "logits_soft_cap", "tuning")
+    jax.jit,
+    static_argnames=("scale", "sliding_window", "logits_soft_cap", "deterministic", "tuning"),
 )
 def paged_attention(
     q: jax.Array,
@@ -99,6 +100,7 @@ def paged_attention(
     logits_soft_cap: float | None,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
+    deterministic: bool = False,
     tuning: Tuning = Tuning(),
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out, lse); see `api.paged_attention`."""
@@ -114,8 +116,10 @@ def paged_attention(
         sinks,
     )
     results = (jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32))
+    if deterministic:
+        return _prefill(problem, tuning, results, min_query_len=1)
     if metadata.max_query_len > 1:
-        results = _prefill(problem, tuning, results)
+        results = _prefill(problem, tuning, results, min_query_len=2)
     return _decode(problem, tuning, results)
 
 
@@ -165,9 +169,9 @@ def _decode(
 
 
 def _prefill(
-    problem: _Problem, tuning: Tuning, results: tuple[jax.Array, jax.Array]
+    problem: _Problem, tuning: Tuning, results: tuple[jax.Array, jax.Array], min_query_len: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes the results of all sequences with several query tokens into `results`."""
+    """Writes the results of all sequences with `min_query_len` query tokens into `results`."""
     q, metadata = problem.q, problem.metadata
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = problem.k_cache.shape[1]
@@ -176,7 +180,7 @@ def _prefill(
 
     starts = metadata.query_start_loc
     query_lens = jnp.diff(starts)
-    tiles = jnp.where(query_lens > 1, (query_lens + size - 1) // size, 0)
+    tiles = jnp.where(query_lens >= min_query_len, (query_lens + size - 1) // size, 0)
     tiles_before = jnp.cumulative_sum(tiles, dtype=jnp.int32, include_initial=True)
     slopes = _per_kv_head(problem.alibi_slopes, num_kv_heads, size)
     sinks = _per_kv_head(problem.sinks, num_kv_heads, size)
