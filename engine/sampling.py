@@ -25,7 +25,6 @@ Sizes: B rows, V vocabulary; inside, the vocabulary is padded and split into N t
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
