@@ -87,13 +87,12 @@ class Detokenizer:
             added = text[len(self._read_text) :]
         else:  # byte fallback, see the class
             added = self._decode(self._window[self._num_read : end])
-        if added:  # else the read tokens must stay: without text in front, spaces may get lost
-            self._window = self._window[max(self._num_read, end - NUM_CONTEXT) :]
-            end = min(end - self._num_read, NUM_CONTEXT)
-            self._text = self._decode(self._window)
-        self._num_read = end
-        whole = end == len(self._window)
-        self._read_text = self._text if whole else self._decode(self._window[:end])
+        start = max(self._num_read, end - NUM_CONTEXT)
+        self._window = self._window[start:]
+        self._num_read = end - start
+        self._text = self._decode(self._window)
+        whole = self._num_read == len(self._window)
+        self._read_text = self._text if whole else self._decode(self._window[: self._num_read])
         return added
 
     def _read_a_part(self) -> str:
@@ -105,6 +104,6 @@ class Detokenizer:
         """
         for border in range(len(self._window) - 1, len(self._window) - 4, -1):
             left, right = self._decode(self._window[:border]), self._decode(self._window[border:])
-            if right and left + right == self._text:
+            if left + right == self._text:
                 return self._read_up_to(border, left)
         return ""

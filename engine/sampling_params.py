@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 MAX_N = 16384
@@ -96,11 +96,6 @@ class SamplingParams:
                 "or stop_token_ids"
             )
 
-    def stop_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
-        """Returns the tokens that end a request of a model with these EOS tokens."""
-        eos = () if self.ignore_eos else eos_token_ids
-        return frozenset([*(self.stop_token_ids or ()), *eos])
-
 
 type _Check = Callable[[str, Any], Any]
 """(field, value) -> the value as it is held; raises ValueError."""
@@ -134,8 +129,8 @@ def _integer(low: int, high: int | None, way_out: str, *, optional: bool = False
 
 def _real(within: Callable[[float], bool], limits: str, way_out: str) -> _Check:
     def check(field: str, value: Any) -> float:
-        # NaN compares false; an integer too large for a float does not overflow here.
-        if not _is_number(value) or not abs(value) <= _MAX_FLOAT32 or not within(value):
+        # NaN is within nothing; an integer too large for a float does not overflow here.
+        if not _is_number(value) or abs(value) > _MAX_FLOAT32 or not within(value):
             raise _refuse(field, value, f"a finite number {limits}; {way_out}")
         return float(value)
 

@@ -115,7 +115,9 @@ def byte_token(byte: int) -> int:
 @given(st.binary(max_size=80) | st.lists(st.sampled_from(list("😀你\xff".encode())), max_size=60))
 @example(b"\xe4" * 40)
 @example(b"\xf0\x9f\x98" * 20)
-@example(b"\x80" * 33 + "é".encode())
+@example(b"\x80" * 5 + "😀".encode() + b"\x80" * 6 + "😀".encode())
+@example(b"\x80" * 6 + "😀".encode() + b"\x80" * 7 + "😀".encode())
+@example(b"\x80" * 7 + "😀".encode() + b"\x80" * 5 + "😀".encode())
 def test_any_bytes_give_what_decoding_all_of_them_gives(data):
     tokenizer = small_tokenizers.byte_level()
     ids = [byte_token(byte) for byte in data]

@@ -282,7 +282,7 @@ def test_a_row_is_drawn_alike_in_every_bucket_row_and_company():
     together = np.asarray(sample(jnp.asarray(logits), inputs_of(rows)))
     for size in (1, 8, 64):
         order = rng.permutation(num)
-        for chunk in order.reshape(-1, size):
+        for chunk in order.reshape(-1, size)[:128]:
             tokens = sample(jnp.asarray(logits[chunk]), inputs_of([rows[i] for i in chunk]))
             np.testing.assert_array_equal(tokens, together[chunk])
 

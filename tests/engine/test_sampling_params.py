@@ -149,10 +149,3 @@ def test_frozen_equal_and_copied():
     assert pickle.loads(pickle.dumps(params)) == params
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.seed = 4
-
-
-def test_stop_ids():
-    params = SamplingParams(stop_token_ids=[5, 6])
-    assert params.stop_ids([2]) == {2, 5, 6}
-    assert SamplingParams(stop_token_ids=[5], ignore_eos=True).stop_ids([2]) == {5}
-    assert SamplingParams().stop_ids(()) == set()

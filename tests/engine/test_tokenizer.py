@@ -12,10 +12,10 @@ from tests.engine import small_tokenizers
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message.role == 'critic' %}{{ raise_exception('no critics here') }}{% endif %}"
+    "{% if message.role == 'critic' %}{{ raise_exception('no critics') }}{% endif %}"
     "{{ bos_token }}{{ message.role }}: {{ message.content }}\n"
     "{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{{ mood }}{% endif %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -122,7 +122,14 @@ def test_chat(folder):
     ids = tokenizer.apply_chat_template([{"role": "system", "content": "be brief"}, *HELLO])
     text = tokenizer.decode(ids, skip_special_tokens=False)
     assert text == "<s>system: be brief\n<s>user: hello\nassistant:"  # no second <s> in front
-    assert tokenizer.decode(tokenizer.apply_chat_template(HELLO, mood=" Yo")).endswith(" Yo")
+    ids = tokenizer.apply_chat_template(HELLO, add_generation_prompt=False)
+    assert tokenizer.decode(ids) == "user: hello\n"
+
+
+def test_a_template_of_the_callers(folder):
+    (folder / "tokenizer_config.json").write_text("{}")
+    ids = load_tokenizer(folder).apply_chat_template(HELLO, chat_template="{{ messages | length }}")
+    assert load_tokenizer(folder).decode(ids) == "1"
 
 
 def test_a_template_in_its_own_file(folder):
