@@ -10,6 +10,7 @@ that comes with the package runs.
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
     """Completes the prompts of the flags, a file or standard input."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; prompts go into --prompt")
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # we need its tokenizers, not PyTorch
     logging.getLogger("pallas_paged").setLevel(logging.INFO if _VERBOSE.value else logging.WARNING)
     try:
         prompts = _read_prompts()
@@ -88,10 +90,11 @@ def main(argv: Sequence[str]) -> None:
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> list[RequestOutput]:
     """Prints the prompt, and its completion as it grows."""
+    outputs = llm.stream(prompt, params)
     if isinstance(prompt, str):
         print(prompt, end="", flush=True)
     shown = 0
-    for output in llm.stream(prompt, params):
+    for output in outputs:
         text = output.outputs[0].text or ""
         print(text[shown:], end="", flush=True)
         shown = len(text)

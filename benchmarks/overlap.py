@@ -1,0 +1,122 @@
+"""How much of the host's work is hidden behind the device's.
+
+  python -m benchmarks.overlap
+
+Runs the real scheduler, block tables, batch builder and detokenizer over a mock device whose step
+takes a fixed time, with and without one step in flight. With it, a step should take as long as the
+longer of the two; without, as long as both together.
+"""
+
+import concurrent.futures
+import json
+import statistics
+import time
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from pallas_paged.block_tables import BlockTables
+from pallas_paged.engine import batch
+from pallas_paged.engine.buckets import Buckets
+from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.core import Engine
+from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.runner import InFlight
+from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
+from pallas_paged.engine.tokenizer import load_tokenizer
+from pallas_paged.models.demo import DEMO_MODEL
+
+_DEVICE_MS = flags.DEFINE_float("device_ms", 100, "Duration of the mock device's step.")
+_NUM_SEQS = flags.DEFINE_integer("num_seqs", 256, "Sequences that decode at once.")
+_NUM_STEPS = flags.DEFINE_integer("num_steps", 30, "Decode steps to time.")
+_JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+
+
+class MockRunner:
+    """A device that takes `step_s` seconds per step, one after the other, and samples token 5.
+
+    Attributes:
+      waited_s: how long the host waited for it.
+    """
+
+    def __init__(self, buckets: Buckets, step_s: float):
+        self.waited_s = 0.0
+        self._buckets = buckets
+        self._step_s = step_s
+        self._device = concurrent.futures.ThreadPoolExecutor(1)
+
+    def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
+        """Builds the step's inputs as the real runner does, and starts the clock."""
+        batch.build(step, state, self._buckets.pick(step.num_tokens, len(step.scheduled)))
+        return InFlight(step, self._device.submit(time.sleep, self._step_s))
+
+    def collect(self, in_flight: InFlight) -> list[int]:
+        """Waits for the step."""
+        begin = time.perf_counter()
+        in_flight.tokens.result()
+        self.waited_s += time.perf_counter() - begin
+        return [5] * len(in_flight.step.scheduled)
+
+    def recover(self) -> None:
+        """Nothing can fail."""
+
+
+def measure(async_scheduling: bool) -> dict[str, float]:
+    """Returns milliseconds per decode step: whole, and of the host's own work."""
+    num_seqs, prompt_len = _NUM_SEQS.value, 16
+    config = EngineConfig("mock", max_num_seqs=num_seqs, max_num_batched_tokens=max(512, num_seqs))
+    memory = BlockTableMemory(
+        num_blocks=num_seqs * 16 + 1, block_size=16, max_num_seqs=num_seqs, max_model_len=256
+    )
+    scheduler = Scheduler(
+        memory,
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=256,
+    )
+    runner = MockRunner(Buckets.for_config(config), _DEVICE_MS.value / 1e3)
+    engine = Engine(
+        scheduler,
+        memory,
+        runner,
+        vocab_size=1024,
+        max_model_len=256,
+        tokenizer=load_tokenizer(str(DEMO_MODEL)),
+        async_scheduling=async_scheduling,
+    )
+    params = SamplingParams(max_tokens=_NUM_STEPS.value + 20, ignore_eos=True)
+    for _ in range(num_seqs):
+        engine.add(engine.make_sequence(range(prompt_len), params))
+    while scheduler.num_waiting or engine.num_steps < 12:
+        engine.step()
+    whole, host = [], []
+    for _ in range(_NUM_STEPS.value):
+        waited, begin = runner.waited_s, time.perf_counter()
+        engine.step()
+        seconds = time.perf_counter() - begin
+        whole.append(seconds * 1e3)
+        host.append((seconds - (runner.waited_s - waited)) * 1e3)
+    engine.abort_all()
+    return {"step_ms": statistics.median(whole), "host_ms": statistics.median(host)}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints both and the share of the host's work that disappeared."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    serial, overlapped = measure(async_scheduling=False), measure(async_scheduling=True)
+    hidden = (serial["step_ms"] - overlapped["step_ms"]) / serial["host_ms"]
+    print(f"{_NUM_SEQS.value} sequences, mock device step {_DEVICE_MS.value:.1f} ms")
+    print(f"{'':22}{'step ms':>10}{'host ms':>10}")
+    print(f"{'one after the other':22}{serial['step_ms']:10.2f}{serial['host_ms']:10.2f}")
+    print(f"{'one step in flight':22}{overlapped['step_ms']:10.2f}{overlapped['host_ms']:10.2f}")
+    print(f"share of the host's work hidden: {hidden:.0%}")
+    if _JSON.value:
+        figures = {"serial": serial, "overlapped": overlapped, "hidden_share": hidden}
+        with open(_JSON.value, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=2)
+
+
+if __name__ == "__main__":
+    app.run(main)

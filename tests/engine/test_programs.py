@@ -1,0 +1,95 @@
+"""The command line as a user meets it: prompts from everywhere, and what is wrong said clearly."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.models.references import DATA
+
+TINY = ["--max_tokens=8", "--num_blocks=40", "--max_model_len=128", "--temperature=0"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Keeps what the programs compile, as the user's home would."""
+    return tmp_path_factory.mktemp("home")
+
+
+def run(
+    program: str, *flags: str, home: pathlib.Path, text: str = ""
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"pallas_paged.engine.{program}", *flags],
+        input=text,
+        capture_output=True,
+        text=True,
+        env={"HOME": str(home), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "COLUMNS": "100"},
+        timeout=300,
+    )
+
+
+def test_a_prompt_is_completed_with_the_demo_model(cache: pathlib.Path) -> None:
+    done = run("generate", "--prompt=def main(", *TINY, home=cache)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def main(")
+    assert len(done.stdout) > len("def main(\n")
+    assert "8 tokens in" in done.stderr
+    assert "PyTorch" not in done.stderr
+
+
+def test_prompts_come_from_a_file_and_from_standard_input(
+    cache: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    lines = "import os\n\nclass Stack:\n"
+    (tmp_path / "prompts.txt").write_text(lines)
+    from_file = run("generate", f"--prompts_file={tmp_path / 'prompts.txt'}", *TINY, home=cache)
+    from_stdin = run("generate", "--prompts_file=-", *TINY, home=cache, text=lines)
+    assert from_file.returncode == from_stdin.returncode == 0, from_file.stderr
+    assert from_file.stdout == from_stdin.stdout
+    assert "=== 0: 'import os'" in from_file.stdout
+    assert "=== 1: 'class Stack:'" in from_file.stdout
+    whole = run("generate", *TINY, home=cache, text="class Stack:\n    def")
+    assert whole.stdout.startswith("class Stack:\n    def")
+
+
+def test_the_chat_template_is_used(cache: pathlib.Path) -> None:
+    done = run("generate", "--chat", "--prompt=Read a file.", *TINY, home=cache)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "message"),
+    [
+        (["--model=/nowhere", "--prompt=a"], "", "/nowhere"),
+        ([f"--model={DATA / 'opt-prenorm'}", "--prompt=a"], "", "has no tokenizer files"),
+        (["--prompt=a", "--temperature=nan"], "", "temperature=nan"),
+        (["--prompt=a", "--max_model_len=100000"], "", "max_model_len=100000"),
+        (["--prompt=a", "--max_tokens=600"], "", "max_tokens=600"),
+        (["--prompt=a", "--prompts_file=x"], "", "--prompt and --prompts_file"),
+        ([], "", "standard input is empty"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    flags: list[str], text: str, message: str, cache: pathlib.Path
+) -> None:
+    done = run("generate", *flags, home=cache, text=text)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_help_lists_the_flags(cache: pathlib.Path) -> None:
+    done = run("generate", "--help", home=cache)
+    for flag in ("--model", "--prompt", "--prompts_file", "--temperature", "--[no]chat"):
+        assert flag in done.stdout
+
+
+def test_the_demo_streams_and_reports(cache: pathlib.Path) -> None:
+    done = run("demo", "--max_tokens=12", "--prompt=import os", "--prompt=def f(", home=cache)
+    assert done.returncode == 0, done.stderr
+    assert "KV pool" in done.stdout
+    assert "tokens/s in one batch" in done.stdout
