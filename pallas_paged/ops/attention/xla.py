@@ -16,10 +16,12 @@ import jax.numpy as jnp
 
 from pallas_paged.kv_cache import AttentionMetadata
 
+_MAX_VECTOR_PRODUCTS = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """Sizes of the pieces of work, found by `benchmarks/attention.py --tune` on two CPU cores.
+    """Sizes of the pieces of work; `benchmarks/attention.py --parts=tune` times others.
 
     Attributes:
       decode_rows: the most sequences that are processed together in the decode part. More rows
@@ -31,7 +33,7 @@ class Tuning:
       prefill_chunk: tokens per turn of a tile's inner loop, rounded to whole blocks.
     """
 
-    decode_rows: int = 16
+    decode_rows: int = 8
     decode_chunk: int = 64
     decode_bytes: int = 1 << 20
     prefill_tile: int = 64
@@ -104,17 +106,8 @@ def paged_attention(
     tuning: Tuning = Tuning(),
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out, lse); see `api.paged_attention`."""
-    problem = _Problem(
-        q,
-        k_cache,
-        v_cache,
-        metadata,
-        scale,
-        sliding_window,
-        logits_soft_cap,
-        alibi_slopes,
-        sinks,
-    )
+    options = (scale, sliding_window, logits_soft_cap, alibi_slopes, sinks)
+    problem = _Problem(q, k_cache, v_cache, metadata, *options)
     results = (jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32))
     if deterministic:
         return _prefill(problem, tuning, results, min_query_len=1)
@@ -137,27 +130,24 @@ def _decode(
     end = jnp.where(jnp.diff(metadata.query_start_loc) == 1, metadata.seq_lens, 0)
     end = jnp.pad(end, (0, -end.shape[0] % num_rows))
     begin = _first_key(problem, end - 1)
-    longest_first = jnp.argsort(begin - end)
+    order = jnp.argsort(begin - end)  # the longest first; rows without work last
+    first_tokens = metadata.query_start_loc.at[order].get(mode="clip")
+    sorted_rows = (order, first_tokens, begin[order], end[order])
     num_groups = (jnp.sum(end > 0, dtype=jnp.int32) + num_rows - 1) // num_rows
     slopes = _per_kv_head(problem.alibi_slopes, num_kv_heads)
     sinks = _per_kv_head(problem.sinks, num_kv_heads)
 
     def group(i: jax.Array, results: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        rows = jax.lax.dynamic_slice_in_dim(longest_first, i * num_rows, num_rows)
-        tokens = metadata.query_start_loc.at[rows].get(mode="clip")
-        grouped_q = q.at[tokens].get(mode="clip").reshape(num_rows, num_kv_heads, -1, head_dim)
-        queries = _Queries(
-            grouped_q.astype(jnp.float32) * problem.scale,
-            end[rows][:, None] - 1,
-            slopes,
-            sinks,
-            rows,
-            begin[rows],
-            end[rows],
+        sequences, tokens, begin, end = (
+            jax.lax.dynamic_slice_in_dim(array, i * num_rows, num_rows) for array in sorted_rows
         )
+        group_q = q.at[tokens].get(mode="clip").reshape(num_rows, num_kv_heads, -1, head_dim)
+        scaled_q = group_q.astype(jnp.float32) * problem.scale
+        positions = end[:, None] - 1
+        queries = _Queries(scaled_q, positions, slopes, sinks, sequences, begin, end)
         out, lse = _attend(problem, queries, tuning.decode_chunk)
-        # A row without work belongs to a longer sequence's tile or to nobody: it writes nothing.
-        tokens = jnp.where(end[rows] > 0, tokens, num_tokens)
+        # A row without work belongs to a sequence of the prefill part or to nobody.
+        tokens = jnp.where(end > 0, tokens, num_tokens)
         out = out.reshape(num_rows, num_q_heads, head_dim).astype(q.dtype)
         lse = lse.reshape(num_rows, num_q_heads)
         return (
@@ -272,7 +262,7 @@ def _logits(
     problem: _Problem, queries: _Queries, keys: jax.Array, key_positions: jax.Array
 ) -> jax.Array:
     """Returns the logits f32[R, Hk, W, C] of the keys f32[R, Hk, C, D]; -inf where not visible."""
-    logits = jnp.einsum("rhwd,rhcd->rhwc", queries.q, keys)
+    logits = _einsum_with_chunk("rhwd,rhcd->rhwc", queries.q, keys)
     if problem.logits_soft_cap is not None:
         logits = problem.logits_soft_cap * jnp.tanh(logits / problem.logits_soft_cap)
     distance = key_positions[:, None, :] - queries.positions[:, :, None]
@@ -304,8 +294,23 @@ def _accumulate(partial: _Partial, logits: jax.Array, values: jax.Array) -> _Par
     return _Partial(
         maximum,
         partial.denominator * correction + jnp.sum(weights, axis=-1),
-        partial.numerator * correction[..., None] + jnp.einsum("rhwc,rhcd->rhwd", weights, values),
+        partial.numerator * correction[..., None]
+        + _einsum_with_chunk("rhwc,rhcd->rhwd", weights, values),
     )
+
+
+def _einsum_with_chunk(equation: str, rows: jax.Array, chunk: jax.Array) -> jax.Array:
+    """Returns an einsum of rows [R, Hk, W, ...] with a chunk's keys or values [R, Hk, C, D].
+
+    A few rows are multiplied one by one: XLA's CPU products of matrix and vector stream the chunk,
+    while those of two matrices first rearrange it.
+    """
+    num_rows = rows.shape[2]
+    if num_rows > _MAX_VECTOR_PRODUCTS:
+        return jnp.einsum(equation, rows, chunk)
+    one_row = equation.replace("w", "")
+    products = [jnp.einsum(one_row, rows[:, :, w], chunk) for w in range(num_rows)]
+    return jnp.stack(products, axis=2)
 
 
 def _first_key(problem: _Problem, positions: jax.Array) -> jax.Array:
