@@ -96,7 +96,7 @@ def load_model(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike = "auto
     loaded = []
     for name, value in _read(tensors):
         keys, param = params[name]
-        loaded.append((keys, param.replace(jnp.asarray(value.astype(param_dtype)))))
+        loaded.append((keys, param.replace(jnp.asarray(value.astype(param_dtype, copy=False)))))
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 

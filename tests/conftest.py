@@ -13,6 +13,6 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-install_import_hook(
-    ["pallas_paged.kv_cache", "pallas_paged.block_tables", "pallas_paged.ops"], "beartype.beartype"
-)
+LAYER_1 = ["pallas_paged.kv_cache", "pallas_paged.block_tables", "pallas_paged.ops"]
+MODELS = [f"pallas_paged.models.{name}" for name in ("attend", "layers", "llama", "opt", "rope")]
+install_import_hook(LAYER_1 + MODELS, "beartype.beartype")
