@@ -11,13 +11,13 @@ demo: $(VENV)/.base
 	@$(PY) -m pallas_paged.engine.demo
 
 test: $(VENV)/.test
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist=loadfile
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist=loadfile
 
 format: $(VENV)/.test
 	$(VENV)/bin/ruff format .
@@ -27,7 +27,7 @@ format: $(VENV)/.test
 oldest:
 	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.test
 	@$(OLDEST)/bin/pip install --quiet jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX)
-	@$(OLDEST)/bin/python -m pytest tests/kernels tests/engine/test_smoke.py
+	@$(OLDEST)/bin/python -m pytest -n 2 --dist=loadfile tests/kernels tests/engine/test_smoke.py
 
 # sdist -> wheel -> an empty environment -> a request, run from another directory.
 dist: $(VENV)/.test

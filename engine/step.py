@@ -148,7 +148,11 @@ class StepPrograms:
         packed = jax.ShapeDtypeStruct((batch.packed_size(bucket, self.max_blocks_per_seq),), i32)
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.kv_caches)
         jitted = jax.jit(step, donate_argnums=(1, 2))
-        return jitted.lower(self.params, shapes, last_tokens, packed)
+        precision = jax.config.jax_default_matmul_precision
+        if precision is None and jax.tree.leaves(self.params)[0].dtype == jnp.float32:
+            precision = "highest"  # else a GPU rounds the factors of products to 10 bits
+        with jax.default_matmul_precision(precision):
+            return jitted.lower(self.params, shapes, last_tokens, packed)
 
     def temporary_bytes(self, bucket: Bucket) -> int:
         """Returns the bytes of temporaries of a bucket's compiled program."""
