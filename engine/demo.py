@@ -6,7 +6,6 @@ the same prompts run one at a time, so that the last line can say what batching 
 
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Sequence
 
@@ -52,7 +51,6 @@ def main(argv: Sequence[str]) -> None:
     """Runs the prompts as one batch, then one at a time."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; prompts go into --prompt")
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # we need its tokenizers, not PyTorch
     console = Console()
     logger = logging.getLogger("pallas_paged")
     logger.setLevel(logging.INFO)

@@ -10,7 +10,6 @@ that comes with the package runs.
 """
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -47,7 +46,6 @@ def main(argv: Sequence[str]) -> None:
     """Completes the prompts of the flags, a file or standard input."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; prompts go into --prompt")
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # we need its tokenizers, not PyTorch
     logging.getLogger("pallas_paged").setLevel(logging.INFO if _VERBOSE.value else logging.WARNING)
     try:
         prompts = _read_prompts()

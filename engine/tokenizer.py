@@ -1,5 +1,6 @@
 """Tokenizers and chat templates of Hugging Face folders, through transformers."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,6 +93,10 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
         raise ValueError(f"tokenizer={str(path)!r} must be a folder; it does not exist")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
+    # That PyTorch is missing is no news: only tokenizers are used.
+    logging.getLogger("transformers").addFilter(
+        lambda record: "PyTorch was not found" not in record.getMessage()
+    )
     from transformers import AutoTokenizer  # a second or more to import
 
     try:
