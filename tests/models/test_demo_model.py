@@ -58,6 +58,8 @@ if __name__ == "__main__":
 """Written for this test, so that no training run has seen it."""
 
 MEASURED_BITS_PER_BYTE = 1.063
+MARGIN = 1.02
+"""Without any one layer's attention or MLP the model needs 4 % more bits, or many more."""
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def test_predicts_python(tokenizer):
         model.compute_logits(hidden[:-1]), ids[1:]
     )
     bits_per_byte = float(losses.sum()) / np.log(2) / len(TEXT.encode())
-    assert bits_per_byte <= 1.1 * MEASURED_BITS_PER_BYTE
+    assert bits_per_byte <= MARGIN * MEASURED_BITS_PER_BYTE
 
 
 def test_weights_are_bfloat16_and_sizes_agree(tokenizer):
