@@ -3,10 +3,10 @@
     python -m benchmarks.evaluate_demo_model
 
 Bits per byte are over the files of the running interpreter's standard library that training leaves
-out, with the weights as the folder has them. The completions come out of the engine, all 50 in one
-batch. One counts as parsing if prompt and completion, cut after the last full line, are the start
-of some valid Python module: either they compile, or they end where a module may not end but may go
-on (in a bracket or a triple-quoted string, behind a block's header), by `codeop`'s rules.
+out, computed in float32. The completions come out of the engine, all 50 in one batch. One counts
+as parsing if prompt and completion, cut after the last full line, are the start of some valid
+Python module: either they compile, or they end where a module may not end but may go on (in a
+bracket or a triple-quoted string, behind a block's header), by `codeop`'s rules.
 """
 
 import codeop
@@ -20,11 +20,12 @@ from absl import app, flags
 from benchmarks import demo_corpus, demo_score
 from pallas_paged.engine import LLM, SamplingParams
 from pallas_paged.models import load_model
+from pallas_paged.models.demo import DEMO_MODEL
 
-_MODEL = flags.DEFINE_string("model", "models/demo", "Folder of the model.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "Temperature of the samples.")
+_MODEL = flags.DEFINE_string("model", str(DEMO_MODEL), "Folder of the model.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.5, "Temperature of the samples.")
 _TOP_P = flags.DEFINE_float("top_p", 0.9, "Share of the probability that is sampled from.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Tokens per completion.")
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 96, "Tokens per completion.")
 _SHOWN = flags.DEFINE_integer("shown", 3, "Completions to print.")
 
 PROMPTS = (
@@ -103,7 +104,7 @@ def held_out_bits_per_byte(folder: str) -> float:
         if document.held_out
     ]
     bos = tokenizer.token_to_id(demo_corpus.BOS)
-    return demo_score.bits_per_byte(load_model(folder), documents, bos)
+    return demo_score.bits_per_byte(load_model(folder, dtype="float32"), documents, bos)
 
 
 def complete(folder: str) -> list[str]:

@@ -1,12 +1,13 @@
 """Trains the demo model from nothing but the running interpreter's standard library.
 
-    python -m benchmarks.train_demo_model --output=/tmp/demo --checkpoint=/tmp/demo.npz --minutes=65
+    python -m benchmarks.train_demo_model --output=/tmp/demo --checkpoint=/tmp/demo.npz --minutes=72
 
 writes a Hugging Face folder (config, tokenizer with a chat template, bfloat16 weights) and prints
 bits per byte on files that training never saw; `benchmarks/evaluate_demo_model.py` measures the
 folder further. What is trained is the package's own `Llama`, with dense attention in place of the
 paged one. The learning rate follows the clock, so that a slow machine trains on less text but ends
-with the same decay; a run that was cut off goes on from `--checkpoint`.
+with the same decay; a run that was cut off goes on from `--checkpoint`. The weights in
+`models/demo` are from a run of 72 minutes on two busy CPU cores: 1137 steps, 4.66M tokens.
 """
 
 import functools
@@ -32,7 +33,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder to write the model to.", r
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "File that the training state is kept in.", required=True
 )
-_MINUTES = flags.DEFINE_float("minutes", 65.0, "Wall-clock minutes of training.")
+_MINUTES = flags.DEFINE_float("minutes", 72.0, "Wall-clock minutes of training.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the weights and of the order of the text.")
 _BATCH = flags.DEFINE_integer("batch", 8, "Rows per step.")
 _LENGTH = flags.DEFINE_integer("length", 512, "Tokens per row; even.")
@@ -238,7 +239,7 @@ def save_model(folder: pathlib.Path, model: Llama, tokenizer: Any) -> None:
             "bos_token_id": bos,
             "eos_token_id": eos,
             "do_sample": True,
-            "temperature": 0.7,
+            "temperature": 0.5,
             "top_p": 0.9,
         },
         "tokenizer_config.json": {
