@@ -259,6 +259,21 @@ def test_a_flat_vocabulary_is_drawn_evenly_within_and_across_tiles():
     assert stats.chisquare(np.bincount(tokens, minlength=3000)).pvalue > 1e-3
 
 
+def test_a_weight_of_zero_is_never_picked_whatever_the_rounding():
+    """At and beyond the ends of the running sum, which is not added up from left to right."""
+    rng = np.random.default_rng(0)
+    weights = np.where(rng.random((200, 333)) < 0.7, 0, rng.random((200, 333))).astype(np.float32)
+    sums = np.cumsum(weights, axis=1)
+    first_above = jax.jit(sampling._first_above)
+    for share in (0.0, 0.5, 1 - 2**-24, 1.0, 1.001):
+        target = sums[:, -1] * np.float32(share)
+        picked = np.asarray(first_above(jnp.asarray(weights), jnp.asarray(target)))[:, None]
+        assert np.all(np.take_along_axis(weights, picked, axis=1) > 0)
+        near = np.take_along_axis(sums, picked, axis=1)[:, 0]
+        assert np.all(near > np.minimum(target, sums[:, -1]) - 1e-3)
+        assert np.all(near - weights.max() < target + 1e-3)
+
+
 # ---- what it depends on ------------------------------------------------------------------------
 
 
