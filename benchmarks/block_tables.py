@@ -110,7 +110,7 @@ class ListAllocator:
 class FunctionalTables:
     """`pallas_paged.block_tables` with the same methods, in NumPy or jitted in jax."""
 
-    def __init__(self, xp: Any, *sizes: int):
+    def __init__(self, xp: Any, *sizes: Any):
         wrap: Callable[..., Any] = jax.jit if xp is jnp else lambda function: function
         self._append, self._fork, self._free = wrap(bt.append), wrap(bt.fork), wrap(bt.free)
         self._state, self._asarray = bt.create(*sizes, xp), xp.asarray

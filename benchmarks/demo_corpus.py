@@ -129,6 +129,13 @@ class TokenizedDocument(NamedTuple):
     num_bytes: int
 
 
+def special_token_id(tokenizer: tokenizers.Tokenizer, token: str) -> int:
+    """Returns the id of a special token that the tokenizer was trained with."""
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None, f"the tokenizer has no token {token}"
+    return int(token_id)
+
+
 def tokenize(document: Document, tokenizer: tokenizers.Tokenizer) -> TokenizedDocument:
     """Returns the tokens of `document`, i32[n], and i64[p], the offsets of its pieces in them."""
     encodings = tokenizer.encode_batch(list(document.pieces), add_special_tokens=False)

@@ -9,13 +9,13 @@ import optax
 from flax import nnx
 
 from benchmarks.demo_corpus import TokenizedDocument
+from pallas_paged.models import CausalLM
 from pallas_paged.models.attend import dense_attend, dense_metadata
-from pallas_paged.models.llama import Llama
 
 _WINDOWS_PER_CALL = 16
 
 
-def token_losses(model: Llama, rows: jax.Array) -> jax.Array:
+def token_losses(model: CausalLM, rows: jax.Array) -> jax.Array:
     """Returns f32[rows, length - 1], the nats by which `model` misses each token but the first.
 
     Attention is dense, over each of the rows i32[rows, length]; differentiable.
@@ -33,7 +33,7 @@ def token_losses(model: Llama, rows: jax.Array) -> jax.Array:
     return losses.reshape(targets.shape)
 
 
-def bits_per_byte(model: Llama, documents: Sequence[TokenizedDocument], bos: int) -> float:
+def bits_per_byte(model: CausalLM, documents: Sequence[TokenizedDocument], bos: int) -> float:
     """Returns the bits that `model` needs per byte of the documents, their ends included.
 
     Each document is cut into windows as long as the model's context, none of which sees the one

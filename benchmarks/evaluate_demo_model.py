@@ -103,7 +103,7 @@ def held_out_bits_per_byte(folder: str) -> float:
         for document in demo_corpus.read_documents()
         if document.held_out
     ]
-    bos = tokenizer.token_to_id(demo_corpus.BOS)
+    bos = demo_corpus.special_token_id(tokenizer, demo_corpus.BOS)
     return demo_score.bits_per_byte(load_model(folder, dtype="float32"), documents, bos)
 
 
@@ -119,7 +119,7 @@ def complete(folder: str) -> list[str]:
         for seed in range(len(PROMPTS))
     ]
     outputs = LLM(model=folder).generate(list(PROMPTS), params)
-    return [prompt + o.outputs[0].text for prompt, o in zip(PROMPTS, outputs, strict=True)]
+    return [f"{prompt}{o.outputs[0].text}" for prompt, o in zip(PROMPTS, outputs, strict=True)]
 
 
 def main(argv: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
+import numpy as np
 from absl import app, flags
 
 from pallas_paged.block_tables import BlockTables
@@ -44,19 +45,21 @@ class MockRunner:
         self.waited_s = 0.0
         self._buckets = buckets
         self._step_s = step_s
+        self._done: dict[int, concurrent.futures.Future[None]] = {}
         self._device = concurrent.futures.ThreadPoolExecutor(1)
 
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
         """Builds the step's inputs as the real runner does, and starts the clock."""
         batch.build(step, state, self._buckets.pick(step.num_tokens, len(step.scheduled)))
-        return InFlight(step, self._device.submit(time.sleep, self._step_s))
+        self._done[step.step_id] = self._device.submit(time.sleep, self._step_s)
+        return InFlight(step, np.full(len(step.scheduled), 5, np.int32))
 
     def collect(self, in_flight: InFlight) -> list[int]:
         """Waits for the step."""
         begin = time.perf_counter()
-        in_flight.tokens.result()
+        self._done.pop(in_flight.step.step_id).result()
         self.waited_s += time.perf_counter() - begin
-        return [5] * len(in_flight.step.scheduled)
+        return np.asarray(in_flight.tokens).tolist()
 
     def recover(self) -> None:
         """Nothing can fail."""

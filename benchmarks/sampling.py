@@ -8,6 +8,7 @@ figure to compare between machines. `sort` sorts each row's logits and does noth
   python -m benchmarks.sampling --spread=2 --rounds=20 --json=out.json
 """
 
+import functools
 import json
 import platform
 import statistics
@@ -74,7 +75,7 @@ def programs(num_rows: int, vocab_size: int) -> dict[str, Callable[[], jax.Array
         calls["sort"] = lambda: jitted_sort(logits)
     for name, options in OPTIONS.items():
         inputs = inputs_of(num_rows, **options)
-        calls[name] = lambda inputs=inputs: jitted_sample(logits, inputs)
+        calls[name] = functools.partial(jitted_sample, logits, inputs)
     for call in calls.values():
         call().block_until_ready()
     return calls

@@ -141,7 +141,9 @@ def batches(
 def save_checkpoint(path: pathlib.Path, state: TrainState, progress: Progress) -> None:
     """Writes the state so that the file at `path` is a whole one at any moment."""
     partial = path.with_suffix(".partial.npz")
-    leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+    leaves: dict[str, Any] = {
+        str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))
+    }
     np.savez(partial, progress=np.array(progress), **leaves)
     partial.rename(path)
 
@@ -264,7 +266,7 @@ def main(argv: Sequence[str]) -> None:
     everything = demo_corpus.read_documents()
     seen = [d for d in everything if not d.held_out]
     tokenizer = demo_corpus.train_tokenizer(seen, CONFIG.vocab_size)
-    bos = tokenizer.token_to_id(demo_corpus.BOS)
+    bos = demo_corpus.special_token_id(tokenizer, demo_corpus.BOS)
     tokenized = [
         tokens
         for d in seen

@@ -24,7 +24,7 @@ from pallas_paged.models.demo import DEMO_MODEL
 _MODEL = flags.DEFINE_string("model", str(DEMO_MODEL), "Folder with a Hugging Face checkpoint.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "Prompts instead of the built-in ones.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 160, "Most tokens to generate per prompt.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 is greedy.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.5, "0 is greedy.")
 _NUM_BLOCKS = flags.DEFINE_integer("num_blocks", 96, "Size of the KV pool in blocks.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the samples.")
 

@@ -25,7 +25,7 @@ class InFlight(NamedTuple):
     """A dispatched step and the tokens it will have sampled, i32[B] in the step's order."""
 
     step: ScheduledStep
-    tokens: jax.Array
+    tokens: jax.Array | np.ndarray
 
 
 class Runner(Protocol):

@@ -69,9 +69,11 @@ def run_step(
     logits = model.compute_logits(hidden[x.logits_indices])
 
     tokens = sample(logits, batch.sampling_inputs(x))
-    finite = jnp.isfinite(jnp.max(logits, axis=-1))
+    # Not by the maximum: on a CPU it may leave out a NaN.
+    wrong = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), axis=-1)
+    wrong |= jnp.all(logits == -jnp.inf, axis=-1)
     last_tokens = last_tokens.at[x.sample_rows].set(tokens)
-    return kv_caches, last_tokens, jnp.where(finite, tokens, logits.shape[-1])
+    return kv_caches, last_tokens, jnp.where(wrong, logits.shape[-1], tokens)
 
 
 @dataclasses.dataclass

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -185,3 +186,23 @@ def test_an_engine_goes_when_its_owner_does(name: str) -> None:
     del llm
     gc.collect()
     assert gone() is None
+
+
+def test_a_request_whose_logits_are_nan_ends_alone() -> None:
+    """One request reads a poisoned embedding; its neighbours are well."""
+    name = "llama-gqa-llama3"
+    llm = make_llm(name, max_num_seqs=4, max_num_batched_tokens=64, block_size=8, num_blocks=30)
+    reference, poisoned = load_reference(name), 77
+    clean = [i for i, row in enumerate(reference.prompts) if poisoned not in row]
+    clean = [i for i in clean if poisoned not in reference.greedy[i]][:12]
+    prompts: list = [{"prompt_token_ids": reference.prompts[i].tolist()} for i in clean]
+    embedding = llm.runner.programs.params["model"]["embed_tokens"]["weight"]
+    embedding.set_value(embedding.get_value().at[poisoned].set(jnp.nan))
+    bad = {"prompt_token_ids": [5, poisoned, 9]}
+    outputs = llm.generate([*prompts[:6], bad, *prompts[6:]], GREEDY, use_tqdm=False)
+    assert_idle(llm)
+    (failed,) = outputs.pop(6).outputs
+    assert (failed.finish_reason, failed.stop_reason) == ("abort", "logits are not finite")
+    assert failed.token_ids == ()
+    tokens = [output.outputs[0].token_ids for output in outputs]
+    same_tokens(tokens, reference.greedy[clean], reference.margins[clean])
