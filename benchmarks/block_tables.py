@@ -113,7 +113,8 @@ class FunctionalTables:
     def __init__(self, xp: Any, *sizes: Any):
         wrap: Callable[..., Any] = jax.jit if xp is jnp else lambda function: function
         self._append, self._fork, self._free = wrap(bt.append), wrap(bt.fork), wrap(bt.free)
-        self._state, self._asarray = bt.create(*sizes, xp), xp.asarray
+        create = functools.partial(bt.create, xp=xp)
+        self._state, self._asarray = create(*sizes), xp.asarray
 
     def append(self, num_new: np.ndarray) -> None:
         """Appends and waits."""
