@@ -18,7 +18,6 @@ from pallas_paged.engine.scheduler import ScheduledStep
 from pallas_paged.kv_cache import AttentionMetadata
 
 Shape = tuple[int, ...]
-INT32_MAX = np.iinfo(np.int32).max
 
 
 class StepInputs[A](NamedTuple):
@@ -133,7 +132,7 @@ def build(step: ScheduledStep, state: BlockTables, bucket: Bucket) -> np.ndarray
             ids = sequence.token_ids[begin : begin + scheduled.num_tokens]
             x.input_ids[end - scheduled.num_tokens : end] = ids
         x.temperature[b] = params.temperature
-        x.top_k[b] = min(params.top_k, INT32_MAX)
+        x.top_k[b] = params.top_k
         x.top_p[b] = params.top_p
         x.min_p[b] = params.min_p
         x.seeds[b] = seed_words(params.seed)

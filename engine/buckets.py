@@ -55,6 +55,12 @@ class Buckets:
             is_decode=False,
         )
 
+    def largest(self) -> list[Bucket]:
+        """Returns the largest bucket of each kind."""
+        every = self.all()
+        kinds = [[b for b in every if b.is_decode == is_decode] for is_decode in (True, False)]
+        return [max(kind) for kind in kinds if kind]
+
     def all(self) -> list[Bucket]:
         """Returns every bucket that `pick` can return."""
         decode = [Bucket(size, size, is_decode=True) for size in self.decode_seqs]

@@ -27,7 +27,8 @@ class EngineConfig:
       num_blocks: size of the pool in blocks, the null block included; wins over
         `kv_cache_memory_bytes`.
       kv_cache_memory_bytes: size of the pool in bytes; wins over `gpu_memory_utilization`.
-      gpu_memory_utilization: share of a GPU's memory for weights, temporaries and pool together.
+      gpu_memory_utilization: share of the GPU memory that JAX may use (by default JAX takes 75 %
+        of the card) for weights, temporaries and pool together.
         On a CPU the default pool is 1 GiB (or less, when all sequences at their longest need
         less).
       seed: where the seeds of requests that bring none are drawn from.
@@ -38,8 +39,9 @@ class EngineConfig:
         not depend, bit for bit, on what else is in its batches. Decoding then costs as much as
         the largest step.
       compile_ahead: compile every bucket when the engine starts instead of at first use.
-      compilation_cache_dir: folder of compiled programs; "auto" is `~/.cache/pallas-paged`, None
-        switches the cache off. A folder already set in JAX's configuration wins.
+      compilation_cache_dir: folder in which JAX keeps compiled programs, one per process; "auto"
+        is the one JAX is configured with, else `~/.cache/pallas-paged`; None leaves JAX's
+        configuration as it is. Another folder than the process already uses is refused.
       enable_prefix_caching, tensor_parallel_size, swap_space: not supported yet; only the neutral
         values False, 1 and 0 are accepted.
     """
@@ -70,13 +72,16 @@ class EngineConfig:
             _require(getattr(self, name) in DTYPES, self, name, f"must be one of {DTYPES}")
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             _require(_is_int(getattr(self, name), 1), self, name, "must be an integer >= 1")
-        for name, least in (("max_model_len", 1), ("num_blocks", 2), ("kv_cache_memory_bytes", 1)):
+        for name, least in (("max_model_len", 2), ("num_blocks", 2), ("kv_cache_memory_bytes", 1)):
             value = getattr(self, name)
             ok = value is None or _is_int(value, least)
             _require(ok, self, name, f"must be None or an integer >= {least}")
         _require(_is_int(self.seed, 0), self, "seed", "must be an integer >= 0")
         share = self.gpu_memory_utilization
-        _require(0 < share <= 1, self, "gpu_memory_utilization", "must be in (0, 1]")
+        ok = isinstance(share, int | float) and 0 < share <= 1
+        _require(ok, self, "gpu_memory_utilization", "must be in (0, 1]")
+        for name in ("async_scheduling", "deterministic", "compile_ahead"):
+            _require(isinstance(getattr(self, name), bool), self, name, "must be True or False")
         _require(
             self.max_num_batched_tokens >= self.max_num_seqs,
             self,

@@ -114,6 +114,7 @@ class Engine:
                     f"stop_token_ids holds {token_id}, which is outside the vocabulary of "
                     f"{self._vocab_size} tokens"
                 )
+        # No longer than the model allows, and than the pool could hold if it were alone.
         longest = min(
             self._max_model_len, self.memory.num_usable_blocks * self.memory.state.block_size
         )
@@ -171,7 +172,7 @@ class Engine:
         request = self._requests.get(request_id)
         if request is not None:
             self.scheduler.abort(request_id)
-            self._undelivered.append(self._output(request))
+            self._deliver(request)
 
     @property
     def has_unfinished(self) -> bool:
@@ -192,26 +193,34 @@ class Engine:
             the error as `stop_reason`.
         """
         try:
-            outputs = self._step()
+            self._step()
         except BaseException as error:
             self._fail_all(f"{type(error).__name__}: {error}")
             raise
-        undelivered, self._undelivered = self._undelivered, []
-        return undelivered + outputs
+        outputs, self._undelivered = self._undelivered, []
+        return outputs
 
-    def _step(self) -> list[RequestOutput]:
+    def drain(self) -> None:
+        """Steps until nothing is left to do; what the requests still get is lost."""
+        while self.has_unfinished:
+            self.step()
+
+    def _step(self) -> None:
         step = self.scheduler.schedule()
         dispatched = self._dispatch(step) if step is not None else None
-        if not self._async_scheduling:
-            return self._take_in(dispatched) if dispatched is not None else []
-        before, self._in_flight = self._in_flight, dispatched
-        return self._take_in(before) if before is not None else []
+        if self._async_scheduling:
+            dispatched, self._in_flight = self._in_flight, dispatched
+        if dispatched is not None:
+            self._take_in(dispatched)
 
     def _fail_all(self, cause: str) -> None:
+        """Leaves an empty engine; nothing in here may fail, and no text is detokenized for that."""
         self._in_flight = None
         for sequence in self.scheduler.abort_all():
             sequence.stop_reason = cause
-            self._undelivered.append(self._output(self._requests[sequence.request_id]))
+        for request in list(self._requests.values()):
+            request.text += request.stop.finish()
+            self._undelivered.append(self._output(request))
         self.runner.recover()
 
     def _dispatch(self, step: ScheduledStep) -> InFlight:
@@ -223,35 +232,37 @@ class Engine:
         self.num_steps += 1
         return self.runner.dispatch(step, self.memory.state)
 
-    def _take_in(self, in_flight: InFlight) -> list[RequestOutput]:
+    def _take_in(self, in_flight: InFlight) -> None:
+        """Commits a step's tokens and delivers what the requests have by now."""
         tokens = self.runner.collect(in_flight)
+        changed = []
+        for share, token in zip(in_flight.step.scheduled, tokens, strict=True):
+            if share.samples and token >= self._vocab_size and not share.sequence.is_finished:
+                name = share.sequence.request_id
+                logger.error("request %s aborted: its logits are not finite", name)
+                self.scheduler.finish(share.sequence, "abort", "logits are not finite")
+                changed.append(share.sequence)
+        advanced = self.scheduler.commit(in_flight.step, tokens)
+        self.num_generated_tokens += len(advanced)
         now = time.monotonic()
-        invalid = {
-            scheduled.sequence.request_id
-            for scheduled, token in zip(in_flight.step.scheduled, tokens, strict=True)
-            if scheduled.samples and token >= self._vocab_size
-        }
-        outputs = []
-        for sequence in self.scheduler.commit(in_flight.step, tokens):
+        for sequence in advanced:
             request = self._requests[sequence.request_id]
-            if sequence.request_id in invalid:
-                sequence.token_ids.pop()
-                logger.error("request %s aborted: its logits are not finite", sequence.request_id)
-                self.scheduler.finish(sequence, "abort", "logits are not finite")
-            else:
-                self.num_generated_tokens += 1
-                if request.first_token_time_s is None:
-                    request.first_token_time_s = now
-                self._update_text(request)
-            outputs.append(self._output(request))
-        return outputs
+            if request.first_token_time_s is None:
+                request.first_token_time_s = now
+        for sequence in changed + advanced:
+            self._deliver(self._requests[sequence.request_id])
+
+    def _deliver(self, request: _Request) -> None:
+        """Brings the request's text up to date, and leaves its output for `step` to return."""
+        self._update_text(request)
+        self._undelivered.append(self._output(request))
 
     def _update_text(self, request: _Request) -> None:
         """Detokenizes what is new, and ends the request where a stop string has completed."""
         sequence = request.sequence
         if request.detokenizer is None:
             return
-        new = sequence.output_token_ids[request.num_detokenized :]
+        new = sequence.token_ids[sequence.num_prompt_tokens + request.num_detokenized :]
         request.num_detokenized += len(new)
         if sequence.finish_reason == "stop" and not request.params.include_stop_str_in_output:
             new = new[:-1]  # the token that ended the output is not part of its text

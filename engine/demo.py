@@ -6,6 +6,7 @@ the same prompts run one at a time, so that the last line can say what batching 
 
 import dataclasses
 import logging
+import sys
 import time
 from collections.abc import Sequence
 
@@ -57,7 +58,15 @@ def main(argv: Sequence[str]) -> None:
     logger.addHandler(RichHandler(console=console, show_time=False, show_path=False))
     logger.propagate = False
 
-    prompts = list(_PROMPT.value or _PROMPTS)
+    try:
+        run(console, list(_PROMPT.value or _PROMPTS))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(console: Console, prompts: list[str]) -> None:
+    """Loads the model, then completes the prompts as one batch and one at a time."""
     begin = time.perf_counter()
     llm = LLM(
         _MODEL.value,

@@ -24,7 +24,9 @@ from pallas_paged.models.demo import DEMO_MODEL
 _MODEL = flags.DEFINE_string("model", str(DEMO_MODEL), "Folder with a Hugging Face checkpoint.")
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "A prompt; repeat the flag for several.")
 _PROMPTS_FILE = flags.DEFINE_string(
-    "prompts_file", None, "File with one prompt per line; '-' is standard input."
+    "prompts_file",
+    None,
+    "File with a prompt per line, empty lines left out; - is standard input.",
 )
 _CHAT = flags.DEFINE_bool("chat", False, "Send each prompt through the model's chat template.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
@@ -116,10 +118,10 @@ def _read_prompts() -> list[str]:
         return _PROMPT.value
     if _PROMPTS_FILE.value:
         if _PROMPTS_FILE.value == "-":
-            lines = sys.stdin.read().splitlines()
+            lines = sys.stdin.read().split("\n")
         else:
             with open(_PROMPTS_FILE.value, encoding="utf-8") as file:
-                lines = file.read().splitlines()
+                lines = file.read().split("\n")
         prompts = [line for line in lines if line]
         if not prompts:
             raise ValueError(f"--prompts_file={_PROMPTS_FILE.value} holds no prompt")

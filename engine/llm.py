@@ -22,7 +22,7 @@ from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.scheduler import Scheduler
 from pallas_paged.engine.sequence import Sequence
 from pallas_paged.engine.tokenizer import load_tokenizer, require_tokenizer
-from pallas_paged.models import load_generation_defaults, load_model
+from pallas_paged.models import load_eos_token_ids, load_model
 from pallas_paged.ops.attention.api import attention_implementation
 
 logger = logging.getLogger(__name__)
@@ -48,12 +48,12 @@ class LLM:
 
     def __init__(self, model: str | Path, **options: Any):
         self.config = config = EngineConfig(model=str(model), **options)
+        implementation = attention_implementation(config.attention_implementation)
         _use_compilation_cache(config.compilation_cache_dir)
         self.tokenizer = load_tokenizer(config.tokenizer or config.model)
         network = load_model(config.model, dtype=config.dtype)
         self.model_config = network.config
         self.max_model_len = resolve_max_model_len(config, network.config.max_position_embeddings)
-        implementation = attention_implementation(config.attention_implementation)
         cache_dtype = (
             jax.tree.leaves(nnx.state(network))[0].dtype
             if config.kv_cache_dtype == "auto"
@@ -65,6 +65,13 @@ class LLM:
         )
         logger.info("attention: %s on %s", implementation, jax.devices()[0].device_kind)
         logger.info("%s", plan)
+        if plan.max_blocks_per_seq * config.block_size < self.max_model_len:
+            logger.warning(
+                "the KV pool holds %d tokens, fewer than max_model_len=%d: longer requests will be "
+                "refused",
+                plan.max_blocks_per_seq * config.block_size,
+                self.max_model_len,
+            )
         memory = BlockTableMemory(
             num_blocks=plan.num_blocks,
             block_size=config.block_size,
@@ -88,13 +95,16 @@ class LLM:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
+        eos_token_ids = load_eos_token_ids(config.model)
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            eos_token_ids += (self.tokenizer.eos_token_id,)
         self.engine = Engine(
             scheduler,
             memory,
             self.runner,
             vocab_size=network.config.vocab_size,
             max_model_len=self.max_model_len,
-            eos_token_ids=load_generation_defaults(config.model),
+            eos_token_ids=eos_token_ids,
             tokenizer=self.tokenizer,
             seed=config.seed,
             async_scheduling=config.async_scheduling,
@@ -256,6 +266,7 @@ class LLM:
                 self.engine.add(sequence, text)
             while unfinished:
                 if unfinished.isdisjoint(self._outputs):
+                    assert self.engine.has_unfinished, f"nothing will come for {unfinished}"
                     for output in self.engine.step():
                         if output.request_id in self._awaited:
                             self._outputs[output.request_id] = output
@@ -270,6 +281,8 @@ class LLM:
                 self._awaited.discard(request_id)
                 self._outputs.pop(request_id, None)
                 self.engine.abort(request_id)
+            if not self._awaited:
+                self.engine.drain()
 
 
 def _broadcast(
@@ -288,9 +301,15 @@ def _broadcast(
 
 
 def _use_compilation_cache(folder: str | None) -> None:
-    """Lets JAX keep compiled programs in `folder`, unless its configuration names one already."""
-    if folder is None or jax.config.jax_compilation_cache_dir is not None:
+    """Lets JAX keep compiled programs in `folder`; see `EngineConfig`."""
+    current = jax.config.jax_compilation_cache_dir
+    if folder is None or (folder == "auto" and current is not None):
         return
-    path = Path.home() / ".cache" / "pallas-paged" if folder == "auto" else Path(folder)
-    jax.config.update("jax_compilation_cache_dir", str(path))
+    path = str(Path.home() / ".cache" / "pallas-paged" if folder == "auto" else Path(folder))
+    if current is not None and current != path:
+        raise ValueError(
+            f"compilation_cache_dir={path!r}, but this process already uses {current!r}, and JAX "
+            "keeps one folder per process; leave it at 'auto' or choose the same"
+        )
+    jax.config.update("jax_compilation_cache_dir", path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -45,6 +45,10 @@ class Memory(Protocol):
         """Gives back the rows and their blocks."""
         ...
 
+    def free_all(self) -> None:
+        """Gives back every row and its blocks."""
+        ...
+
     def check_invariants(self, num_tokens: dict[int, int]) -> None:
         """Asserts that exactly these rows are in use, with so many tokens each."""
         ...
@@ -103,6 +107,10 @@ class BlockTableMemory:
         named = np.zeros(self.state.seq_lens.shape, bool)
         named[rows] = True
         self.state = block_tables.free(self.state, named)
+
+    def free_all(self) -> None:
+        """Gives back every row and its blocks."""
+        self.state = block_tables.free(self.state, self.state.seq_lens > 0)
 
     def check_invariants(self, num_tokens: dict[int, int]) -> None:
         """Asserts that exactly these rows are in use, with so many tokens each."""

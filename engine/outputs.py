@@ -1,9 +1,8 @@
 """What a request gives back."""
 
 import dataclasses
-from typing import Literal
 
-FinishReason = Literal["stop", "length", "abort"]
+from pallas_paged.engine.sequence import FinishReason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +36,8 @@ class CompletionOutput:
       cumulative_logprob: sum of the log-probabilities of the tokens; None unless asked for.
       logprobs: per token, log-probabilities by token id; None unless asked for.
       finish_reason: None while it runs.
-      stop_reason: the stop string or the token id of `stop_token_ids` that ended it; None when EOS
-        did, or when it ended for another reason.
+      stop_reason: the stop string or the token id of `stop_token_ids` that ended it, None when EOS
+        did; what went wrong when the engine aborted it.
     """
 
     index: int
@@ -56,7 +55,7 @@ class RequestOutput:
 
     Attributes:
       request_id: the engine's name for the request.
-      prompt: the prompt's text; None when it came as tokens.
+      prompt: the prompt's text; None when it came as tokens alone.
       prompt_token_ids: the prompt's tokens.
       outputs: the completions, by index.
       finished: all completions are.

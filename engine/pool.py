@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,8 @@ def plan_pool(
     No pool is larger than all sequences at their longest need.
 
     Raises:
-      ValueError: there is no room for a single block beside the null block.
+      ValueError: there is no room for a single block beside the null block, or more is asked for
+        than the device has.
     """
     S = config.block_size
     shape = model.config
@@ -85,9 +87,14 @@ def plan_pool(
             source = f"gpu_memory_utilization={config.gpu_memory_utilization}"
             caches = cache_shapes(shape, 2, S, cache_dtype)
             programs = StepPrograms(
-                model, caches, config.max_num_seqs, max_blocks_per_seq, implementation
+                model,
+                caches,
+                config.max_num_seqs,
+                max_blocks_per_seq,
+                implementation,
+                config.deterministic,
             )
-            temporary_bytes = programs.temporary_bytes(max(buckets.all()))
+            temporary_bytes = max(map(programs.temporary_bytes, buckets.largest()))
             stats = jax.local_devices()[0].memory_stats()
             limit = int(stats["bytes_limit"] * config.gpu_memory_utilization)
             pool_bytes = limit - stats["bytes_in_use"] - temporary_bytes
@@ -99,9 +106,23 @@ def plan_pool(
                 "smaller block_size or model"
             )
         num_blocks = min(num_blocks, config.max_num_seqs * max_blocks_per_seq + 1)
+    capacity = _memory_bytes()
+    if num_blocks * block_bytes > capacity:
+        raise ValueError(
+            f"a KV pool of {num_blocks} blocks takes {_mib(num_blocks * block_bytes)}, and the "
+            f"device has {_mib(capacity)}; choose a smaller num_blocks or kv_cache_memory_bytes"
+        )
     # Nobody can hold more blocks than there are: a narrower table is a smaller copy every step.
     max_blocks_per_seq = min(max_blocks_per_seq, num_blocks - 1)
     return PoolPlan(num_blocks, max_blocks_per_seq, S, block_bytes, weight_bytes, temporary_bytes)
+
+
+def _memory_bytes() -> int:
+    """Returns the memory of JAX's default device: what it may use of a GPU, or the machine's."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is not None:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def cache_shapes(

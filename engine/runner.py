@@ -67,6 +67,7 @@ class ModelRunner:
         self._vocab_size = config.vocab_size
         self.buckets = buckets
         self.kv_caches = self._make_caches()
+        self._num_rows = max_num_seqs
         self.last_tokens = jnp.zeros(max_num_seqs + 1, jnp.int32)
         self.programs = StepPrograms(
             model,
@@ -93,11 +94,10 @@ class ModelRunner:
         return tokens.tolist()
 
     def recover(self) -> None:
-        """Replaces caches that a failed step took with it."""
-        if any(cache.k.is_deleted() or cache.v.is_deleted() for cache in self.kv_caches):
-            self.kv_caches = self._make_caches()
-        if self.last_tokens.is_deleted():
-            self.last_tokens = jnp.zeros_like(self.last_tokens)
+        """Replaces the caches: a failed step may have taken them, or left its error in them."""
+        self.kv_caches = ()  # first, for there may be no room for two
+        self.kv_caches = self._make_caches()
+        self.last_tokens = jnp.zeros(self._num_rows + 1, jnp.int32)
 
     def block_until_ready(self) -> None:
         """Waits until every dispatched step has run."""

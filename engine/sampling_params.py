@@ -33,7 +33,8 @@ class SamplingParams:
       stop: a string or strings that end the request when they appear in its text; held as a tuple.
       stop_token_ids: tokens that end the request besides EOS; held as a tuple.
       ignore_eos: go on after an EOS token.
-      max_tokens: most tokens to generate, >= 1. None: as many as fit into the model's length.
+      max_tokens: most tokens to generate, >= 1. None: as many as fit into the
+        model's length and the KV pool.
       min_tokens: fewest tokens to generate, 0 to `max_tokens`. Only 0 is supported yet.
       logprobs: log-probabilities per token: >= 0, or -1 for all. Only None is supported yet.
       prompt_logprobs: the same for the prompt's tokens. Only None is supported yet.

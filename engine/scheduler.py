@@ -236,11 +236,16 @@ class Scheduler:
     def finish(
         self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None
     ) -> None:
-        """Ends a sequence in any state and frees its blocks; does nothing if it has ended."""
+        """Ends a sequence in any state and frees its blocks; does nothing if it has ended.
+
+        But for one thing: a stop string that the last allowed token completed is what ended it.
+        """
         if not sequence.is_finished:
             freed_rows = self._retire(sequence, reason, stop_reason)
             if freed_rows:
                 self.memory.free(freed_rows)
+        elif (sequence.finish_reason, reason) == ("length", "stop"):
+            sequence.finish_reason, sequence.stop_reason = reason, stop_reason
 
     def abort(self, request_id: str) -> None:
         """Ends a request by "abort"; does nothing if it is unknown or has ended."""
@@ -250,12 +255,18 @@ class Scheduler:
     def abort_all(self) -> list[Sequence]:
         """Aborts and returns all requests, and forgets the steps in flight.
 
-        For use after an error in a step: its results never come, and the scheduler is empty again.
+        For use after an error or an interrupt, wherever it struck: nothing that may be half-changed
+        is read, and the scheduler and its memory are empty again.
         """
         aborted = list(self._unfinished.values())
         for sequence in aborted:
-            self.finish(sequence, "abort")
-        self._in_flight.clear()
+            sequence.status = SequenceStatus.FINISHED
+            sequence.finish_reason = "abort"
+            sequence.row = None
+            sequence.num_reserved = sequence.num_pending = 0
+        for queue in (self._unfinished, self._waiting, self._running, self._in_flight):
+            queue.clear()
+        self.memory.free_all()
         return aborted
 
     def check_invariants(self) -> None:

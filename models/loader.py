@@ -45,7 +45,7 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     return config_from_hf(_read_json(_model_file(path, "config.json")))
 
 
-def load_generation_defaults(path: str | os.PathLike[str]) -> tuple[int, ...]:
+def load_eos_token_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
     """Returns the ids of the tokens that end a sequence of the model in the folder `path`.
 
     They are `eos_token_id` in `generation_config.json`, or where that is missing in `config.json`;

@@ -29,7 +29,9 @@ from pallas_paged.models.llama import Llama, LlamaConfig
         ("block_size", 0, "block_size=0 must be"),
         ("block_size", 16.0, "block_size=16.0 must be"),
         ("num_blocks", 1, "num_blocks=1 must be None or an integer >= 2"),
-        ("max_model_len", 0, "max_model_len=0 must be"),
+        ("max_model_len", 1, "max_model_len=1 must be"),
+        ("gpu_memory_utilization", "0.5", "gpu_memory_utilization='0.5' must be in (0, 1]"),
+        ("deterministic", "false", "deterministic='false' must be True or False"),
         ("kv_cache_memory_bytes", -1, "kv_cache_memory_bytes=-1 must be"),
         ("gpu_memory_utilization", 0, "gpu_memory_utilization=0 must be in (0, 1]"),
         ("gpu_memory_utilization", 1.1, "gpu_memory_utilization=1.1 must be in (0, 1]"),
@@ -154,6 +156,11 @@ def test_the_default_on_a_cpu_is_a_stated_size() -> None:
 def test_a_pool_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match=f"a block takes {BLOCK_BYTES}"):
         plan(kv_cache_memory_bytes=BLOCK_BYTES)
+
+
+def test_a_pool_larger_than_the_machine_is_refused() -> None:
+    with pytest.raises(ValueError, match="choose a smaller num_blocks"):
+        plan(num_blocks=10**9)
 
 
 def test_the_plan_says_where_the_bytes_go() -> None:

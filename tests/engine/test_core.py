@@ -190,10 +190,11 @@ def test_a_failing_step_fails_every_request_and_the_engine_serves_on(failing: st
         assert output.outputs[0].token_ids == expected(prompt)
 
 
-def test_logits_that_are_not_finite_end_only_their_request() -> None:
+@pytest.mark.parametrize("max_tokens", [1, 10])
+def test_logits_that_are_not_finite_end_only_their_request(max_tokens: int) -> None:
     engine = make_engine()
     engine.runner.token = VOCAB_SIZE  # what the step returns for such a row
-    add(engine, [[1, 2, 3]])
+    add(engine, [[1, 2, 3]], dataclasses.replace(GREEDY, max_tokens=max_tokens))
     (output,) = run(engine).values()
     assert output.outputs[0].token_ids == ()
     assert output.outputs[0].finish_reason == "abort"

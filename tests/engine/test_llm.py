@@ -57,7 +57,7 @@ def test_preemption_changes_nothing(name: str) -> None:
     same_tokens([o.outputs[0].token_ids for o in outputs], reference.greedy, reference.margins)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31])
 def test_row_bucket_boundaries(llm: LLM, name: str, count: int) -> None:
     reference, prompts = load_reference(name), reference_requests(name)
     tokens = generate(llm, prompts[-count:], dataclasses.replace(GREEDY, max_tokens=6))

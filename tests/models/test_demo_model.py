@@ -6,7 +6,7 @@ import optax
 import pytest
 import transformers
 
-from pallas_paged.models import load_config, load_generation_defaults, load_model
+from pallas_paged.models import load_config, load_eos_token_ids, load_model
 from pallas_paged.models.attend import dense_attend, dense_metadata
 from pallas_paged.models.demo import DEMO_MODEL as FOLDER
 
@@ -100,7 +100,7 @@ def test_weights_are_bfloat16_and_sizes_agree(tokenizer):
     assert config.checkpoint_dtype == "bfloat16"
     assert config.vocab_size == len(tokenizer)
     assert tokenizer.model_max_length == config.max_position_embeddings
-    assert load_generation_defaults(FOLDER) == (tokenizer.eos_token_id,)
+    assert load_eos_token_ids(FOLDER) == (tokenizer.eos_token_id,)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from pallas_paged.models import load_config, load_generation_defaults, load_model
+from pallas_paged.models import load_config, load_eos_token_ids, load_model
 from tests.models.references import REFERENCES, load_reference
 
 TIED, SHARDED = "llama-mha-tied", "llama-gqa-llama3"
@@ -279,22 +279,22 @@ class TestFiles:
 
 class TestGenerationDefaults:
     def test_generation_config_comes_first(self):
-        assert load_generation_defaults(load_reference(SHARDED).path) == (2, 3)
-        assert load_generation_defaults(load_reference(TIED).path) == (2,)
+        assert load_eos_token_ids(load_reference(SHARDED).path) == (2, 3)
+        assert load_eos_token_ids(load_reference(TIED).path) == (2,)
 
     def test_config_comes_second(self, copy_of):
         folder = copy_of(SHARDED)
         (folder / "generation_config.json").write_text("{}")
-        assert load_generation_defaults(folder) == (2,)
+        assert load_eos_token_ids(folder) == (2,)
         (folder / "generation_config.json").unlink()
         edit_config(folder, eos_token_id=[7, 8])
-        assert load_generation_defaults(folder) == (7, 8)
+        assert load_eos_token_ids(folder) == (7, 8)
         edit_config(folder, eos_token_id=None)
-        assert load_generation_defaults(folder) == ()
+        assert load_eos_token_ids(folder) == ()
 
     @pytest.mark.parametrize("eos", ["2", [2, "3"], True, 2.0])
     def test_malformed(self, copy_of, eos):
         folder = copy_of(TIED)
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
         with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id=.* must be an"):
-            load_generation_defaults(folder)
+            load_eos_token_ids(folder)

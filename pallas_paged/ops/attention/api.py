@@ -32,6 +32,7 @@ def paged_attention(
     alibi_slopes: Float32[Array, "Hq"] | None = None,
     sinks: Float32[Array, "Hq"] | None = None,
     return_lse: Literal[False] = False,
+    deterministic: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "T Hq D"]: ...
 
@@ -49,6 +50,7 @@ def paged_attention(
     alibi_slopes: Float32[Array, "Hq"] | None = None,
     sinks: Float32[Array, "Hq"] | None = None,
     return_lse: Literal[True],
+    deterministic: bool = False,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "T Hq D"], Float32[Array, "T Hq"]]: ...
 
