@@ -215,6 +215,25 @@ def test_padding_gets_zeros_and_minus_infinity(implementation):
     assert np.isfinite(lse[:used]).all()
 
 
+@pytest.mark.parametrize("row", [0, 2])
+def test_sequence_alone_gets_the_same_bits(row):
+    """Within one bucket a sequence's result depends on nothing but the sequence."""
+    arguments = build(MIXED)
+    metadata = arguments.metadata
+    starts = np.asarray(metadata.query_start_loc)
+    first, count = starts[row], starts[row + 1] - starts[row]
+    is_row = np.arange(len(metadata.seq_lens)) == row
+    alone = dict(
+        vars(metadata),
+        seq_lens=jnp.where(is_row, metadata.seq_lens, 0),
+        query_start_loc=jnp.asarray(np.append(0, np.cumsum(is_row * count)), jnp.int32),
+    )
+    q = jnp.roll(arguments.q, -first, axis=0)
+    results = run(arguments._replace(q=q, metadata=AttentionMetadata(**alone)), "xla")
+    for result, expected in zip(results, run(arguments, "xla"), strict=True):
+        np.testing.assert_array_equal(result[:count], expected[first : first + count])
+
+
 @pytest.mark.parametrize("max_query_len", [1, 4])
 def test_step_of_padding_only(max_query_len):
     arguments = build(MIXED)

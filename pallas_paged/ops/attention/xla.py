@@ -108,11 +108,12 @@ def paged_attention(
     """Returns (out, lse); see `api.paged_attention`."""
     options = (scale, sliding_window, logits_soft_cap, alibi_slopes, sinks)
     problem = _Problem(q, k_cache, v_cache, metadata, *options)
-    results = (jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32))
     if deterministic:
-        return _prefill(problem, tuning, results, min_query_len=1)
+        return _prefill(problem, tuning, min_query_len=1)
     if metadata.max_query_len > 1:
-        results = _prefill(problem, tuning, results, min_query_len=2)
+        results = _prefill(problem, tuning, min_query_len=2)
+    else:
+        results = (jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32))
     return _decode(problem, tuning, results)
 
 
@@ -158,10 +159,8 @@ def _decode(
     return jax.lax.fori_loop(0, num_groups, group, results)
 
 
-def _prefill(
-    problem: _Problem, tuning: Tuning, results: tuple[jax.Array, jax.Array], min_query_len: int
-) -> tuple[jax.Array, jax.Array]:
-    """Writes the results of all sequences with `min_query_len` query tokens into `results`."""
+def _prefill(problem: _Problem, tuning: Tuning, min_query_len: int) -> tuple[jax.Array, jax.Array]:
+    """Returns (out, lse) of all sequences with `min_query_len` query tokens, else 0 and -inf."""
     q, metadata = problem.q, problem.metadata
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = problem.k_cache.shape[1]
@@ -198,16 +197,18 @@ def _prefill(
         out, lse = _attend(problem, queries, tuning.prefill_chunk)
         out = out.reshape(num_q_heads, size, head_dim).transpose(1, 0, 2).astype(q.dtype)
         lse = lse.reshape(num_q_heads, size).T
+        # The tail behind the sequence holds zeros. Its tokens are padding, or they belong to later
+        # tiles or to the decode part, which write after this.
         return (
-            _update_rows(results[0], out, first, is_real),
-            _update_rows(results[1], lse, first, is_real),
+            jax.lax.dynamic_update_slice_in_dim(results[0], out, first, axis=0),
+            jax.lax.dynamic_update_slice_in_dim(results[1], lse, first, axis=0),
         )
 
-    padded = (
-        jnp.pad(results[0], ((0, size), (0, 0), (0, 0))),
-        jnp.pad(results[1], ((0, size), (0, 0))),
+    empty = (
+        jnp.zeros_like(padded_q),
+        jnp.full((num_tokens + size, num_q_heads), -jnp.inf, jnp.float32),
     )
-    out, lse = jax.lax.fori_loop(0, tiles_before[-1], tile, padded)
+    out, lse = jax.lax.fori_loop(0, tiles_before[-1], tile, empty)
     return out[:num_tokens], lse[:num_tokens]
 
 
@@ -215,22 +216,19 @@ def _attend(problem: _Problem, queries: _Queries, chunk: int) -> tuple[jax.Array
     """Returns (out f32[R, Hk, W, D], lse f32[R, Hk, W]) of the queries, over all their keys."""
     block_size = problem.k_cache.shape[2]
     num_blocks = max(1, chunk // block_size)
+    tables = problem.metadata.block_tables
 
     def chunk_step(i: jax.Array, partial: _Partial) -> _Partial:
         first_block = queries.begin // block_size + i * num_blocks
         blocks = first_block[:, None] + jnp.arange(num_blocks, dtype=jnp.int32)[None, :]
-        blocks = problem.metadata.block_tables.at[queries.sequences[:, None], blocks].get(
-            mode="clip"
-        )
+        blocks = tables.at[queries.sequences[:, None], blocks].get(mode="clip")
         offsets = jnp.arange(num_blocks * block_size, dtype=jnp.int32)
         key_positions = first_block[:, None] * block_size + offsets[None, :]
         keys = _read_blocks(problem.k_cache, blocks)
         values = _read_blocks(problem.v_cache, blocks)
-        # NaN may lie behind the end (and left of the window): 0 * NaN is NaN.
-        holds_value = (key_positions >= queries.begin[:, None]) & (
-            key_positions < queries.end[:, None]
-        )
-        values = jnp.where(holds_value[:, None, :, None], values, 0.0)
+        # NaN may lie behind the end: 0 * NaN is NaN.
+        is_key = key_positions < queries.end[:, None]
+        values = jnp.where(is_key[:, None, :, None], values, 0.0)
         return _accumulate(partial, _logits(problem, queries, keys, key_positions), values)
 
     length = jnp.max(queries.end - queries.begin)
@@ -329,10 +327,3 @@ def _per_kv_head(
     if per_head is None:
         return None
     return jnp.repeat(per_head, repeats).reshape(num_kv_heads, -1)
-
-
-def _update_rows(array: jax.Array, rows: jax.Array, first: jax.Array, keep: jax.Array) -> jax.Array:
-    """Writes those of `rows` that `keep` names into `array`, from row `first` on."""
-    old = jax.lax.dynamic_slice_in_dim(array, first, rows.shape[0])
-    keep = keep.reshape(-1, *[1] * (rows.ndim - 1))
-    return jax.lax.dynamic_update_slice_in_dim(array, jnp.where(keep, rows, old), first, axis=0)
