@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_paged.kv_cache import AttentionMetadata
 
-_MAX_VECTOR_PRODUCTS = 4
+_MAX_VECTOR_PRODUCTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Tuning:
 
     decode_rows: int = 8
     decode_chunk: int = 64
-    decode_bytes: int = 1 << 20
+    decode_bytes: int = 1 << 18
     prefill_tile: int = 64
     prefill_chunk: int = 128
 
