@@ -43,10 +43,10 @@ def generate_alone(
             return output, "stop", None
         if token in sequence.stop_token_ids:
             return output, "stop", token
-        if len(token_ids) == max_length:
-            return output, "length", None
         if host_stop and host_stop(output):
             return output, "stop", "host"
+        if len(token_ids) == max_length:
+            return output, "length", None
 
 
 @dataclasses.dataclass(frozen=True)

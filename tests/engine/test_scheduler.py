@@ -189,8 +189,12 @@ class TestEnd:
         engine, a = make_engine(), request("a", 3, max_tokens=1)
         add(engine, a)
         engine.run()
-        engine.scheduler.finish(a, "stop", "late")
+        engine.scheduler.finish(a, "abort")
         assert (a.finish_reason, a.stop_reason) == ("length", None)
+        # But a stop string that the last token completed is what ended it.
+        engine.scheduler.finish(a, "stop", "late")
+        engine.scheduler.finish(a, "stop", "later")
+        assert (a.finish_reason, a.stop_reason) == ("stop", "late")
 
 
 class TestChunkedPrefill:
