@@ -1,6 +1,7 @@
 """The engine's loop: schedule a step, dispatch it, then take in the step before it.
 
-No state of a request lives elsewhere; `LLM` and servers only translate. One thread at a time.
+Everything about a request lives here until its last output; `LLM` and servers translate, and keep
+outputs that nobody has fetched yet. One thread at a time.
 """
 
 import dataclasses
@@ -98,7 +99,9 @@ class Engine:
         params: SamplingParams,
         request_id: str | None = None,
     ) -> Sequence:
-        """Returns a sequence that `add` accepts; changes nothing but the id counter.
+        """Returns a sequence that `add` accepts; queues nothing.
+
+        A request without an id or a seed draws one.
 
         Raises:
           ValueError: the prompt is empty, too long for the model, or for the pool together with
@@ -118,20 +121,9 @@ class Engine:
         longest = min(
             self._max_model_len, self.memory.num_usable_blocks * self.memory.state.block_size
         )
-        if len(ids) >= self._max_model_len:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, which leaves no room for output within "
-                f"max_model_len={self._max_model_len}; shorten it"
-            )
         max_tokens = params.max_tokens
         if max_tokens is None:
             max_tokens = max(1, longest - len(ids))
-        elif len(ids) + max_tokens > self._max_model_len:
-            raise ValueError(
-                f"the prompt's {len(ids)} tokens and max_tokens={max_tokens} are more than "
-                f"max_model_len={self._max_model_len}; shorten one of them, or pass "
-                "max_tokens=None for as many as fit"
-            )
         sequence = Sequence(
             request_id=f"request-{next(self._counter)}" if request_id is None else request_id,
             prompt_token_ids=ids,
@@ -142,6 +134,12 @@ class Engine:
             sampling_params=self._with_seed(params),
         )
         self.scheduler.check(sequence)
+        if len(ids) + max_tokens > self._max_model_len:
+            raise ValueError(
+                f"the prompt's {len(ids)} tokens and max_tokens={max_tokens} are more than "
+                f"max_model_len={self._max_model_len}; shorten one of them, or pass "
+                "max_tokens=None for as many as fit"
+            )
         return sequence
 
     def add(self, sequence: Sequence, prompt: str | None = None) -> None:

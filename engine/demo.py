@@ -124,6 +124,8 @@ def stream(llm: LLM, console: Console, prompts: list[str], params: list[Sampling
                 f"KV pool {llm.kv_cache_usage:.0%} in use, {peak:.0%} at most"
             )
             live.update(screen(console, lanes, status))
+    if not console.is_terminal:
+        console.print()  # there, the last frame ends without one
     return rate
 
 

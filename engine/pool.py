@@ -60,7 +60,7 @@ def plan_pool(
 
     On a CPU the device's default is a stated size; on a GPU it is the configured share of its
     memory less what is in use (the weights) and less the temporaries of the largest compiled step.
-    No pool is larger than all sequences at their longest need.
+    Unless `num_blocks` asks for it, no pool is larger than all sequences at their longest need.
 
     Raises:
       ValueError: there is no room for a single block beside the null block, or more is asked for

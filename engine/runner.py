@@ -3,7 +3,6 @@
 The only module that copies from the device to the host.
 """
 
-import logging
 from typing import NamedTuple, Protocol
 
 import jax
@@ -17,8 +16,6 @@ from pallas_paged.engine.scheduler import ScheduledStep
 from pallas_paged.engine.step import StepPrograms
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import CausalLM
-
-logger = logging.getLogger(__name__)
 
 
 class InFlight(NamedTuple):
@@ -64,7 +61,6 @@ class ModelRunner:
             )
             for _ in range(config.num_layers)
         )
-        self._vocab_size = config.vocab_size
         self.buckets = buckets
         self.kv_caches = self._make_caches()
         self._num_rows = max_num_seqs

@@ -61,11 +61,6 @@ class ScheduledStep:
     num_tokens: int
     preempted: tuple[Sequence, ...]
 
-    @property
-    def is_decode(self) -> bool:
-        """Whether every sequence computes a single token."""
-        return self.num_tokens == len(self.scheduled)
-
 
 def next_to_admit(waiting: collections.deque[Sequence]) -> Sequence:
     """First come, first served: nobody overtakes the head of the queue, however small."""

@@ -84,7 +84,7 @@ class StepPrograms:
 
     Attributes:
       model: the model; its state is an argument of every call, not a constant of the programs.
-      kv_caches: the caches, of which only shapes and dtypes count.
+      kv_caches: the caches, of which only shapes and dtypes are kept.
       max_num_seqs: R.
       max_blocks_per_seq: M.
       implementation: of paged attention.
@@ -102,6 +102,8 @@ class StepPrograms:
 
     def __post_init__(self) -> None:
         self.graphdef, self.params = nnx.split(self.model)
+        # Not the arrays: they would stay in memory beside the ones that take their place.
+        self.kv_caches = jax.eval_shape(lambda: self.kv_caches)
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
 
     def __call__(
@@ -148,13 +150,12 @@ class StepPrograms:
         i32 = jnp.int32
         last_tokens = jax.ShapeDtypeStruct((self.max_num_seqs + 1,), i32)
         packed = jax.ShapeDtypeStruct((batch.packed_size(bucket, self.max_blocks_per_seq),), i32)
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.kv_caches)
         jitted = jax.jit(step, donate_argnums=(1, 2))
         precision = jax.config.jax_default_matmul_precision
         if precision is None and jax.tree.leaves(self.params)[0].dtype == jnp.float32:
             precision = "highest"  # else a GPU rounds the factors of products to 10 bits
         with jax.default_matmul_precision(precision):
-            return jitted.lower(self.params, shapes, last_tokens, packed)
+            return jitted.lower(self.params, self.kv_caches, last_tokens, packed)
 
     def temporary_bytes(self, bucket: Bucket) -> int:
         """Returns the bytes of temporaries of a bucket's compiled program."""

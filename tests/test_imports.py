@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -82,6 +83,14 @@ def test_a_wrong_import_is_found(
     path = tmp_path / layer / "wrong.py"
     path.write_text(source)
     assert len(problems(path)) >= 1
+
+
+def test_the_kernels_need_jax_and_numpy_only() -> None:
+    allowed = {"jax", "numpy", "jaxtyping", "pallas_paged", *sys.stdlib_module_names}
+    for path in python_files():
+        if path.relative_to(ROOT).parts[0] == "pallas_paged":
+            loaded = {module.split(".")[0] for _, module in imports(ast.parse(path.read_text()))}
+            assert loaded <= allowed, f"{path}: {sorted(loaded - allowed)}"
 
 
 @pytest.mark.parametrize("name", HOST_ONLY)

@@ -116,9 +116,10 @@ def test_deterministic_is_bitwise(name: str) -> None:
     )
     assert len(llm.buckets.all()) == 1
     prompts = reference_requests(name)[:10]
-    batched = llm.generate(prompts, GREEDY, use_tqdm=False)
+    params = [GREEDY] * 5 + sampled(range(5), top_p=0.9)
+    batched = llm.generate(prompts, params, use_tqdm=False)
     assert sum(output.metrics.num_preemptions for output in batched) > 0
-    alone = [generate(llm, [prompt], GREEDY)[0] for prompt in prompts]
+    alone = [generate(llm, [p], [one])[0] for p, one in zip(prompts, params, strict=True)]
     assert alone == [output.outputs[0].token_ids for output in batched]
 
 

@@ -63,8 +63,6 @@ class TestOneRequest:
         ]
         assert prefill is not None
         assert decode is not None
-        assert not prefill.is_decode
-        assert decode.is_decode
         assert prefill.scheduled[0].samples
         assert not prefill.scheduled[0].input_on_device
         assert decode.scheduled[0].input_on_device

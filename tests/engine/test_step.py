@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import pytest
 
 from pallas_paged.engine.buckets import Bucket
@@ -35,3 +36,11 @@ def test_temporaries_do_not_grow_with_the_pool() -> None:
         )
         temporaries.append(llm.runner.programs.temporary_bytes(DECODE))
     assert temporaries[1] <= temporaries[0] * 1.02
+
+
+def test_the_programs_keep_no_cache_alive() -> None:
+    """A runner that recovers has room for one pool, not for two."""
+    llm = make_llm("opt-prenorm", max_num_seqs=4, max_num_batched_tokens=32, num_blocks=50)
+    kept = jax.tree.leaves(llm.runner.programs.kv_caches)
+    assert len(kept) == 2 * llm.model_config.num_layers
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in kept)

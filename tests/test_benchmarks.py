@@ -1,0 +1,33 @@
+"""Every benchmark program runs, at sizes that measure nothing, and writes what it prints."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("attention", "--batch=2 --context=32 --heads=2/1 --layers=1 --repeats=1 --parts=decode"),
+        ("block_tables", "--num_seqs=8 --num_tokens=64 --steps=4"),
+        ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
+        ("sampling", "--shapes=2x300 --rounds=1"),
+    ],
+)
+def test_it_runs(name: str, flags: str, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *flags.split(), f"--json={file}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert json.loads(file.read_text())
