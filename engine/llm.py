@@ -87,6 +87,7 @@ class LLM:
             max_num_seqs=config.max_num_seqs,
             max_blocks_per_seq=plan.max_blocks_per_seq,
             buckets=self.buckets,
+            max_logprobs=config.max_logprobs,
             implementation=implementation,
             deterministic=config.deterministic,
         )
@@ -108,6 +109,7 @@ class LLM:
             eos_token_ids=eos_token_ids,
             tokenizer=self.tokenizer,
             seed=config.seed,
+            max_logprobs=config.max_logprobs,
             async_scheduling=config.async_scheduling,
         )
         self._awaited: set[str] = set()
