@@ -75,3 +75,30 @@ class AttentionMetadata:
     seq_lens: Int32[Array, "B"]
     query_start_loc: Int32[Array, "B+1"]
     max_query_len: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def for_decode(
+        cls, block_tables: Int32[Array, "B M"], seq_lens: Int32[Array, "B"], block_size: int
+    ) -> "AttentionMetadata":
+        """Returns the metadata of a decode step: the last token of each sequence is its one query.
+
+        Query b belongs to row b, so rows of padding (`seq_lens == 0`) come after all others.
+
+        Args:
+          block_tables: i32[B, M], the blocks of each sequence in order.
+          seq_lens: i32[B], tokens per sequence, the new one included.
+          block_size: S.
+        """
+        is_real = seq_lens > 0
+        positions = jnp.maximum(seq_lens - 1, 0)
+        rows = jnp.arange(len(seq_lens), dtype=jnp.int32)
+        slots = block_tables[rows, positions // block_size] * block_size + positions % block_size
+        starts = jnp.cumsum(is_real.astype(jnp.int32), dtype=jnp.int32)
+        return cls(
+            positions=positions,
+            slot_mapping=jnp.where(is_real, slots, 0),
+            block_tables=block_tables,
+            seq_lens=seq_lens,
+            query_start_loc=jnp.pad(starts, (1, 0)),
+            max_query_len=1,
+        )

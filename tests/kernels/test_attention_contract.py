@@ -133,3 +133,11 @@ def test_deterministic_does_not_depend_on_what_else_is_in_the_call() -> None:
     whole = last_row(length, 0, (0,))
     for new, first, others in [(1, 0, (0,)), (1, 30, (1,)), (2, 1, (9,)), (17, 20, (20,))]:
         np.testing.assert_array_equal(last_row(new, first, others), whole)
+
+
+def test_metadata_of_a_decode_step():
+    """What `build` makes step by step, padding rows included."""
+    expected = build(AttentionSpec("decode", (5, 8, 1, 17), num_rows=6, num_tokens=6)).metadata
+    made = AttentionMetadata.for_decode(expected.block_tables, expected.seq_lens, 8)
+    for name, value in vars(expected).items():
+        np.testing.assert_array_equal(getattr(made, name), value, err_msg=name)
