@@ -5,6 +5,7 @@ import dataclasses
 from pallas_paged.dispatch import KNOWN_IMPLEMENTATIONS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
 """The pool on a CPU when nothing is asked for: a stated size, not a share of all memory."""
 
@@ -18,6 +19,8 @@ class EngineConfig:
       tokenizer: folder with tokenizer files; None means `model`.
       dtype: of parameters and activations: "auto" (the checkpoint's), "float32", "bfloat16",
         "float16".
+      load_format: "auto" reads the checkpoint's weights, "dummy" draws random ones (from `seed`)
+        for the shape in `config.json`, the only file then needed.
       kv_cache_dtype: of the KV cache; "auto" is the model's dtype.
       max_model_len: most tokens (prompt + output) of a sequence; None means the model's limit.
       max_num_seqs: most sequences that run at once.
@@ -51,6 +54,7 @@ class EngineConfig:
     model: str
     tokenizer: str | None = None
     dtype: str = "auto"
+    load_format: str = "auto"
     kv_cache_dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -73,6 +77,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("dtype", "kv_cache_dtype"):
             _require(getattr(self, name) in DTYPES, self, name, f"must be one of {DTYPES}")
+        ok = self.load_format in LOAD_FORMATS
+        _require(ok, self, "load_format", f"must be one of {LOAD_FORMATS}")
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             _require(_is_int(getattr(self, name), 1), self, name, "must be an integer >= 1")
         for name, least in (("max_model_len", 2), ("num_blocks", 2), ("kv_cache_memory_bytes", 1)):

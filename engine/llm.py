@@ -24,7 +24,7 @@ from pallas_paged.engine.scheduler import Scheduler
 from pallas_paged.engine.sequence import Sequence
 from pallas_paged.engine.tokenizer import load_tokenizer, require_tokenizer
 from pallas_paged.kv_cache import KVCache
-from pallas_paged.models import ModelConfig, load_eos_token_ids, load_model
+from pallas_paged.models import ModelConfig, init_model, load_eos_token_ids, load_model
 from pallas_paged.ops.attention.api import attention_implementation
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,11 @@ class LLM:
         self.config = config = EngineConfig(model=str(model), **options)
         _use_compilation_cache(config.compilation_cache_dir)
         self.tokenizer = load_tokenizer(config.tokenizer or config.model)
-        network = load_model(config.model, dtype=config.dtype)
+        network = (
+            init_model(config.model, dtype=config.dtype, seed=config.seed)
+            if config.load_format == "dummy"
+            else load_model(config.model, dtype=config.dtype)
+        )
         self.model_config = network.config
         self.max_model_len = resolve_max_model_len(config, network.config.max_position_embeddings)
         dtype = jax.tree.leaves(nnx.state(network))[0].dtype

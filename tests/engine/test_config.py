@@ -21,6 +21,7 @@ from pallas_paged.models.llama import Llama, LlamaConfig
     ("field", "value", "message"),
     [
         ("dtype", "int8", "dtype='int8' must be one of"),
+        ("load_format", "gguf", "load_format='gguf' must be one of ('auto', 'dummy')"),
         ("kv_cache_dtype", "fp8", "kv_cache_dtype='fp8' must be one of"),
         ("max_num_seqs", 0, "max_num_seqs=0 must be an integer >= 1"),
         ("max_num_seqs", True, "max_num_seqs=True must be an integer >= 1"),
