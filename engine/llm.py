@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
 from pallas_paged.engine.buckets import Buckets
-from pallas_paged.engine.config import EngineConfig, resolve_max_model_len
+from pallas_paged.engine.config import (
+    EngineConfig,
+    resolve_kv_cache_dtype,
+    resolve_max_model_len,
+)
 from pallas_paged.engine.core import Engine
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.outputs import RequestOutput
@@ -54,11 +57,8 @@ class LLM:
         network = load_model(config.model, dtype=config.dtype)
         self.model_config = network.config
         self.max_model_len = resolve_max_model_len(config, network.config.max_position_embeddings)
-        cache_dtype = (
-            jax.tree.leaves(nnx.state(network))[0].dtype
-            if config.kv_cache_dtype == "auto"
-            else jnp.dtype(config.kv_cache_dtype)
-        )
+        model_dtype = jax.tree.leaves(nnx.state(network))[0].dtype
+        cache_dtype = resolve_kv_cache_dtype(config, model_dtype)
         self.buckets = Buckets.for_config(config)
         plan = plan_pool(
             config, network, self.buckets, self.max_model_len, cache_dtype, implementation
