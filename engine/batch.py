@@ -14,7 +14,7 @@ import numpy as np
 from pallas_paged.block_tables import BlockTables
 from pallas_paged.engine.buckets import Bucket
 from pallas_paged.engine.sampling import SamplingInputs, seed_words
-from pallas_paged.engine.scheduler import ScheduledStep
+from pallas_paged.engine.scheduler import ScheduledSequence, ScheduledStep
 from pallas_paged.kv_cache import AttentionMetadata
 
 Shape = tuple[int, ...]
@@ -41,6 +41,8 @@ class StepInputs[A](NamedTuple):
       seeds: u32[B, 2].
       sample_index: i32[B].
       sample_positions: i32[B].
+      wants_logprobs: i32[B], 1 where the sampled token's log-probabilities are asked for; this and
+        what follows is in full steps only, and None in plain ones.
     """
 
     input_ids: A
@@ -60,13 +62,14 @@ class StepInputs[A](NamedTuple):
     seeds: A
     sample_index: A
     sample_positions: A
+    wants_logprobs: A | None = None
 
 
 def layout(bucket: Bucket, max_blocks_per_seq: int) -> dict[str, tuple[Shape, np.dtype]]:
     """Returns shape and dtype of each field of `StepInputs`, in the order they are packed."""
     T, B = bucket.num_tokens, bucket.num_seqs
     i32, f32, u32 = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.uint32)
-    return {
+    plain = {
         "input_ids": ((T,), i32),
         "positions": ((T,), i32),
         "slot_mapping": ((T,), i32),
@@ -85,6 +88,19 @@ def layout(bucket: Bucket, max_blocks_per_seq: int) -> dict[str, tuple[Shape, np
         "sample_index": ((B,), i32),
         "sample_positions": ((B,), i32),
     }
+    if not bucket.is_full:
+        return plain
+    return plain | {"wants_logprobs": ((B,), i32)}
+
+
+def wants_logprobs(scheduled: ScheduledSequence) -> bool:
+    """Whether the share's sampled token comes with log-probabilities."""
+    return scheduled.samples and scheduled.sequence.sampling_params.logprobs is not None
+
+
+def needs_full(step: ScheduledStep) -> bool:
+    """Whether the step needs the full variant, see `pallas_paged.engine.step`."""
+    return any(map(wants_logprobs, step.scheduled))
 
 
 def packed_size(bucket: Bucket, max_blocks_per_seq: int) -> int:
@@ -136,6 +152,8 @@ def build(step: ScheduledStep, state: BlockTables, bucket: Bucket) -> np.ndarray
         x.top_p[b] = params.top_p
         x.min_p[b] = params.min_p
         x.seeds[b] = seed_words(params.seed)
+        if x.wants_logprobs is not None:
+            x.wants_logprobs[b] = wants_logprobs(scheduled)
     return packed
 
 

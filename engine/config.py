@@ -44,6 +44,8 @@ class EngineConfig:
         On a CPU the default pool is 1 GiB (or less, when all sequences at their longest need
         less).
       seed: where the seeds of requests that bring none are drawn from.
+      max_logprobs: most log-probabilities per token that a request may ask for; -1 allows the whole
+        vocabulary, which every step that returns log-probabilities then copies to the host.
       attention_implementation: None chooses by platform; a named one is used or refused.
       async_scheduling: schedule and dispatch a step before the previous one's tokens are on the
         host.
@@ -70,6 +72,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     seed: int = 0
+    max_logprobs: int = 20
     attention_implementation: str | None = None
     async_scheduling: bool = True
     deterministic: bool = False
@@ -89,6 +92,8 @@ class EngineConfig:
             ok = value is None or _is_int(value, least)
             _require(ok, self, name, f"must be None or an integer >= {least}")
         _require(_is_int(self.seed, 0), self, "seed", "must be an integer >= 0")
+        ok = _is_int(self.max_logprobs, -1)
+        _require(ok, self, "max_logprobs", "must be an integer >= -1; -1 allows the vocabulary")
         share = self.gpu_memory_utilization
         ok = isinstance(share, int | float) and 0 < share <= 1
         _require(ok, self, "gpu_memory_utilization", "must be in (0, 1]")

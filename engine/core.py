@@ -8,13 +8,22 @@ import dataclasses
 import itertools
 import logging
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy as np
 
+from pallas_paged.engine import logprobs as token_logprobs
 from pallas_paged.engine.detokenizer import Detokenizer
+from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.memory import BlockTableMemory
-from pallas_paged.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from pallas_paged.engine.outputs import (
+    CompletionOutput,
+    RequestMetrics,
+    RequestOutput,
+    logprobs_by_token,
+)
 from pallas_paged.engine.runner import InFlight, Runner
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
@@ -52,6 +61,7 @@ class Engine:
       eos_token_ids: tokens that end an output unless `ignore_eos`.
       tokenizer: None serves token prompts only, and outputs have no text.
       seed: where the seeds of requests that bring none are drawn from.
+      max_logprobs: see `EngineConfig`.
       async_scheduling: keep one step in flight while the next is scheduled.
     """
 
@@ -66,6 +76,7 @@ class Engine:
         eos_token_ids: Seq[int] = (),
         tokenizer: Tokenizer | None = None,
         seed: int = 0,
+        max_logprobs: int = 20,
         async_scheduling: bool = True,
     ):
         self.scheduler = scheduler
@@ -77,6 +88,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._max_logprobs = max_logprobs
         self._async_scheduling = async_scheduling
         self._seeds = np.random.default_rng(seed)
         self._requests: dict[str, _Request] = {}
@@ -105,7 +117,8 @@ class Engine:
 
         Raises:
           ValueError: the prompt is empty, too long for the model, or for the pool together with
-            `max_tokens`; a token id is outside the vocabulary; stop strings without a tokenizer.
+            `max_tokens`; a token id is outside the vocabulary; stop strings without a tokenizer;
+            more log-probabilities than `max_logprobs`.
             The message names field, value and way out.
         """
         ids = _checked_token_ids(prompt_token_ids, self._vocab_size)
@@ -117,6 +130,7 @@ class Engine:
                     f"stop_token_ids holds {token_id}, which is outside the vocabulary of "
                     f"{self._vocab_size} tokens"
                 )
+        token_logprobs.check("logprobs", params.logprobs, self._max_logprobs, self._vocab_size)
         # No longer than the model allows, and than the pool could hold if it were alone.
         longest = min(
             self._max_model_len, self.memory.num_usable_blocks * self.memory.state.block_size
@@ -232,7 +246,7 @@ class Engine:
 
     def _take_in(self, in_flight: InFlight) -> None:
         """Commits a step's tokens and delivers what the requests have by now."""
-        tokens = self.runner.collect(in_flight)
+        tokens, logprobs = self.runner.collect(in_flight)
         changed = []
         for share, token in zip(in_flight.step.scheduled, tokens, strict=True):
             if share.samples and token >= self._vocab_size and not share.sequence.is_finished:
@@ -241,6 +255,7 @@ class Engine:
                 self.scheduler.finish(share.sequence, "abort", "logits are not finite")
                 changed.append(share.sequence)
         advanced = self.scheduler.commit(in_flight.step, tokens)
+        self._keep_logprobs(in_flight.step, logprobs, advanced)
         self.num_generated_tokens += len(advanced)
         now = time.monotonic()
         for sequence in advanced:
@@ -249,6 +264,28 @@ class Engine:
                 request.first_token_time_s = now
         for sequence in changed + advanced:
             self._deliver(self._requests[sequence.request_id])
+
+    def _keep_logprobs(
+        self,
+        step: ScheduledStep,
+        logprobs: Seq[TokenLogprobs | None],
+        advanced: Seq[Sequence],
+    ) -> None:
+        """Files the log-probabilities of the tokens that were committed."""
+        for share, found in zip(step.scheduled, logprobs, strict=True):
+            if found is not None and share.sequence in advanced:
+                share.sequence.logprobs.append(
+                    logprobs_by_token(
+                        share.sequence.token_ids[-1], found, self._decode_for(share.sequence)
+                    )
+                )
+
+    def _decode_for(self, sequence: Sequence) -> Callable[[int], str] | None:
+        """Returns what gives a single token's text, if the request wants text."""
+        tokenizer = self.tokenizer
+        if tokenizer is None or not sequence.sampling_params.detokenize:
+            return None
+        return lambda token: tokenizer.decode([token], skip_special_tokens=False)
 
     def _deliver(self, request: _Request) -> None:
         """Brings the request's text up to date, and leaves its output for `step` to return."""
@@ -284,6 +321,7 @@ class Engine:
             token_ids=tuple(sequence.output_token_ids),
             finish_reason=sequence.finish_reason,
             stop_reason=sequence.stop_reason,
+            **_logprobs_of(sequence),
         )
         return RequestOutput(
             request_id=sequence.request_id,
@@ -304,6 +342,17 @@ class Engine:
         if params.seed is not None:
             return params
         return dataclasses.replace(params, seed=int(self._seeds.integers(1 << 63)))
+
+
+def _logprobs_of(sequence: Sequence) -> dict[str, Any]:
+    """Returns the fields of `CompletionOutput` that hold log-probabilities, if it has them."""
+    if sequence.sampling_params.logprobs is None:
+        return {}
+    pairs = zip(sequence.output_token_ids, sequence.logprobs, strict=True)
+    return {
+        "logprobs": tuple(sequence.logprobs),
+        "cumulative_logprob": sum(by_token[token].logprob for token, by_token in pairs),
+    }
 
 
 def _checked_token_ids(token_ids: Seq[int], vocab_size: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.config import DEFAULT_CPU_KV_CACHE_BYTES, EngineConfig, round_num_blocks
+from pallas_paged.engine.logprobs import width_for
 from pallas_paged.engine.step import StepPrograms
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import CausalLM, ModelConfig
@@ -91,6 +92,7 @@ def plan_pool(
                 caches,
                 config.max_num_seqs,
                 max_blocks_per_seq,
+                width_for(config.max_logprobs, shape.vocab_size),
                 implementation,
                 config.deterministic,
             )

@@ -36,7 +36,10 @@ class SamplingParams:
       max_tokens: most tokens to generate, >= 1. None: as many as fit into the
         model's length and the KV pool.
       min_tokens: fewest tokens to generate, 0 to `max_tokens`. Only 0 is supported yet.
-      logprobs: log-probabilities per token: >= 0, or -1 for all. Only None is supported yet.
+      logprobs: give each token's log-probability, and those of so many of the most likely tokens;
+        0 is the token's alone, -1 all, None nothing. They are the model's own: the log-softmax of
+        its logits before bias, masks, penalties and temperature. At most the engine's
+        `max_logprobs`.
       prompt_logprobs: the same for the prompt's tokens. Only None is supported yet.
       detokenize: make text of the tokens. Without it `text` is None and `stop` must be empty.
       skip_special_tokens: leave special tokens out of the text.
@@ -238,7 +241,6 @@ _NOT_SUPPORTED_YET: dict[str, object] = {
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
     "min_tokens": 0,
-    "logprobs": None,
     "prompt_logprobs": None,
     "logit_bias": None,
     "allowed_token_ids": None,

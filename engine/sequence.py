@@ -45,6 +45,8 @@ class Sequence:
       num_preemptions: how often it was preempted.
       finish_reason: None until it finished.
       stop_reason: the stop token or stop string that ended it, None for any other end.
+      logprobs: one entry per output token where `sampling_params` ask for them, else empty; the
+        engine fills it beside `commit`, and preemption leaves it alone.
     """
 
     request_id: str
@@ -66,6 +68,7 @@ class Sequence:
     num_preemptions: int = dataclasses.field(init=False, default=0)
     finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
     stop_reason: int | str | None = dataclasses.field(init=False, default=None)
+    logprobs: list[Any] = dataclasses.field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)

@@ -1,4 +1,9 @@
-"""The compiled programs of an engine step, one per bucket."""
+"""The compiled programs of an engine step, one per bucket.
+
+Every shape comes in two variants. The plain one samples and returns tokens. The full one also does
+what few requests ask for, log-probabilities; a step runs it only if a sequence that samples
+in it asks. What a full step's rows did not ask for is skipped when the program runs.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -6,13 +11,13 @@ import functools
 import logging
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_paged.engine import batch
+from pallas_paged.engine import batch, logprobs
 from pallas_paged.engine.buckets import Bucket
 from pallas_paged.engine.sampling import sample
 from pallas_paged.kv_cache import KVCache
@@ -22,7 +27,24 @@ from pallas_paged.models.attend import paged_attend
 logger = logging.getLogger(__name__)
 
 Caches = tuple[KVCache, ...]
-StepResult = tuple[Caches, jax.Array, jax.Array]
+
+
+class StepResult(NamedTuple):
+    """What a step leaves on the device.
+
+    Attributes:
+      kv_caches: in the place of those that were donated.
+      last_tokens: i32[R + 1], with this step's samples.
+      tokens: i32[B], the samples. A sequence whose logits are not finite gets V, which is no token:
+        the host turns it into an error.
+      logprobs: of a full step in which a row asks for them, see `logprobs.pack`, whose first column
+        are the `tokens`; zeros if no row does; None after a plain step.
+    """
+
+    kv_caches: Caches
+    last_tokens: jax.Array
+    tokens: jax.Array
+    logprobs: jax.Array | None
 
 
 def run_step(
@@ -34,6 +56,7 @@ def run_step(
     graphdef: nnx.GraphDef,
     bucket: Bucket,
     max_blocks_per_seq: int,
+    logprobs_width: int,
     implementation: str | None,
     deterministic: bool,
 ) -> StepResult:
@@ -48,12 +71,9 @@ def run_step(
       graphdef: the model's graph definition.
       bucket: the step's shape.
       max_blocks_per_seq: M.
+      logprobs_width: W, see `logprobs`.
       implementation: of paged attention.
       deterministic: see `EngineConfig`.
-
-    Returns:
-      The caches, `last_tokens` with this step's samples, and the samples i32[B]. A sequence whose
-      logits are not finite gets V, which is no token: the host turns it into an error.
     """
     x = batch.unpack(packed, bucket, max_blocks_per_seq)
     starts = x.query_start_loc[:-1]
@@ -73,7 +93,16 @@ def run_step(
     wrong = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), axis=-1)
     wrong |= jnp.all(logits == -jnp.inf, axis=-1)
     last_tokens = last_tokens.at[x.sample_rows].set(tokens)
-    return kv_caches, last_tokens, jnp.where(wrong, logits.shape[-1], tokens)
+    tokens = jnp.where(wrong, logits.shape[-1], tokens)
+    packed_logprobs = None
+    if bucket.is_full:
+        shape = bucket.num_seqs, logprobs.packed_width(logprobs_width)
+        packed_logprobs = jax.lax.cond(
+            jnp.any(x.wants_logprobs == 1),
+            lambda: logprobs.pack(logits, tokens, logprobs_width),
+            lambda: jnp.zeros(shape, jnp.int32),
+        )
+    return StepResult(kv_caches, last_tokens, tokens, packed_logprobs)
 
 
 @dataclasses.dataclass
@@ -87,6 +116,7 @@ class StepPrograms:
       kv_caches: the caches, of which only shapes and dtypes are kept.
       max_num_seqs: R.
       max_blocks_per_seq: M.
+      logprobs_width: W, see `logprobs`.
       implementation: of paged attention.
       deterministic: see `EngineConfig`.
       num_traces: how often each bucket was traced.
@@ -96,6 +126,7 @@ class StepPrograms:
     kv_caches: Caches
     max_num_seqs: int
     max_blocks_per_seq: int
+    logprobs_width: int
     implementation: str | None = None
     deterministic: bool = False
     num_traces: dict[Bucket, int] = dataclasses.field(default_factory=dict)
@@ -126,6 +157,7 @@ class StepPrograms:
         if missing:
             names = ", ".join(
                 f"{'decode' if b.is_decode else 'mixed'} {b.num_tokens}x{b.num_seqs}"
+                f"{' full' if b.is_full else ''}"
                 for b in missing
             )
             logger.info("compiled %s in %.1f s", names, time.perf_counter() - begin)
@@ -143,6 +175,7 @@ class StepPrograms:
                 graphdef=self.graphdef,
                 bucket=bucket,
                 max_blocks_per_seq=self.max_blocks_per_seq,
+                logprobs_width=self.logprobs_width,
                 implementation=self.implementation,
                 deterministic=self.deterministic,
             )

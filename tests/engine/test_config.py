@@ -38,6 +38,7 @@ from pallas_paged.models.llama import Llama, LlamaConfig
         ("gpu_memory_utilization", 1.1, "gpu_memory_utilization=1.1 must be in (0, 1]"),
         ("gpu_memory_utilization", float("nan"), "must be in (0, 1]"),
         ("seed", -1, "seed=-1 must be"),
+        ("max_logprobs", -2, "max_logprobs=-2 must be an integer >= -1"),
         ("attention_implementation", "triton", "attention_implementation='triton' must be"),
         ("tensor_parallel_size", 2, "tensor_parallel_size=2 is not supported yet"),
         ("enable_prefix_caching", True, "enable_prefix_caching=True is not supported yet"),
@@ -81,8 +82,8 @@ def test_every_step_fits_a_bucket_that_is_compiled_ahead(
     )
     buckets = Buckets.for_config(config)
     every = buckets.all()
-    assert len(every) == len(set(every)) <= 20
-    assert len(every) == 1 or not deterministic
+    assert len(every) == len(set(every)) <= 40
+    assert len(every) == 2 or not deterministic
     for num_seqs in range(1, max_num_seqs + 1):
         for num_tokens in range(num_seqs, max_num_batched_tokens + 1, 7):
             bucket = buckets.pick(num_tokens, num_seqs)

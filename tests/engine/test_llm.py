@@ -114,7 +114,7 @@ def test_deterministic_is_bitwise(name: str) -> None:
         num_blocks=40,
         deterministic=True,
     )
-    assert len(llm.buckets.all()) == 1
+    assert len(llm.buckets.all()) == 2  # one shape, plain and full
     prompts = reference_requests(name)[:10]
     params = [GREEDY] * 5 + sampled(range(5), top_p=0.9)
     batched = llm.generate(prompts, params, use_tqdm=False)

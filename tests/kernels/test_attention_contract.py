@@ -1,7 +1,5 @@
 """What paged attention refuses, which implementation it chooses, what its programs hold."""
 
-import logging
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +8,9 @@ import pytest
 from pallas_paged import (
     AttentionMetadata,
     KVCache,
-    attention_implementation,
     paged_attention,
     write_kv,
 )
-from pallas_paged.dispatch import _log_choice
 from pallas_paged.ops.attention.arg_specs import AttentionSpec, build
 
 
@@ -103,25 +99,6 @@ def test_caches_of_two_dtypes():
     arguments = arguments._replace(v_cache=arguments.v_cache.astype(jnp.bfloat16))
     with pytest.raises(ValueError, match=r"k_cache.dtype=float32 must equal v_cache.dtype=bfloat1"):
         paged_attention(*arguments.arrays)
-
-
-def test_missing_implementation_is_refused_by_name():
-    arguments = build(AttentionSpec("valid", (5, 3)))
-    with pytest.raises(NotImplementedError, match="paged_attention has no 'mosaic_gpu'"):
-        paged_attention(*arguments.arrays, implementation="mosaic_gpu")
-    with pytest.raises(NotImplementedError, match="use implementation=None or one of 'xla'"):
-        attention_implementation("mosaic_gpu")
-
-
-def test_automatic_choice_is_logged_once(caplog):
-    _log_choice.cache_clear()
-    with caplog.at_level(logging.INFO, logger="pallas_paged"):
-        assert attention_implementation() == "xla"
-        assert attention_implementation("reference") == "reference"
-        assert attention_implementation() == "xla"
-    assert [record.getMessage() for record in caplog.records] == [
-        "paged_attention runs as 'xla' on cpu (automatic choice)"
-    ]
 
 
 def test_deterministic_does_not_depend_on_what_else_is_in_the_call() -> None:

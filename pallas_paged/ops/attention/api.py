@@ -1,21 +1,20 @@
 """Ragged paged attention: the public function, its checks and its dispatch."""
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_paged.dispatch import choose_implementation
+from pallas_paged.dispatch import Implementation, choose_implementation
 from pallas_paged.kv_cache import AttentionMetadata, CacheArray, check_scales
 from pallas_paged.ops.attention import reference, xla
 from pallas_paged.quantisation import LARGEST
 
-_IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "xla": xla.paged_attention,
-    "reference": reference.paged_attention,
+_IMPLEMENTATIONS = {
+    "xla": Implementation(xla.paged_attention),
+    "reference": Implementation(reference.paged_attention),
 }
 _DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 _CACHE_DTYPES = (*_DTYPES, *LARGEST)
@@ -120,7 +119,7 @@ def paged_attention(
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit; the message names and shows them.
-      NotImplementedError: the named implementation does not exist.
+      NotImplementedError: the named implementation does not exist or cannot do this here.
 
     Sources: PagedAttention (Kwon et al. 2023, arXiv 2309.06180); online softmax as in
     FlashAttention (Dao et al. 2022, arXiv 2205.14135); ALiBi (Press et al. 2021, arXiv 2108.12409).
@@ -130,8 +129,8 @@ def paged_attention(
     check_scales(v_cache, v_scale, "v_scale")
     _check_metadata(metadata)
     _check_options(q.shape[1], scale, sliding_window, logits_soft_cap, alibi_slopes, sinks)
-    name = choose_implementation("paged_attention", _IMPLEMENTATIONS, implementation)
-    out, lse = _IMPLEMENTATIONS[name](
+    name = attention_implementation(implementation, q, k_cache, deterministic=deterministic)
+    out, lse = _IMPLEMENTATIONS[name].run(
         q,
         k_cache,
         v_cache,
@@ -148,14 +147,27 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-def attention_implementation(implementation: str | None = None) -> str:
-    """Returns the name of the implementation that `paged_attention(implementation=...)` runs.
+def attention_implementation(
+    implementation: str | None,
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k_cache: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    deterministic: bool = False,
+) -> str:
+    """Returns the name of the implementation that `paged_attention` runs for such arguments.
 
     Raises:
       ValueError: `implementation` is no implementation's name.
-      NotImplementedError: there is no such implementation of attention.
+      NotImplementedError: there is no such implementation of attention, or it cannot do this here.
     """
-    return choose_implementation("paged_attention", _IMPLEMENTATIONS, implementation)
+    return choose_implementation(
+        "paged_attention",
+        _IMPLEMENTATIONS,
+        implementation,
+        q,
+        k_cache,
+        deterministic=deterministic,
+    )
 
 
 def _check_arrays(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array) -> None:

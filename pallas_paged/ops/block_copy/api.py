@@ -1,17 +1,15 @@
 """Copy of blocks inside the KV cache (copy on write): the public function and its checks."""
 
-from collections.abc import Callable, Mapping
-
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from pallas_paged.dispatch import choose_implementation
+from pallas_paged.dispatch import Implementation, choose_implementation
 from pallas_paged.kv_cache import KVCache, check_cache
 from pallas_paged.ops.block_copy import reference, xla
 
-_IMPLEMENTATIONS: Mapping[str, Callable[..., KVCache]] = {
-    "xla": xla.copy_blocks,
-    "reference": reference.copy_blocks,
+_IMPLEMENTATIONS = {
+    "xla": Implementation(xla.copy_blocks),
+    "reference": Implementation(reference.copy_blocks),
 }
 
 
@@ -39,7 +37,7 @@ def copy_blocks(
 
     Raises:
       ValueError: shapes or dtypes that do not fit.
-      NotImplementedError: the named implementation does not exist.
+      NotImplementedError: the named implementation does not exist or cannot do this here.
 
     Source: copy-on-write at block granularity, PagedAttention (Kwon et al. 2023), section 4.4.
     """
@@ -51,4 +49,4 @@ def copy_blocks(
                 f"the same length (src has {list(src.shape)})"
             )
     name = choose_implementation("copy_blocks", _IMPLEMENTATIONS, implementation)
-    return _IMPLEMENTATIONS[name](kv_cache, src, dst)
+    return _IMPLEMENTATIONS[name].run(kv_cache, src, dst)

@@ -1,22 +1,20 @@
 """Copies of blocks out of the KV cache and back: the public functions and their checks."""
 
-from collections.abc import Callable, Mapping
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from pallas_paged.dispatch import choose_implementation
+from pallas_paged.dispatch import Implementation, choose_implementation
 from pallas_paged.kv_cache import KVCache, check_cache
 from pallas_paged.ops.block_transfer import reference, xla
 
-_GATHER: Mapping[str, Callable[..., KVCache]] = {
-    "xla": xla.gather_blocks,
-    "reference": reference.gather_blocks,
+_GATHER = {
+    "xla": Implementation(xla.gather_blocks),
+    "reference": Implementation(reference.gather_blocks),
 }
-_SCATTER: Mapping[str, Callable[..., KVCache]] = {
-    "xla": xla.scatter_blocks,
-    "reference": reference.scatter_blocks,
+_SCATTER = {
+    "xla": Implementation(xla.scatter_blocks),
+    "reference": Implementation(reference.scatter_blocks),
 }
 
 
@@ -32,12 +30,12 @@ def gather_blocks(
 
     Raises:
       ValueError: shapes or dtypes that do not fit.
-      NotImplementedError: the named implementation does not exist.
+      NotImplementedError: the named implementation does not exist or cannot do this here.
     """
     check_cache(kv_cache)
     _check_ids(block_ids)
     name = choose_implementation("gather_blocks", _GATHER, implementation)
-    return _GATHER[name](kv_cache, block_ids)
+    return _GATHER[name].run(kv_cache, block_ids)
 
 
 def scatter_blocks(
@@ -62,14 +60,14 @@ def scatter_blocks(
 
     Raises:
       ValueError: shapes or dtypes that do not fit.
-      NotImplementedError: the named implementation does not exist.
+      NotImplementedError: the named implementation does not exist or cannot do this here.
     """
     check_cache(kv_cache)
     _check_ids(block_ids)
     for field in KVCache._fields:
         _check_blocks(getattr(kv_cache, field), block_ids, getattr(blocks, field), field)
     name = choose_implementation("scatter_blocks", _SCATTER, implementation)
-    return _SCATTER[name](kv_cache, block_ids, blocks)
+    return _SCATTER[name].run(kv_cache, block_ids, blocks)
 
 
 def _check_ids(block_ids: jax.Array) -> None:

@@ -1,18 +1,16 @@
 """Write of a step's keys and values into the KV cache: the public function and its checks."""
 
-from collections.abc import Callable, Mapping
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_paged.dispatch import choose_implementation
+from pallas_paged.dispatch import Implementation, choose_implementation
 from pallas_paged.kv_cache import KVCache, check_cache
 from pallas_paged.ops.kv_write import reference, xla
 
-_IMPLEMENTATIONS: Mapping[str, Callable[..., KVCache]] = {
-    "xla": xla.write_kv,
-    "reference": reference.write_kv,
+_IMPLEMENTATIONS = {
+    "xla": Implementation(xla.write_kv),
+    "reference": Implementation(reference.write_kv),
 }
 
 
@@ -41,11 +39,11 @@ def write_kv(
 
     Raises:
       ValueError: shapes or dtypes that do not fit.
-      NotImplementedError: the named implementation does not exist.
+      NotImplementedError: the named implementation does not exist or cannot do this here.
     """
     _check(k, v, kv_cache, slot_mapping)
     name = choose_implementation("write_kv", _IMPLEMENTATIONS, implementation)
-    return _IMPLEMENTATIONS[name](k, v, kv_cache, slot_mapping)
+    return _IMPLEMENTATIONS[name].run(k, v, kv_cache, slot_mapping)
 
 
 def _check(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array) -> None:
