@@ -124,8 +124,8 @@ class LLM:
             self.warm_up()
 
     def warm_up(self) -> None:
-        """Compiles every bucket, so that no request waits for a compilation."""
-        self.runner.programs.compile(self.buckets.all())
+        """Compiles every program, so that no request waits for a compilation."""
+        self.runner.warm_up()
 
     def generate(
         self,
