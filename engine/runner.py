@@ -11,6 +11,7 @@ import numpy as np
 
 from pallas_paged.block_tables import BlockTables
 from pallas_paged.engine import batch
+from pallas_paged.engine.block_programs import BlockPrograms
 from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.scheduler import ScheduledStep
 from pallas_paged.engine.step import StepPrograms
@@ -73,10 +74,13 @@ class ModelRunner:
             implementation,
             deterministic,
         )
+        self.block_programs = BlockPrograms(self.kv_caches, max_num_seqs)
 
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
         """Starts a step without waiting for its result; the caches are donated to it."""
-        bucket = self.buckets.pick(step.num_tokens, len(step.scheduled))
+        bucket = self.buckets.pick(step.num_tokens, len(step.scheduled), is_decode=step.is_decode)
+        if len(step.copies.src):
+            self.kv_caches = self.block_programs.copy(self.kv_caches, step.copies)
         packed = jnp.asarray(batch.build(step, state, bucket))
         self.kv_caches, self.last_tokens, tokens = self.programs(
             bucket, self.kv_caches, self.last_tokens, packed
@@ -94,6 +98,11 @@ class ModelRunner:
         self.kv_caches = ()  # first, for there may be no room for two
         self.kv_caches = self._make_caches()
         self.last_tokens = jnp.zeros(self._num_rows + 1, jnp.int32)
+
+    def compile(self) -> None:
+        """Compiles every program that a step can need."""
+        self.programs.compile(self.buckets.all())
+        self.block_programs.compile()
 
     def block_until_ready(self) -> None:
         """Waits until every dispatched step has run."""

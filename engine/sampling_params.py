@@ -20,7 +20,8 @@ class SamplingParams:
     is refused by name otherwise, never ignored.
 
     Attributes:
-      n: completions per prompt, 1 to 16384. Only 1 is supported yet.
+      n: completions per prompt, 1 to 16384, and no more than the engine's `max_num_seqs`. The
+        prompt is computed once. Random numbers depend on the seed and on which completion it is.
       presence_penalty: in [-2, 2]. Only 0 is supported yet.
       frequency_penalty: in [-2, 2]. Only 0 is supported yet.
       repetition_penalty: finite and > 0. Only 1 is supported yet.
@@ -233,7 +234,6 @@ _CHECKS: dict[str, _Check] = {
 }
 
 _NOT_SUPPORTED_YET: dict[str, object] = {
-    "n": 1,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,

@@ -68,7 +68,7 @@ REFUSED: list[tuple[str, object, str]] = [
 ]  # fmt: skip
 
 NOT_SUPPORTED_YET: list[tuple[str, object]] = [
-    ("n", 2), ("presence_penalty", 0.5), ("frequency_penalty", -0.5), ("repetition_penalty", 1.1),
+    ("presence_penalty", 0.5), ("frequency_penalty", -0.5), ("repetition_penalty", 1.1),
     ("min_tokens", 1), ("logprobs", 0), ("logprobs", -1), ("prompt_logprobs", 0),
     ("logit_bias", {1: 0.5}), ("allowed_token_ids", [0]), ("bad_words", ["word"]),
 ]  # fmt: skip
