@@ -22,7 +22,7 @@ from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core import Engine
 from pallas_paged.engine.memory import BlockTableMemory
-from pallas_paged.engine.runner import InFlight
+from pallas_paged.engine.runner import Collected, InFlight
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
 from pallas_paged.engine.tokenizer import load_tokenizer
@@ -55,12 +55,13 @@ class MockRunner:
         self._done[step.step_id] = self._device.submit(time.sleep, self._step_s)
         return InFlight(step, np.full(len(step.scheduled), 5, np.int32))
 
-    def collect(self, in_flight: InFlight) -> list[int]:
+    def collect(self, in_flight: InFlight) -> Collected:
         """Waits for the step."""
         begin = time.perf_counter()
         self._done.pop(in_flight.step.step_id).result()
         self.waited_s += time.perf_counter() - begin
-        return np.asarray(in_flight.tokens).tolist()
+        tokens = np.asarray(in_flight.tokens).tolist()
+        return Collected(tokens, [None] * len(tokens))
 
     def recover(self) -> None:
         """Nothing can fail."""

@@ -19,6 +19,9 @@ class CopyPairs(NamedTuple):
     dst: np.ndarray
 
 
+NO_COPIES = CopyPairs(np.zeros(0, np.int32), np.zeros(0, np.int32))
+
+
 class RowPlan(NamedTuple):
     """What a row of the block tables begins with.
 

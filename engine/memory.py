@@ -31,6 +31,10 @@ class Memory(Protocol):
         """Tokens per block."""
         ...
 
+    def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
+        """Returns how many blocks of the pool so many blocks in so many rows take."""
+        ...
+
     def admit(self, plans: collections.abc.Sequence[RowPlan]) -> list[int]:
         """Gives each plan a free row with its blocks; the caller knows that they fit."""
         ...
@@ -91,6 +95,10 @@ class BlockTableMemory:
     def block_size(self) -> int:
         """Tokens per block."""
         return self.state.block_size
+
+    def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
+        """Returns `num_blocks`: nothing is lost between rows."""
+        return num_blocks
 
     def admit(self, plans: collections.abc.Sequence[RowPlan]) -> list[int]:
         """Gives each plan the lowest empty row, with its blocks."""

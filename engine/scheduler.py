@@ -169,8 +169,9 @@ class Scheduler:
                 f"{self.max_num_seqs}; ask for fewer completions or raise max_num_seqs"
             )
         num_tokens = self._max_length(group)
-        num_blocks = worst_case_blocks(
-            prompt_len, group.num_seqs, num_tokens, self.memory.block_size
+        num_blocks = self.memory.blocks_taken(
+            worst_case_blocks(prompt_len, group.num_seqs, num_tokens, self.memory.block_size),
+            group.num_seqs,
         )
         if num_blocks > self.memory.num_usable_blocks:
             together = f" in each of {group.num_seqs} sequences" if group.num_seqs > 1 else ""
@@ -378,9 +379,10 @@ class Scheduler:
                 break
             entry = plan_entry(group, self.memory.block_size)
             spare = self.watermark_blocks if self._running else 0
-            if entry.num_needed + spare > num_free:
+            needed = self.memory.blocks_taken(entry.num_needed, len(live))
+            if needed + spare > num_free:
                 break
-            num_free -= entry.num_needed
+            num_free -= needed
             num_rows -= len(live)
             for sequence, branch in zip(entry.placed, entry.branches, strict=True):
                 sequence.num_shared = sequence.num_dispatched = branch.num_shared

@@ -2,7 +2,10 @@
 
 import dataclasses
 import enum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from pallas_paged.engine.logit_rules import LogitRules
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -41,6 +44,8 @@ class Sequence:
         or 1 whenever a step is scheduled.
       finish_reason: None until it finished.
       stop_reason: the stop token or stop string that ended it, None for any other end.
+      logprobs: one entry per output token where `sampling_params` ask for them, else empty; the
+        engine fills it beside `commit`, and preemption leaves it alone.
     """
 
     group: "SequenceGroup"
@@ -57,6 +62,7 @@ class Sequence:
     num_pending: int = dataclasses.field(init=False, default=0)
     finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
     stop_reason: int | str | None = dataclasses.field(init=False, default=None)
+    logprobs: list[Any] = dataclasses.field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.group.prompt_token_ids)
@@ -70,6 +76,21 @@ class Sequence:
     def sampling_params(self) -> Any:
         """The group's; the scheduler never reads it."""
         return self.group.sampling_params
+
+    @property
+    def logit_rules(self) -> "LogitRules | None":
+        """The group's; the scheduler never reads them."""
+        return self.group.logit_rules
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """The group's."""
+        return self.group.prompt_token_ids
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.group.prompt_token_ids)
 
     @property
     def status(self) -> SequenceStatus:
@@ -118,6 +139,8 @@ class SequenceGroup:
         `ignore_eos`.
       arrival_time: seconds, for metrics; the order of arrival is the order of `Scheduler.add`.
       sampling_params: carried for the sampler; the scheduler never reads it.
+      logit_rules: what the request changes in its logits, None for nothing; carried like
+        `sampling_params`, of which it is made.
       num_seqs: how many completions.
       sequences: all of them, by index.
       status: see `SequenceStatus`.
@@ -132,6 +155,7 @@ class SequenceGroup:
     eos_token_ids: frozenset[int] = frozenset()
     arrival_time: float = 0.0
     sampling_params: Any = None
+    logit_rules: "LogitRules | None" = None
     num_seqs: int = 1
 
     sequences: list[Sequence] = dataclasses.field(init=False, repr=False)

@@ -13,7 +13,7 @@ from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core import Engine
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.outputs import RequestOutput
-from pallas_paged.engine.runner import InFlight
+from pallas_paged.engine.runner import Collected, InFlight
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
 from tests.engine.mock_model import VOCAB_SIZE, next_token, sampled_token
 
@@ -48,7 +48,7 @@ class PackedMockRunner:
         packed = batch.build(step, state, bucket)
         return InFlight(step, (packed, bucket, state, step.copies))
 
-    def collect(self, in_flight: InFlight) -> list[int]:
+    def collect(self, in_flight: InFlight) -> Collected:
         self.note(f"collect {in_flight.step.step_id}")
         packed, bucket, state, copies = in_flight.tokens
         x = batch.views(packed, bucket, state.tables.shape[1])
@@ -69,7 +69,8 @@ class PackedMockRunner:
                 token = sampled_token(context, x.sample_index[b])
             self.last_tokens[x.sample_rows[b]] = token
             tokens.append(token)
-        return tokens[: len(in_flight.step.scheduled)]
+        count = len(in_flight.step.scheduled)
+        return Collected(tokens[:count], [None] * count)
 
     def recover(self) -> None:
         self.cache[:] = -1
