@@ -16,6 +16,7 @@ import numpy as np
 
 from pallas_paged.engine import logprobs as token_logprobs
 from pallas_paged.engine.detokenizer import Detokenizer
+from pallas_paged.engine.logit_rules import resolve
 from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.outputs import (
@@ -33,6 +34,12 @@ from pallas_paged.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+NO_TOKEN_REASONS = (
+    "logits are not finite",
+    "no token is left: allowed_token_ids, bad_words and min_tokens exclude all of them",
+)
+"""What V, V + 1 mean in the place of a token."""
+
 
 @dataclasses.dataclass
 class _Request:
@@ -47,6 +54,11 @@ class _Request:
     num_detokenized: int = 0
     first_scheduled_time_s: float | None = None
     first_token_time_s: float | None = None
+
+    def take_text(self, text: str, num_tokens: int) -> None:
+        """Adds to the text what `num_tokens` output tokens have settled."""
+        is_early = num_tokens <= self.params.min_tokens
+        self.text += self.stop.skip(text) if is_early else self.stop.append(text)
 
 
 class Engine:
@@ -118,7 +130,8 @@ class Engine:
         Raises:
           ValueError: the prompt is empty, too long for the model, or for the pool together with
             `max_tokens`; a token id is outside the vocabulary; stop strings without a tokenizer;
-            more log-probabilities than `max_logprobs`.
+            more log-probabilities than `max_logprobs`; rules for the logits that cannot be, see
+            `logit_rules.resolve`.
             The message names field, value and way out.
         """
         ids = _checked_token_ids(prompt_token_ids, self._vocab_size)
@@ -138,14 +151,27 @@ class Engine:
         max_tokens = params.max_tokens
         if max_tokens is None:
             max_tokens = max(1, longest - len(ids))
+        if params.min_tokens > max_tokens:
+            raise ValueError(
+                f"min_tokens={params.min_tokens} is more than the {max_tokens} tokens that fit "
+                "behind the prompt; lower it, or shorten the prompt"
+            )
+        eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
+        stop_token_ids = frozenset(params.stop_token_ids or ())
         sequence = Sequence(
             request_id=f"request-{next(self._counter)}" if request_id is None else request_id,
             prompt_token_ids=ids,
             max_tokens=max_tokens,
-            eos_token_ids=frozenset() if params.ignore_eos else self._eos_token_ids,
-            stop_token_ids=frozenset(params.stop_token_ids or ()),
+            eos_token_ids=eos_token_ids,
+            stop_token_ids=stop_token_ids,
             arrival_time=time.monotonic(),
             sampling_params=self._with_seed(params),
+            logit_rules=resolve(
+                params,
+                vocab_size=self._vocab_size,
+                ending_ids=eos_token_ids | stop_token_ids,
+                tokenizer=self.tokenizer,
+            ),
         )
         self.scheduler.check(sequence)
         if len(ids) + max_tokens > self._max_model_len:
@@ -251,8 +277,9 @@ class Engine:
         for share, token in zip(in_flight.step.scheduled, tokens, strict=True):
             if share.samples and token >= self._vocab_size and not share.sequence.is_finished:
                 name = share.sequence.request_id
-                logger.error("request %s aborted: its logits are not finite", name)
-                self.scheduler.finish(share.sequence, "abort", "logits are not finite")
+                reason = NO_TOKEN_REASONS[token - self._vocab_size]
+                logger.error("request %s aborted: %s", name, reason)
+                self.scheduler.finish(share.sequence, "abort", reason)
                 changed.append(share.sequence)
         advanced = self.scheduler.commit(in_flight.step, tokens)
         self._keep_logprobs(in_flight.step, logprobs, advanced)
@@ -297,14 +324,15 @@ class Engine:
         sequence = request.sequence
         if request.detokenizer is None:
             return
-        new = sequence.token_ids[sequence.num_prompt_tokens + request.num_detokenized :]
+        first = request.num_detokenized
+        new = sequence.token_ids[sequence.num_prompt_tokens + first :]
         request.num_detokenized += len(new)
         if sequence.finish_reason == "stop" and not request.params.include_stop_str_in_output:
             new = new[:-1]  # the token that ended the output is not part of its text
-        text = "".join(request.detokenizer.append(token) for token in new)
+        for index, token in enumerate(new, first):
+            request.take_text(request.detokenizer.append(token), index + 1)
         if sequence.is_finished:
-            text += request.detokenizer.finish()
-        request.text += request.stop.append(text)
+            request.take_text(request.detokenizer.finish(), request.num_detokenized)
         if request.stop.stop_reason is not None:
             self.scheduler.finish(sequence, "stop", request.stop.stop_reason)
         elif sequence.is_finished:

@@ -12,6 +12,7 @@ import numpy as np
 from pallas_paged.block_tables import BlockTables
 from pallas_paged.engine import batch, logprobs
 from pallas_paged.engine.buckets import Buckets
+from pallas_paged.engine.logits import RowEdits, RowState
 from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.scheduler import ScheduledStep
 from pallas_paged.engine.step import StepPrograms
@@ -87,7 +88,7 @@ class ModelRunner:
         self.kv_caches = self._make_caches()
         self._num_rows = max_num_seqs
         self._vocab_size = config.vocab_size
-        self.last_tokens = jnp.zeros(max_num_seqs + 1, jnp.int32)
+        self.last_tokens, self.row_state, self._row_edits = self._fresh_rows()
         self.programs = StepPrograms(
             model,
             self.kv_caches,
@@ -103,8 +104,12 @@ class ModelRunner:
         is_full = batch.needs_full(step)
         bucket = self.buckets.pick(step.num_tokens, len(step.scheduled), is_full=is_full)
         packed = jnp.asarray(batch.build(step, state, bucket))
-        result = self.programs(bucket, self.kv_caches, self.last_tokens, packed)
+        for edit in self._row_edits.next_edits(step):
+            self.row_state = self.programs.edit_rows(self.row_state, self.last_tokens, edit)
+        result = self.programs(bucket, self.kv_caches, self.last_tokens, packed, self.row_state)
         self.kv_caches, self.last_tokens = result.kv_caches, result.last_tokens
+        if result.counts is not None:
+            self.row_state = self.row_state._replace(counts=result.counts)
         wants_logprobs = any(map(batch.wants_logprobs, step.scheduled))
         packed_logprobs = result.logprobs if wants_logprobs else None
         copied = result.tokens if packed_logprobs is None else packed_logprobs
@@ -133,8 +138,19 @@ class ModelRunner:
         """Replaces the caches: a failed step may have taken them, or left its error in them."""
         self.kv_caches = ()  # first, for there may be no room for two
         self.kv_caches = self._make_caches()
-        self.last_tokens = jnp.zeros(self._num_rows + 1, jnp.int32)
+        self.last_tokens, self.row_state, self._row_edits = self._fresh_rows()
+
+    def _fresh_rows(self) -> tuple[jax.Array, RowState, RowEdits]:
+        """Returns rows that nobody uses."""
+        last_tokens = jnp.zeros(self._num_rows + 1, jnp.int32)
+        row_state = RowState.zeros(self._num_rows, self._vocab_size)
+        return last_tokens, row_state, RowEdits(self._num_rows)
+
+    def warm_up(self) -> None:
+        """Compiles every program, so that no step waits for a compilation."""
+        self.programs.compile(self.buckets.all())
+        self.programs.compile_edit()
 
     def block_until_ready(self) -> None:
         """Waits until every dispatched step has run."""
-        jax.block_until_ready((self.kv_caches, self.last_tokens))
+        jax.block_until_ready((self.kv_caches, self.last_tokens, self.row_state))

@@ -2,7 +2,10 @@
 
 import dataclasses
 import enum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from pallas_paged.engine.logit_rules import LogitRules
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -33,6 +36,8 @@ class Sequence:
         `ignore_eos`.
       arrival_time: seconds, for metrics; the order of arrival is the order of `Scheduler.add`.
       sampling_params: carried for the sampler; the scheduler never reads it.
+      logit_rules: what the request changes in its logits, None for nothing; carried like
+        `sampling_params`, of which it is made.
       token_ids: the prompt and the committed output tokens.
       status: see `SequenceStatus`.
       row: its row in the block tables while it runs, else None.
@@ -56,6 +61,7 @@ class Sequence:
     eos_token_ids: frozenset[int] = frozenset()
     arrival_time: float = 0.0
     sampling_params: Any = None
+    logit_rules: "LogitRules | None" = None
 
     token_ids: list[int] = dataclasses.field(init=False)
     status: SequenceStatus = dataclasses.field(init=False, default=SequenceStatus.WAITING)

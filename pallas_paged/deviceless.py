@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 TARGETS = ("a100-40gb", "a100-80gb", "h100", "h200")
 """The GPUs whose descriptions come with the package."""
@@ -85,7 +86,7 @@ def compile_for(
     jitted: Any = function
     if not hasattr(function, "lower"):
         jitted = jax.jit(function, donate_argnums=donate_argnums)
-    with jax.default_device(target_device(target)):
+    with _without_compilation_cache(), jax.default_device(target_device(target)):
         return jitted.lower(*args).compile()
 
 
@@ -101,17 +102,11 @@ def kernel_resources(
       ValueError, RuntimeError: as `target_device`; no kernel was compiled, because `function` has
         none or this process has compiled them before (h100 and h200 share their code).
     """
-    # The compiler reports on a kernel when it compiles it, not when it finds it in a cache.
-    cache_dir = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    try:
-        with (
-            _captured_output() as report,
-            _environment(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1"),
-        ):
-            compile_for(target, function, *args)
-    finally:
-        jax.config.update("jax_compilation_cache_dir", cache_dir)
+    with (
+        _captured_output() as report,
+        _environment(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1"),
+    ):
+        compile_for(target, function, *args)
     kernels = _parse(report[0])
     if not kernels:
         raise RuntimeError("no Mosaic GPU kernel was compiled, or this process had compiled it")
@@ -135,6 +130,19 @@ def _parse(report: str) -> tuple[KernelResources, ...]:
             )
         )
     return tuple(found)
+
+
+@contextlib.contextmanager
+def _without_compilation_cache() -> Iterator[None]:
+    """JAX's cache would load what it finds, which takes the GPU; and a hit makes no report."""
+    enabled = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX looks at the setting once
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ def compile_step(spec, cache=None):
     def step(cache, q, k, fields):
         metadata = AttentionMetadata(**fields, max_query_len=max_query_len)
         cache = write_kv(k, k, cache, metadata.slot_mapping)
-        return cache, paged_attention(q, *cache, metadata)
+        return cache, paged_attention(q, cache.k, cache.v, metadata)
 
     cache = cache or KVCache(arguments.k_cache, arguments.v_cache)
     k = arguments.q[:, : spec.num_kv_heads]
@@ -133,3 +133,11 @@ def test_deterministic_does_not_depend_on_what_else_is_in_the_call() -> None:
     whole = last_row(length, 0, (0,))
     for new, first, others in [(1, 0, (0,)), (1, 30, (1,)), (2, 1, (9,)), (17, 20, (20,))]:
         np.testing.assert_array_equal(last_row(new, first, others), whole)
+
+
+def test_metadata_of_a_decode_step():
+    """What `build` makes step by step, padding rows included."""
+    expected = build(AttentionSpec("decode", (5, 8, 1, 17), num_rows=6, num_tokens=6)).metadata
+    made = AttentionMetadata.for_decode(expected.block_tables, expected.seq_lens, 8)
+    for name, value in vars(expected).items():
+        np.testing.assert_array_equal(getattr(made, name), value, err_msg=name)

@@ -25,6 +25,17 @@ def test_every_target_compiles(target):
     assert "NVIDIA" in target_device(target).device_kind
 
 
+def test_the_compilation_cache_is_left_alone(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        for _ in range(2):
+            compile_for("h200", lambda x: x @ x, SHAPE)
+        assert not list(tmp_path.iterdir())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
 def test_unknown_target():
     with pytest.raises(ValueError, match="'v100' is unknown; use one of a100-40gb, "):
         target_device("v100")
