@@ -24,7 +24,7 @@ from pallas_paged.engine.pool import cache_shapes, plan_pool
 from pallas_paged.engine.runner import ModelRunner
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.scheduler import Scheduler
-from pallas_paged.engine.sequence import Sequence
+from pallas_paged.engine.sequence import SequenceGroup
 from pallas_paged.engine.tokenizer import load_tokenizer, require_tokenizer
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import ModelConfig, init_model, load_eos_token_ids, load_model
@@ -157,7 +157,7 @@ class LLM:
                     tokens = self.engine.num_generated_tokens - begin
                     seconds = max(progress.format_dict["elapsed"], 1e-9)
                     progress.set_postfix_str(f"{tokens / seconds:.1f} output tokens/s")
-        return [done[sequence.request_id] for sequence, _ in requests]
+        return [done[group.request_id] for group, _ in requests]
 
     def stream(
         self,
@@ -232,15 +232,15 @@ class LLM:
         self,
         prompts: Prompt | Seq[Prompt],
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
-    ) -> list[tuple[Sequence, str | None]]:
-        """Returns a sequence for each prompt, and the prompt's text; queues nothing yet."""
+    ) -> list[tuple[SequenceGroup, str | None]]:
+        """Returns a group for each prompt, and the prompt's text; queues nothing yet."""
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = _broadcast(sampling_params, len(prompts))
         checked = []
         for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             try:
                 text, ids = self._tokenized(prompt)
-                checked.append((self.engine.make_sequence(ids, one), text))
+                checked.append((self.engine.make_group(ids, one), text))
             except ValueError as error:
                 if len(prompts) == 1:
                     raise
@@ -263,16 +263,16 @@ class LLM:
             raise ValueError(f"prompt={text!r:.80} must be a string")
         return text, require_tokenizer(self.tokenizer, self.config.model).encode(text)
 
-    def _run(self, requests: list[tuple[Sequence, str | None]]) -> Iterator[RequestOutput]:
+    def _run(self, requests: list[tuple[SequenceGroup, str | None]]) -> Iterator[RequestOutput]:
         """Queues the requests and steps the engine until they are done.
 
         Several iterations may be under way: each step's outputs are left for whoever waits.
         """
-        unfinished = {sequence.request_id for sequence, _ in requests}
+        unfinished = {group.request_id for group, _ in requests}
         self._awaited |= unfinished
         try:
-            for sequence, text in requests:
-                self.engine.add(sequence, text)
+            for group, text in requests:
+                self.engine.add(group, text)
             while unfinished:
                 if unfinished.isdisjoint(self._outputs):
                     assert self.engine.has_unfinished, f"nothing will come for {unfinished}"

@@ -21,7 +21,8 @@ class SamplingParams:
     is refused by name otherwise, never ignored.
 
     Attributes:
-      n: completions per prompt, 1 to 16384. Only 1 is supported yet.
+      n: completions per prompt, 1 to 16384, and no more than the engine's `max_num_seqs`. The
+        prompt is computed once. Random numbers depend on the seed and on which completion it is.
       presence_penalty: subtracted from the logits of tokens that the output holds; in [-2, 2].
       frequency_penalty: subtracted once for each time the output holds the token; in [-2, 2].
       repetition_penalty: divides the positive and multiplies the negative logits of tokens that the
@@ -241,6 +242,5 @@ _CHECKS: dict[str, _Check] = {
 }
 
 _NOT_SUPPORTED_YET: dict[str, object] = {
-    "n": 1,
     "prompt_logprobs": None,
 }

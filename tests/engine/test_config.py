@@ -87,7 +87,7 @@ def test_every_step_fits_a_bucket_that_is_compiled_ahead(
     assert len(every) == 2 or not deterministic
     for num_seqs in range(1, max_num_seqs + 1):
         for num_tokens in range(num_seqs, max_num_batched_tokens + 1, 7):
-            bucket = buckets.pick(num_tokens, num_seqs)
+            bucket = buckets.pick(num_tokens, num_seqs, is_decode=num_tokens == num_seqs)
             assert bucket in every
             assert bucket.num_seqs >= num_seqs
             assert bucket.num_tokens >= num_tokens
@@ -96,11 +96,11 @@ def test_every_step_fits_a_bucket_that_is_compiled_ahead(
 
 def test_buckets_are_the_smallest_that_fit() -> None:
     buckets = Buckets((1, 2, 4), (8, 32), (2, 4))
-    assert buckets.pick(3, 3) == Bucket(4, 4, is_decode=True)
-    assert buckets.pick(8, 2) == Bucket(8, 2, is_decode=False)
-    assert buckets.pick(9, 3) == Bucket(32, 4, is_decode=False)
+    assert buckets.pick(3, 3, is_decode=True) == Bucket(4, 4, is_decode=True)
+    assert buckets.pick(8, 2, is_decode=False) == Bucket(8, 2, is_decode=False)
+    assert buckets.pick(9, 3, is_decode=False) == Bucket(32, 4, is_decode=False)
     with pytest.raises(AssertionError, match="largest bucket 32"):
-        buckets.pick(33, 1)
+        buckets.pick(33, 1, is_decode=False)
 
 
 def test_pool_sizes_lie_on_a_coarse_grid() -> None:
