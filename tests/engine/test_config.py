@@ -132,13 +132,8 @@ SHAPE = LlamaConfig(
 BLOCK_BYTES = 2 * 2 * 1 * 16 * 8 * 4  # keys and values, layers, KV heads, S, D, float32
 
 
-<<<<<<< HEAD
 def plan(max_model_len: int = 4096, cache_dtype: str = "float32", **options: object):
     model = nnx.eval_shape(lambda: Decoder(SHAPE, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-=======
-def plan(max_model_len: int = 4096, **options: object):
-    model = nnx.eval_shape(lambda: Decoder(SHAPE, dtype=jnp.float32, rngs=nnx.Rngs(0)))
->>>>>>> port
     config = EngineConfig("m", **options)
     buckets = Buckets.for_config(config)
     return plan_pool(config, model, buckets, max_model_len, jnp.dtype(cache_dtype), "xla")
