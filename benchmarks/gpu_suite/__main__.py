@@ -65,9 +65,10 @@ def work(stage: Stage, context: Context) -> int:
     """Runs a stage's cases that have no result, in this process; returns its exit status."""
     folder = context.results
     known = stages.results(folder, stage.name)
-    if stage is device.STAGE and (before := known.get("description")) is not None:
+    before = stages.results(folder, "device").get("description")
+    if stage.needs_jax and before is not None:
         identity = device.identity()
-        if {name: before[name] for name in identity} != identity:
+        if {name: before.get(name) for name in identity} != identity:
             return supervise.WRONG_FOLDER
     for case in stage.cases(context):
         if stages.is_done(known.get(case.name)):

@@ -69,34 +69,34 @@ def run(step: Step, context: Context) -> Row:
     rng = np.random.default_rng(0)
     tables = 1 + rng.permutation(num_blocks - 1).astype(np.int32).reshape(step.batch, M)
     last = step.context - 1
-    metadata = AttentionMetadata(
-        positions=jnp.full(step.batch, last, jnp.int32),
-        slot_mapping=jnp.asarray(
+    fields = {
+        "positions": jnp.full(step.batch, last, jnp.int32),
+        "slot_mapping": jnp.asarray(
             tables[:, last // step.block_size] * step.block_size + last % step.block_size
         ),
-        block_tables=jnp.asarray(tables),
-        seq_lens=jnp.full(step.batch, step.context, jnp.int32),
-        query_start_loc=jnp.arange(step.batch + 1, dtype=jnp.int32),
-        max_query_len=1,
-    )
+        "block_tables": jnp.asarray(tables),
+        "seq_lens": jnp.full(step.batch, step.context, jnp.int32),
+        "query_start_loc": jnp.arange(step.batch + 1, dtype=jnp.int32),
+    }
     ours = "mosaic_gpu" if context.on_gpu else "xla"
     attend = functools.partial(paged_attend, implementation=ours)
 
-    def decode(params: Any, caches: Any, tokens: jax.Array, metadata: AttentionMetadata) -> Any:
+    def decode(params: Any, caches: Any, tokens: jax.Array, fields: dict[str, jax.Array]) -> Any:
+        metadata = AttentionMetadata(**fields, max_query_len=1)
         model: CausalLM = nnx.merge(graph, params)
         hidden, caches = model(tokens, metadata, caches, attend=attend)
         return caches, jnp.argmax(model.compute_logits(hidden), axis=-1).astype(jnp.int32)
 
     tokens = jnp.asarray(rng.integers(0, config.vocab_size, step.batch), jnp.int32)
-    compiled = jax.jit(decode, donate_argnums=1).lower(params, caches, tokens, metadata).compile()
-    caches, tokens = compiled(params, caches, tokens, metadata)
+    compiled = jax.jit(decode, donate_argnums=1).lower(params, caches, tokens, fields).compile()
+    caches, tokens = compiled(params, caches, tokens, fields)
     calls, repeats = (20, 5) if context.on_gpu else (2, 1)
     seconds = []
     for _ in range(repeats):
         jax.block_until_ready(tokens)
         begin = time.perf_counter()
         for _ in range(calls):
-            caches, tokens = compiled(params, caches, tokens, metadata)
+            caches, tokens = compiled(params, caches, tokens, fields)
         jax.block_until_ready(tokens)
         seconds.append((time.perf_counter() - begin) / calls)
     us = 1e6 * statistics.median(seconds)
