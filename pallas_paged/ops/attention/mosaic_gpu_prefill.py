@@ -374,6 +374,10 @@ def _compute(
 
     def step(is_full: bool, step: Any, state: _State) -> _State:
         slot = lax.rem(step - tile.begin, problem.tuning.stages)
+        if not is_full:
+            # Now, because the logits will need the registers that are left.
+            plgpu.barrier_wait(barriers.v.at[slot])
+            _mask_values(problem, tile, step, smem.v.at[slot], barriers.pair)
         plgpu.barrier_wait(barriers.k.at[slot])
         logits = _product(
             lambda: (smem.q.at[rows], smem.k.at[slot].transpose((1, 0))), problem.tuning.tile_keys
@@ -382,9 +386,8 @@ def _compute(
         distance = step * problem.tuning.tile_keys - position  # of the step's first key
         logits = _finish_logits(problem, logits, distance, slope, is_full)
         state, weights = _update(state, logits)
-        plgpu.barrier_wait(barriers.v.at[slot])
-        if not is_full:
-            _mask_values(problem, tile, step, smem.v.at[slot], barriers.pair)
+        if is_full:
+            plgpu.barrier_wait(barriers.v.at[slot])
         numerator = _add_values(problem, state.numerator, weights, smem, slot)
         plgpu.barrier_arrive(barriers.v_consumed.at[slot])
         return state._replace(numerator=numerator)
@@ -441,10 +444,11 @@ def _finish_logits(
         logits = cap * _LOG2E - (2 * cap * _LOG2E) / (power + 1.0)
     if slope is None and is_full:
         return logits
-    key = _iota((_WARPGROUP_ROWS, size), 1, _MATRIX)
-    distances = key + _down(distance, size)
+    # Exact as floats below 2^24 tokens, and half the registers of integers beside floats.
+    key = _iota((_WARPGROUP_ROWS, size), 1, _MATRIX).astype(jnp.float32)
+    distances = key + _down(distance.astype(jnp.float32), size)
     if slope is not None:
-        logits = logits + _down(slope * _LOG2E, size) * distances.astype(jnp.float32)
+        logits = logits + _down(slope * _LOG2E, size) * distances
     if not is_full:
         visible = distances <= 0
         if problem.sliding_window is not None:
