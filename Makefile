@@ -7,8 +7,10 @@ OLDEST_JAX := 0.11.2
 
 .PHONY: demo test check format oldest dist clean
 
+# The test tools hold JAX's CUDA plugin without CUDA's libraries: it complains unless told to rest.
 demo: $(VENV)/.base
-	@$(PY) -m pallas_paged.engine.demo
+	@if [ -f $(VENV)/.test ] && ! command -v nvidia-smi >/dev/null; then export JAX_PLATFORMS=cpu; fi; \
+	$(PY) -m pallas_paged.engine.demo
 
 test: $(VENV)/.test
 	@$(PY) -m pytest -n 2 --dist=loadfile
@@ -26,7 +28,8 @@ format: $(VENV)/.test
 # Kernels, block tables and a request from end to end on the oldest JAX we support.
 oldest:
 	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.test
-	@$(OLDEST)/bin/pip install --quiet jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX)
+	@$(OLDEST)/bin/pip install --quiet jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) \
+	  jax-cuda12-plugin==$(OLDEST_JAX) jax-cuda12-pjrt==$(OLDEST_JAX)
 	@$(OLDEST)/bin/python -m pytest -n 2 --dist=loadfile tests/kernels tests/engine/test_smoke.py
 
 # sdist -> wheel -> an empty environment -> a request, run from another directory.

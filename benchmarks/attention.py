@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks.tables import show
 from pallas_paged import AttentionMetadata, paged_attention
 from pallas_paged.ops.attention import arg_specs, xla
 
@@ -238,18 +239,6 @@ def tune_rows(batch: int, context: int, heads: str) -> list[dict[str, Any]]:
         }
         for name, times in turns.items()
     ]
-
-
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Prints rows with the same keys as a table."""
-    cells = [list(rows[0])] + [
-        [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row.values()]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    print(f"\n{title}")
-    for line in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 def main(argv: list[str]) -> None:

@@ -22,7 +22,7 @@ from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core import Engine
 from pallas_paged.engine.memory import BlockTableMemory
-from pallas_paged.engine.runner import InFlight
+from pallas_paged.engine.runner import Collected, InFlight
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
 from pallas_paged.engine.tokenizer import load_tokenizer
@@ -50,16 +50,18 @@ class MockRunner:
 
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
         """Builds the step's inputs as the real runner does, and starts the clock."""
-        batch.build(step, state, self._buckets.pick(step.num_tokens, len(step.scheduled)))
+        bucket = self._buckets.pick(step.num_tokens, len(step.scheduled), is_decode=step.is_decode)
+        batch.build(step, state, bucket)
         self._done[step.step_id] = self._device.submit(time.sleep, self._step_s)
         return InFlight(step, np.full(len(step.scheduled), 5, np.int32))
 
-    def collect(self, in_flight: InFlight) -> list[int]:
+    def collect(self, in_flight: InFlight) -> Collected:
         """Waits for the step."""
         begin = time.perf_counter()
         self._done.pop(in_flight.step.step_id).result()
         self.waited_s += time.perf_counter() - begin
-        return np.asarray(in_flight.tokens).tolist()
+        tokens = np.asarray(in_flight.tokens).tolist()
+        return Collected(tokens, [None] * len(tokens))
 
     def recover(self) -> None:
         """Nothing can fail."""
@@ -90,7 +92,7 @@ def measure(async_scheduling: bool) -> dict[str, float]:
     )
     params = SamplingParams(max_tokens=_NUM_STEPS.value + 20, ignore_eos=True)
     for _ in range(num_seqs):
-        engine.add(engine.make_sequence(range(prompt_len), params))
+        engine.add(engine.make_group(range(prompt_len), params))
     while scheduler.num_waiting or engine.num_steps < 12:
         engine.step()
     whole, host = [], []

@@ -2,13 +2,14 @@
 
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.llm import LLM
-from pallas_paged.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from pallas_paged.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from pallas_paged.engine.sampling_params import SamplingParams
 
 __all__ = [
     "LLM",
     "CompletionOutput",
     "EngineConfig",
+    "Logprob",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",

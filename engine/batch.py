@@ -6,18 +6,42 @@ inside the compiled step.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from pallas_paged.block_tables import BlockTables
 from pallas_paged.engine.buckets import Bucket
+from pallas_paged.engine.logits import LogitInputs
 from pallas_paged.engine.sampling import SamplingInputs, seed_words
-from pallas_paged.engine.scheduler import ScheduledStep
+from pallas_paged.engine.scheduler import ScheduledSequence, ScheduledStep
 from pallas_paged.kv_cache import AttentionMetadata
 
 Shape = tuple[int, ...]
+
+
+class FullInputs[A](NamedTuple):
+    """What only full steps need.
+
+    Attributes:
+      wants_logprobs: i32[B], 1 where the sampled token's log-probabilities are asked for.
+      uses_bias: i32[B], see `LogitInputs`, as are the next four.
+      uses_penalties: i32[B].
+      repetition_penalty: f32[B].
+      presence_penalty: f32[B].
+      frequency_penalty: f32[B].
+      counted_rows: i32[B], `rows` where the sequence's last input token is one of its output and
+        has to be counted for the penalties, R elsewhere.
+    """
+
+    wants_logprobs: A
+    uses_bias: A
+    uses_penalties: A
+    repetition_penalty: A
+    presence_penalty: A
+    frequency_penalty: A
+    counted_rows: A
 
 
 class StepInputs[A](NamedTuple):
@@ -41,6 +65,7 @@ class StepInputs[A](NamedTuple):
       seeds: u32[B, 2].
       sample_index: i32[B].
       sample_positions: i32[B].
+      full: in full steps only, else None.
     """
 
     input_ids: A
@@ -60,13 +85,17 @@ class StepInputs[A](NamedTuple):
     seeds: A
     sample_index: A
     sample_positions: A
+    full: FullInputs[A] | None = None
 
 
 def layout(bucket: Bucket, max_blocks_per_seq: int) -> dict[str, tuple[Shape, np.dtype]]:
-    """Returns shape and dtype of each field of `StepInputs`, in the order they are packed."""
+    """Returns shape and dtype of each field of `StepInputs`, in the order they are packed.
+
+    Those of `StepInputs.full` follow, where the bucket is full.
+    """
     T, B = bucket.num_tokens, bucket.num_seqs
     i32, f32, u32 = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.uint32)
-    return {
+    plain = {
         "input_ids": ((T,), i32),
         "positions": ((T,), i32),
         "slot_mapping": ((T,), i32),
@@ -85,6 +114,30 @@ def layout(bucket: Bucket, max_blocks_per_seq: int) -> dict[str, tuple[Shape, np
         "sample_index": ((B,), i32),
         "sample_positions": ((B,), i32),
     }
+    if not bucket.is_full:
+        return plain
+    return plain | {
+        "wants_logprobs": ((B,), i32),
+        "uses_bias": ((B,), i32),
+        "uses_penalties": ((B,), i32),
+        "repetition_penalty": ((B,), f32),
+        "presence_penalty": ((B,), f32),
+        "frequency_penalty": ((B,), f32),
+        "counted_rows": ((B,), i32),
+    }
+
+
+def wants_logprobs(scheduled: ScheduledSequence) -> bool:
+    """Whether the share's sampled token comes with log-probabilities."""
+    return scheduled.samples and scheduled.sequence.sampling_params.logprobs is not None
+
+
+def needs_full(step: ScheduledStep) -> bool:
+    """Whether the step needs the full variant, see `pallas_paged.engine.step`."""
+    return any(
+        wants_logprobs(share) or (share.samples and share.sequence.logit_rules is not None)
+        for share in step.scheduled
+    )
 
 
 def packed_size(bucket: Bucket, max_blocks_per_seq: int) -> int:
@@ -116,18 +169,18 @@ def build(step: ScheduledStep, state: BlockTables, bucket: Bucket) -> np.ndarray
     x.positions[:T] = positions
     x.slot_mapping[:T] = state.tables[token_row, positions // S] * S + positions % S
     x.block_tables[:B] = state.tables[rows]
-    x.seq_lens[:B] = starts + counts
+    x.seq_lens[:B] = np.where(counts > 0, starts + counts, 0)
     x.query_start_loc[1 : B + 1] = ends
     x.query_start_loc[B + 1 :] = T
     x.rows[:B] = rows
     x.sample_rows[:B] = np.where(samples, rows, num_rows)
-    x.logits_indices[:B] = ends - 1
+    x.logits_indices[:B] = ends - 1  # for a share without tokens, the last one of its parent
     x.sample_positions[:B] = starts + counts
     for b, (scheduled, end) in enumerate(zip(step.scheduled, ends.tolist(), strict=True)):
         sequence, params = scheduled.sequence, scheduled.sequence.sampling_params
         if scheduled.input_on_device:
             x.input_on_device[b] = 1
-        else:
+        elif scheduled.num_tokens:
             begin = scheduled.start
             ids = sequence.token_ids[begin : begin + scheduled.num_tokens]
             x.input_ids[end - scheduled.num_tokens : end] = ids
@@ -136,7 +189,31 @@ def build(step: ScheduledStep, state: BlockTables, bucket: Bucket) -> np.ndarray
         x.top_p[b] = params.top_p
         x.min_p[b] = params.min_p
         x.seeds[b] = seed_words(params.seed)
+        x.sample_index[b] = sequence.index
+    if x.full is not None:
+        _fill_full(x.full, step.scheduled, num_rows)
     return packed
+
+
+def _fill_full(
+    x: FullInputs[np.ndarray], scheduled: tuple[ScheduledSequence, ...], num_rows: int
+) -> None:
+    """Fills the fields that only full steps have."""
+    x.counted_rows[:] = num_rows
+    x.repetition_penalty[:] = 1.0
+    for b, share in enumerate(scheduled):
+        x.wants_logprobs[b] = wants_logprobs(share)
+        rules = share.sequence.logit_rules
+        if rules is None or not share.samples:
+            continue
+        x.uses_bias[b] = rules.uses_bias
+        if rules.uses_penalties:
+            x.uses_penalties[b] = 1
+            x.repetition_penalty[b] = rules.repetition_penalty
+            x.presence_penalty[b] = rules.presence_penalty
+            x.frequency_penalty[b] = rules.frequency_penalty
+            if share.start + share.num_tokens > share.sequence.num_prompt_tokens:
+                x.counted_rows[b] = share.row
 
 
 def views(packed: np.ndarray, bucket: Bucket, max_blocks_per_seq: int) -> StepInputs[np.ndarray]:
@@ -146,7 +223,7 @@ def views(packed: np.ndarray, bucket: Bucket, max_blocks_per_seq: int) -> StepIn
         size = math.prod(shape)
         arrays[name] = packed[offset : offset + size].view(dtype).reshape(shape)
         offset += size
-    return StepInputs(**arrays)
+    return _step_inputs(arrays)
 
 
 def unpack(packed: jax.Array, bucket: Bucket, max_blocks_per_seq: int) -> StepInputs[jax.Array]:
@@ -157,7 +234,15 @@ def unpack(packed: jax.Array, bucket: Bucket, max_blocks_per_seq: int) -> StepIn
         bits = jax.lax.slice_in_dim(packed, offset, offset + size).reshape(shape)
         arrays[name] = bits if dtype == np.int32 else jax.lax.bitcast_convert_type(bits, dtype)
         offset += size
-    return StepInputs(**arrays)
+    return _step_inputs(arrays)
+
+
+def _step_inputs(arrays: dict[str, Any]) -> StepInputs[Any]:
+    plain = {name: array for name, array in arrays.items() if name in StepInputs._fields}
+    if len(plain) == len(arrays):
+        return StepInputs(**plain)
+    full = {name: array for name, array in arrays.items() if name in FullInputs._fields}
+    return StepInputs(**plain, full=FullInputs(**full))
 
 
 def attention_metadata(x: StepInputs[jax.Array], bucket: Bucket) -> AttentionMetadata:
@@ -169,6 +254,19 @@ def attention_metadata(x: StepInputs[jax.Array], bucket: Bucket) -> AttentionMet
         seq_lens=x.seq_lens,
         query_start_loc=x.query_start_loc,
         max_query_len=1 if bucket.is_decode else bucket.num_tokens,
+    )
+
+
+def logit_inputs(x: StepInputs[jax.Array]) -> LogitInputs:
+    """Returns what the rules of a full step need of its inputs."""
+    assert x.full is not None, "not a full step"
+    return LogitInputs(
+        rows=x.rows,
+        uses_bias=x.full.uses_bias,
+        uses_penalties=x.full.uses_penalties,
+        repetition_penalty=x.full.repetition_penalty,
+        presence_penalty=x.full.presence_penalty,
+        frequency_penalty=x.full.frequency_penalty,
     )
 
 

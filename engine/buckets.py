@@ -12,11 +12,13 @@ class Bucket:
     """The shape of one compiled step: T tokens of B sequences.
 
     A decode bucket has one token per sequence; `num_tokens == num_seqs` alone does not say so.
+    A full one also does what few requests ask for, see `pallas_paged.engine.step`.
     """
 
     num_tokens: int
     num_seqs: int
     is_decode: bool
+    is_full: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +46,25 @@ class Buckets:
             _geometric(8, config.max_num_seqs, 8),
         )
 
-    def pick(self, num_tokens: int, num_seqs: int) -> Bucket:
-        """Returns the smallest bucket that holds a step of `num_tokens` of `num_seqs` sequences."""
-        if num_tokens == num_seqs and self.decode_seqs:
+    def pick(
+        self, num_tokens: int, num_seqs: int, *, is_decode: bool, is_full: bool = False
+    ) -> Bucket:
+        """Returns the smallest bucket that holds a step of `num_tokens` of `num_seqs` sequences.
+
+        `is_decode` tells that each sequence has one token; equal numbers alone do not say so.
+        """
+        if is_decode and self.decode_seqs:
             size = _at_least(self.decode_seqs, num_seqs)
-            return Bucket(size, size, is_decode=True)
+            return Bucket(size, size, is_decode=True, is_full=is_full)
         return Bucket(
             _at_least(self.mixed_tokens, num_tokens),
             _at_least(self.mixed_seqs, num_seqs),
             is_decode=False,
+            is_full=is_full,
         )
 
     def largest(self) -> list[Bucket]:
-        """Returns the largest bucket of each kind."""
+        """Returns the largest bucket of each kind, the full ones, whose temporaries are larger."""
         every = self.all()
         kinds = [[b for b in every if b.is_decode == is_decode] for is_decode in (True, False)]
         return [max(kind) for kind in kinds if kind]
@@ -69,7 +77,8 @@ class Buckets:
             for tokens in self.mixed_tokens
             for seqs in self.mixed_seqs
         ]
-        return decode + mixed
+        plain = decode + mixed
+        return plain + [dataclasses.replace(bucket, is_full=True) for bucket in plain]
 
 
 def _geometric(first: int, last: int, ratio: int) -> tuple[int, ...]:

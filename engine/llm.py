@@ -7,22 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
+from pallas_paged.dispatch import target_device
 from pallas_paged.engine.buckets import Buckets
-from pallas_paged.engine.config import EngineConfig, resolve_max_model_len
+from pallas_paged.engine.config import (
+    EngineConfig,
+    resolve_kv_cache_dtype,
+    resolve_max_model_len,
+)
 from pallas_paged.engine.core import Engine
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.outputs import RequestOutput
-from pallas_paged.engine.pool import plan_pool
+from pallas_paged.engine.pool import cache_shapes, plan_pool
 from pallas_paged.engine.runner import ModelRunner
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.scheduler import Scheduler
-from pallas_paged.engine.sequence import Sequence
+from pallas_paged.engine.sequence import SequenceGroup
 from pallas_paged.engine.tokenizer import load_tokenizer, require_tokenizer
-from pallas_paged.models import load_eos_token_ids, load_model
+from pallas_paged.kv_cache import KVCache
+from pallas_paged.models import ModelConfig, init_model, load_eos_token_ids, load_model
 from pallas_paged.ops.attention.api import attention_implementation
 
 logger = logging.getLogger(__name__)
@@ -48,22 +53,24 @@ class LLM:
 
     def __init__(self, model: str | Path, **options: Any):
         self.config = config = EngineConfig(model=str(model), **options)
-        implementation = attention_implementation(config.attention_implementation)
         _use_compilation_cache(config.compilation_cache_dir)
         self.tokenizer = load_tokenizer(config.tokenizer or config.model)
-        network = load_model(config.model, dtype=config.dtype)
+        network = (
+            init_model(config.model, dtype=config.dtype, seed=config.seed)
+            if config.load_format == "dummy"
+            else load_model(config.model, dtype=config.dtype)
+        )
         self.model_config = network.config
         self.max_model_len = resolve_max_model_len(config, network.config.max_position_embeddings)
-        cache_dtype = (
-            jax.tree.leaves(nnx.state(network))[0].dtype
-            if config.kv_cache_dtype == "auto"
-            else jnp.dtype(config.kv_cache_dtype)
-        )
+        dtype = jax.tree.leaves(nnx.state(network))[0].dtype
+        cache_dtype = resolve_kv_cache_dtype(config, dtype)
+        caches = cache_shapes(network.config, 2, config.block_size, cache_dtype)
+        implementation = _choose_attention(config, network.config, dtype, caches[0])
         self.buckets = Buckets.for_config(config)
         plan = plan_pool(
             config, network, self.buckets, self.max_model_len, cache_dtype, implementation
         )
-        logger.info("attention: %s on %s", implementation, jax.devices()[0].device_kind)
+        logger.info("attention: %s on %s", implementation, target_device().device_kind)
         logger.info("%s", plan)
         if plan.max_blocks_per_seq * config.block_size < self.max_model_len:
             logger.warning(
@@ -86,6 +93,7 @@ class LLM:
             max_num_seqs=config.max_num_seqs,
             max_blocks_per_seq=plan.max_blocks_per_seq,
             buckets=self.buckets,
+            max_logprobs=config.max_logprobs,
             implementation=implementation,
             deterministic=config.deterministic,
         )
@@ -107,6 +115,7 @@ class LLM:
             eos_token_ids=eos_token_ids,
             tokenizer=self.tokenizer,
             seed=config.seed,
+            max_logprobs=config.max_logprobs,
             async_scheduling=config.async_scheduling,
         )
         self._awaited: set[str] = set()
@@ -115,8 +124,8 @@ class LLM:
             self.warm_up()
 
     def warm_up(self) -> None:
-        """Compiles every bucket, so that no request waits for a compilation."""
-        self.runner.programs.compile(self.buckets.all())
+        """Compiles every program, so that no request waits for a compilation."""
+        self.runner.warm_up()
 
     def generate(
         self,
@@ -148,7 +157,7 @@ class LLM:
                     tokens = self.engine.num_generated_tokens - begin
                     seconds = max(progress.format_dict["elapsed"], 1e-9)
                     progress.set_postfix_str(f"{tokens / seconds:.1f} output tokens/s")
-        return [done[sequence.request_id] for sequence, _ in requests]
+        return [done[group.request_id] for group, _ in requests]
 
     def stream(
         self,
@@ -223,15 +232,15 @@ class LLM:
         self,
         prompts: Prompt | Seq[Prompt],
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
-    ) -> list[tuple[Sequence, str | None]]:
-        """Returns a sequence for each prompt, and the prompt's text; queues nothing yet."""
+    ) -> list[tuple[SequenceGroup, str | None]]:
+        """Returns a group for each prompt, and the prompt's text; queues nothing yet."""
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = _broadcast(sampling_params, len(prompts))
         checked = []
         for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             try:
                 text, ids = self._tokenized(prompt)
-                checked.append((self.engine.make_sequence(ids, one), text))
+                checked.append((self.engine.make_group(ids, one), text))
             except ValueError as error:
                 if len(prompts) == 1:
                     raise
@@ -254,16 +263,16 @@ class LLM:
             raise ValueError(f"prompt={text!r:.80} must be a string")
         return text, require_tokenizer(self.tokenizer, self.config.model).encode(text)
 
-    def _run(self, requests: list[tuple[Sequence, str | None]]) -> Iterator[RequestOutput]:
+    def _run(self, requests: list[tuple[SequenceGroup, str | None]]) -> Iterator[RequestOutput]:
         """Queues the requests and steps the engine until they are done.
 
         Several iterations may be under way: each step's outputs are left for whoever waits.
         """
-        unfinished = {sequence.request_id for sequence, _ in requests}
+        unfinished = {group.request_id for group, _ in requests}
         self._awaited |= unfinished
         try:
-            for sequence, text in requests:
-                self.engine.add(sequence, text)
+            for group, text in requests:
+                self.engine.add(group, text)
             while unfinished:
                 if unfinished.isdisjoint(self._outputs):
                     assert self.engine.has_unfinished, f"nothing will come for {unfinished}"
@@ -298,6 +307,14 @@ def _broadcast(
             "or a single one for all"
         )
     return list(params)
+
+
+def _choose_attention(config: EngineConfig, shape: ModelConfig, dtype: Any, cache: KVCache) -> str:
+    """Returns which attention a model of that shape and dtype runs with."""
+    q = jax.ShapeDtypeStruct((1, shape.num_q_heads, shape.head_dim), dtype)
+    return attention_implementation(
+        config.attention_implementation, q, cache.k, deterministic=config.deterministic
+    )
 
 
 def _use_compilation_cache(folder: str | None) -> None:

@@ -6,15 +6,14 @@ from typing import Protocol
 import numpy as np
 
 from pallas_paged import block_tables
+from pallas_paged.engine.groups import CopyPairs, RowPlan, blocks_for
 
 
 class Memory(Protocol):
     """Blocks of KV memory, owned by rows.
 
-    A row is a sequence's place in the block tables, from its admission until it is freed. The
-    scheduler calls each verb at most once per attempt to schedule, never once per sequence.
-    Forking a row (and with it copy-on-write pairs as a result of `append`), sharing a cached
-    prefix and swapping are verbs of their own that join this protocol with what needs them.
+    A row is a sequence's place in the block tables, from its admission or fork until it is freed.
+    The scheduler calls each verb at most once per attempt to schedule, never once per sequence.
     """
 
     @property
@@ -27,18 +26,30 @@ class Memory(Protocol):
         """Blocks that `admit` and `append` can take now."""
         ...
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Returns how many blocks a row of `num_tokens` tokens takes."""
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
         ...
 
-    def admit(self, num_tokens: collections.abc.Sequence[int]) -> list[int]:
-        """Gives each sequence a free row with blocks for its tokens; the caller knows they fit."""
+    def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
+        """Returns how many blocks of the pool so many blocks in so many rows take."""
+        ...
+
+    def admit(self, plans: collections.abc.Sequence[RowPlan]) -> list[int]:
+        """Gives each plan a free row with its blocks; the caller knows that they fit."""
         ...
 
     def append(
         self, rows: collections.abc.Sequence[int], num_tokens: collections.abc.Sequence[int]
-    ) -> bool:
-        """Allocates more tokens to the rows: all of them, or none, and then returns False."""
+    ) -> CopyPairs | None:
+        """Allocates more tokens to the rows, all of them or none, and then returns None.
+
+        Returns what must be copied before the new tokens are written.
+        """
+        ...
+
+    def fork(self, parents: collections.abc.Sequence[int]) -> list[int]:
+        """Gives each parent (one may come often) a child: a free row with all of its blocks."""
         ...
 
     def free(self, rows: collections.abc.Sequence[int]) -> None:
@@ -67,7 +78,7 @@ class BlockTableMemory:
     ) -> None:
         """`num_blocks` counts the null block; one row for each of `max_num_seqs` sequences."""
         self.state = block_tables.create(
-            num_blocks, max_num_seqs, -(-max_model_len // block_size), block_size
+            num_blocks, max_num_seqs, blocks_for(max_model_len, block_size), block_size
         )
 
     @property
@@ -80,33 +91,48 @@ class BlockTableMemory:
         """Blocks without references."""
         return int(self.state.num_free)
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Returns how many blocks a row of `num_tokens` tokens takes."""
-        return -(-num_tokens // self.state.block_size)
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.state.block_size
 
-    def admit(self, num_tokens: collections.abc.Sequence[int]) -> list[int]:
-        """Gives each sequence the lowest empty row, with blocks for its tokens, at least one."""
-        rows: list[int] = np.flatnonzero(self.state.seq_lens == 0)[: len(num_tokens)].tolist()
-        assert len(rows) == len(num_tokens), f"no row for {len(num_tokens) - len(rows)} sequences"
-        ok = self.append(rows, num_tokens)
-        assert ok, f"{self.num_free_blocks} free blocks are too few for {num_tokens} tokens"
+    def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
+        """Returns `num_blocks`: nothing is lost between rows."""
+        return num_blocks
+
+    def admit(self, plans: collections.abc.Sequence[RowPlan]) -> list[int]:
+        """Gives each plan the lowest empty row, with its blocks."""
+        rows = self._empty_rows(len(plans))
+        blocks = [block for plan in plans for block in plan.blocks]
+        if max(blocks) < 0 and len(set(blocks)) == len(blocks):  # the common case: nothing shared
+            self._allocate(rows, [plan.num_tokens for plan in plans])
+        else:
+            self._admit_shared(rows, plans)
         return rows
 
     def append(
         self, rows: collections.abc.Sequence[int], num_tokens: collections.abc.Sequence[int]
-    ) -> bool:
-        """Allocates more tokens to the rows: all of them, or none, and then returns False."""
+    ) -> CopyPairs | None:
+        """Allocates more tokens to the rows, all of them or none, and then returns None."""
         num_new = np.zeros_like(self.state.seq_lens)
         num_new[rows] = num_tokens
         self.state, result = block_tables.append(self.state, num_new)
-        assert not result.copy_dst.any(), "no block is shared, so none is copied on write"
-        return bool(result.ok)
+        if not result.ok:
+            return None
+        copied = np.flatnonzero(result.copy_dst)
+        return CopyPairs(np.asarray(result.copy_src)[copied], np.asarray(result.copy_dst)[copied])
+
+    def fork(self, parents: collections.abc.Sequence[int]) -> list[int]:
+        """Gives each parent (one may come often) the lowest empty row as a child."""
+        children = self._empty_rows(len(parents))
+        self.state = block_tables.fork(
+            self.state, np.array(parents, np.int32), np.array(children, np.int32)
+        )
+        return children
 
     def free(self, rows: collections.abc.Sequence[int]) -> None:
         """Gives back the rows and their blocks."""
-        named = np.zeros(self.state.seq_lens.shape, bool)
-        named[rows] = True
-        self.state = block_tables.free(self.state, named)
+        self.state = block_tables.free(self.state, self._named(rows))
 
     def free_all(self) -> None:
         """Gives back every row and its blocks."""
@@ -117,3 +143,52 @@ class BlockTableMemory:
         block_tables.check_invariants(self.state)
         in_use = np.flatnonzero(self.state.seq_lens).tolist()
         assert {row: int(self.state.seq_lens[row]) for row in in_use} == num_tokens
+
+    def _empty_rows(self, count: int) -> list[int]:
+        rows: list[int] = np.flatnonzero(self.state.seq_lens == 0)[:count].tolist()
+        assert len(rows) == count, f"no row for {count - len(rows)} sequences"
+        return rows
+
+    def _named(self, rows: collections.abc.Sequence[int]) -> np.ndarray:
+        named = np.zeros(self.state.seq_lens.shape, bool)
+        named[rows] = True
+        return named
+
+    def _allocate(
+        self, rows: collections.abc.Sequence[int], num_tokens: collections.abc.Sequence[int]
+    ) -> None:
+        copies = self.append(rows, num_tokens)
+        assert copies is not None, (
+            f"{self.num_free_blocks} free blocks are too few for {num_tokens} tokens"
+        )
+        assert not len(copies.src), "an empty row shares no block"
+
+    def _admit_shared(self, rows: list[int], plans: collections.abc.Sequence[RowPlan]) -> None:
+        """Allocates the new blocks, each once, and shares out the rows' blocks in their order.
+
+        The new blocks come as the tokens of the rows in which they are first named, and stay held
+        while these rows are emptied again to begin with what the plans say.
+        """
+        S = self.block_size
+        ids: dict[int, int] = {}
+        first_named: list[list[int]] = []
+        for plan in plans:
+            first_named.append([b for b in plan.blocks if b < 0 and b not in ids])
+            ids |= dict.fromkeys(first_named[-1], 0)
+        counts = [len(named) for named in first_named]
+        self._allocate(rows, [count * S for count in counts])
+        for row, named in zip(rows, first_named, strict=True):
+            ids |= zip(named, self.state.tables[row].tolist(), strict=False)
+        new = np.array(list(ids.values()), np.int32)
+        state = block_tables.hold(self.state, new)
+        state = block_tables.free(
+            state, self._named([row for row, count in zip(rows, counts, strict=True) if count])
+        )
+        blocks = np.zeros((len(plans), max(len(plan.blocks) for plan in plans)), np.int32)
+        for given, plan in zip(blocks, plans, strict=True):
+            given[: len(plan.blocks)] = [ids.get(block, block) for block in plan.blocks]
+        state = block_tables.share(state, np.array(rows, np.int32), blocks)
+        new_lens = state.seq_lens.copy()
+        new_lens[rows] = [plan.num_tokens for plan in plans]
+        state = block_tables.truncate(state, new_lens)
+        self.state = block_tables.release(state, new)

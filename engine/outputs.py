@@ -1,7 +1,9 @@
 """What a request gives back."""
 
 import dataclasses
+from collections.abc import Callable
 
+from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.sequence import FinishReason
 
 
@@ -25,6 +27,21 @@ class RequestMetrics:
 
 
 @dataclasses.dataclass(frozen=True)
+class Logprob:
+    """How likely the model found a token, before bias, masks, penalties and temperature.
+
+    Attributes:
+      logprob: log-softmax of the model's logits.
+      rank: the token's place among all tokens, 1 for the most likely.
+      decoded_token: its text, None without a tokenizer or with `detokenize=False`.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class CompletionOutput:
     """One completion of a request, as far as it has come.
 
@@ -34,7 +51,8 @@ class CompletionOutput:
         streaming it ends before a character or a stop string that may still be under way.
       token_ids: the generated tokens, the one that ended the completion included.
       cumulative_logprob: sum of the log-probabilities of the tokens; None unless asked for.
-      logprobs: per token, log-probabilities by token id; None unless asked for.
+      logprobs: per token, by token id: the most likely tokens in their order and the token itself;
+        None unless asked for.
       finish_reason: None while it runs.
       stop_reason: the stop string or the token id of `stop_token_ids` that ended it, None when EOS
         did; what went wrong when the engine aborted it.
@@ -44,7 +62,7 @@ class CompletionOutput:
     text: str | None
     token_ids: tuple[int, ...]
     cumulative_logprob: float | None = None
-    logprobs: tuple[dict[int, float], ...] | None = None
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -72,3 +90,19 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
+
+
+def logprobs_by_token(
+    token: int, found: TokenLogprobs, decode: Callable[[int], str] | None
+) -> dict[int, Logprob]:
+    """Returns the most likely tokens of one place, in their order, and the token that stands there.
+
+    `decode` gives a token's text, None leaves the texts out.
+    """
+    ranked = zip(found.top_token_ids, found.top_logprobs, strict=True)
+    figures = {top: (logprob, rank) for rank, (top, logprob) in enumerate(ranked, 1)}
+    figures.setdefault(token, (found.logprob, found.rank))
+    return {
+        each: Logprob(logprob, rank, decode(each) if decode is not None else None)
+        for each, (logprob, rank) in figures.items()
+    }

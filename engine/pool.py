@@ -10,6 +10,8 @@ from flax import nnx
 
 from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.config import DEFAULT_CPU_KV_CACHE_BYTES, EngineConfig, round_num_blocks
+from pallas_paged.engine.logits import RowState
+from pallas_paged.engine.logprobs import width_for
 from pallas_paged.engine.step import StepPrograms
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import CausalLM, ModelConfig
@@ -23,8 +25,9 @@ class PoolPlan:
       num_blocks: N, the null block included.
       max_blocks_per_seq: M, the width of a block table.
       block_size: S.
-      block_bytes: bytes of one block over all layers.
+      block_bytes: bytes of one block over all layers, scales of quantised caches included.
       weight_bytes: bytes of the model's parameters.
+      row_state_bytes: bytes of what penalties and bias need, see `RowState`.
       temporary_bytes: bytes of the largest step's temporaries; None where the pool's size did not
         need them.
     """
@@ -34,6 +37,7 @@ class PoolPlan:
     block_size: int
     block_bytes: int
     weight_bytes: int
+    row_state_bytes: int
     temporary_bytes: int | None
 
     def __str__(self) -> str:
@@ -42,6 +46,7 @@ class PoolPlan:
             f"weights {_mib(self.weight_bytes)}",
             f"KV pool {_mib(self.num_blocks * self.block_bytes)}"
             f" ({self.num_blocks} blocks of {self.block_size} tokens, {slots} tokens)",
+            f"penalties and bias {_mib(self.row_state_bytes)}",
         ]
         if self.temporary_bytes is not None:
             parts.append(f"temporaries of the largest step {_mib(self.temporary_bytes)}")
@@ -68,12 +73,14 @@ def plan_pool(
     """
     S = config.block_size
     shape = model.config
-    block_elements = 2 * shape.num_layers * shape.num_kv_heads * S * shape.head_dim
-    block_bytes = block_elements * cache_dtype.itemsize
+    one_block = jax.tree.leaves(cache_shapes(shape, 1, S, cache_dtype))
+    block_bytes = sum(array.size * array.dtype.itemsize for array in one_block)
     max_blocks_per_seq = math.ceil(max_model_len / S)
     weight_bytes = sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model))
     )
+    row_state = jax.eval_shape(lambda: RowState.zeros(config.max_num_seqs, shape.vocab_size))
+    row_state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in row_state)
     temporary_bytes = None
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
@@ -91,13 +98,14 @@ def plan_pool(
                 caches,
                 config.max_num_seqs,
                 max_blocks_per_seq,
+                width_for(config.max_logprobs, shape.vocab_size),
                 implementation,
                 config.deterministic,
             )
             temporary_bytes = max(map(programs.temporary_bytes, buckets.largest()))
             stats = jax.local_devices()[0].memory_stats()
             limit = int(stats["bytes_limit"] * config.gpu_memory_utilization)
-            pool_bytes = limit - stats["bytes_in_use"] - temporary_bytes
+            pool_bytes = limit - stats["bytes_in_use"] - temporary_bytes - row_state_bytes
         num_blocks = round_num_blocks(max(0, pool_bytes) // block_bytes)
         if num_blocks < 2:
             raise ValueError(
@@ -114,7 +122,15 @@ def plan_pool(
         )
     # Nobody can hold more blocks than there are: a narrower table is a smaller copy every step.
     max_blocks_per_seq = min(max_blocks_per_seq, num_blocks - 1)
-    return PoolPlan(num_blocks, max_blocks_per_seq, S, block_bytes, weight_bytes, temporary_bytes)
+    return PoolPlan(
+        num_blocks,
+        max_blocks_per_seq,
+        S,
+        block_bytes,
+        weight_bytes,
+        row_state_bytes,
+        temporary_bytes,
+    )
 
 
 def _memory_bytes() -> int:

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_paged.block_tables import BlockTables
-from pallas_paged.engine import batch
+from pallas_paged.engine import batch, logprobs
+from pallas_paged.engine.block_programs import BlockPrograms
 from pallas_paged.engine.buckets import Buckets
+from pallas_paged.engine.logits import RowEdits, RowState
+from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.scheduler import ScheduledStep
 from pallas_paged.engine.step import StepPrograms
 from pallas_paged.kv_cache import KVCache
@@ -19,10 +22,30 @@ from pallas_paged.models import CausalLM
 
 
 class InFlight(NamedTuple):
-    """A dispatched step and the tokens it will have sampled, i32[B] in the step's order."""
+    """A dispatched step and what it will have computed, in the step's order.
+
+    Attributes:
+      step: the step.
+      tokens: i32[B], the samples.
+      logprobs: of `logprobs.pack` where a sequence of the step asked for it, else None.
+    """
 
     step: ScheduledStep
     tokens: jax.Array | np.ndarray
+    logprobs: jax.Array | np.ndarray | None = None
+
+
+class Collected(NamedTuple):
+    """What a step brought to the host, one entry per scheduled sequence.
+
+    Attributes:
+      tokens: meaningful where the sequence samples.
+      logprobs: of those tokens, with the most likely ones as `SamplingParams.logprobs` says; None
+        where they were not asked for.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None]
 
 
 class Runner(Protocol):
@@ -31,8 +54,8 @@ class Runner(Protocol):
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
         """Starts a step without waiting for its result."""
 
-    def collect(self, in_flight: InFlight) -> list[int]:
-        """Waits for a step; returns one entry per scheduled sequence, meaningful if it samples."""
+    def collect(self, in_flight: InFlight) -> Collected:
+        """Waits for a step and returns what it computed."""
 
     def recover(self) -> None:
         """Makes the device usable again after a step that failed; cached tokens are lost."""
@@ -51,6 +74,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_blocks_per_seq: int,
         buckets: Buckets,
+        max_logprobs: int = 20,
         implementation: str | None = None,
         deterministic: bool = False,
     ):
@@ -64,37 +88,76 @@ class ModelRunner:
         self.buckets = buckets
         self.kv_caches = self._make_caches()
         self._num_rows = max_num_seqs
-        self.last_tokens = jnp.zeros(max_num_seqs + 1, jnp.int32)
+        self._vocab_size = config.vocab_size
+        self.last_tokens, self.row_state, self._row_edits = self._fresh_rows()
         self.programs = StepPrograms(
             model,
             self.kv_caches,
             max_num_seqs,
             max_blocks_per_seq,
+            logprobs.width_for(max_logprobs, config.vocab_size),
             implementation,
             deterministic,
         )
+        self.block_programs = BlockPrograms(self.kv_caches, max_num_seqs)
 
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
         """Starts a step without waiting for its result; the caches are donated to it."""
-        bucket = self.buckets.pick(step.num_tokens, len(step.scheduled))
-        packed = jnp.asarray(batch.build(step, state, bucket))
-        self.kv_caches, self.last_tokens, tokens = self.programs(
-            bucket, self.kv_caches, self.last_tokens, packed
+        is_full = batch.needs_full(step)
+        bucket = self.buckets.pick(
+            step.num_tokens, len(step.scheduled), is_decode=step.is_decode, is_full=is_full
         )
-        tokens.copy_to_host_async()
-        return InFlight(step, tokens)
+        if len(step.copies.src):
+            self.kv_caches = self.block_programs.copy(self.kv_caches, step.copies)
+        packed = jnp.asarray(batch.build(step, state, bucket))
+        for edit in self._row_edits.next_edits(step):
+            self.row_state = self.programs.edit_rows(self.row_state, self.last_tokens, edit)
+        result = self.programs(bucket, self.kv_caches, self.last_tokens, packed, self.row_state)
+        self.kv_caches, self.last_tokens = result.kv_caches, result.last_tokens
+        if result.counts is not None:
+            self.row_state = self.row_state._replace(counts=result.counts)
+        wants_logprobs = any(map(batch.wants_logprobs, step.scheduled))
+        packed_logprobs = result.logprobs if wants_logprobs else None
+        copied = result.tokens if packed_logprobs is None else packed_logprobs
+        copied.copy_to_host_async()
+        return InFlight(step, result.tokens, packed_logprobs)
 
-    def collect(self, in_flight: InFlight) -> list[int]:
-        """Waits for a step; returns one entry per scheduled sequence, meaningful if it samples."""
-        tokens = np.asarray(in_flight.tokens)[: len(in_flight.step.scheduled)]
-        return tokens.tolist()
+    def collect(self, in_flight: InFlight) -> Collected:
+        """Waits for a step and returns what it computed."""
+        scheduled = in_flight.step.scheduled
+        if in_flight.logprobs is None:
+            tokens = np.asarray(in_flight.tokens)[: len(scheduled)]
+            return Collected(tokens.tolist(), [None] * len(scheduled))
+        packed = np.asarray(in_flight.logprobs)[: len(scheduled)]
+        found = [
+            logprobs.read(row, self._num_top(share.sequence.sampling_params.logprobs))
+            if batch.wants_logprobs(share)
+            else None
+            for share, row in zip(scheduled, packed, strict=True)
+        ]
+        return Collected(packed[:, 0].tolist(), found)
+
+    def _num_top(self, asked: int) -> int:
+        return self._vocab_size if asked == -1 else asked
 
     def recover(self) -> None:
         """Replaces the caches: a failed step may have taken them, or left its error in them."""
         self.kv_caches = ()  # first, for there may be no room for two
         self.kv_caches = self._make_caches()
-        self.last_tokens = jnp.zeros(self._num_rows + 1, jnp.int32)
+        self.last_tokens, self.row_state, self._row_edits = self._fresh_rows()
+
+    def _fresh_rows(self) -> tuple[jax.Array, RowState, RowEdits]:
+        """Returns rows that nobody uses."""
+        last_tokens = jnp.zeros(self._num_rows + 1, jnp.int32)
+        row_state = RowState.zeros(self._num_rows, self._vocab_size)
+        return last_tokens, row_state, RowEdits(self._num_rows)
+
+    def warm_up(self) -> None:
+        """Compiles every program, so that no step waits for a compilation."""
+        self.programs.compile(self.buckets.all())
+        self.programs.compile_edit()
+        self.block_programs.compile()
 
     def block_until_ready(self) -> None:
         """Waits until every dispatched step has run."""
-        jax.block_until_ready((self.kv_caches, self.last_tokens))
+        jax.block_until_ready((self.kv_caches, self.last_tokens, self.row_state))

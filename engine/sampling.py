@@ -90,6 +90,11 @@ def sample(logits: Float[Array, "B V"], inputs: SamplingInputs) -> Int32[Array, 
     return jnp.minimum(tokens, logits.shape[1] - 1)  # a row of NaN may end up in the padding
 
 
+def first_tokens(logits: Float[Array, "B V"], k: int) -> tuple[Array, Array]:
+    """Returns values and ids [B, k] of the k first tokens in order, k at most V."""
+    return _candidates(_tiles(logits), k)
+
+
 class _Place(NamedTuple):
     """A place in the order of the tokens: just before `token`, whose value is `value`."""
 

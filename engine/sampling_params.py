@@ -15,15 +15,18 @@ _MAX_FLOAT32 = 3.4028234e38  # what the device computes with
 class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
 
-    The filters apply in this order: temperature, `min_p`, `top_k`, `top_p`; see
-    `pallas_paged.engine.sampling`. A field that is not supported yet accepts only its default and
+    The logits change in this order: `logit_bias` and what excludes tokens, then the penalties (see
+    `pallas_paged.engine.logits`), then temperature, `min_p`, `top_k`, `top_p` (see
+    `pallas_paged.engine.sampling`). A field that is not supported yet accepts only its default and
     is refused by name otherwise, never ignored.
 
     Attributes:
-      n: completions per prompt, 1 to 16384. Only 1 is supported yet.
-      presence_penalty: in [-2, 2]. Only 0 is supported yet.
-      frequency_penalty: in [-2, 2]. Only 0 is supported yet.
-      repetition_penalty: finite and > 0. Only 1 is supported yet.
+      n: completions per prompt, 1 to 16384, and no more than the engine's `max_num_seqs`. The
+        prompt is computed once. Random numbers depend on the seed and on which completion it is.
+      presence_penalty: subtracted from the logits of tokens that the output holds; in [-2, 2].
+      frequency_penalty: subtracted once for each time the output holds the token; in [-2, 2].
+      repetition_penalty: divides the positive and multiplies the negative logits of tokens that the
+        prompt or the output holds; finite and > 0. 1 is off.
       temperature: divides the logits; finite and >= 0. 0 is greedy: the most likely token.
       top_p: in (0, 1]; keeps the smallest set of most likely tokens that has this mass. 1 is off.
       top_k: keeps the k most likely tokens. 0 or -1 is off; held as 0.
@@ -35,15 +38,21 @@ class SamplingParams:
       ignore_eos: go on after an EOS token.
       max_tokens: most tokens to generate, >= 1. None: as many as fit into the
         model's length and the KV pool.
-      min_tokens: fewest tokens to generate, 0 to `max_tokens`. Only 0 is supported yet.
-      logprobs: log-probabilities per token: >= 0, or -1 for all. Only None is supported yet.
+      min_tokens: none of the first `min_tokens` tokens ends the request: EOS (unless `ignore_eos`)
+        and `stop_token_ids` are not chosen, and `stop` is not looked for. 0 to `max_tokens`.
+      logprobs: give each token's log-probability, and those of so many of the most likely tokens;
+        0 is the token's alone, -1 all, None nothing. They are the model's own: the log-softmax of
+        its logits before bias, masks, penalties and temperature. At most the engine's
+        `max_logprobs`.
       prompt_logprobs: the same for the prompt's tokens. Only None is supported yet.
       detokenize: make text of the tokens. Without it `text` is None and `stop` must be empty.
       skip_special_tokens: leave special tokens out of the text.
       include_stop_str_in_output: keep the stop string that ended the text.
-      logit_bias: added to the logits of given token ids. Only None is supported yet.
-      allowed_token_ids: the only token ids to choose from. Only None is supported yet.
-      bad_words: strings never to generate. Only None is supported yet.
+      logit_bias: added to the logits of given token ids; clamped to [-100, 100].
+      allowed_token_ids: the only token ids to choose from; None is all.
+      bad_words: strings never to generate: the tokens of each, as the tokenizer splits it at the
+        start of a text and behind a space, never follow each other in the output. Other tokens
+        that spell the same are not excluded, and neither is a word that the prompt has begun.
 
     Raises:
       ValueError: a field is out of its range, of the wrong type, or not supported yet.
@@ -233,14 +242,5 @@ _CHECKS: dict[str, _Check] = {
 }
 
 _NOT_SUPPORTED_YET: dict[str, object] = {
-    "n": 1,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "min_tokens": 0,
-    "logprobs": None,
     "prompt_logprobs": None,
-    "logit_bias": None,
-    "allowed_token_ids": None,
-    "bad_words": None,
 }

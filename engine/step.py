@@ -1,4 +1,10 @@
-"""The compiled programs of an engine step, one per bucket."""
+"""The compiled programs of an engine step, one per bucket.
+
+Every shape comes in two variants. The plain one samples and returns tokens. The full one also does
+what few requests ask for: penalties, bias and masks (`logits`), and log-probabilities (`logprobs`).
+A step runs it only if a sequence that samples in it asks, and what none of its rows asked for is
+skipped when the program runs.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -6,14 +12,22 @@ import functools
 import logging
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from pallas_paged.engine import batch
+from pallas_paged.engine import batch, logprobs
 from pallas_paged.engine.buckets import Bucket
+from pallas_paged.engine.logits import (
+    RowState,
+    apply_rules,
+    count_tokens,
+    edit_rows,
+    edit_size,
+)
 from pallas_paged.engine.sampling import sample
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import CausalLM
@@ -22,7 +36,26 @@ from pallas_paged.models.attend import paged_attend
 logger = logging.getLogger(__name__)
 
 Caches = tuple[KVCache, ...]
-StepResult = tuple[Caches, jax.Array, jax.Array]
+
+
+class StepResult(NamedTuple):
+    """What a step leaves on the device.
+
+    Attributes:
+      kv_caches: in the place of those that were donated.
+      last_tokens: i32[R + 1], with this step's samples.
+      tokens: i32[B], the samples. A sequence whose logits are not finite gets V, one whose rules
+        leave no token V + 1, which are no tokens: the host turns them into errors.
+      logprobs: of a full step in which a row asks for them, see `logprobs.pack`, whose first column
+        are the `tokens`; zeros if no row does; None after a plain step.
+      counts: see `RowState`, with this step's input tokens; None after a plain step.
+    """
+
+    kv_caches: Caches
+    last_tokens: jax.Array
+    tokens: jax.Array
+    logprobs: jax.Array | None
+    counts: jax.Array | None
 
 
 def run_step(
@@ -30,10 +63,12 @@ def run_step(
     kv_caches: Caches,
     last_tokens: jax.Array,
     packed: jax.Array,
+    row_state: RowState | None,
     *,
     graphdef: nnx.GraphDef,
     bucket: Bucket,
     max_blocks_per_seq: int,
+    logprobs_width: int,
     implementation: str | None,
     deterministic: bool,
 ) -> StepResult:
@@ -45,15 +80,13 @@ def run_step(
       last_tokens: i32[R + 1], the last token sampled in each of the allocator's R rows, and one
         entry that padding writes to; donated.
       packed: i32[K], see `batch.build`.
+      row_state: of a full step, else None; its counts are donated.
       graphdef: the model's graph definition.
       bucket: the step's shape.
       max_blocks_per_seq: M.
+      logprobs_width: W, see `logprobs`.
       implementation: of paged attention.
       deterministic: see `EngineConfig`.
-
-    Returns:
-      The caches, `last_tokens` with this step's samples, and the samples i32[B]. A sequence whose
-      logits are not finite gets V, which is no token: the host turns it into an error.
     """
     x = batch.unpack(packed, bucket, max_blocks_per_seq)
     starts = x.query_start_loc[:-1]
@@ -68,12 +101,28 @@ def run_step(
     hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend)
     logits = model.compute_logits(hidden[x.logits_indices])
 
-    tokens = sample(logits, batch.sampling_inputs(x))
     # Not by the maximum: on a CPU it may leave out a NaN.
     wrong = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), axis=-1)
     wrong |= jnp.all(logits == -jnp.inf, axis=-1)
+    if x.full is None or row_state is None:
+        tokens = sample(logits, batch.sampling_inputs(x))
+        last_tokens = last_tokens.at[x.sample_rows].set(tokens)
+        tokens = jnp.where(wrong, logits.shape[-1], tokens)
+        return StepResult(kv_caches, last_tokens, tokens, None, None)
+
+    counts = count_tokens(row_state.counts, x.full.counted_rows, input_ids[x.logits_indices])
+    ruled = apply_rules(logits, RowState(counts, row_state.bias), batch.logit_inputs(x))
+    empty = jnp.all(ruled == -jnp.inf, axis=-1)
+    tokens = sample(ruled, batch.sampling_inputs(x))
     last_tokens = last_tokens.at[x.sample_rows].set(tokens)
-    return kv_caches, last_tokens, jnp.where(wrong, logits.shape[-1], tokens)
+    tokens = jnp.where(empty, logits.shape[-1] + 1, tokens)
+    tokens = jnp.where(wrong, logits.shape[-1], tokens)
+    found = jax.lax.cond(
+        jnp.any(x.full.wants_logprobs == 1),
+        lambda: logprobs.pack(logits, tokens, logprobs_width),
+        lambda: jnp.zeros((bucket.num_seqs, logprobs.packed_width(logprobs_width)), jnp.int32),
+    )
+    return StepResult(kv_caches, last_tokens, tokens, found, counts)
 
 
 @dataclasses.dataclass
@@ -87,6 +136,7 @@ class StepPrograms:
       kv_caches: the caches, of which only shapes and dtypes are kept.
       max_num_seqs: R.
       max_blocks_per_seq: M.
+      logprobs_width: W, see `logprobs`.
       implementation: of paged attention.
       deterministic: see `EngineConfig`.
       num_traces: how often each bucket was traced.
@@ -96,6 +146,7 @@ class StepPrograms:
     kv_caches: Caches
     max_num_seqs: int
     max_blocks_per_seq: int
+    logprobs_width: int
     implementation: str | None = None
     deterministic: bool = False
     num_traces: dict[Bucket, int] = dataclasses.field(default_factory=dict)
@@ -105,14 +156,38 @@ class StepPrograms:
         # Not the arrays: they would stay in memory beside the ones that take their place.
         self.kv_caches = jax.eval_shape(lambda: self.kv_caches)
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
+        self._compiled_edit: jax.stages.Compiled | None = None
 
     def __call__(
-        self, bucket: Bucket, kv_caches: Caches, last_tokens: jax.Array, packed: jax.Array
+        self,
+        bucket: Bucket,
+        kv_caches: Caches,
+        last_tokens: jax.Array,
+        packed: jax.Array,
+        row_state: RowState,
     ) -> StepResult:
-        """Runs the step; donates `kv_caches` and `last_tokens`."""
+        """Runs the step; donates `kv_caches`, `last_tokens` and, to a full step, the counts."""
         if bucket not in self._compiled:
             self.compile([bucket])
-        return self._compiled[bucket](self.params, kv_caches, last_tokens, packed)
+        state = (row_state.counts, row_state.bias) if bucket.is_full else ()
+        return self._compiled[bucket](self.params, kv_caches, last_tokens, packed, *state)
+
+    def edit_rows(
+        self, row_state: RowState, last_tokens: jax.Array, packed: np.ndarray
+    ) -> RowState:
+        """Runs `logits.edit_rows`; donates `row_state`."""
+        self.compile_edit()
+        assert self._compiled_edit is not None
+        return self._compiled_edit(row_state, last_tokens, packed)
+
+    def compile_edit(self) -> None:
+        """Compiles the program of `edit_rows`, if it is not."""
+        if self._compiled_edit is not None:
+            return
+        packed = jax.ShapeDtypeStruct((edit_size(self.max_num_seqs),), jnp.int32)
+        jitted = jax.jit(edit_rows, donate_argnums=0)
+        lowered = jitted.lower(self._row_state(), self._last_tokens(), packed)
+        self._compiled_edit = lowered.compile()
 
     def compile(self, buckets: Iterable[Bucket]) -> None:
         """Compiles the programs of those `buckets` that have none yet, two at a time."""
@@ -126,6 +201,7 @@ class StepPrograms:
         if missing:
             names = ", ".join(
                 f"{'decode' if b.is_decode else 'mixed'} {b.num_tokens}x{b.num_seqs}"
+                f"{' full' if b.is_full else ''}"
                 for b in missing
             )
             logger.info("compiled %s in %.1f s", names, time.perf_counter() - begin)
@@ -133,32 +209,43 @@ class StepPrograms:
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
         """Traces the program of one bucket."""
 
-        def step(params: Any, kv_caches: Caches, last: jax.Array, packed: jax.Array) -> StepResult:
+        def step(
+            params: Any, kv_caches: Caches, last: jax.Array, packed: jax.Array, *state: jax.Array
+        ) -> StepResult:
             self.num_traces[bucket] = self.num_traces.get(bucket, 0) + 1
             return run_step(
                 params,
                 kv_caches,
                 last,
                 packed,
+                RowState(*state) if bucket.is_full else None,
                 graphdef=self.graphdef,
                 bucket=bucket,
                 max_blocks_per_seq=self.max_blocks_per_seq,
+                logprobs_width=self.logprobs_width,
                 implementation=self.implementation,
                 deterministic=self.deterministic,
             )
 
-        i32 = jnp.int32
-        last_tokens = jax.ShapeDtypeStruct((self.max_num_seqs + 1,), i32)
-        packed = jax.ShapeDtypeStruct((batch.packed_size(bucket, self.max_blocks_per_seq),), i32)
-        jitted = jax.jit(step, donate_argnums=(1, 2))
+        size = batch.packed_size(bucket, self.max_blocks_per_seq)
+        packed = jax.ShapeDtypeStruct((size,), jnp.int32)
+        state = self._row_state() if bucket.is_full else ()
+        jitted = jax.jit(step, donate_argnums=(1, 2, 4) if bucket.is_full else (1, 2))
         precision = jax.config.jax_default_matmul_precision
         if precision is None and jax.tree.leaves(self.params)[0].dtype == jnp.float32:
             precision = "highest"  # else a GPU rounds the factors of products to 10 bits
         with jax.default_matmul_precision(precision):
-            return jitted.lower(self.params, self.kv_caches, last_tokens, packed)
+            return jitted.lower(self.params, self.kv_caches, self._last_tokens(), packed, *state)
+
+    def _last_tokens(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.max_num_seqs + 1,), jnp.int32)
+
+    def _row_state(self) -> RowState:
+        vocab_size = self.model.config.vocab_size
+        return jax.eval_shape(lambda: RowState.zeros(self.max_num_seqs, vocab_size))
 
     def temporary_bytes(self, bucket: Bucket) -> int:
-        """Returns the bytes of temporaries of a bucket's compiled program."""
+        """Returns the bytes of a bucket's compiled program beside inputs and what is in place."""
         self.compile([bucket])
         analysis = self._compiled[bucket].memory_analysis()
         assert analysis is not None, "XLA gave no memory analysis of a compiled program"

@@ -20,6 +20,7 @@ class StopMatcher:
         self._include_stop_str = include_stop_str
         self._num_held = max((len(s) for s in self._stop), default=1) - 1
         self._held = ""
+        self._num_skipped = 0  # of the held characters, those before which no stop string ends
         self.stop_reason: str | None = None
 
     def append(self, text: str) -> str:
@@ -35,13 +36,24 @@ class StopMatcher:
             return self._release(end)
         return self._release(max(len(self._held) - self._num_held, 0))
 
+    def skip(self, text: str) -> str:
+        """Takes the next piece like `append`, but no stop string ends in it."""
+        if self.stop_reason is not None:
+            return ""
+        self._held += text
+        self._num_skipped = len(self._held)
+        return self._release(max(len(self._held) - self._num_held, 0))
+
     def finish(self) -> str:
         """Returns what is still held back; call it once, at the end of the text."""
         return "" if self.stop_reason is not None else self._release(len(self._held))
 
     def _first_match(self) -> tuple[int, str] | None:
         """Returns start and string of the first match, all of which end in the newest piece."""
-        found = ((self._held.find(stop), stop) for stop in self._stop)
+        found = (
+            (self._held.find(stop, max(self._num_skipped - len(stop) + 1, 0)), stop)
+            for stop in self._stop
+        )
         return min(
             (match for match in found if match[0] >= 0),
             key=lambda match: (match[0] + len(match[1]), match[0]),
@@ -50,4 +62,5 @@ class StopMatcher:
 
     def _release(self, end: int) -> str:
         released, self._held = self._held[:end], self._held[end:]
+        self._num_skipped = max(self._num_skipped - end, 0)
         return released

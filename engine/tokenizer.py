@@ -25,9 +25,9 @@ class Tokenizer:
         self.vocab_size: int = len(implementation)
         self.eos_token_id: int | None = implementation.eos_token_id
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Returns the text's tokens, with the special tokens that the tokenizer's config adds."""
-        return self._implementation.encode(text)
+        return self._implementation.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of the tokens; ids that the tokenizer does not know have none."""

@@ -2,12 +2,13 @@
 
 from pallas_paged.models.config import ModelConfig
 from pallas_paged.models.interface import Attend, CausalLM
-from pallas_paged.models.loader import load_config, load_eos_token_ids, load_model
+from pallas_paged.models.loader import init_model, load_config, load_eos_token_ids, load_model
 
 __all__ = [
     "Attend",
     "CausalLM",
     "ModelConfig",
+    "init_model",
     "load_config",
     "load_eos_token_ids",
     "load_model",

@@ -113,6 +113,28 @@ def load_model(
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 
+def init_model(
+    path: str | os.PathLike[str], dtype: jax.typing.DTypeLike = "auto", seed: int = 0
+) -> CausalLM:
+    """Returns a model of the shape in the folder `path`, its weights drawn and not read.
+
+    Only `config.json` is read. The same seed gives the same weights on the same platform.
+
+    Args:
+      path: a folder with `config.json`.
+      dtype: of the parameters: float32, bfloat16 or float16; "auto" takes the one in `config.json`.
+      seed: of the weights.
+
+    Raises:
+      FileNotFoundError: no such folder, or no `config.json` in it.
+      ValueError: what `load_config` raises; `dtype` is unsupported, or "auto" without one in
+        `config.json`.
+    """
+    config = load_config(path)
+    param_dtype = _param_dtype(dtype, config, {})
+    return FAMILIES[config.architecture].model(config, dtype=param_dtype, rngs=nnx.Rngs(seed))
+
+
 def parameters(
     path: str | os.PathLike[str], checkpoint: Checkpoint, config: ModelConfig
 ) -> dict[str, Tensor]:

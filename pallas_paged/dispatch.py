@@ -1,53 +1,156 @@
 """Which implementation of an operation runs: the one the caller names, or one chosen and logged.
 
-Every operation keeps a table from implementation name to function, in order of preference; a new
-backend is one more entry.
+Every operation keeps a table from name to `Implementation`, in order of preference; a new backend
+is one more entry. What an implementation cannot do, it says by itself; nothing falls back in
+silence.
 """
 
+import contextlib
+import contextvars
+import dataclasses
 import functools
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 KNOWN_IMPLEMENTATIONS = ("mosaic_gpu", "xla", "reference")
 """Every name that may be asked for; an operation offers some of them."""
 
 _logger = logging.getLogger(__name__)
+_interpreting = contextvars.ContextVar("interpreting", default=False)
+
+
+def _supports_everything(*args: Any, **kwargs: Any) -> None:
+    """No reason to refuse."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to run an operation.
+
+    Attributes:
+      run: the function itself.
+      unsupported: called with what `choose_implementation` is given; returns in words why `run`
+        cannot do that on the target device, or None where it can.
+    """
+
+    run: Callable[..., Any]
+    unsupported: Callable[..., str | None] = _supports_everything
 
 
 def choose_implementation(
-    operation: str, offered: Collection[str], requested: str | None = None
+    operation: str,
+    offered: Mapping[str, Implementation],
+    requested: str | None = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> str:
     """Returns the name of the implementation that `operation` runs.
 
     Args:
       operation: the operation's name, for messages.
-      offered: the names of its implementations, the preferred one first.
-      requested: the name the caller asks for; None lets the operation choose, which is logged once
-        per process and choice.
+      offered: its implementations by name, the preferred one first.
+      requested: the name the caller asks for; None takes the first that can do the job, which is
+        logged once per process and choice, with the reasons of those passed over.
+      *args: what the implementations look at to say whether they can: arrays or their shapes.
+      **kwargs: likewise.
 
     Raises:
       ValueError: `requested` is no implementation's name.
-      NotImplementedError: `operation` has no such implementation.
+      NotImplementedError: `operation` has no such implementation, or it cannot do this job; the
+        message says why.
     """
+    names = ", ".join(map(repr, offered))
     if requested is None:
-        choice = next(iter(offered))
-        _log_choice(operation, choice, jax.default_backend())
-        return choice
+        passed_over: list[str] = []
+        for name, implementation in offered.items():
+            reason = implementation.unsupported(*args, **kwargs)
+            if reason is None:
+                _log_choice(operation, name, target_device().device_kind, tuple(passed_over))
+                return name
+            passed_over.append(f"not {name!r}: {reason}")
+        raise NotImplementedError(f"{operation}: {'; '.join(passed_over)}")
     if requested not in KNOWN_IMPLEMENTATIONS:
         raise ValueError(
-            f"{operation}: implementation={requested!r} is unknown; "
-            f"use None or one of {', '.join(map(repr, offered))}"
+            f"{operation}: implementation={requested!r} is unknown; use None or one of {names}"
         )
     if requested not in offered:
         raise NotImplementedError(
             f"{operation} has no {requested!r} implementation in this version; "
-            f"use implementation=None or one of {', '.join(map(repr, offered))}"
+            f"use implementation=None or one of {names}"
+        )
+    reason = offered[requested].unsupported(*args, **kwargs)
+    if reason is not None:
+        raise NotImplementedError(
+            f"{operation}: {requested!r} cannot do this: {reason}; use implementation=None to let "
+            "the operation choose"
         )
     return requested
 
 
+def target_device() -> jax.Device:
+    """Returns the device that functions are traced for: JAX's default device.
+
+    `jax.default_device(device)` changes it, to a device of a compile-only topology too. A program
+    that places its arrays elsewhere by hand must set it, or name an implementation.
+    """
+    device = jax.config.jax_default_device
+    if isinstance(device, jax.Device):
+        return device
+    return jax.devices(device)[0]  # a platform's name, or None for the default one
+
+
+def unsupported_target(capabilities: Collection[tuple[int, int]]) -> str | None:
+    """Returns why Mosaic GPU kernels cannot run on the target device, or None where they can.
+
+    Args:
+      capabilities: the CUDA compute capabilities that they are written for.
+    """
+    if _interpreting.get():
+        return None
+    device = target_device()
+    wanted = " or ".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
+    if device.platform != "gpu":
+        return f"it needs an NVIDIA GPU of compute capability {wanted}, not {device.device_kind}"
+    capability = compute_capability()
+    if capability not in capabilities:
+        return (
+            f"it needs compute capability {wanted}, and {device.device_kind} has "
+            f"{capability[0]}.{capability[1]}"
+        )
+    return None
+
+
+def compute_capability() -> tuple[int, int]:
+    """Returns the target device's CUDA compute capability; (9, 0) while kernels are interpreted."""
+    if _interpreting.get():
+        return (9, 0)
+    major, minor = str(target_device().compute_capability).split(".")
+    return int(major), int(minor)
+
+
+@contextlib.contextmanager
+def interpret_kernels(detect_races: bool = False) -> Iterator[None]:
+    """Lets "mosaic_gpu" run on a CPU, interpreted: very slow, for tests of the kernels.
+
+    Functions traced inside simulate a GPU of compute capability 9.0: its shared memory, barriers,
+    asynchronous copies and threads, but neither layouts nor alignment nor speed.
+
+    Args:
+      detect_races: also look for races between threads, which JAX reports on standard output.
+    """
+    token = _interpreting.set(True)
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
+            yield
+    finally:
+        _interpreting.reset(token)
+
+
 @functools.cache
-def _log_choice(operation: str, choice: str, platform: str) -> None:
-    _logger.info("%s runs as %r on %s (automatic choice)", operation, choice, platform)
+def _log_choice(operation: str, choice: str, device: str, passed_over: tuple[str, ...]) -> None:
+    reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
+    _logger.info("%s runs as %r on %s by automatic choice%s", operation, choice, device, reasons)

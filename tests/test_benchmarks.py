@@ -8,6 +8,10 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+SMALL = (
+    "--random_model=tiny --num_requests=6 --length_scale=0.1 --max_num_seqs=2 --num_blocks=40 "
+    "--max_num_batched_tokens=32"
+)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +21,8 @@ ROOT = pathlib.Path(__file__).parent.parent
         ("block_tables", "--num_seqs=8 --num_tokens=64 --steps=4"),
         ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
         ("sampling", "--shapes=2x300 --rounds=1"),
+        ("throughput", f"{SMALL} --baseline=static,continuous"),
+        ("latency", f"{SMALL} --request_rate=40 --goodput=ttft:500 --baseline=static"),
     ],
 )
 def test_it_runs(name: str, flags: str, tmp_path: pathlib.Path) -> None:

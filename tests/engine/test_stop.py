@@ -37,6 +37,29 @@ def test_any_pieces_give_what_the_whole_text_gives(text, cuts, stop, include):
     assert (out, matcher.stop_reason) == expected(text, stop, include)
 
 
+@settings(deadline=None, max_examples=500)
+@given(
+    text=letters, cut=st.integers(0, 30), sizes=st.lists(st.integers(1, 5), max_size=9),
+    stop=stop_strings, include=st.booleans(),
+)  # fmt: skip
+def test_none_ends_in_what_is_skipped_but_one_may_begin_there(text, cut, sizes, stop, include):
+    matcher, out = StopMatcher(stop, include_stop_str=include), ""
+    cut = min(cut, len(text))
+    borders = [cut, *(min(cut + end, len(text)) for end in itertools.accumulate(sizes)), len(text)]
+    out += matcher.skip(text[: cut // 2]) + matcher.skip(text[cut // 2 : cut])
+    for start, end in itertools.pairwise(borders):
+        out += matcher.append(text[start:end])
+    out += matcher.finish()
+    ends = [
+        (start + len(s), start, s)
+        for s in stop
+        for start in range(len(text))
+        if text.startswith(s, start) and start + len(s) > cut
+    ]
+    end, start, found = min(ends, default=(len(text), len(text), None))
+    assert (out, matcher.stop_reason) == (text[: end if include else start], found)
+
+
 @settings(deadline=None)
 @given(text=letters, stop=stop_strings)
 def test_it_stops_with_the_character_that_completes_a_stop_string(text, stop):

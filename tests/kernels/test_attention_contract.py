@@ -1,7 +1,5 @@
 """What paged attention refuses, which implementation it chooses, what its programs hold."""
 
-import logging
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +8,9 @@ import pytest
 from pallas_paged import (
     AttentionMetadata,
     KVCache,
-    attention_implementation,
     paged_attention,
     write_kv,
 )
-from pallas_paged.dispatch import _log_choice
 from pallas_paged.ops.attention.arg_specs import AttentionSpec, build
 
 
@@ -27,7 +23,7 @@ def compile_step(spec, cache=None):
     def step(cache, q, k, fields):
         metadata = AttentionMetadata(**fields, max_query_len=max_query_len)
         cache = write_kv(k, k, cache, metadata.slot_mapping)
-        return cache, paged_attention(q, *cache, metadata)
+        return cache, paged_attention(q, cache.k, cache.v, metadata)
 
     cache = cache or KVCache(arguments.k_cache, arguments.v_cache)
     k = arguments.q[:, : spec.num_kv_heads]
@@ -105,25 +101,6 @@ def test_caches_of_two_dtypes():
         paged_attention(*arguments.arrays)
 
 
-def test_missing_implementation_is_refused_by_name():
-    arguments = build(AttentionSpec("valid", (5, 3)))
-    with pytest.raises(NotImplementedError, match="paged_attention has no 'mosaic_gpu'"):
-        paged_attention(*arguments.arrays, implementation="mosaic_gpu")
-    with pytest.raises(NotImplementedError, match="use implementation=None or one of 'xla'"):
-        attention_implementation("mosaic_gpu")
-
-
-def test_automatic_choice_is_logged_once(caplog):
-    _log_choice.cache_clear()
-    with caplog.at_level(logging.INFO, logger="pallas_paged"):
-        assert attention_implementation() == "xla"
-        assert attention_implementation("reference") == "reference"
-        assert attention_implementation() == "xla"
-    assert [record.getMessage() for record in caplog.records] == [
-        "paged_attention runs as 'xla' on cpu (automatic choice)"
-    ]
-
-
 def test_deterministic_does_not_depend_on_what_else_is_in_the_call() -> None:
     """A token's result is the same, bit for bit, in a long chunk, a short one, and as a decode."""
     T, S, num_blocks = 64, 8, 40
@@ -156,3 +133,11 @@ def test_deterministic_does_not_depend_on_what_else_is_in_the_call() -> None:
     whole = last_row(length, 0, (0,))
     for new, first, others in [(1, 0, (0,)), (1, 30, (1,)), (2, 1, (9,)), (17, 20, (20,))]:
         np.testing.assert_array_equal(last_row(new, first, others), whole)
+
+
+def test_metadata_of_a_decode_step():
+    """What `build` makes step by step, padding rows included."""
+    expected = build(AttentionSpec("decode", (5, 8, 1, 17), num_rows=6, num_tokens=6)).metadata
+    made = AttentionMetadata.for_decode(expected.block_tables, expected.seq_lens, 8)
+    for name, value in vars(expected).items():
+        np.testing.assert_array_equal(getattr(made, name), value, err_msg=name)

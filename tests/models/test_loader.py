@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from pallas_paged.models import load_config, load_eos_token_ids, load_model
+from pallas_paged.models import init_model, load_config, load_eos_token_ids, load_model
 from tests.models.references import REFERENCES, load_reference
 
 TIED, SHARDED = "llama-mha-tied", "llama-gqa-llama3"
@@ -298,3 +298,22 @@ class TestGenerationDefaults:
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
         with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id=.* must be an"):
             load_eos_token_ids(folder)
+
+
+class TestInit:
+    def test_needs_the_config_only(self, tmp_path):
+        source = load_reference(TIED).path
+        (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+        drawn = params_of(init_model(tmp_path, "bfloat16", seed=1))
+        assert_same(drawn, params_of(init_model(tmp_path, "bfloat16", seed=1)))
+        other = params_of(init_model(tmp_path, "bfloat16", seed=2))
+        assert not np.array_equal(drawn[Q_PROJ], other[Q_PROJ])
+        read = params_of(load_model(source))
+        assert {k: v.shape for k, v in drawn.items()} == {k: v.shape for k, v in read.items()}
+        assert drawn[Q_PROJ].dtype == jnp.bfloat16
+
+    def test_auto_without_a_field_is_refused(self, copy_of):
+        folder = copy_of(TIED)
+        edit_config(folder, dtype=None)
+        with pytest.raises(ValueError, match=r"config.json names no dtype"):
+            init_model(folder)

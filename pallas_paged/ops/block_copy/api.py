@@ -1,17 +1,15 @@
 """Copy of blocks inside the KV cache (copy on write): the public function and its checks."""
 
-from collections.abc import Callable, Mapping
-
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from pallas_paged.dispatch import choose_implementation
-from pallas_paged.kv_cache import KVCache
+from pallas_paged.dispatch import Implementation, choose_implementation
+from pallas_paged.kv_cache import KVCache, check_cache
 from pallas_paged.ops.block_copy import reference, xla
 
-_IMPLEMENTATIONS: Mapping[str, Callable[..., KVCache]] = {
-    "xla": xla.copy_blocks,
-    "reference": reference.copy_blocks,
+_IMPLEMENTATIONS = {
+    "xla": Implementation(xla.copy_blocks),
+    "reference": Implementation(reference.copy_blocks),
 }
 
 
@@ -22,14 +20,14 @@ def copy_blocks(
     *,
     implementation: str | None = None,
 ) -> KVCache:
-    """Copies P blocks of keys and values in one launch: block `dst[i]` becomes `src[i]`'s content.
+    """Copies P blocks of keys and values: block `dst[i]` becomes `src[i]`'s content.
 
     All sources are read before any destination is written. Unused pairs are (0, 0), the null block
     onto itself; apart from them the destinations differ, or which source wins is unspecified.
 
     Args:
-      kv_cache: donated: it must not be used afterwards. Inside a caller's own `jax.jit` it is
-        updated in place if the caller donates it there.
+      kv_cache: with its scales, if it is quantised. Donated: it must not be used afterwards. Inside
+        a caller's own `jax.jit` it is updated in place if the caller donates it there.
       src: i32[P], blocks to read.
       dst: i32[P], blocks to overwrite.
       implementation: "xla" (any platform), "reference", or None to choose.
@@ -39,10 +37,11 @@ def copy_blocks(
 
     Raises:
       ValueError: shapes or dtypes that do not fit.
-      NotImplementedError: the named implementation does not exist.
+      NotImplementedError: the named implementation does not exist or cannot do this here.
 
     Source: copy-on-write at block granularity, PagedAttention (Kwon et al. 2023), section 4.4.
     """
+    check_cache(kv_cache)
     for name, blocks in (("src", src), ("dst", dst)):
         if blocks.shape != src.shape or blocks.ndim != 1 or blocks.dtype != jnp.int32:
             raise ValueError(
@@ -50,4 +49,4 @@ def copy_blocks(
                 f"the same length (src has {list(src.shape)})"
             )
     name = choose_implementation("copy_blocks", _IMPLEMENTATIONS, implementation)
-    return _IMPLEMENTATIONS[name](kv_cache, src, dst)
+    return _IMPLEMENTATIONS[name].run(kv_cache, src, dst)

@@ -1,18 +1,16 @@
 """Write of a step's keys and values into the KV cache: the public function and its checks."""
 
-from collections.abc import Callable, Mapping
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_paged.dispatch import choose_implementation
-from pallas_paged.kv_cache import KVCache
+from pallas_paged.dispatch import Implementation, choose_implementation
+from pallas_paged.kv_cache import KVCache, check_cache
 from pallas_paged.ops.kv_write import reference, xla
 
-_IMPLEMENTATIONS: Mapping[str, Callable[..., KVCache]] = {
-    "xla": xla.write_kv,
-    "reference": reference.write_kv,
+_IMPLEMENTATIONS = {
+    "xla": Implementation(xla.write_kv),
+    "reference": Implementation(reference.write_kv),
 }
 
 
@@ -27,7 +25,8 @@ def write_kv(
     """Writes the keys and values of T tokens into their slots.
 
     Args:
-      k: keys, cast to the cache's dtype.
+      k: keys, cast to the cache's dtype, or quantised if that is float8_e4m3fn or int8: then their
+        scales are written too (see `pallas_paged.quantisation` for the error).
       v: values, likewise.
       kv_cache: donated: it must not be used afterwards. Inside a caller's own `jax.jit` it is
         updated in place if the caller donates it there.
@@ -40,19 +39,15 @@ def write_kv(
 
     Raises:
       ValueError: shapes or dtypes that do not fit.
-      NotImplementedError: the named implementation does not exist.
+      NotImplementedError: the named implementation does not exist or cannot do this here.
     """
     _check(k, v, kv_cache, slot_mapping)
     name = choose_implementation("write_kv", _IMPLEMENTATIONS, implementation)
-    return _IMPLEMENTATIONS[name](k, v, kv_cache, slot_mapping)
+    return _IMPLEMENTATIONS[name].run(k, v, kv_cache, slot_mapping)
 
 
 def _check(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array) -> None:
-    if kv_cache.k.ndim != 4 or kv_cache.k.shape != kv_cache.v.shape:
-        raise ValueError(
-            f"kv_cache.k.shape={kv_cache.k.shape} and kv_cache.v.shape={kv_cache.v.shape} must "
-            "both be [blocks, kv heads, block size, head_dim]"
-        )
+    check_cache(kv_cache)
     _, num_kv_heads, _, head_dim = kv_cache.k.shape
     expected = (*slot_mapping.shape[:1], num_kv_heads, head_dim)
     if k.shape != expected or v.shape != expected:

@@ -1,0 +1,181 @@
+"""Compilation for an NVIDIA GPU on a machine that has none, down to its machine code.
+
+Needs the packages `jax-cuda12-plugin` and `jax-cuda12-pjrt` of jax's own version and
+`nvidia-cuda-nvcc-cu12` (none of their dependencies), and on a machine without a GPU the environment
+variable `JAX_PLATFORMS=cpu`. A description of the GPU takes the place of the GPU; `targets/` has
+some. Matrix products are not autotuned then.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import resources
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+
+TARGETS = ("a100-40gb", "a100-80gb", "h100", "h200")
+"""The GPUs whose descriptions come with the package."""
+
+
+class KernelResources(NamedTuple):
+    """What a Mosaic GPU kernel takes of the chip, as the compiler reports it.
+
+    Attributes:
+      name: the kernel's name.
+      registers: registers per thread.
+      spill_bytes: bytes per thread that did not fit into registers, stored or loaded.
+      smem_bytes: shared memory per block of threads, without its barriers; None when several
+        kernels were compiled, whose figures cannot be told apart.
+      warnings: what else the compiler had to say.
+    """
+
+    name: str
+    registers: int
+    spill_bytes: int
+    smem_bytes: int | None
+    warnings: tuple[str, ...]
+
+
+@functools.cache
+def target_device(target: str) -> jax.Device:
+    """Returns a compile-only device for the GPU named `target`, one of `TARGETS`.
+
+    Under `jax.default_device(...)` of it, tracing chooses implementations for that GPU.
+
+    Raises:
+      ValueError: an unknown target.
+      RuntimeError: the packages that compile for CUDA are not there.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"{target=} is unknown; use one of {', '.join(TARGETS)}")
+    description = resources.files("pallas_paged.targets").joinpath(f"{target}.txtpb").read_text()
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=description, topology="1x1x1"
+        )
+    except Exception as error:
+        raise RuntimeError(
+            f"cannot compile for {target}: {error}. On a machine without a GPU this needs "
+            f"jax-cuda12-plugin and jax-cuda12-pjrt, both {jax.__version__}, "
+            "nvidia-cuda-nvcc-cu12, and JAX_PLATFORMS=cpu in the environment"
+        ) from error
+    return topology.devices[0]
+
+
+def compile_for(
+    target: str, function: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
+) -> jax.stages.Compiled:
+    """Returns `function` compiled for the GPU named `target`; it can be inspected, not called.
+
+    Args:
+      target: one of `TARGETS`.
+      function: of arrays, or pytrees of them, only; may be jitted already.
+      *args: its arguments, or `jax.ShapeDtypeStruct`s in their place.
+      donate_argnums: which of them it may overwrite, if it is not jitted yet.
+
+    Raises:
+      ValueError, RuntimeError: as `target_device`.
+    """
+    jitted: Any = function
+    if not hasattr(function, "lower"):
+        jitted = jax.jit(function, donate_argnums=donate_argnums)
+    with _without_compilation_cache(), jax.default_device(target_device(target)):
+        return jitted.lower(*args).compile()
+
+
+def kernel_resources(
+    target: str, function: Callable[..., Any], *args: Any
+) -> tuple[KernelResources, ...]:
+    """Compiles like `compile_for`; returns what each Mosaic GPU kernel in `function` takes.
+
+    Not for several threads at once: the compiler reports on the process's standard output, which is
+    read meanwhile.
+
+    Raises:
+      ValueError, RuntimeError: as `target_device`; no kernel was compiled, because `function` has
+        none or this process has compiled them before (h100 and h200 share their code).
+    """
+    with (
+        _captured_output() as report,
+        _environment(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1"),
+    ):
+        compile_for(target, function, *args)
+    kernels = _parse(report[0])
+    if not kernels:
+        raise RuntimeError("no Mosaic GPU kernel was compiled, or this process had compiled it")
+    return kernels
+
+
+def _parse(report: str) -> tuple[KernelResources, ...]:
+    smem = re.findall(r"smem_scratch_bytes=(\d+)", report)
+    found = []
+    for part in report.split("Compiling entry function '")[1:]:
+        spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        assert registers is not None, f"no register count in the compiler's report: {part}"
+        found.append(
+            KernelResources(
+                name=part.partition("'")[0],
+                registers=int(registers[1]),
+                spill_bytes=sum(map(int, spills)),
+                smem_bytes=int(smem[0]) if len(smem) == 1 else None,
+                warnings=tuple(line for line in part.splitlines() if "warning" in line.lower()),
+            )
+        )
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _without_compilation_cache() -> Iterator[None]:
+    """JAX's cache would load what it finds, which takes the GPU; and a hit makes no report."""
+    enabled = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX looks at the setting once
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _captured_output() -> Iterator[list[str]]:
+    """Catches what Python and native code print; at the end it is in the list."""
+    captured: list[str] = []
+    python = io.StringIO()
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as file,
+        contextlib.redirect_stdout(python),
+    ):
+        saved = {fd: os.dup(fd) for fd in (1, 2)}
+        try:
+            for fd in saved:
+                os.dup2(file.fileno(), fd)
+            yield captured
+        finally:
+            for fd, copy in saved.items():
+                os.dup2(copy, fd)
+                os.close(copy)
+            file.seek(0)
+            captured.append(python.getvalue() + file.read())
