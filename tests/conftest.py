@@ -17,5 +17,5 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 LAYER_1 = ["pallas_paged.kv_cache", "pallas_paged.block_tables", "pallas_paged.ops"]
-MODELS = [f"pallas_paged.models.{name}" for name in ("attend", "layers", "llama", "opt", "rope")]
+MODELS = [f"pallas_paged.models.{name}" for name in ("attend", "decoder", "layers", "opt", "rope")]
 install_import_hook(LAYER_1 + MODELS, "beartype.beartype")
