@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_paged import paged_attention
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.kv_cache import NULL_BLOCK
 from pallas_paged.ops.attention import mosaic_gpu_prefill, reference
@@ -117,3 +118,28 @@ def test_tuning_is_checked():
         PrefillTuning(tile_keys=48)
     with pytest.raises(ValueError, match="stages=1 must be at least 2"):
         PrefillTuning(stages=1)
+
+
+def test_a_mixed_step_of_the_public_function():
+    """Decode and prefill rows, a sequence without queries, and padding in one call."""
+    spec = AttentionSpec(
+        "mixed",
+        (20, 30, 9, 3, 40),
+        (1, 0, 9, 1, 12),
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=16,
+        dtype="bfloat16",
+    )
+    arguments = build(spec)
+    with interpret_kernels(detect_races=True):
+        out, lse = jax.block_until_ready(
+            jax.jit(lambda *arrays: paged_attention(*arrays, return_lse=True))(*arguments.arrays)
+        )
+    expected, expected_lse = paged_attention(
+        *arguments.arrays, return_lse=True, implementation="reference"
+    )
+    expected, out = (np.asarray(array, np.float32) for array in (expected, out))
+    np.testing.assert_allclose(out, expected, rtol=2e-2, atol=2e-2)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
