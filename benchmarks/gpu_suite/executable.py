@@ -112,7 +112,7 @@ if __name__ == "__main__":
     _TARGET = flags.DEFINE_enum("target", "h100", [*deviceless.TARGETS, HOST], "The GPU.")
     _SPEC = flags.DEFINE_enum("spec", "decode block 16", list(specs()), "What it computes.")
     _IMPLEMENTATION = flags.DEFINE_enum(
-        "implementation", "mosaic_gpu", ["mosaic_gpu", "xla"], "How."
+        "implementation", "mosaic_gpu", ["mosaic_gpu", "xla", "reference"], "How."
     )
     _FILE = flags.DEFINE_string("file", None, "File to write.", required=True)
     app.run(main)
