@@ -11,6 +11,7 @@ import numpy as np
 
 from pallas_paged.block_tables import BlockTables
 from pallas_paged.engine import batch, logprobs
+from pallas_paged.engine.block_programs import BlockPrograms
 from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.logits import RowEdits, RowState
 from pallas_paged.engine.logprobs import TokenLogprobs
@@ -98,11 +99,16 @@ class ModelRunner:
             implementation,
             deterministic,
         )
+        self.block_programs = BlockPrograms(self.kv_caches, max_num_seqs)
 
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
         """Starts a step without waiting for its result; the caches are donated to it."""
         is_full = batch.needs_full(step)
-        bucket = self.buckets.pick(step.num_tokens, len(step.scheduled), is_full=is_full)
+        bucket = self.buckets.pick(
+            step.num_tokens, len(step.scheduled), is_decode=step.is_decode, is_full=is_full
+        )
+        if len(step.copies.src):
+            self.kv_caches = self.block_programs.copy(self.kv_caches, step.copies)
         packed = jnp.asarray(batch.build(step, state, bucket))
         for edit in self._row_edits.next_edits(step):
             self.row_state = self.programs.edit_rows(self.row_state, self.last_tokens, edit)
@@ -150,6 +156,7 @@ class ModelRunner:
         """Compiles every program, so that no step waits for a compilation."""
         self.programs.compile(self.buckets.all())
         self.programs.compile_edit()
+        self.block_programs.compile()
 
     def block_until_ready(self) -> None:
         """Waits until every dispatched step has run."""

@@ -101,7 +101,7 @@ def run(
     engine: Engine, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
 ) -> list[RequestOutput]:
     """Completes the prompts in one run."""
-    sequences = [engine.make_sequence(p, one) for p, one in zip(prompts, params, strict=True)]
+    sequences = [engine.make_group(p, one) for p, one in zip(prompts, params, strict=True)]
     for sequence in sequences:
         engine.add(sequence)
     done = {}

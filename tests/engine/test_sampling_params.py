@@ -32,6 +32,8 @@ DEFAULTS = {
     "logit_bias": None,
     "allowed_token_ids": None,
     "bad_words": None,
+    "skip_reading_prefix_cache": False,
+    "skip_writing_prefix_cache": False,
 }
 
 NAN, INF = math.nan, math.inf
@@ -68,7 +70,7 @@ REFUSED: list[tuple[str, object, str]] = [
 ]  # fmt: skip
 
 NOT_SUPPORTED_YET: list[tuple[str, object]] = [
-    ("n", 2), ("prompt_logprobs", 0),
+    ("prompt_logprobs", 0),
 ]  # fmt: skip
 
 ACCEPTED: list[tuple[str, object, object]] = [
