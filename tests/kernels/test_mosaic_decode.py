@@ -90,9 +90,7 @@ def test_the_public_function_runs_it_and_says_so():
     arguments = build(AttentionSpec("one", (3,), head_dim=64, block_size=16, dtype="bfloat16"))
     with interpret_kernels():
         names = [
-            attention_implementation(
-                implementation, arguments.q, arguments.k_cache, max_query_len=1
-            )
+            attention_implementation(implementation, arguments.q, arguments.k_cache)
             for implementation in (None, "mosaic_gpu")
         ]
         out = jax.jit(lambda *arrays: paged_attention(*arrays))(*arguments.arrays)
@@ -118,15 +116,12 @@ def shapes(dtype="bfloat16", num_q_heads=8, head_dim=64, block_size=16, cache_dt
         (shapes(block_size=8), {}, "block_size=8 must be among 16, 32"),
         (shapes(num_q_heads=64), {}, "32 query heads per KV head are more than 16"),
         (shapes(), {"deterministic": True}, "deterministic=True, and the work is divided"),
-        (shapes(), {"max_query_len": 9}, "max_query_len=9 is more than"),
-        (shapes(num_q_heads=32), {"max_query_len": 8}, "max_query_len=8 is more than"),
-        (shapes(), {"max_query_len": None}, "there is no prefill kernel yet"),
     ],
 )
 def test_what_it_cannot_do_is_refused_with_the_reason(arguments, options, reason):
     with interpret_kernels():
         with pytest.raises(NotImplementedError, match=reason):
-            attention_implementation("mosaic_gpu", *arguments, **{"max_query_len": 1} | options)
+            attention_implementation("mosaic_gpu", *arguments, **options)
         assert attention_implementation(None, *arguments, **options) == "xla"
 
 
@@ -134,4 +129,4 @@ def test_other_devices_are_refused():
     with pytest.raises(
         NotImplementedError, match=r"needs an NVIDIA GPU of compute capability 9\.0"
     ):
-        attention_implementation("mosaic_gpu", *shapes(), max_query_len=1)
+        attention_implementation("mosaic_gpu", *shapes())

@@ -136,7 +136,6 @@ def paged_attention(
         q,
         k_cache,
         deterministic=deterministic,
-        max_query_len=metadata.max_query_len,
     )
     out, lse = _IMPLEMENTATIONS[name].run(
         q,
@@ -161,13 +160,11 @@ def attention_implementation(
     k_cache: jax.Array | jax.ShapeDtypeStruct,
     *,
     deterministic: bool = False,
-    max_query_len: int | None = None,
 ) -> str:
     """Returns the name of the implementation that `paged_attention` runs for such arguments.
 
     Args:
       implementation, q, k_cache, deterministic: as there, shapes and dtypes are enough.
-      max_query_len: of the metadata; None asks for an implementation that takes any.
 
     Raises:
       ValueError: `implementation` is no implementation's name.
@@ -180,7 +177,6 @@ def attention_implementation(
         q,
         k_cache,
         deterministic=deterministic,
-        max_query_len=max_query_len,
     )
 
 

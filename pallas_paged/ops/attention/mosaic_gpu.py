@@ -1,8 +1,9 @@
 """Paged attention in Pallas Mosaic GPU: what it refuses, how it is configured, and its parts.
 
 A step is made of parts over disjoint sequences. The decode part takes those with at most
-`max_decode_tokens` query tokens; it writes their rows and the padding's. Which sequence belongs
-where is read from the metadata on the device, by each part's work list.
+`max_decode_tokens` query tokens; it writes their rows and the padding's. The prefill part takes the
+others and writes into the decode part's result; a step that can have none leaves it out. Which
+sequence belongs where is read from the metadata on the device, by each part's work list.
 """
 
 import functools
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 
 from pallas_paged.dispatch import is_interpreting, target_device, unsupported_target
 from pallas_paged.kv_cache import AttentionMetadata
-from pallas_paged.ops.attention import mosaic_gpu_decode
+from pallas_paged.ops.attention import mosaic_gpu_decode, mosaic_gpu_prefill
 from pallas_paged.ops.attention.config import DecodeConfig, DecodeKey, decode_config
 from pallas_paged.ops.attention.mosaic_gpu_decode import DecodeProblem
+from pallas_paged.ops.attention.prefill_config import PrefillTuning, prefill_tuning
+from pallas_paged.ops.attention.prefill_plan import plan_prefill
 from pallas_paged.ops.attention.work_list import make_work_list
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -32,7 +35,6 @@ def unsupported(
     k_cache: jax.Array | jax.ShapeDtypeStruct,
     *,
     deterministic: bool = False,
-    max_query_len: int | None = None,
 ) -> str | None:
     """Returns why the kernels cannot compute this on the target device, or None if they can.
 
@@ -40,7 +42,6 @@ def unsupported(
       q: the queries, or their shape and dtype.
       k_cache: the keys, or their shape and dtype.
       deterministic: as in `paged_attention`.
-      max_query_len: of the metadata; None stands for any.
     """
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -62,13 +63,6 @@ def unsupported(
             return f"{name}={value} must be among {', '.join(map(str, allowed))}"
     if group > MAX_GROUP:
         return f"{group} query heads per KV head are more than {MAX_GROUP}"
-    if max_query_len is None:
-        return "there is no prefill kernel yet"
-    if max_query_len > max_decode_tokens(group, head_dim, max_query_len):
-        return (
-            f"max_query_len={max_query_len} is more than the decode kernel takes for groups of "
-            f"{group} and head_dim={head_dim}, and there is no prefill kernel yet"
-        )
     return None
 
 
@@ -98,8 +92,9 @@ def paged_attention(
     sinks: jax.Array | None,
     deterministic: bool = False,
     config: DecodeConfig | None = None,
+    tuning: PrefillTuning | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (out, lse); see `api.paged_attention`. `config` None looks one up."""
+    """Returns (out, lse); see `api.paged_attention`. `config`, `tuning` None look one up."""
     assert not deterministic, "unsupported() refuses it"
     assert k_scale is None, "unsupported() refuses quantised caches"
     assert v_scale is None
@@ -121,7 +116,7 @@ def paged_attention(
     )
     if config is None:
         config = config_for(problem)
-    return _decode_part(
+    results = _decode_part(
         q,
         k_cache,
         v_cache,
@@ -131,6 +126,19 @@ def paged_attention(
         problem=problem,
         config=config,
         num_ctas=num_sms() * config.ctas_per_sm,
+    )
+    if metadata.max_query_len <= problem.max_tokens:
+        return results
+    return _prefill_part(
+        q,
+        k_cache,
+        v_cache,
+        metadata,
+        alibi_slopes,
+        sinks,
+        results,
+        problem=problem,
+        tuning=tuning or prefill_tuning(head_dim, is_interpreting()),
     )
 
 
@@ -188,4 +196,43 @@ def _decode_part(
         sinks=sinks,
         problem=problem,
         config=config,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "tuning"))
+def _prefill_part(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    metadata: AttentionMetadata,
+    alibi_slopes: jax.Array | None,
+    sinks: jax.Array | None,
+    results: tuple[jax.Array, jax.Array],
+    *,
+    problem: DecodeProblem,
+    tuning: PrefillTuning,
+) -> tuple[jax.Array, jax.Array]:
+    """Plans and computes the sequences that the decode part leaves; `results` are its rows."""
+    plan = plan_prefill(
+        metadata,
+        num_tokens=q.shape[0],
+        group=problem.num_q_heads // problem.num_kv_heads,
+        head_dim=problem.head_dim,
+        sliding_window=problem.sliding_window,
+        min_query_len=problem.max_tokens + 1,
+        with_padding=False,
+    )
+    return mosaic_gpu_prefill.prefill(
+        q,
+        k_cache,
+        v_cache,
+        metadata.block_tables,
+        plan,
+        scale=problem.scale,
+        sliding_window=problem.sliding_window,
+        logits_soft_cap=problem.logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        tuning=tuning,
+        into=results,
     )
