@@ -26,7 +26,7 @@ class EngineConfig:
     """How an engine runs. The names are those of vLLM's engine arguments where it has them.
 
     Attributes:
-      model: folder with a Hugging Face checkpoint.
+      model: folder with a Hugging Face checkpoint, or with a ported one.
       tokenizer: folder with tokenizer files; None means `model`.
       dtype: of parameters and activations: "auto" (the checkpoint's), "float32", "bfloat16",
         "float16".
