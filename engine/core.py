@@ -17,6 +17,7 @@ import numpy as np
 from pallas_paged.engine import logprobs as token_logprobs
 from pallas_paged.engine.detokenizer import Detokenizer
 from pallas_paged.engine.groups import longest_length
+from pallas_paged.engine.kv_stats import KVStats, kv_stats
 from pallas_paged.engine.logit_rules import resolve
 from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.memory import BlockTableMemory
@@ -117,10 +118,11 @@ class Engine:
         self._counter = itertools.count()
 
     def check_idle(self) -> None:
-        """Asserts that no request is left, and that the block tables agree: every block is free."""
+        """Asserts that no request is left, and that every block is free, cached or pinned."""
         assert not self.has_unfinished, f"unfinished: {sorted(self._requests)}"
         self.scheduler.check_invariants()
-        free, usable = self.memory.num_free_blocks, self.memory.num_usable_blocks
+        free = self.memory.num_free_blocks + len(self.memory.pins)
+        usable = self.memory.num_usable_blocks
         assert free == usable, f"{usable - free} blocks are lost"
 
     # --- requests -----------------------------------------------------------------------------
@@ -130,10 +132,12 @@ class Engine:
         prompt_token_ids: Seq[int],
         params: SamplingParams,
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> SequenceGroup:
         """Returns a group of `params.n` sequences that `add` accepts; queues nothing.
 
-        A request without an id or a seed draws one.
+        A request without an id or a seed draws one. Requests share cached blocks only with those
+        of the same `cache_salt`.
 
         Raises:
           ValueError: the prompt is empty, too long for the model, or for the pool together with
@@ -175,6 +179,9 @@ class Engine:
             arrival_time=time.monotonic(),
             sampling_params=self._with_seed(params),
             num_seqs=params.n,
+            cache_salt=cache_salt,
+            reads_cache=not params.skip_reading_prefix_cache,
+            writes_cache=not params.skip_writing_prefix_cache,
             logit_rules=resolve(
                 params,
                 vocab_size=self._vocab_size,
@@ -227,6 +234,10 @@ class Engine:
             for completion in running:
                 self._update_text(completion)
             self._undelivered.append(self._output(request))
+
+    def kv_stats(self) -> KVStats:
+        """Returns what the blocks of the pool hold now."""
+        return kv_stats(self.memory, self.scheduler.row_lens, self.scheduler.num_preemptions)
 
     @property
     def has_unfinished(self) -> bool:
@@ -386,6 +397,7 @@ class Engine:
                 finish_time_s=time.monotonic() if finished else None,
                 num_preemptions=group.num_preemptions,
             ),
+            num_cached_tokens=group.num_cached_tokens,
         )
 
     def _with_seed(self, params: SamplingParams) -> SamplingParams:

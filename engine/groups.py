@@ -22,6 +22,24 @@ class CopyPairs(NamedTuple):
 NO_COPIES = CopyPairs(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
+class FullBlocks(NamedTuple):
+    """Blocks of a row that computed tokens have filled.
+
+    Attributes:
+      row: the row.
+      token_ids: at least the tokens in these blocks.
+      first: how many full blocks the row had when this was told before.
+      end: how many it has.
+      salt: what keeps its request's blocks apart from others', or None.
+    """
+
+    row: int
+    token_ids: Seq[int]
+    first: int
+    end: int
+    salt: str | None
+
+
 class RowPlan(NamedTuple):
     """What a row of the block tables begins with.
 
@@ -70,22 +88,25 @@ def longest_length(prompt_len: int, num_seqs: int, num_blocks: int, block_size: 
     return (common + max(0, num_blocks - common) // num_seqs) * block_size
 
 
-def plan_tree(token_ids: Seq[Seq[int]], block_size: int) -> list[Branch]:
+def plan_tree(token_ids: Seq[Seq[int]], hits: Seq[Seq[int]], block_size: int) -> list[Branch]:
     """Returns the blocks of sequences that begin with full blocks of the same tokens: a tree.
 
     New blocks are numbered -1, -2, ... A sequence shares no block with its own last token, because
-    somebody has to compute that one.
+    somebody has to compute that one; nor may `hits`, the cached blocks that each begins with,
+    reach that far.
     """
     S = block_size
-    owners: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # (parent, tokens) -> block
+    owners: dict[tuple[int, tuple[int, ...]], tuple[int, int | None]] = {}
     branches: list[Branch] = []
     num_new = 0
-    for index, ids in enumerate(token_ids):
+    for index, (ids, cached) in enumerate(zip(token_ids, hits, strict=True)):
         blocks: list[int] = []
         leader, num_shared = None, 0
         for start in range(0, len(ids), S):
             parent = blocks[-1] if blocks else 0
             key = parent, tuple(ids[start : start + S])
+            if len(blocks) < len(cached):
+                owners.setdefault(key, (cached[len(blocks)], None))
             if key in owners and start + S < len(ids):
                 block, leader = owners[key]
                 num_shared = start + S
@@ -115,16 +136,21 @@ class Entry(NamedTuple):
     num_needed: int
 
 
-def plan_entry(group: SequenceGroup, block_size: int) -> Entry:
-    """Returns how a group starts, or starts again with all tokens it knows; changes nothing."""
+def sequences_to_place(group: SequenceGroup) -> list[Sequence]:
+    """Returns the live sequences of a waiting group that need a row; before any output, one."""
     live = group.live
-    begun = any(sequence.num_output_tokens for sequence in live)
-    placed = live if begun else live[:1]
-    branches = plan_tree([sequence.token_ids for sequence in placed], block_size)
+    return live if any(sequence.num_output_tokens for sequence in live) else live[:1]
+
+
+def plan_entry(group: SequenceGroup, hits: Seq[Seq[int]], block_size: int) -> Entry:
+    """Returns how a group starts, or starts again with all tokens it knows; changes nothing.
+
+    `hits` are the cached blocks for each of `sequences_to_place`.
+    """
+    live, placed = group.live, sequences_to_place(group)
+    branches = plan_tree([sequence.token_ids for sequence in placed], hits, block_size)
     num_new = -min(min(branch.blocks) for branch in branches)
-    if begun:
-        return Entry(placed, branches, num_new, num_new)
-    worst = worst_case_blocks(
-        group.num_prompt_tokens, len(live), group.num_prompt_tokens, block_size
-    )
-    return Entry(placed, branches, num_new, worst)
+    num_spares = 0
+    if len(placed) < len(live) and group.num_prompt_tokens % block_size:
+        num_spares = len(live) - len(placed)
+    return Entry(placed, branches, num_new, num_new + num_spares)

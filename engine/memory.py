@@ -1,12 +1,14 @@
 """The scheduler's view of KV memory, and its implementation over the block tables."""
 
+import collections
 import collections.abc
 from typing import Protocol
 
 import numpy as np
 
 from pallas_paged import block_tables
-from pallas_paged.engine.groups import CopyPairs, RowPlan, blocks_for
+from pallas_paged.engine.groups import CopyPairs, FullBlocks, RowPlan, blocks_for
+from pallas_paged.engine.prefix_cache import PrefixCache, num_matchable
 
 
 class Memory(Protocol):
@@ -33,6 +35,34 @@ class Memory(Protocol):
 
     def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
         """Returns how many blocks of the pool so many blocks in so many rows take."""
+        ...
+
+    def match(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> list[int]:
+        """Returns the cached blocks that the tokens begin with, never one with the last token."""
+        ...
+
+    def num_unreferenced(self, blocks: collections.abc.Sequence[int]) -> int:
+        """Returns how many of these cached blocks no row uses: `num_free_blocks` counts them."""
+        ...
+
+    def count_query(self, num_tokens: int, num_hits: int) -> None:
+        """Counts a prompt's tokens, and those of them that are cached, in the statistics."""
+        ...
+
+    def pin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
+        """Keeps the full blocks of these tokens; False, and no change, if one is not cached."""
+        ...
+
+    def unpin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
+        """Takes a `pin` back; False if there is none."""
+        ...
+
+    def num_pinned_for_others(self, blocks: collections.abc.Sequence[int]) -> int:
+        """Returns how many pinned blocks are none of these."""
+        ...
+
+    def remember(self, full: collections.abc.Sequence[FullBlocks]) -> None:
+        """Keeps full blocks for later requests that begin with the same tokens."""
         ...
 
     def admit(self, plans: collections.abc.Sequence[RowPlan]) -> list[int]:
@@ -69,14 +99,26 @@ class BlockTableMemory:
     """`Memory` over the functional block tables, on NumPy.
 
     Attributes:
+      prefix_cache: the blocks kept for later requests; None keeps none.
+      pins: how often each block is pinned.
       state: the block tables, replaced by every verb. The arrays of a state never change, so a
         step's inputs may refer to the state that they were built from.
     """
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        enable_prefix_caching: bool = False,
     ) -> None:
         """`num_blocks` counts the null block; one row for each of `max_num_seqs` sequences."""
+        self.prefix_cache = PrefixCache(num_blocks, block_size) if enable_prefix_caching else None
+        self.pins: collections.Counter[int] = collections.Counter()
+        self._pinned: collections.Counter[tuple[tuple[int, ...], str | None]]
+        self._pinned = collections.Counter()
         self.state = block_tables.create(
             num_blocks, max_num_seqs, blocks_for(max_model_len, block_size), block_size
         )
@@ -88,8 +130,15 @@ class BlockTableMemory:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks without references."""
-        return int(self.state.num_free)
+        """Blocks without references, but for those of the prefix cache."""
+        return int(self.state.num_free) + self.num_evictable_blocks
+
+    @property
+    def num_evictable_blocks(self) -> int:
+        """Cached blocks that no row uses and nobody has pinned."""
+        if self.prefix_cache is None:
+            return 0
+        return int(np.count_nonzero(self.prefix_cache.evictable(self._ref_counts)))
 
     @property
     def block_size(self) -> int:
@@ -99,6 +148,70 @@ class BlockTableMemory:
     def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
         """Returns `num_blocks`: nothing is lost between rows."""
         return num_blocks
+
+    def match(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> list[int]:
+        """Returns the cached blocks that the tokens begin with, never one with the last token."""
+        if self.prefix_cache is None:
+            return []
+        return self.prefix_cache.match(
+            token_ids, salt, num_matchable(len(token_ids), self.block_size)
+        )
+
+    def num_unreferenced(self, blocks: collections.abc.Sequence[int]) -> int:
+        """Returns how many of these cached blocks no row uses."""
+        return int(np.count_nonzero(self._ref_counts[list(set(blocks))] == 1))
+
+    def count_query(self, num_tokens: int, num_hits: int) -> None:
+        """Counts a prompt's tokens, and those of them that are cached, in the statistics."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.num_queried_tokens += num_tokens
+            self.prefix_cache.num_hit_tokens += num_hits
+
+    def pin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
+        """Holds the full blocks of these tokens; False, and no change, if one is not cached."""
+        blocks = self._cached(token_ids, salt)
+        if blocks is None:
+            return False
+        self.state = block_tables.hold(self.state, np.array(blocks, np.int32))
+        self.pins.update(blocks)
+        self._pinned[tuple(token_ids), salt] += 1
+        return True
+
+    def unpin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
+        """Releases what `pin` held; False if there is nothing."""
+        blocks = self._cached(token_ids, salt)
+        if blocks is None or not self._pinned[tuple(token_ids), salt]:
+            return False
+        self.state = block_tables.release(self.state, np.array(blocks, np.int32))
+        self.pins -= collections.Counter(blocks)
+        self._pinned[tuple(token_ids), salt] -= 1
+        return True
+
+    def num_pinned_for_others(self, blocks: collections.abc.Sequence[int]) -> int:
+        """Returns how many pinned blocks are none of these."""
+        return len(self.pins.keys() - set(blocks))
+
+    def _cached(
+        self, token_ids: collections.abc.Sequence[int], salt: str | None
+    ) -> list[int] | None:
+        """Returns the full blocks of these tokens, or None if not all of them are cached."""
+        num_full = len(token_ids) // self.block_size
+        if self.prefix_cache is None:
+            return None
+        blocks = self.prefix_cache.match(token_ids, salt, num_full)
+        return blocks if len(blocks) == num_full else None
+
+    def remember(self, full: collections.abc.Sequence[FullBlocks]) -> None:
+        """Enters full blocks into the prefix cache and holds those that are new there."""
+        if self.prefix_cache is None:
+            return
+        tables = np.asarray(self.state.tables)
+        entered: list[int] = []
+        for row, token_ids, first, end, salt in full:
+            blocks = tables[row, :end].tolist()
+            entered += self.prefix_cache.enter(blocks, token_ids, first, salt)
+        if entered:
+            self.state = block_tables.hold(self.state, np.array(entered, np.int32))
 
     def admit(self, plans: collections.abc.Sequence[RowPlan]) -> list[int]:
         """Gives each plan the lowest empty row, with its blocks."""
@@ -114,8 +227,25 @@ class BlockTableMemory:
         self, rows: collections.abc.Sequence[int], num_tokens: collections.abc.Sequence[int]
     ) -> CopyPairs | None:
         """Allocates more tokens to the rows, all of them or none, and then returns None."""
+        return self._append(rows, num_tokens, keep=())
+
+    def _append(
+        self,
+        rows: collections.abc.Sequence[int],
+        num_tokens: collections.abc.Sequence[int],
+        keep: collections.abc.Iterable[int],
+    ) -> CopyPairs | None:
+        """Appends as `append` does; evicts cached blocks first, none of `keep`, if that helps."""
         num_new = np.zeros_like(self.state.seq_lens)
         num_new[rows] = num_tokens
+        most = sum(num_tokens) // self.block_size + 2 * len(rows)
+        if self.prefix_cache is not None and most > self.state.num_free:
+            keep = set(keep)
+            needed = int(block_tables.num_blocks_needed(self.state, num_new))
+            missing = needed - int(self.state.num_free)
+            if 0 < missing <= self.num_evictable_blocks - self.num_unreferenced(list(keep)):
+                evicted = self.prefix_cache.evict(missing, self._ref_counts, keep)
+                self.state = block_tables.release(self.state, np.array(evicted, np.int32))
         self.state, result = block_tables.append(self.state, num_new)
         if not result.ok:
             return None
@@ -131,18 +261,36 @@ class BlockTableMemory:
         return children
 
     def free(self, rows: collections.abc.Sequence[int]) -> None:
-        """Gives back the rows and their blocks."""
+        """Gives back the rows and their blocks; cached ones stay."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.touch(np.asarray(self.state.tables)[list(rows)].ravel())
         self.state = block_tables.free(self.state, self._named(rows))
 
     def free_all(self) -> None:
-        """Gives back every row and its blocks."""
+        """Gives back every row and its blocks, and forgets what is cached, pinned or not."""
         self.state = block_tables.free(self.state, self.state.seq_lens > 0)
+        self.state = block_tables.release(self.state, np.array(self._held(), np.int32))
+        self.pins.clear()
+        self._pinned.clear()
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
 
     def check_invariants(self, num_tokens: dict[int, int]) -> None:
         """Asserts that exactly these rows are in use, with so many tokens each."""
-        block_tables.check_invariants(self.state)
+        block_tables.check_invariants(self.state, self._held())
+        if self.prefix_cache is not None:
+            self.prefix_cache.check_invariants()
         in_use = np.flatnonzero(self.state.seq_lens).tolist()
         assert {row: int(self.state.seq_lens[row]) for row in in_use} == num_tokens
+
+    @property
+    def _ref_counts(self) -> np.ndarray:
+        return np.asarray(self.state.ref_counts)
+
+    def _held(self) -> list[int]:
+        """Returns the block of each reference that is not a row's."""
+        cached = () if self.prefix_cache is None else np.flatnonzero(self.prefix_cache.is_cached)
+        return [*(int(block) for block in cached), *self.pins.elements()]
 
     def _empty_rows(self, count: int) -> list[int]:
         rows: list[int] = np.flatnonzero(self.state.seq_lens == 0)[:count].tolist()
@@ -155,9 +303,12 @@ class BlockTableMemory:
         return named
 
     def _allocate(
-        self, rows: collections.abc.Sequence[int], num_tokens: collections.abc.Sequence[int]
+        self,
+        rows: collections.abc.Sequence[int],
+        num_tokens: collections.abc.Sequence[int],
+        keep: collections.abc.Iterable[int] = (),
     ) -> None:
-        copies = self.append(rows, num_tokens)
+        copies = self._append(rows, num_tokens, keep)
         assert copies is not None, (
             f"{self.num_free_blocks} free blocks are too few for {num_tokens} tokens"
         )
@@ -176,7 +327,8 @@ class BlockTableMemory:
             first_named.append([b for b in plan.blocks if b < 0 and b not in ids])
             ids |= dict.fromkeys(first_named[-1], 0)
         counts = [len(named) for named in first_named]
-        self._allocate(rows, [count * S for count in counts])
+        existing = {block for plan in plans for block in plan.blocks if block > 0}
+        self._allocate(rows, [count * S for count in counts], keep=existing)
         for row, named in zip(rows, first_named, strict=True):
             ids |= zip(named, self.state.tables[row].tolist(), strict=False)
         new = np.array(list(ids.values()), np.int32)

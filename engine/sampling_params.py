@@ -53,6 +53,8 @@ class SamplingParams:
       bad_words: strings never to generate: the tokens of each, as the tokenizer splits it at the
         start of a text and behind a space, never follow each other in the output. Other tokens
         that spell the same are not excluded, and neither is a word that the prompt has begun.
+      skip_reading_prefix_cache: compute the whole prompt, whatever is cached.
+      skip_writing_prefix_cache: keep nothing of this request for later ones.
 
     Raises:
       ValueError: a field is out of its range, of the wrong type, or not supported yet.
@@ -80,6 +82,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
+    skip_reading_prefix_cache: bool = False
+    skip_writing_prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         for field, check in _CHECKS.items():
@@ -239,6 +243,8 @@ _CHECKS: dict[str, _Check] = {
     "logit_bias": _logit_bias,
     "allowed_token_ids": _allowed_token_ids,
     "bad_words": _bad_words,
+    "skip_reading_prefix_cache": _flag,
+    "skip_writing_prefix_cache": _flag,
 }
 
 _NOT_SUPPORTED_YET: dict[str, object] = {

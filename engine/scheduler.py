@@ -18,7 +18,14 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING
 
-from pallas_paged.engine.groups import CopyPairs, RowPlan, plan_entry, worst_case_blocks
+from pallas_paged.engine.groups import (
+    CopyPairs,
+    FullBlocks,
+    RowPlan,
+    plan_entry,
+    sequences_to_place,
+    worst_case_blocks,
+)
 from pallas_paged.engine.policies import choose_victim, next_to_admit
 from pallas_paged.engine.sequence import FinishReason, Sequence, SequenceGroup, SequenceStatus
 
@@ -138,6 +145,16 @@ class Scheduler:
         """Requests that hold blocks."""
         return len(self._running)
 
+    @property
+    def row_lens(self) -> dict[int, int]:
+        """The tokens of each row in use that are computed, or will be by the step in flight."""
+        return {
+            sequence.row: sequence.num_dispatched
+            for group in self._running
+            for sequence in group.placed
+            if sequence.row is not None
+        }
+
     def add(self, group: SequenceGroup) -> None:
         """Puts a new group at the end of the queue; raises `ValueError` as `check` does."""
         self.check(group)
@@ -169,18 +186,43 @@ class Scheduler:
                 f"{self.max_num_seqs}; ask for fewer completions or raise max_num_seqs"
             )
         num_tokens = self._max_length(group)
-        num_blocks = self.memory.blocks_taken(
-            worst_case_blocks(prompt_len, group.num_seqs, num_tokens, self.memory.block_size),
-            group.num_seqs,
-        )
-        if num_blocks > self.memory.num_usable_blocks:
+        num_blocks = self._worst_case(group)
+        others = self.memory.num_pinned_for_others(self._hits(group.sequences[0]))
+        if num_blocks + others > self.memory.num_usable_blocks:
+            pinned = f" besides {others} pinned for other prompts" if others else ""
             together = f" in each of {group.num_seqs} sequences" if group.num_seqs > 1 else ""
             raise ValueError(
                 f"request {name!r}: {prompt_len} prompt tokens and max_tokens={group.max_tokens} "
                 f"may take {num_tokens} tokens{together}, {num_blocks} blocks, and the KV cache "
-                f"has {self.memory.num_usable_blocks}; lower max_tokens, shorten the prompt or "
-                "enlarge the cache"
+                f"has {self.memory.num_usable_blocks - others}{pinned}; lower max_tokens, shorten "
+                "the prompt or enlarge the cache"
             )
+
+    def pin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
+        """Keeps the full blocks of a prefix, until `unpin`, however little memory there is.
+
+        Returns False, and changes nothing, if not all of them are cached.
+
+        Raises:
+          ValueError: an unfinished request could not run to its end beside them.
+        """
+        num_blocks = len(token_ids) // self.memory.block_size
+        if not self.memory.pin(token_ids, salt):
+            return False
+        for group in self._unfinished.values():
+            others = self.memory.num_pinned_for_others(self._hits(group.sequences[0]))
+            if self._worst_case(group) + others > self.memory.num_usable_blocks:
+                self.memory.unpin(token_ids, salt)
+                raise ValueError(
+                    f"pinning {num_blocks} blocks would leave too few of "
+                    f"{self.memory.num_usable_blocks} for request {group.request_id!r}; pin fewer "
+                    "tokens, wait for the request's end, or enlarge the cache"
+                )
+        return True
+
+    def unpin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
+        """Takes a `pin` back; returns False if there is none."""
+        return self.memory.unpin(token_ids, salt)
 
     def schedule(self) -> ScheduledStep | None:
         """Returns the next step, or None if nothing can be computed now.
@@ -227,6 +269,7 @@ class Scheduler:
         assert len(tokens) == len(step.scheduled), f"{len(tokens)} tokens for {step.scheduled}"
         extended: list[Sequence] = []
         freed_rows: list[int] = []
+        full: list[FullBlocks] = []
         for share, token in zip(step.scheduled, tokens, strict=True):
             sequence = share.sequence
             sequence.num_in_flight -= 1
@@ -234,11 +277,14 @@ class Scheduler:
                 continue
             if sequence.row is not None:
                 sequence.num_computed = share.start + share.num_tokens
+                full += self._newly_full(sequence)
             if share.samples:
                 sequence.num_pending -= 1
                 sequence.token_ids.append(token)
                 extended.append(sequence)
                 freed_rows += self._finish_if_over(sequence)
+        if full:
+            self.memory.remember(full)
         if freed_rows:
             self.memory.free(freed_rows)
         return extended
@@ -318,6 +364,16 @@ class Scheduler:
         assert sequence.num_tokens <= self._max_length(sequence.group)
         assert sequence.num_computed <= sequence.num_dispatched <= sequence.num_reserved
 
+    def _worst_case(self, group: SequenceGroup) -> int:
+        """Returns the most blocks of the pool that the group can take."""
+        num_blocks = worst_case_blocks(
+            group.num_prompt_tokens,
+            group.num_seqs,
+            self._max_length(group),
+            self.memory.block_size,
+        )
+        return self.memory.blocks_taken(num_blocks, group.num_seqs)
+
     def _max_length(self, group: SequenceGroup) -> int:
         return min(group.num_prompt_tokens + group.max_tokens, self.max_model_len)
 
@@ -377,9 +433,11 @@ class Scheduler:
             # What a preempted sequence still has in flight belongs to its earlier life.
             if len(live) > num_rows or any(sequence.num_in_flight for sequence in live):
                 break
-            entry = plan_entry(group, self.memory.block_size)
+            hits = [self._hits(sequence) for sequence in sequences_to_place(group)]
+            entry = plan_entry(group, hits, self.memory.block_size)
             spare = self.watermark_blocks if self._running else 0
             needed = self.memory.blocks_taken(entry.num_needed, len(live))
+            needed += self.memory.num_unreferenced(list(itertools.chain(*hits)))
             if needed + spare > num_free:
                 break
             num_free -= needed
@@ -387,10 +445,16 @@ class Scheduler:
             for sequence, branch in zip(entry.placed, entry.branches, strict=True):
                 sequence.num_shared = sequence.num_dispatched = branch.num_shared
                 sequence.num_reserved = len(sequence.token_ids)
+                sequence.num_remembered = branch.num_shared // self.memory.block_size
                 if branch.leader is not None:
                     sequence.leader = entry.placed[branch.leader]
-                blocks = tuple(block - num_new for block in branch.blocks)
+                else:
+                    sequence.num_computed = branch.num_shared
+                blocks = tuple(b if b > 0 else b - num_new for b in branch.blocks)
                 plans.append(RowPlan(sequence.num_reserved, blocks))
+            if group.num_preemptions == 0 and group.reads_cache:
+                group.num_cached_tokens = entry.branches[0].num_shared
+                self.memory.count_query(group.num_prompt_tokens, group.num_cached_tokens)
             num_new += entry.num_new
             placed += entry.placed
             group.is_forked = len(entry.placed) == len(live)
@@ -404,6 +468,22 @@ class Scheduler:
             for sequence, row in zip(placed, self.memory.admit(plans), strict=True):
                 sequence.row = row
         return planned
+
+    def _hits(self, sequence: Sequence) -> list[int]:
+        """Returns the cached blocks that the sequence may begin with."""
+        group = sequence.group
+        if not group.reads_cache:
+            return []
+        return self.memory.match(sequence.token_ids, group.cache_salt)
+
+    def _newly_full(self, sequence: Sequence) -> list[FullBlocks]:
+        """Returns the blocks, if any, that its committed tokens have filled since the last time."""
+        first, end = sequence.num_remembered, sequence.num_computed // self.memory.block_size
+        if end <= first or sequence.row is None or not sequence.group.writes_cache:
+            return []
+        sequence.num_remembered = end
+        salt = sequence.group.cache_salt
+        return [FullBlocks(sequence.row, sequence.token_ids, first, end, salt)]
 
     def _fork(self, planned: Plan) -> Plan:
         """Adds the sequences forked from those that reach the end of their group's prompt."""
@@ -423,6 +503,7 @@ class Scheduler:
                 parent.group.is_forked = True
                 for child in parent.group.live[1:]:
                     child.num_reserved = child.num_dispatched = parent.num_reserved
+                    child.num_remembered = parent.num_reserved // self.memory.block_size
                     families.append((child, 0))
                     children.append(child)
                     parents.append(parent.row)

@@ -37,6 +37,7 @@ class Sequence:
         recomputation; None where they are computed already.
       num_shared: tokens in those blocks; it computes none of them.
       num_reserved: tokens that its blocks are allocated for.
+      num_remembered: full blocks that the memory was told of, see `Memory.remember`.
       num_dispatched: tokens whose keys and values are computed, or will be by a step in flight.
       num_computed: tokens whose keys and values a committed step computed.
       num_in_flight: uncommitted steps that hold the sequence, those before a preemption included.
@@ -56,6 +57,7 @@ class Sequence:
     leader: "Sequence | None" = dataclasses.field(init=False, default=None, repr=False)
     num_shared: int = dataclasses.field(init=False, default=0)
     num_reserved: int = dataclasses.field(init=False, default=0)
+    num_remembered: int = dataclasses.field(init=False, default=0)
     num_dispatched: int = dataclasses.field(init=False, default=0)
     num_computed: int = dataclasses.field(init=False, default=0)
     num_in_flight: int = dataclasses.field(init=False, default=0)
@@ -120,7 +122,8 @@ class Sequence:
     def give_up_blocks(self) -> None:
         """Starts again, with prompt and output as the prompt; what is in flight stays counted."""
         self.row = self.leader = None
-        self.num_shared = self.num_reserved = self.num_dispatched = self.num_computed = 0
+        self.num_shared = self.num_remembered = self.num_reserved = 0
+        self.num_dispatched = self.num_computed = 0
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -142,9 +145,13 @@ class SequenceGroup:
       logit_rules: what the request changes in its logits, None for nothing; carried like
         `sampling_params`, of which it is made.
       num_seqs: how many completions.
+      cache_salt: keeps its cached blocks apart from those of requests with another one.
+      reads_cache: whether it uses cached blocks.
+      writes_cache: whether its blocks are cached.
       sequences: all of them, by index.
       status: see `SequenceStatus`.
       is_forked: whether every live sequence has a row while the group runs; else only the first.
+      num_cached_tokens: prompt tokens found in the prefix cache when it was first admitted.
       num_preemptions: how often it was preempted.
     """
 
@@ -157,10 +164,14 @@ class SequenceGroup:
     sampling_params: Any = None
     logit_rules: "LogitRules | None" = None
     num_seqs: int = 1
+    cache_salt: str | None = None
+    reads_cache: bool = True
+    writes_cache: bool = True
 
     sequences: list[Sequence] = dataclasses.field(init=False, repr=False)
     status: SequenceStatus = dataclasses.field(init=False, default=SequenceStatus.WAITING)
     is_forked: bool = dataclasses.field(init=False, default=False)
+    num_cached_tokens: int = dataclasses.field(init=False, default=0)
     num_preemptions: int = dataclasses.field(init=False, default=0)
 
     def __post_init__(self) -> None:

@@ -3,6 +3,9 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# An interpreted kernel blocks one of the CPU client's threads for each of its own that waits at a
+# barrier; with as many threads as two cores give, it would wait forever.
+os.environ.setdefault("NPROC", "16")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
 )

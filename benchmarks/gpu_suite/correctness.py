@@ -172,8 +172,7 @@ def _run_operation(operation: str, dtype: str, implementation: str) -> KVCache:
         return write_kv(k, v, cache, mapping, implementation=implementation)
     if operation == "copy_blocks":
         src, dst = (jnp.asarray(part, jnp.int32) for part in (ids[:count], ids[count : 2 * count]))
-        # One pair of padding, and one destination that another pair reads.
-        src, dst = src.at[0].set(0), dst.at[0].set(0).at[1].set(src[2])
+        src, dst = src.at[0].set(0), dst.at[0].set(0)  # padding
         return copy_blocks(cache, src, dst, implementation=implementation)
     some = jnp.asarray(ids[:count], jnp.int32)
     if operation == "gather_blocks":

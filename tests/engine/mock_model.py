@@ -183,6 +183,7 @@ def make_engine(
     max_model_len: int = 64,
     watermark_blocks: int | None = 0,
     host_stop: HostStop | None = None,
+    enable_prefix_caching: bool = False,
 ) -> MockEngine:
     """Returns an engine over fresh block tables (`num_blocks` counts the null block)."""
     memory = BlockTableMemory(
@@ -190,6 +191,7 @@ def make_engine(
         block_size=block_size,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
+        enable_prefix_caching=enable_prefix_caching,
     )
     scheduler = Scheduler(
         memory,

@@ -32,6 +32,8 @@ DEFAULTS = {
     "logit_bias": None,
     "allowed_token_ids": None,
     "bad_words": None,
+    "skip_reading_prefix_cache": False,
+    "skip_writing_prefix_cache": False,
 }
 
 NAN, INF = math.nan, math.inf

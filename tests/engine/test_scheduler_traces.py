@@ -37,6 +37,7 @@ class Trace:
     max_num_batched_tokens: int
     max_model_len: int
     watermark_blocks: int
+    enable_prefix_caching: bool
     overlap: tuple[bool, ...]  # turn by turn, again and again
     arrivals: tuple[Arrival, ...]
 
@@ -76,17 +77,23 @@ def random_trace(seed: int) -> Trace:
     block_size = rng.choice([1, 2, 3, 4] if crowded else [1, 2, 3, 4, 8, 16])
     max_num_seqs = rng.randint(2, 6) if crowded else rng.randint(1, 6)
     grouped = rng.random() < 0.4
+    prefix = [rng.randrange(VOCAB_SIZE) for _ in range(max_model_len)]
     arrivals = []
     turn = 0
     for i in range(rng.randint(3, 8) if crowded else rng.randint(1, 8)):
         turn += rng.choice([0, 0, 1]) if crowded else rng.choice([0, 1, 5, 20])
         prompt_len = rng.randint(1, 6 if crowded and rng.random() < 0.8 else max_model_len - 1)
+        num_common = rng.choice([0, prompt_len // 2, prompt_len])
         group = SequenceGroup(
             f"request-{i}",
-            tuple(rng.randrange(VOCAB_SIZE) for _ in range(prompt_len)),
+            tuple(prefix[:num_common])
+            + tuple(rng.randrange(VOCAB_SIZE) for _ in range(prompt_len - num_common)),
             max_tokens=rng.randint(5, 25) if crowded else rng.randint(1, rng.choice([3, 25])),
             stop_token_ids=frozenset(rng.sample(range(VOCAB_SIZE), rng.choice([0, 0, 1]))),
             eos_token_ids=frozenset(rng.sample(range(VOCAB_SIZE), rng.choice([0, 1, 2]))),
+            cache_salt=rng.choice([None, None, None, "a"]),
+            reads_cache=rng.random() < 0.9,
+            writes_cache=rng.random() < 0.9,
             num_seqs=min(rng.choice([1, 2, 2, 3, 6]), max_num_seqs) if grouped else 1,
         )
         abort_turn = turn + rng.randint(0, 20) if rng.random() < 0.15 else None
@@ -106,6 +113,7 @@ def random_trace(seed: int) -> Trace:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=rng.choice([1, 2, 3, 5, 8, 16, 64]),
         max_model_len=max_model_len,
+        enable_prefix_caching=rng.random() < 0.6,
         watermark_blocks=rng.choice([0, 0, 0, 1, 3]),
         overlap=rng.choice([(True,), (True,), (False,), (True, True, False)]),
         arrivals=tuple(arrivals),
@@ -182,6 +190,7 @@ def run_trace(trace: Trace) -> tuple[MockEngine, collections.Counter[str]]:
     engine.drain()
     assert scheduler.num_waiting == scheduler.num_running == 0
     assert scheduler.memory.num_free_blocks == scheduler.memory.num_usable_blocks
+    seen["prefix hit"] += sum(g.num_cached_tokens > 0 for g in arrived)
     seen["preemption"] = scheduler.num_preemptions
     seen.update(f"finish by {s.finish_reason}" for g in arrived for s in g.sequences)
     return engine, seen
@@ -214,6 +223,7 @@ def test_random_traces(first_seed: int) -> None:
     for event in (
         "chunk",
         "forked",
+        "prefix hit",
         "copy on write",
         "recomputed tree",
         "input on device",
