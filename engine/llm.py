@@ -65,7 +65,7 @@ class LLM:
 
     Args:
       model: folder with a Hugging Face checkpoint: `config.json`, safetensors, and tokenizer files
-        if text is to go in or out.
+        if text is to go in or out; or with what `pallas_paged.models.port` made of one.
       **options: the other fields of `EngineConfig`.
 
     Raises:

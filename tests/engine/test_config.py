@@ -15,7 +15,8 @@ from pallas_paged.engine.config import (
     round_num_blocks,
 )
 from pallas_paged.engine.pool import plan_pool
-from pallas_paged.models.llama import Llama, LlamaConfig
+from pallas_paged.models.decoder import Decoder
+from pallas_paged.models.llama import LlamaConfig
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ BLOCK_BYTES = 2 * 2 * 1 * 16 * 8 * 4  # keys and values, layers, KV heads, S, D,
 
 
 def plan(max_model_len: int = 4096, cache_dtype: str = "float32", **options: object):
-    model = nnx.eval_shape(lambda: Llama(SHAPE, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(SHAPE, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     config = EngineConfig("m", **options)
     buckets = Buckets.for_config(config)
     return plan_pool(config, model, buckets, max_model_len, jnp.dtype(cache_dtype), "xla")
