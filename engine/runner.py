@@ -77,6 +77,7 @@ class ModelRunner:
         max_logprobs: int = 20,
         implementation: str | None = None,
         deterministic: bool = False,
+        swaps: bool = False,
     ):
         config = model.config
         self._make_caches = lambda: tuple(
@@ -99,7 +100,7 @@ class ModelRunner:
             implementation,
             deterministic,
         )
-        self.block_programs = BlockPrograms(self.kv_caches, max_num_seqs)
+        self.block_programs = BlockPrograms(self.kv_caches, max_num_seqs, swaps=swaps)
 
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
         """Starts a step without waiting for its result; the caches are donated to it."""
@@ -107,6 +108,10 @@ class ModelRunner:
         bucket = self.buckets.pick(
             step.num_tokens, len(step.scheduled), is_decode=step.is_decode, is_full=is_full
         )
+        for move in step.swap_outs:
+            self.block_programs.swap_out(self.kv_caches, move)
+        for move in step.swap_ins:
+            self.kv_caches = self.block_programs.swap_in(self.kv_caches, move)
         if len(step.copies.src):
             self.kv_caches = self.block_programs.copy(self.kv_caches, step.copies)
         packed = jnp.asarray(batch.build(step, state, bucket))
