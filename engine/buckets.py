@@ -46,9 +46,14 @@ class Buckets:
             _geometric(8, config.max_num_seqs, 8),
         )
 
-    def pick(self, num_tokens: int, num_seqs: int, *, is_full: bool = False) -> Bucket:
-        """Returns the smallest bucket that holds a step of `num_tokens` of `num_seqs` sequences."""
-        if num_tokens == num_seqs and self.decode_seqs:
+    def pick(
+        self, num_tokens: int, num_seqs: int, *, is_full: bool = False, is_mixed: bool = False
+    ) -> Bucket:
+        """Returns the smallest bucket that holds a step of `num_tokens` of `num_seqs` sequences.
+
+        With `is_mixed` no decode bucket, though each sequence may have one token.
+        """
+        if num_tokens == num_seqs and self.decode_seqs and not is_mixed:
             size = _at_least(self.decode_seqs, num_seqs)
             return Bucket(size, size, is_decode=True, is_full=is_full)
         return Bucket(

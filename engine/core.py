@@ -143,7 +143,9 @@ class Engine:
                     f"stop_token_ids holds {token_id}, which is outside the vocabulary of "
                     f"{self._vocab_size} tokens"
                 )
-        token_logprobs.check("logprobs", params.logprobs, self._max_logprobs, self._vocab_size)
+        for field in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, field)
+            token_logprobs.check(field, asked, self._max_logprobs, self._vocab_size)
         # No longer than the model allows, and than the pool could hold if it were alone.
         longest = min(
             self._max_model_len, self.memory.num_usable_blocks * self.memory.state.block_size
@@ -166,6 +168,7 @@ class Engine:
             stop_token_ids=stop_token_ids,
             arrival_time=time.monotonic(),
             sampling_params=self._with_seed(params),
+            reads_prefix_cache=params.prompt_logprobs is None,
             logit_rules=resolve(
                 params,
                 vocab_size=self._vocab_size,
@@ -272,7 +275,8 @@ class Engine:
 
     def _take_in(self, in_flight: InFlight) -> None:
         """Commits a step's tokens and delivers what the requests have by now."""
-        tokens, logprobs = self.runner.collect(in_flight)
+        tokens, logprobs, prompts = self.runner.collect(in_flight)
+        self._keep_prompt_logprobs(prompts)
         changed = []
         for share, token in zip(in_flight.step.scheduled, tokens, strict=True):
             if share.samples and token >= self._vocab_size and not share.sequence.is_finished:
@@ -306,6 +310,16 @@ class Engine:
                         share.sequence.token_ids[-1], found, self._decode_for(share.sequence)
                     )
                 )
+
+    def _keep_prompt_logprobs(self, prompts: Seq[tuple[Sequence, list[TokenLogprobs]]]) -> None:
+        """Files the log-probabilities of the next tokens of prompts."""
+        for sequence, found in prompts:
+            first = 1 + len(sequence.prompt_logprobs)
+            tokens = sequence.prompt_token_ids[first : first + len(found)]
+            sequence.prompt_logprobs += [
+                logprobs_by_token(token, one, self._decode_for(sequence))
+                for token, one in zip(tokens, found, strict=True)
+            ]
 
     def _decode_for(self, sequence: Sequence) -> Callable[[int], str] | None:
         """Returns what gives a single token's text, if the request wants text."""
@@ -355,6 +369,11 @@ class Engine:
             request_id=sequence.request_id,
             prompt=request.prompt,
             prompt_token_ids=sequence.prompt_token_ids,
+            prompt_logprobs=(
+                None
+                if request.params.prompt_logprobs is None
+                else (None, *sequence.prompt_logprobs)
+            ),
             outputs=(completion,),
             finished=finished,
             metrics=RequestMetrics(

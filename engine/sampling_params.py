@@ -43,7 +43,8 @@ class SamplingParams:
         0 is the token's alone, -1 all, None nothing. They are the model's own: the log-softmax of
         its logits before bias, masks, penalties and temperature. At most the engine's
         `max_logprobs`.
-      prompt_logprobs: the same for the prompt's tokens. Only None is supported yet.
+      prompt_logprobs: the same for the prompt's tokens but the first. Such a request computes its
+        whole prompt and takes nothing from a prefix cache.
       detokenize: make text of the tokens. Without it `text` is None and `stop` must be empty.
       skip_special_tokens: leave special tokens out of the text.
       include_stop_str_in_output: keep the stop string that ended the text.
@@ -242,5 +243,4 @@ _CHECKS: dict[str, _Check] = {
 
 _NOT_SUPPORTED_YET: dict[str, object] = {
     "n": 1,
-    "prompt_logprobs": None,
 }

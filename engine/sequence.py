@@ -38,6 +38,8 @@ class Sequence:
       sampling_params: carried for the sampler; the scheduler never reads it.
       logit_rules: what the request changes in its logits, None for nothing; carried like
         `sampling_params`, of which it is made.
+      reads_prefix_cache: whether blocks of the prompt may come from a cache; not if each of its
+        tokens has to be computed for `prompt_logprobs`.
       token_ids: the prompt and the committed output tokens.
       status: see `SequenceStatus`.
       row: its row in the block tables while it runs, else None.
@@ -52,6 +54,9 @@ class Sequence:
       stop_reason: the stop token or stop string that ended it, None for any other end.
       logprobs: one entry per output token where `sampling_params` ask for them, else empty; the
         engine fills it beside `commit`, and preemption leaves it alone.
+      prompt_logprobs: the same for the prompt's tokens but the first.
+      num_prompt_logprobs: entries of `prompt_logprobs` that are there or will be when the steps in
+        flight are taken in; the runner counts them.
     """
 
     request_id: str
@@ -62,6 +67,7 @@ class Sequence:
     arrival_time: float = 0.0
     sampling_params: Any = None
     logit_rules: "LogitRules | None" = None
+    reads_prefix_cache: bool = True
 
     token_ids: list[int] = dataclasses.field(init=False)
     status: SequenceStatus = dataclasses.field(init=False, default=SequenceStatus.WAITING)
@@ -75,6 +81,8 @@ class Sequence:
     finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
     stop_reason: int | str | None = dataclasses.field(init=False, default=None)
     logprobs: list[Any] = dataclasses.field(init=False, default_factory=list)
+    prompt_logprobs: list[Any] = dataclasses.field(init=False, default_factory=list)
+    num_prompt_logprobs: int = dataclasses.field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)

@@ -68,7 +68,7 @@ REFUSED: list[tuple[str, object, str]] = [
 ]  # fmt: skip
 
 NOT_SUPPORTED_YET: list[tuple[str, object]] = [
-    ("n", 2), ("prompt_logprobs", 0),
+    ("n", 2),
 ]  # fmt: skip
 
 ACCEPTED: list[tuple[str, object, object]] = [
