@@ -2,10 +2,21 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from pallas_paged.dispatch import KNOWN_IMPLEMENTATIONS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+KV_CACHE_DTYPES = {
+    "float32": jnp.float32,
+    "bfloat16": jnp.bfloat16,
+    "float16": jnp.float16,
+    "fp8": jnp.float8_e4m3fn,
+    "fp8_e4m3": jnp.float8_e4m3fn,
+    "int8": jnp.int8,
+}
+"""What the KV cache can be stored as, beside "auto"."""
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
 """The pool on a CPU when nothing is asked for: a stated size, not a share of all memory."""
 
@@ -21,7 +32,8 @@ class EngineConfig:
         "float16".
       load_format: "auto" reads the checkpoint's weights, "dummy" draws random ones (from `seed`)
         for the shape in `config.json`, the only file then needed.
-      kv_cache_dtype: of the KV cache; "auto" is the model's dtype.
+      kv_cache_dtype: of the KV cache: "auto" (the model's dtype), "float32", "bfloat16", "float16",
+        or quantised with a scale per token and KV head: "fp8" or "fp8_e4m3" (the same), "int8".
       max_model_len: most tokens (prompt + output) of a sequence; None means the model's limit.
       max_num_seqs: most sequences that run at once.
       max_num_batched_tokens: most tokens computed in one step; longer prompts are computed in
@@ -75,10 +87,10 @@ class EngineConfig:
     swap_space: float = 0
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "kv_cache_dtype"):
-            _require(getattr(self, name) in DTYPES, self, name, f"must be one of {DTYPES}")
         ok = self.load_format in LOAD_FORMATS
         _require(ok, self, "load_format", f"must be one of {LOAD_FORMATS}")
+        for name, choices in (("dtype", DTYPES), ("kv_cache_dtype", ("auto", *KV_CACHE_DTYPES))):
+            _require(getattr(self, name) in choices, self, name, f"must be one of {choices}")
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             _require(_is_int(getattr(self, name), 1), self, name, "must be an integer >= 1")
         for name, least in (("max_model_len", 2), ("num_blocks", 2), ("kv_cache_memory_bytes", 1)):
@@ -125,6 +137,13 @@ def _is_int(value: object, least: int) -> bool:
 def _require(condition: bool, config: EngineConfig, name: str, rule: str) -> None:
     if not condition:
         raise ValueError(f"{name}={getattr(config, name)!r} {rule}")
+
+
+def resolve_kv_cache_dtype(config: EngineConfig, model_dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype that keys and values are stored in."""
+    if config.kv_cache_dtype == "auto":
+        return model_dtype
+    return jnp.dtype(KV_CACHE_DTYPES[config.kv_cache_dtype])
 
 
 def resolve_max_model_len(config: EngineConfig, max_position_embeddings: int) -> int:

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
 from pallas_paged.dispatch import target_device
 from pallas_paged.engine.buckets import Buckets
-from pallas_paged.engine.config import EngineConfig, resolve_max_model_len
+from pallas_paged.engine.config import (
+    EngineConfig,
+    resolve_kv_cache_dtype,
+    resolve_max_model_len,
+)
 from pallas_paged.engine.core import Engine
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.outputs import RequestOutput
@@ -60,8 +63,7 @@ class LLM:
         self.model_config = network.config
         self.max_model_len = resolve_max_model_len(config, network.config.max_position_embeddings)
         dtype = jax.tree.leaves(nnx.state(network))[0].dtype
-        auto_cache = config.kv_cache_dtype == "auto"
-        cache_dtype = dtype if auto_cache else jnp.dtype(config.kv_cache_dtype)
+        cache_dtype = resolve_kv_cache_dtype(config, dtype)
         caches = cache_shapes(network.config, 2, config.block_size, cache_dtype)
         implementation = _choose_attention(config, network.config, dtype, caches[0])
         self.buckets = Buckets.for_config(config)

@@ -25,7 +25,7 @@ class PoolPlan:
       num_blocks: N, the null block included.
       max_blocks_per_seq: M, the width of a block table.
       block_size: S.
-      block_bytes: bytes of one block over all layers.
+      block_bytes: bytes of one block over all layers, scales of quantised caches included.
       weight_bytes: bytes of the model's parameters.
       row_state_bytes: bytes of what penalties and bias need, see `RowState`.
       temporary_bytes: bytes of the largest step's temporaries; None where the pool's size did not
@@ -73,8 +73,8 @@ def plan_pool(
     """
     S = config.block_size
     shape = model.config
-    block_elements = 2 * shape.num_layers * shape.num_kv_heads * S * shape.head_dim
-    block_bytes = block_elements * cache_dtype.itemsize
+    one_block = jax.tree.leaves(cache_shapes(shape, 1, S, cache_dtype))
+    block_bytes = sum(array.size * array.dtype.itemsize for array in one_block)
     max_blocks_per_seq = math.ceil(max_model_len / S)
     weight_bytes = sum(
         leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model))

@@ -33,7 +33,15 @@ def paged_attend(
       The attention's output and the updated cache.
     """
     kv_cache = write_kv(k, v, kv_cache, metadata.slot_mapping)
-    out: Any = paged_attention(q, kv_cache.k, kv_cache.v, metadata, **options)
+    out: Any = paged_attention(
+        q,
+        kv_cache.k,
+        kv_cache.v,
+        metadata,
+        k_scale=kv_cache.k_scale,
+        v_scale=kv_cache.v_scale,
+        **options,
+    )
     return out, kv_cache
 
 

@@ -9,10 +9,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int8, Int32
+
+from pallas_paged.quantisation import is_quantised, quantise
 
 NULL_BLOCK = 0
 """Never allocated: padded table entries and padded slots point to it."""
+
+
+CacheArray = Float[Array, "N Hk S D"] | Int8[Array, "N Hk S D"]
+"""Keys or values of one layer."""
 
 
 class KVCache(NamedTuple):
@@ -21,10 +27,15 @@ class KVCache(NamedTuple):
     Attributes:
       k: keys, `[N, Hk, S, D]`.
       v: values, `[N, Hk, S, D]`.
+      k_scale: f32 `[N, Hk, S]`, one per token and KV head, where the keys are quantised (dtype
+        float8_e4m3fn or int8; see `pallas_paged.quantisation`), else None: key = stored * scale.
+      v_scale: likewise, of the values.
     """
 
-    k: Float[Array, "N Hk S D"]
-    v: Float[Array, "N Hk S D"]
+    k: CacheArray
+    v: CacheArray
+    k_scale: Float32[Array, "N Hk S"] | None = None
+    v_scale: Float32[Array, "N Hk S"] | None = None
 
     @classmethod
     def zeros(
@@ -36,16 +47,60 @@ class KVCache(NamedTuple):
         dtype: jax.typing.DTypeLike,
         sharding: jax.sharding.Sharding | None = None,
     ) -> "KVCache":
-        """Returns a zeroed cache of `num_blocks` blocks, the null block included."""
+        """Returns a zeroed cache of `num_blocks` blocks, the null block included.
+
+        It has scales if `dtype` is float8_e4m3fn or int8. `sharding` is that of every array.
+        """
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
-        return cls(
-            jnp.zeros(shape, dtype, device=sharding), jnp.zeros(shape, dtype, device=sharding)
-        )
+        k, v = (jnp.zeros(shape, dtype, device=sharding) for _ in range(2))
+        if not is_quantised(dtype):
+            return cls(k, v)
+        return cls(k, v, *(jnp.zeros(shape[:3], jnp.float32, device=sharding) for _ in range(2)))
 
     @property
     def block_size(self) -> int:
         """S, the number of tokens in a block."""
         return self.k.shape[2]
+
+
+def to_stored(k: jax.Array, v: jax.Array, kv_cache: KVCache) -> KVCache:
+    """Returns keys and values `[..., D]` as `kv_cache` stores them, with scales if it has any."""
+    dtype = kv_cache.k.dtype
+    if not is_quantised(dtype):
+        return KVCache(k.astype(dtype), v.astype(dtype))
+    (k, k_scale), (v, v_scale) = quantise(k, dtype), quantise(v, dtype)
+    return KVCache(k, v, k_scale, v_scale)
+
+
+def check_cache(kv_cache: KVCache) -> None:
+    """Raises `ValueError` unless the arrays of a cache fit each other."""
+    k, v = kv_cache.k, kv_cache.v
+    if k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"kv_cache.k.shape={k.shape} and kv_cache.v.shape={v.shape} must both be [blocks, "
+            "kv heads, block size, head_dim]"
+        )
+    if k.dtype != v.dtype:
+        raise ValueError(f"kv_cache.k.dtype={k.dtype} must equal kv_cache.v.dtype={v.dtype}")
+    check_scales(k, kv_cache.k_scale, "kv_cache.k_scale")
+    check_scales(v, kv_cache.v_scale, "kv_cache.v_scale")
+
+
+def check_scales(cache: jax.Array, scale: jax.Array | None, name: str) -> None:
+    """Raises `ValueError` unless `scale` is what keys or values `[N, Hk, S, D]` need."""
+    if not is_quantised(cache.dtype):
+        if scale is not None:
+            raise ValueError(f"{name} is for quantised caches; leave it None for {cache.dtype}")
+    elif scale is None:
+        raise ValueError(
+            f"{name}=None: a cache of {cache.dtype} is quantised and needs its scales, "
+            f"float32{list(cache.shape[:3])}"
+        )
+    elif scale.shape != cache.shape[:3] or scale.dtype != jnp.float32:
+        raise ValueError(
+            f"{name} is {scale.dtype}{list(scale.shape)}, must be float32{list(cache.shape[:3])}: "
+            "one number per block, KV head and token"
+        )
 
 
 @jax.tree_util.register_dataclass

@@ -10,6 +10,7 @@ from pallas_paged.engine.buckets import Bucket, Buckets
 from pallas_paged.engine.config import (
     DEFAULT_CPU_KV_CACHE_BYTES,
     EngineConfig,
+    resolve_kv_cache_dtype,
     resolve_max_model_len,
     round_num_blocks,
 )
@@ -22,7 +23,7 @@ from pallas_paged.models.llama import Llama, LlamaConfig
     [
         ("dtype", "int8", "dtype='int8' must be one of"),
         ("load_format", "gguf", "load_format='gguf' must be one of ('auto', 'dummy')"),
-        ("kv_cache_dtype", "fp8", "kv_cache_dtype='fp8' must be one of"),
+        ("kv_cache_dtype", "fp8_e5m2", "kv_cache_dtype='fp8_e5m2' must be one of"),
         ("max_num_seqs", 0, "max_num_seqs=0 must be an integer >= 1"),
         ("max_num_seqs", True, "max_num_seqs=True must be an integer >= 1"),
         ("max_num_seqs", 513, "max_num_batched_tokens=512 must be at least max_num_seqs=513"),
@@ -130,17 +131,25 @@ SHAPE = LlamaConfig(
 BLOCK_BYTES = 2 * 2 * 1 * 16 * 8 * 4  # keys and values, layers, KV heads, S, D, float32
 
 
-def plan(max_model_len: int = 4096, **options: object):
+def plan(max_model_len: int = 4096, cache_dtype: str = "float32", **options: object):
     model = nnx.eval_shape(lambda: Llama(SHAPE, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     config = EngineConfig("m", **options)
     buckets = Buckets.for_config(config)
-    return plan_pool(config, model, buckets, max_model_len, jnp.dtype(jnp.float32), "xla")
+    return plan_pool(config, model, buckets, max_model_len, jnp.dtype(cache_dtype), "xla")
 
 
 def test_num_blocks_wins_over_bytes() -> None:
     result = plan(num_blocks=77, kv_cache_memory_bytes=10 * BLOCK_BYTES)
     assert (result.num_blocks, result.block_bytes) == (77, BLOCK_BYTES)
     assert result.max_blocks_per_seq == 76
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("float8_e4m3fn", "fp8"), ("int8", "int8")])
+def test_scales_count_among_a_blocks_bytes(dtype: str, name: str) -> None:
+    config = EngineConfig("m", kv_cache_dtype=name, num_blocks=77)
+    cache_dtype = resolve_kv_cache_dtype(config, jnp.dtype(jnp.bfloat16))
+    assert cache_dtype == dtype
+    assert plan(cache_dtype=dtype, num_blocks=77).block_bytes == BLOCK_BYTES // 4 * (8 + 4) // 8
 
 
 def test_bytes_are_an_upper_limit() -> None:

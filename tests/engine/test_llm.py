@@ -169,7 +169,7 @@ def test_each_step_takes_over_the_caches(llm: LLM, name: str) -> None:
     """Donation is real: no array of the step before survives a step."""
     stream = llm.stream(reference_requests(name)[:3], GREEDY)
     next(stream)
-    before = [array for cache in llm.runner.kv_caches for array in cache]
+    before = jax.tree.leaves(llm.runner.kv_caches)
     num_steps = llm.engine.num_steps
     while llm.engine.num_steps == num_steps:
         next(stream)
@@ -208,3 +208,22 @@ def test_a_request_whose_logits_are_nan_ends_alone() -> None:
     assert failed.token_ids == ()
     tokens = [output.outputs[0].token_ids for output in outputs]
     same_tokens(tokens, reference.greedy[clean], reference.margins[clean])
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_cache_dtype", "dtype"),
+    [("llama-gqa-llama3", "fp8", "float8_e4m3fn"), ("opt-prenorm", "int8", "int8")],
+)
+def test_a_quantised_cache_from_end_to_end(name: str, kv_cache_dtype: str, dtype: str) -> None:
+    """Most requests begin with float32's token; the bounds on logits are tested with the models."""
+    reference, prompts = load_reference(name), reference_requests(name)
+    llm = make_llm(name, kv_cache_dtype=kv_cache_dtype, max_num_seqs=32, max_num_batched_tokens=64)
+    cache = llm.runner.kv_caches[0]
+    assert (cache.k.dtype, cache.v.dtype) == (dtype, dtype)
+    assert cache.k_scale.shape == cache.v_scale.shape == cache.k.shape[:3]
+    tokens = generate(llm, prompts, dataclasses.replace(GREEDY, max_tokens=4))
+    equal = np.array(tokens)[:, 0] == reference.greedy[:, 0]
+    assert equal.mean() > 0.8
+    scales = np.asarray(llm.runner.kv_caches[-1].k_scale)
+    assert (scales > 0).any()
+    assert np.isfinite(scales[1:]).all()

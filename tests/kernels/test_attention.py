@@ -55,7 +55,14 @@ def test_xla_equals_reference(spec):
 def test_tuning_changes_no_result(tuning):
     arguments = build(MIXED)
     window = {"sliding_window": 20}
-    options = {"scale": 0.3, "logits_soft_cap": None, "alibi_slopes": None, "sinks": None}
+    options = {
+        "k_scale": None,
+        "v_scale": None,
+        "scale": 0.3,
+        "logits_soft_cap": None,
+        "alibi_slopes": None,
+        "sinks": None,
+    }
     out, lse = xla.paged_attention(*arguments.arrays, **options | window, tuning=tuning)
     expected, expected_lse = run(arguments, "reference", scale=0.3, **window)
     assert_close(out, expected, 1e-5)
@@ -130,7 +137,9 @@ def test_reference_equals_jax_attention_on_contiguous_keys(window):
         query_start_loc=jnp.array([0, length], jnp.int32),
         max_query_len=length,
     )
-    out = paged_attention(q, *cache, metadata, sliding_window=window, implementation="reference")
+    out = paged_attention(
+        q, cache.k, cache.v, metadata, sliding_window=window, implementation="reference"
+    )
     expected = jax.nn.dot_product_attention(
         q[None],
         k[None],
@@ -276,7 +285,7 @@ def test_decode_loop_equals_prefill():
                 max_query_len=1,
             )
             cache = write_kv(k, v, cache, slots)
-            return cache, paged_attention(q, *cache, metadata)
+            return cache, paged_attention(q, cache.k, cache.v, metadata)
 
         positions = jnp.arange(longest, dtype=jnp.int32)
         return jax.lax.scan(step, cache, (positions, q, k, v, slots))[1]

@@ -23,7 +23,7 @@ def compile_step(spec, cache=None):
     def step(cache, q, k, fields):
         metadata = AttentionMetadata(**fields, max_query_len=max_query_len)
         cache = write_kv(k, k, cache, metadata.slot_mapping)
-        return cache, paged_attention(q, *cache, metadata)
+        return cache, paged_attention(q, cache.k, cache.v, metadata)
 
     cache = cache or KVCache(arguments.k_cache, arguments.v_cache)
     k = arguments.q[:, : spec.num_kv_heads]

@@ -1,5 +1,6 @@
 """Block copy, gather and scatter: XLA against the reference, in place, and what is refused."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "xla"]
 
 def make_cache(num_blocks=200, dtype="float32"):
     rng = np.random.default_rng(0)
-    return KVCache(
-        *(jnp.asarray(rng.standard_normal((num_blocks, 2, 8, 16)), dtype) for _ in range(2))
+    empty = jax.eval_shape(lambda: KVCache.zeros(num_blocks, 2, 8, 16, dtype))
+    return jax.tree.map(
+        lambda array: jnp.asarray(8 * rng.standard_normal(array.shape), array.dtype), empty
     )
 
 
@@ -22,11 +24,12 @@ def ints(*values):
 
 
 def assert_equal(actual, expected):
-    for array, other in zip(actual, expected, strict=True):
+    for array, other in zip(jax.tree.leaves(actual), expected, strict=True):
         np.testing.assert_array_equal(array, other)
 
 
 @IMPLEMENTATIONS
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize(
     ("src", "dst"),
     [
@@ -38,9 +41,9 @@ def assert_equal(actual, expected):
     ],
     ids=["one-source-twice", "rotation", "shift", "padded", "itself"],
 )
-def test_copy_reads_before_it_writes(implementation, src, dst):
-    cache = make_cache()
-    expected = [np.array(array) for array in cache]
+def test_copy_reads_before_it_writes(implementation, dtype, src, dst):
+    cache = make_cache(dtype=dtype)
+    expected = [np.array(array) for array in jax.tree.leaves(cache)]
     for array in expected:
         array[list(dst)] = array[list(src)]
     copied = copy_blocks(cache, ints(*src), ints(*dst), implementation=implementation)
@@ -48,18 +51,20 @@ def test_copy_reads_before_it_writes(implementation, src, dst):
 
 
 @IMPLEMENTATIONS
-def test_gather_takes_copies_in_order(implementation):
-    cache = make_cache()
+@pytest.mark.parametrize("dtype", ["float32", "float8_e4m3fn"])
+def test_gather_takes_copies_in_order(implementation, dtype):
+    cache = make_cache(dtype=dtype)
     ids = (9, 2, 2, 0)
     blocks = gather_blocks(cache, ints(*ids), implementation=implementation)
-    assert_equal(blocks, (np.asarray(array)[list(ids)] for array in cache))
+    assert_equal(blocks, (np.asarray(array)[list(ids)] for array in jax.tree.leaves(cache)))
     assert not cache.k.is_deleted()
 
 
 @IMPLEMENTATIONS
-def test_scatter_puts_gathered_blocks_elsewhere(implementation):
-    cache = make_cache()
-    expected = [np.array(array) for array in cache]
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_scatter_puts_gathered_blocks_elsewhere(implementation, dtype):
+    cache = make_cache(dtype=dtype)
+    expected = [np.array(array) for array in jax.tree.leaves(cache)]
     for array in expected:
         array[[20, 3]] = array[[9, 2]]
     blocks = gather_blocks(cache, ints(9, 2, 0, 0), implementation=implementation)
@@ -67,7 +72,7 @@ def test_scatter_puts_gathered_blocks_elsewhere(implementation):
     assert_equal(restored, expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 def test_caches_are_updated_in_place(dtype):
     cache = make_cache(dtype=dtype)
     src, dst = ints(1, 2, 3, 0), ints(4, 5, 6, 0)
@@ -93,6 +98,9 @@ def test_wrong_arguments():
         scatter_blocks(cache, ints(1, 2, 3), blocks)
     with pytest.raises(ValueError, match=r"blocks.v is bfloat16.* for 2 blocks of this cache"):
         scatter_blocks(cache, ints(1, 2), KVCache(blocks.k, blocks.v.astype(jnp.bfloat16)))
+    quantised = make_cache(dtype="int8")
+    with pytest.raises(ValueError, match=r"blocks.k_scale must be given if, and only if"):
+        scatter_blocks(quantised, ints(1, 2), KVCache(quantised.k[:2], quantised.v[:2]))
 
 
 @pytest.mark.parametrize(

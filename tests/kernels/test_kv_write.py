@@ -31,13 +31,13 @@ def arguments(dtype, cache_dtype, num_tokens=13, num_padded=3):
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_each_token_lands_in_its_slot(implementation, dtype, cache_dtype):
     k, v, cache, slots = arguments(dtype, cache_dtype)
-    expected = [np.array(array) for array in cache]
+    expected = [np.array(array) for array in jax.tree.leaves(cache)]
     for token in range(13):
         block, offset = divmod(int(slots[token]), SIZE)
         expected[0][block, :, offset] = np.asarray(k[token].astype(cache_dtype))
         expected[1][block, :, offset] = np.asarray(v[token].astype(cache_dtype))
     written = write_kv(k, v, cache, slots, implementation=implementation)
-    for array, expected_array in zip(written, expected, strict=True):
+    for array, expected_array in zip(jax.tree.leaves(written), expected, strict=True):
         assert array.dtype == cache_dtype
         np.testing.assert_array_equal(array[1:], expected_array[1:])  # all but the null block
 

@@ -17,11 +17,14 @@ MAX_LEN = 128
 
 
 def nan_caches(config: ModelConfig, num_blocks: int, dtype: Any) -> tuple[KVCache, ...]:
-    """Returns caches of which every slot is poisoned."""
-    shape = (num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
+    """Returns caches of which every slot is poisoned; in integers, by its scale."""
+    zeros = KVCache.zeros(num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim, dtype)
+
+    def poisoned(array: jax.Array) -> jax.Array:
+        return jnp.full_like(array, jnp.nan) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
     return tuple(
-        KVCache(jnp.full(shape, jnp.nan, dtype), jnp.full(shape, jnp.nan, dtype))
-        for _ in range(config.num_layers)
+        jax.tree.map(lambda x: poisoned(x).copy(), zeros) for _ in range(config.num_layers)
     )
 
 

@@ -8,23 +8,27 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_paged.dispatch import Implementation, choose_implementation
-from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.kv_cache import AttentionMetadata, CacheArray, check_scales
 from pallas_paged.ops.attention import reference, xla
+from pallas_paged.quantisation import LARGEST
 
 _IMPLEMENTATIONS = {
     "xla": Implementation(xla.paged_attention),
     "reference": Implementation(reference.paged_attention),
 }
 _DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
+_CACHE_DTYPES = (*_DTYPES, *LARGEST)
 
 
 @overload
 def paged_attention(
     q: Float[Array, "T Hq D"],
-    k_cache: Float[Array, "N Hk S D"],
-    v_cache: Float[Array, "N Hk S D"],
+    k_cache: CacheArray,
+    v_cache: CacheArray,
     metadata: AttentionMetadata,
     *,
+    k_scale: Float32[Array, "N Hk S"] | None = None,
+    v_scale: Float32[Array, "N Hk S"] | None = None,
     scale: float | None = None,
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
@@ -39,10 +43,12 @@ def paged_attention(
 @overload
 def paged_attention(
     q: Float[Array, "T Hq D"],
-    k_cache: Float[Array, "N Hk S D"],
-    v_cache: Float[Array, "N Hk S D"],
+    k_cache: CacheArray,
+    v_cache: CacheArray,
     metadata: AttentionMetadata,
     *,
+    k_scale: Float32[Array, "N Hk S"] | None = None,
+    v_scale: Float32[Array, "N Hk S"] | None = None,
     scale: float | None = None,
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
@@ -56,10 +62,12 @@ def paged_attention(
 
 def paged_attention(
     q: Float[Array, "T Hq D"],
-    k_cache: Float[Array, "N Hk S D"],
-    v_cache: Float[Array, "N Hk S D"],
+    k_cache: CacheArray,
+    v_cache: CacheArray,
     metadata: AttentionMetadata,
     *,
+    k_scale: Float32[Array, "N Hk S"] | None = None,
+    v_scale: Float32[Array, "N Hk S"] | None = None,
     scale: float | None = None,
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
@@ -86,9 +94,13 @@ def paged_attention(
 
     Args:
       q: queries, float32, bfloat16 or float16; rows from `query_start_loc[B]` on are padding.
-      k_cache: keys in blocks, one of the same dtypes. Not modified.
+      k_cache: keys in blocks, one of the same dtypes, or quantised: float8_e4m3fn or int8. Not
+        modified.
       v_cache: values in blocks, dtype as `k_cache`. Not modified.
       metadata: where the tokens stand; `positions` and `slot_mapping` are not read. May be traced.
+      k_scale: f32 `[N, Hk, S]`, the scales of quantised keys, as `write_kv` made them: a key is
+        stored number * scale. None for caches that are not quantised.
+      v_scale: likewise, of the values.
       scale: factor of the dot products; None means `D ** -0.5`.
       sliding_window: number of tokens that a query sees, itself included; None sees all.
       logits_soft_cap: the cap in the formula above.
@@ -113,6 +125,8 @@ def paged_attention(
     FlashAttention (Dao et al. 2022, arXiv 2205.14135); ALiBi (Press et al. 2021, arXiv 2108.12409).
     """
     _check_arrays(q, k_cache, v_cache)
+    check_scales(k_cache, k_scale, "k_scale")
+    check_scales(v_cache, v_scale, "v_scale")
     _check_metadata(metadata)
     _check_options(q.shape[1], scale, sliding_window, logits_soft_cap, alibi_slopes, sinks)
     name = attention_implementation(implementation, q, k_cache, deterministic=deterministic)
@@ -121,6 +135,8 @@ def paged_attention(
         k_cache,
         v_cache,
         metadata,
+        k_scale=k_scale,
+        v_scale=v_scale,
         scale=q.shape[2] ** -0.5 if scale is None else float(scale),
         sliding_window=sliding_window,
         logits_soft_cap=logits_soft_cap,
@@ -170,11 +186,11 @@ def _check_arrays(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array) -> None:
         raise ValueError(
             f"num_q_heads={num_q_heads} must be divisible by num_kv_heads={num_kv_heads}"
         )
-    if q.dtype not in _DTYPES or k_cache.dtype not in _DTYPES:
-        raise ValueError(
-            f"q.dtype={q.dtype} and k_cache.dtype={k_cache.dtype} must be among "
-            f"{', '.join(map(str, _DTYPES))}"
-        )
+    for name, array, dtypes in (("q", q, _DTYPES), ("k_cache", k_cache, _CACHE_DTYPES)):
+        if array.dtype not in dtypes:
+            raise ValueError(
+                f"{name}.dtype={array.dtype} must be among {', '.join(map(str, dtypes))}"
+            )
     if k_cache.dtype != v_cache.dtype:
         raise ValueError(f"k_cache.dtype={k_cache.dtype} must equal v_cache.dtype={v_cache.dtype}")
 

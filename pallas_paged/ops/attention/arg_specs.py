@@ -1,7 +1,7 @@
 """Named arguments of paged attention, shared by tests and benchmarks.
 
 Whatever a call may not read is NaN: free blocks, the null block, the tails of last blocks and the
-padding rows of q.
+padding rows of q; of quantised caches, the scales there, and what is stored if its dtype has NaN.
 """
 
 import dataclasses
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata
+from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache, to_stored
+from pallas_paged.quantisation import is_quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class AttentionSpec:
       query_lens: query tokens of each sequence; None is a decode step, one each. A sequence may
         have none; one of length 0 must.
       num_q_heads, num_kv_heads, head_dim, block_size: sizes of the heads and of the cache.
-      dtype: of q; `cache_dtype` None is the same.
+      dtype: of q; `cache_dtype` None is the same. Quantised dtypes bring scales among the options.
       num_rows, num_tokens, max_blocks: B, T and M; None rounds what is needed up to a power of
         two, so that there is padding, as in an engine, and that programs are shared.
       num_shared_blocks: leading blocks that all sequences long enough have in common.
@@ -99,13 +100,10 @@ def build(spec: AttentionSpec, seed: int = 0) -> AttentionArguments:
     if spec.sinks:
         options["sinks"] = jnp.asarray(rng.standard_normal(spec.num_q_heads), jnp.float32)
     cache_dtype = spec.cache_dtype or spec.dtype
-    return AttentionArguments(
-        jnp.asarray(q, spec.dtype),
-        jnp.asarray(k, cache_dtype),
-        jnp.asarray(v, cache_dtype),
-        metadata,
-        options,
-    )
+    cache = to_stored(jnp.asarray(k), jnp.asarray(v), KVCache.zeros(*shape, dtype=cache_dtype))
+    if is_quantised(cache_dtype):
+        options |= {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
+    return AttentionArguments(jnp.asarray(q, spec.dtype), cache.k, cache.v, metadata, options)
 
 
 def _bucket(needed: int, chosen: int | None) -> int:
@@ -249,6 +247,8 @@ def _dtype_specs() -> list[AttentionSpec]:
         ("float16", "float16"),
         ("float32", "bfloat16"),
         ("bfloat16", "float32"),
+        ("float32", "float8_e4m3fn"),
+        ("bfloat16", "int8"),
     )
     return [
         AttentionSpec(

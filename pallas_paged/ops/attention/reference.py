@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.quantisation import dequantise
 
 
 @functools.partial(
@@ -17,6 +18,8 @@ def paged_attention(
     v_cache: jax.Array,
     metadata: AttentionMetadata,
     *,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
     scale: float,
     sliding_window: int | None,
     logits_soft_cap: float | None,
@@ -29,17 +32,18 @@ def paged_attention(
     group = num_q_heads // k_cache.shape[1]
     starts = metadata.query_start_loc
 
-    def rows_of(cache: jax.Array, blocks: jax.Array) -> jax.Array:
+    def rows_of(cache: jax.Array, scales: jax.Array | None, blocks: jax.Array) -> jax.Array:
         """A sequence's keys or values in order, for each query head: [Hq, M * S, D]."""
-        rows = jnp.moveaxis(cache[blocks].astype(jnp.float32), 1, 0)
+        rows = dequantise(cache[blocks], None if scales is None else scales[blocks])
+        rows = jnp.moveaxis(rows, 1, 0)
         return jnp.repeat(rows.reshape(rows.shape[0], -1, head_dim), group, axis=0)
 
     def one_token(token: jax.Array) -> tuple[jax.Array, jax.Array]:
         is_real = token < starts[-1]
         sequence = jnp.sum(token >= starts[1:-1])
         position = metadata.seq_lens[sequence] - starts[sequence + 1] + token
-        keys = rows_of(k_cache, metadata.block_tables[sequence])
-        values = rows_of(v_cache, metadata.block_tables[sequence])
+        keys = rows_of(k_cache, k_scale, metadata.block_tables[sequence])
+        values = rows_of(v_cache, v_scale, metadata.block_tables[sequence])
         key_positions = jnp.arange(keys.shape[1], dtype=jnp.int32)
 
         logits = scale * jnp.sum(q[token].astype(jnp.float32)[:, None, :] * keys, axis=2)

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.ops.blocks import take
+from pallas_paged.quantisation import dequantise
 
 _MAX_VECTOR_PRODUCTS = 8
 
@@ -47,6 +49,8 @@ class _Problem(NamedTuple):
     k_cache: jax.Array
     v_cache: jax.Array
     metadata: AttentionMetadata
+    k_scale: jax.Array | None
+    v_scale: jax.Array | None
     scale: float
     sliding_window: int | None
     logits_soft_cap: float | None
@@ -97,6 +101,8 @@ def paged_attention(
     v_cache: jax.Array,
     metadata: AttentionMetadata,
     *,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
     scale: float,
     sliding_window: int | None,
     logits_soft_cap: float | None,
@@ -106,7 +112,7 @@ def paged_attention(
     tuning: Tuning = Tuning(),
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out, lse); see `api.paged_attention`."""
-    options = (scale, sliding_window, logits_soft_cap, alibi_slopes, sinks)
+    options = (k_scale, v_scale, scale, sliding_window, logits_soft_cap, alibi_slopes, sinks)
     problem = _Problem(q, k_cache, v_cache, metadata, *options)
     if deterministic:
         return _prefill(problem, tuning, min_query_len=1)
@@ -224,8 +230,8 @@ def _attend(problem: _Problem, queries: _Queries, chunk: int) -> tuple[jax.Array
         blocks = tables.at[queries.sequences[:, None], blocks].get(mode="clip")
         offsets = jnp.arange(num_blocks * block_size, dtype=jnp.int32)
         key_positions = first_block[:, None] * block_size + offsets[None, :]
-        keys = _read_blocks(problem.k_cache, blocks)
-        values = _read_blocks(problem.v_cache, blocks)
+        keys = _read_blocks(problem.k_cache, problem.k_scale, blocks)
+        values = _read_blocks(problem.v_cache, problem.v_scale, blocks)
         # NaN may lie behind the end: 0 * NaN is NaN.
         is_key = key_positions < queries.end[:, None]
         values = jnp.where(is_key[:, None, :, None], values, 0.0)
@@ -241,19 +247,21 @@ def _attend(problem: _Problem, queries: _Queries, chunk: int) -> tuple[jax.Array
     return out, lse
 
 
-def _read_blocks(cache: jax.Array, blocks: jax.Array) -> jax.Array:
+def _read_blocks(cache: jax.Array, scales: jax.Array | None, blocks: jax.Array) -> jax.Array:
     """Returns the keys or values in `blocks` i32[R, C / S] as f32[R, Hk, C, D].
 
     One gather of [S, D] slices puts the head before the token, so that nothing is transposed.
     """
-    num_blocks, num_kv_heads, block_size, head_dim = cache.shape
+    _, num_kv_heads, block_size, head_dim = cache.shape
     heads = jnp.arange(num_kv_heads, dtype=jnp.int32)
     indices = blocks[:, None, :] * num_kv_heads + heads[None, :, None]
     # Fused into the gather, this arithmetic would be done again for every element.
     indices = jax.lax.optimization_barrier(indices)
-    slices = cache.reshape(num_blocks * num_kv_heads, block_size, head_dim)
-    rows = slices.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
-    return rows.reshape(blocks.shape[0], num_kv_heads, -1, head_dim).astype(jnp.float32)
+    stored = take(cache.reshape(-1, block_size, head_dim), indices)
+    if scales is not None:
+        scales = take(scales.reshape(-1, block_size), indices)
+    rows = dequantise(stored, scales)
+    return rows.reshape(blocks.shape[0], num_kv_heads, -1, head_dim)
 
 
 def _logits(

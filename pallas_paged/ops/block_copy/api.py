@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_paged.dispatch import Implementation, choose_implementation
-from pallas_paged.kv_cache import KVCache
+from pallas_paged.kv_cache import KVCache, check_cache
 from pallas_paged.ops.block_copy import reference, xla
 
 _IMPLEMENTATIONS = {
@@ -20,14 +20,14 @@ def copy_blocks(
     *,
     implementation: str | None = None,
 ) -> KVCache:
-    """Copies P blocks of keys and values in one launch: block `dst[i]` becomes `src[i]`'s content.
+    """Copies P blocks of keys and values: block `dst[i]` becomes `src[i]`'s content.
 
     All sources are read before any destination is written. Unused pairs are (0, 0), the null block
     onto itself; apart from them the destinations differ, or which source wins is unspecified.
 
     Args:
-      kv_cache: donated: it must not be used afterwards. Inside a caller's own `jax.jit` it is
-        updated in place if the caller donates it there.
+      kv_cache: with its scales, if it is quantised. Donated: it must not be used afterwards. Inside
+        a caller's own `jax.jit` it is updated in place if the caller donates it there.
       src: i32[P], blocks to read.
       dst: i32[P], blocks to overwrite.
       implementation: "xla" (any platform), "reference", or None to choose.
@@ -41,6 +41,7 @@ def copy_blocks(
 
     Source: copy-on-write at block granularity, PagedAttention (Kwon et al. 2023), section 4.4.
     """
+    check_cache(kv_cache)
     for name, blocks in (("src", src), ("dst", dst)):
         if blocks.shape != src.shape or blocks.ndim != 1 or blocks.dtype != jnp.int32:
             raise ValueError(

@@ -9,8 +9,9 @@ def copy_blocks(kv_cache: KVCache, src: jax.Array, dst: jax.Array) -> KVCache:
     """Returns the cache with the copies made; donates nothing. See `api.copy_blocks`."""
     copied = kv_cache
     for source, destination in zip(src, dst, strict=True):
-        copied = KVCache(
-            copied.k.at[destination].set(kv_cache.k[source]),
-            copied.v.at[destination].set(kv_cache.v[source]),
+        copied = jax.tree.map(
+            lambda new, old: new.at[destination].set(old[source]),  # noqa: B023
+            copied,
+            kv_cache,
         )
     return copied

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 from pallas_paged.dispatch import Implementation, choose_implementation
-from pallas_paged.kv_cache import KVCache
+from pallas_paged.kv_cache import KVCache, check_cache
 from pallas_paged.ops.block_transfer import reference, xla
 
 _GATHER = {
@@ -21,7 +21,7 @@ _SCATTER = {
 def gather_blocks(
     kv_cache: KVCache, block_ids: Int32[Array, "P"], *, implementation: str | None = None
 ) -> KVCache:
-    """Returns copies of P blocks, `k` and `v` of `[P, Hk, S, D]`, in the order of `block_ids`.
+    """Returns copies of P blocks, `[P, ...]` of each of the cache's arrays, in the order of ids.
 
     Args:
       kv_cache: not modified.
@@ -32,6 +32,7 @@ def gather_blocks(
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the named implementation does not exist or cannot do this here.
     """
+    check_cache(kv_cache)
     _check_ids(block_ids)
     name = choose_implementation("gather_blocks", _GATHER, implementation)
     return _GATHER[name].run(kv_cache, block_ids)
@@ -50,7 +51,8 @@ def scatter_blocks(
       kv_cache: donated: it must not be used afterwards. Inside a caller's own `jax.jit` it is
         updated in place if the caller donates it there.
       block_ids: i32[P], all different, but for unused entries, which are 0 (the null block).
-      blocks: what `gather_blocks` returned, `[P, Hk, S, D]` in the cache's dtype.
+      blocks: what `gather_blocks` returned, `[P, Hk, S, D]` in the cache's dtype, and the scales
+        if it is quantised.
       implementation: "xla" (any platform), "reference", or None to choose.
 
     Returns:
@@ -60,9 +62,10 @@ def scatter_blocks(
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the named implementation does not exist or cannot do this here.
     """
+    check_cache(kv_cache)
     _check_ids(block_ids)
-    _check_blocks(kv_cache.k, block_ids, blocks.k, "k")
-    _check_blocks(kv_cache.v, block_ids, blocks.v, "v")
+    for field in KVCache._fields:
+        _check_blocks(getattr(kv_cache, field), block_ids, getattr(blocks, field), field)
     name = choose_implementation("scatter_blocks", _SCATTER, implementation)
     return _SCATTER[name].run(kv_cache, block_ids, blocks)
 
@@ -72,7 +75,16 @@ def _check_ids(block_ids: jax.Array) -> None:
         raise ValueError(f"block_ids is {block_ids.dtype}{list(block_ids.shape)}, must be int32[P]")
 
 
-def _check_blocks(cache: jax.Array, block_ids: jax.Array, blocks: jax.Array, name: str) -> None:
+def _check_blocks(
+    cache: jax.Array | None, block_ids: jax.Array, blocks: jax.Array | None, name: str
+) -> None:
+    if cache is None or blocks is None:
+        if cache is not blocks:
+            raise ValueError(
+                f"blocks.{name} must be given if, and only if, the cache is quantised: blocks go "
+                "back into a cache of the dtype that they were gathered from"
+            )
+        return
     expected = (*block_ids.shape, *cache.shape[1:])
     if blocks.shape != expected or blocks.dtype != cache.dtype:
         raise ValueError(

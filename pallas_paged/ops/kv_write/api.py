@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from pallas_paged.dispatch import Implementation, choose_implementation
-from pallas_paged.kv_cache import KVCache
+from pallas_paged.kv_cache import KVCache, check_cache
 from pallas_paged.ops.kv_write import reference, xla
 
 _IMPLEMENTATIONS = {
@@ -25,7 +25,8 @@ def write_kv(
     """Writes the keys and values of T tokens into their slots.
 
     Args:
-      k: keys, cast to the cache's dtype.
+      k: keys, cast to the cache's dtype, or quantised if that is float8_e4m3fn or int8: then their
+        scales are written too (see `pallas_paged.quantisation` for the error).
       v: values, likewise.
       kv_cache: donated: it must not be used afterwards. Inside a caller's own `jax.jit` it is
         updated in place if the caller donates it there.
@@ -46,11 +47,7 @@ def write_kv(
 
 
 def _check(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array) -> None:
-    if kv_cache.k.ndim != 4 or kv_cache.k.shape != kv_cache.v.shape:
-        raise ValueError(
-            f"kv_cache.k.shape={kv_cache.k.shape} and kv_cache.v.shape={kv_cache.v.shape} must "
-            "both be [blocks, kv heads, block size, head_dim]"
-        )
+    check_cache(kv_cache)
     _, num_kv_heads, _, head_dim = kv_cache.k.shape
     expected = (*slot_mapping.shape[:1], num_kv_heads, head_dim)
     if k.shape != expected or v.shape != expected:

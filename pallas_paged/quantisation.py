@@ -1,0 +1,47 @@
+"""Quantised keys and values: how a row of numbers is stored in 8 bits with one scale.
+
+A token's key (or value) of one KV head, D numbers, has one float32 scale: number = stored * scale.
+The scale maps the row's largest magnitude onto the largest number of the stored dtype (`amax / 448`
+for float8_e4m3fn, `amax / 127` for int8), so that nothing overflows. The error of a number x is at
+most
+
+  float8_e4m3fn:  max(2^-4 |x|, 2^-10 amax / 448)   (3 bits of mantissa; below, subnormal steps)
+  int8:           amax / 254                        (half a step)
+
+plus the rounding of float32. A row that holds NaN or an infinity reads as NaN or infinite there,
+and maybe elsewhere: what is wrong does not become finite.
+"""
+
+import jax
+import jax.numpy as jnp
+
+LARGEST = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.int8): 127.0}
+"""The stored dtypes, and the largest magnitude of each."""
+
+SMALLEST_AMAX = 2.0**-100
+"""Rows whose magnitudes are all below this are stored as zeros: their scale would be subnormal."""
+
+
+def is_quantised(dtype: jax.typing.DTypeLike) -> bool:
+    """Returns whether keys and values of this dtype come with scales."""
+    return jnp.dtype(dtype) in LARGEST
+
+
+def quantise(x: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Returns `x` [..., D] stored in `dtype` [..., D] and its scales, f32[...], all positive."""
+    largest = LARGEST[jnp.dtype(dtype)]
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), SMALLEST_AMAX) / largest
+    # A maximum may leave out a NaN on a CPU, and an integer has none.
+    scale = jnp.where(jnp.any(jnp.isnan(x), axis=-1), jnp.nan, scale)
+    # Saturated: by a rounding of the quotient, a cast beyond the largest number would give NaN.
+    stored = jnp.clip(x / scale[..., None], -largest, largest)
+    if jnp.issubdtype(dtype, jnp.integer):
+        stored = jnp.round(stored)
+    return stored.astype(dtype), scale
+
+
+def dequantise(stored: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Returns float32 numbers of `stored` [..., D], with the scales f32[...] if it has any."""
+    x = stored.astype(jnp.float32)
+    return x if scale is None else x * scale[..., None]
