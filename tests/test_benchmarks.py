@@ -20,7 +20,7 @@ SMALL = (
         ("attention", "--batch=2 --context=32 --heads=2/1 --layers=1 --repeats=1 --parts=decode"),
         ("block_tables", "--num_seqs=8 --num_tokens=64 --steps=4"),
         ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
-        ("sampling", "--shapes=2x300 --rounds=1"),
+        ("sampling", "--shapes=2x300 --rounds=1 --hidden=16 --layers=1 --heads=2/1 --context=4"),
         ("throughput", f"{SMALL} --baseline=static,continuous"),
         ("latency", f"{SMALL} --request_rate=40 --goodput=ttft:500 --baseline=static"),
     ],
