@@ -116,9 +116,11 @@ class ModelRunner:
             is_full=batch.needs_full(step),
             is_mixed=any(targets),
         )
-        packed = jnp.asarray(batch.build(step, state, bucket))
+        packed = jax.device_put(batch.build(step, state, bucket))
         for edit in self._row_edits.next_edits(step):
-            self.row_state = self.programs.edit_rows(self.row_state, self.last_tokens, edit)
+            self.row_state = self.programs.edit_rows(
+                self.row_state, self.last_tokens, jax.device_put(edit)
+            )
         result = self.programs(bucket, self.kv_caches, self.last_tokens, packed, self.row_state)
         self.kv_caches, self.last_tokens = result.kv_caches, result.last_tokens
         if result.counts is not None:
@@ -152,7 +154,7 @@ class ModelRunner:
             packed = np.zeros((2, NUM_PROMPT_ROWS), np.int32)
             piece = slice(start, start + NUM_PROMPT_ROWS)
             packed[:, : len(tokens[piece])] = indices[piece], tokens[piece]
-            arrays.append(self.programs.prompt_logprobs(hidden, packed))
+            arrays.append(self.programs.prompt_logprobs(hidden, jax.device_put(packed)))
             arrays[-1].copy_to_host_async()
         return in_flight._replace(prompts=tuple(prompts), prompt_logprobs=tuple(arrays))
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from pallas_paged.engine import batch, logprobs
@@ -201,9 +200,7 @@ class StepPrograms:
         state = (row_state.counts, row_state.bias) if bucket.is_full else ()
         return self._compiled[bucket](self.params, kv_caches, last_tokens, packed, *state)
 
-    def edit_rows(
-        self, row_state: RowState, last_tokens: jax.Array, packed: np.ndarray
-    ) -> RowState:
+    def edit_rows(self, row_state: RowState, last_tokens: jax.Array, packed: jax.Array) -> RowState:
         """Runs `logits.edit_rows`; donates `row_state`."""
         self.compile_edit()
         assert self._compiled_edit is not None
@@ -218,7 +215,7 @@ class StepPrograms:
         lowered = jitted.lower(self._row_state(), self._last_tokens(), packed)
         self._compiled_edit = lowered.compile()
 
-    def prompt_logprobs(self, hidden: jax.Array, packed: np.ndarray) -> jax.Array:
+    def prompt_logprobs(self, hidden: jax.Array, packed: jax.Array) -> jax.Array:
         """Runs `prompt_logprobs`."""
         num_tokens = hidden.shape[0]
         if num_tokens not in self._compiled_prompt:

@@ -11,7 +11,7 @@ from pallas_paged.engine.buckets import Bucket
 from pallas_paged.engine.core import Engine
 from tests.engine.bigram_model import expected, make_table, run
 from tests.engine.bigram_model import make_engine as make_bigram_engine
-from tests.engine.serving import assert_idle, make_llm, reference_requests
+from tests.engine.serving import assert_idle, make_llm, nothing_compiles, reference_requests
 from tests.models.references import load_reference
 
 TABLE = make_table()
@@ -35,6 +35,12 @@ def llm() -> LLM:
     )
 
 
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """Chunks of 8 tokens, and a pool that is soon full."""
+    return make_bigram_engine(TABLE, num_blocks=22)
+
+
 @pytest.fixture
 def ran(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[Bucket]:
     """Collects the programs that run."""
@@ -55,6 +61,29 @@ def test_steps_that_need_nothing_of_it_are_plain(llm: LLM, ran: list[Bucket]) ->
     params = [dataclasses.replace(PLAIN, max_tokens=3, logprobs=0), PLAIN]
     llm.generate(PROMPTS[:2], params, use_tqdm=False)
     assert 0 < sum(bucket.is_full for bucket in ran) < 6
+
+
+def test_nothing_compiles_after_warm_up(engine: Engine) -> None:
+    rng = np.random.default_rng(1)
+    kinds: list[dict[str, object]] = [
+        {},
+        {"repetition_penalty": 1.1, "frequency_penalty": 0.1},
+        {"logit_bias": {5: 1.0}, "min_tokens": 1},
+        {"logprobs": 2, "presence_penalty": 0.1},
+        {"prompt_logprobs": 1},
+    ]
+    prompts = [rng.integers(1, 24, rng.integers(1, 40)).tolist() for _ in range(60)]
+    params = [
+        SamplingParams(
+            temperature=float(rng.choice([0.0, 1.0])),
+            max_tokens=int(rng.integers(1, 20)),
+            **kinds[rng.integers(len(kinds))],
+        )
+        for _ in prompts
+    ]
+    engine.runner.warm_up()
+    with nothing_compiles(engine.runner):
+        run(engine, prompts, params)
 
 
 # ---- logprobs ----------------------------------------------------------------------------------
@@ -142,12 +171,6 @@ def check_prompt(output: RequestOutput, rows: np.ndarray, num_top: int, toleranc
         assert len(by_token) in (num, num + 1)
         tops = [one.logprob for one in list(by_token.values())[:num]]
         np.testing.assert_allclose(tops, np.sort(row)[::-1][:num], atol=tolerance)
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    """Chunks of 8 tokens, and a pool that is soon full."""
-    return make_bigram_engine(TABLE, num_blocks=22)
 
 
 def test_prompt_logprobs_across_every_chunk_split(engine: Engine) -> None:
