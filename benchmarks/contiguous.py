@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pallas_paged import block_tables
+from pallas_paged.engine.groups import NO_COPIES, CopyPairs, RowPlan
 from pallas_paged.engine.memory import BlockTableMemory
 
 
@@ -67,27 +68,27 @@ class ContiguousMemory(BlockTableMemory):
         """Slots that sequences have reserved."""
         return int(np.count_nonzero(self._lens)) * self.blocks_per_place * self.state.block_size
 
-    def blocks_for(self, num_tokens: int) -> int:
+    def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
         """A sequence takes a whole place, however short; what does not fit one never fits."""
-        places = -(-super().blocks_for(num_tokens) // self.blocks_per_place)
-        return self.blocks_per_place if places == 1 else self.num_usable_blocks + 1
+        fits = num_blocks <= num_rows * self.blocks_per_place
+        return num_rows * self.blocks_per_place if fits else self.num_usable_blocks + 1
 
-    def admit(self, num_tokens: Sequence[int]) -> list[int]:
+    def admit(self, plans: Sequence[RowPlan]) -> list[int]:
         """Gives each sequence the lowest free place."""
         rows: list[int] = np.flatnonzero(self._lens[: self.num_places] == 0).tolist()
-        rows = rows[: len(num_tokens)]
-        assert len(rows) == len(num_tokens), f"no place for {len(num_tokens) - len(rows)} sequences"
-        self._lens[rows] = num_tokens
+        rows = rows[: len(plans)]
+        assert len(rows) == len(plans), f"no place for {len(plans) - len(rows)} sequences"
+        self._lens[rows] = [plan.num_tokens for plan in plans]
         self._reserve()
         return rows
 
-    def append(self, rows: Sequence[int], num_tokens: Sequence[int]) -> bool:
+    def append(self, rows: Sequence[int], num_tokens: Sequence[int]) -> CopyPairs | None:
         """Grows into what is reserved; a sequence never leaves its place."""
         lens = self._lens[list(rows)] + np.asarray(num_tokens, np.int32)
         if (lens > self.blocks_per_place * self.state.block_size).any():
-            return False
+            return None
         self._lens[list(rows)] = lens
-        return True
+        return NO_COPIES
 
     def free(self, rows: Sequence[int]) -> None:
         """Gives back the rows' places."""

@@ -277,7 +277,7 @@ def _add(engine: Engine, workload: Workload, index: int) -> None:
     params = SamplingParams(
         temperature=0, max_tokens=request.num_output_tokens, ignore_eos=True, detokenize=False
     )
-    engine.add(engine.make_sequence(request.prompt_token_ids, params, request_id=str(index)))
+    engine.add(engine.make_group(request.prompt_token_ids, params, request_id=str(index)))
 
 
 def _used_share(engine: Engine) -> float:

@@ -50,7 +50,8 @@ class MockRunner:
 
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
         """Builds the step's inputs as the real runner does, and starts the clock."""
-        batch.build(step, state, self._buckets.pick(step.num_tokens, len(step.scheduled)))
+        bucket = self._buckets.pick(step.num_tokens, len(step.scheduled), is_decode=step.is_decode)
+        batch.build(step, state, bucket)
         self._done[step.step_id] = self._device.submit(time.sleep, self._step_s)
         return InFlight(step, np.full(len(step.scheduled), 5, np.int32))
 
@@ -91,7 +92,7 @@ def measure(async_scheduling: bool) -> dict[str, float]:
     )
     params = SamplingParams(max_tokens=_NUM_STEPS.value + 20, ignore_eos=True)
     for _ in range(num_seqs):
-        engine.add(engine.make_sequence(range(prompt_len), params))
+        engine.add(engine.make_group(range(prompt_len), params))
     while scheduler.num_waiting or engine.num_steps < 12:
         engine.step()
     whole, host = [], []

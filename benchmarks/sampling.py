@@ -32,9 +32,10 @@ from pallas_paged.engine.logprobs import pack, packed_width, width_for
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.runner import ModelRunner
 from pallas_paged.engine.sampling import SamplingInputs, sample, seed_words
-from pallas_paged.engine.scheduler import ScheduledSequence, ScheduledStep
-from pallas_paged.engine.sequence import Sequence
-from pallas_paged.models.llama import Llama, LlamaConfig
+from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
+from pallas_paged.engine.sequence import SequenceGroup
+from pallas_paged.models.decoder import Decoder
+from pallas_paged.models.llama import LlamaConfig
 
 _SHAPES = flags.DEFINE_list("shapes", ["64x16384", "16x131072"], "Rows x vocabulary.")
 _SPREAD = flags.DEFINE_float(
@@ -146,13 +147,13 @@ def decode_step(num_rows: int, vocab_size: int) -> Callable[[], jax.Array]:
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=_HIDDEN.value // num_q_heads,
-        max_position_embeddings=context + 1,
+        max_position_embeddings=context + 2,
         tie_word_embeddings=True,
     )
-    model = Llama(shape, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    num_blocks = num_rows * -(-(context + 1) // 16) + 1
+    model = Decoder(shape, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    num_blocks = num_rows * -(-(context + 2) // 16) + 2
     memory = BlockTableMemory(
-        num_blocks=num_blocks, block_size=16, max_num_seqs=num_rows, max_model_len=context + 1
+        num_blocks=num_blocks, block_size=16, max_num_seqs=num_rows, max_model_len=context + 2
     )
     runner = ModelRunner(
         model,
@@ -163,21 +164,29 @@ def decode_step(num_rows: int, vocab_size: int) -> Callable[[], jax.Array]:
         max_blocks_per_seq=memory.state.tables.shape[1],
         buckets=Buckets((num_rows,), (num_rows,), (num_rows,)),
     )
-    params = SamplingParams(temperature=0, seed=0)
-    prompt = tuple(range(context + 1))
-    scheduled = [
-        ScheduledSequence(
-            Sequence(f"{row}", tuple(t % vocab_size for t in prompt), 1, sampling_params=params),
-            row,
-            context,
-            1,
-            samples=True,
-            input_on_device=False,
-        )
-        for row in memory.admit([context + 1] * num_rows)
-    ]
-    step = ScheduledStep(0, tuple(scheduled), num_rows, ())
+    step = whole_decode_step(memory, num_rows, tuple(t % vocab_size for t in range(context)))
     return lambda: jnp.asarray(runner.dispatch(step, memory.state).tokens)
+
+
+def whole_decode_step(
+    memory: BlockTableMemory, num_rows: int, prompt: tuple[int, ...]
+) -> ScheduledStep:
+    """Returns the first step in which every row has its prompt behind it."""
+    scheduler = Scheduler(
+        memory,
+        max_num_seqs=num_rows,
+        max_num_batched_tokens=num_rows * len(prompt),
+        max_model_len=len(prompt) + 2,
+    )
+    params = SamplingParams(temperature=0, seed=0)
+    for row in range(num_rows):
+        scheduler.add(SequenceGroup(f"{row}", prompt, max_tokens=2, sampling_params=params))
+    while True:
+        step = scheduler.schedule()
+        assert step is not None, "nothing is left to schedule"
+        if step.is_decode and len(step.scheduled) == num_rows:
+            return step
+        scheduler.commit(step, [0] * len(step.scheduled))
 
 
 def programs(num_rows: int, vocab_size: int) -> dict[str, Callable[[], jax.Array]]:

@@ -27,7 +27,8 @@ from flax import nnx
 from safetensors.flax import save_file
 
 from benchmarks import demo_corpus, demo_score
-from pallas_paged.models.llama import Llama, LlamaConfig
+from pallas_paged.models.decoder import Decoder
+from pallas_paged.models.llama import LlamaConfig
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write the model to.", required=True)
 _CHECKPOINT = flags.DEFINE_string(
@@ -89,7 +90,7 @@ def named_parameters(model: nnx.Module) -> dict[str, jax.Array]:
     return {".".join(map(str, path)): leaf[...] for path, leaf in leaves}
 
 
-def _merge(graph: nnx.GraphDef, template: nnx.State, params: Params) -> Llama:
+def _merge(graph: nnx.GraphDef, template: nnx.State, params: Params) -> Decoder:
     flat = [
         (path, leaf.replace(params[".".join(map(str, path))]))
         for path, leaf in nnx.to_flat_state(template)
@@ -156,7 +157,7 @@ def load_checkpoint(path: pathlib.Path, like: TrainState) -> tuple[TrainState, P
     return jax.tree.unflatten(jax.tree.structure(like), leaves), Progress(int(step), elapsed_s)
 
 
-def train(model: Llama, documents: Sequence[demo_corpus.TokenizedDocument], bos: int) -> Llama:
+def train(model: Decoder, documents: Sequence[demo_corpus.TokenizedDocument], bos: int) -> Decoder:
     """Returns `model` trained for `--minutes`, those before the last checkpoint included."""
     graph, template = nnx.split(model, nnx.Param)
     optimizer = make_optimizer()
@@ -209,7 +210,7 @@ def train(model: Llama, documents: Sequence[demo_corpus.TokenizedDocument], bos:
     return _merge(graph, template, state.params)
 
 
-def save_model(folder: pathlib.Path, model: Llama, tokenizer: Any) -> None:
+def save_model(folder: pathlib.Path, model: Decoder, tokenizer: Any) -> None:
     """Writes the folder that `transformers` and `load_model` read."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
@@ -282,7 +283,7 @@ def main(argv: Sequence[str]) -> None:
         len(held_out),
         sum(d.num_bytes for d in held_out) / 1e6,
     )
-    model = Llama(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(_SEED.value))
+    model = Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(_SEED.value))
     logging.info("%.2fM parameters", sum(p.size for p in named_parameters(model).values()) / 1e6)
     model = train(model, tokenized, bos)
     save_model(pathlib.Path(_OUTPUT.value), model, tokenizer)

@@ -135,13 +135,13 @@ def wants_logprobs(scheduled: ScheduledSequence) -> bool:
 def prompt_targets(share: ScheduledSequence) -> range:
     """Returns the positions of the prompt's tokens whose log-probabilities the share brings.
 
-    Each position once in a sequence's life, whatever is computed again after a preemption. The
+    Each position once in a request's life, whatever is computed again after a preemption. The
     token at position p is predicted by the one before it, which may be in another chunk than it.
     """
     sequence = share.sequence
     if sequence.sampling_params.prompt_logprobs is None:
         return range(0)
-    first = max(share.start, sequence.num_prompt_logprobs) + 1
+    first = max(share.start, sequence.group.num_prompt_logprobs) + 1
     return range(first, min(share.start + share.num_tokens, sequence.num_prompt_tokens - 1) + 1)
 
 
@@ -184,18 +184,18 @@ def build(step: ScheduledStep, state: BlockTables, bucket: Bucket) -> np.ndarray
     x.positions[:T] = positions
     x.slot_mapping[:T] = state.tables[token_row, positions // S] * S + positions % S
     x.block_tables[:B] = state.tables[rows]
-    x.seq_lens[:B] = starts + counts
+    x.seq_lens[:B] = np.where(counts > 0, starts + counts, 0)
     x.query_start_loc[1 : B + 1] = ends
     x.query_start_loc[B + 1 :] = T
     x.rows[:B] = rows
     x.sample_rows[:B] = np.where(samples, rows, num_rows)
-    x.logits_indices[:B] = ends - 1
+    x.logits_indices[:B] = ends - 1  # for a share without tokens, the last one of its parent
     x.sample_positions[:B] = starts + counts
     for b, (scheduled, end) in enumerate(zip(step.scheduled, ends.tolist(), strict=True)):
         sequence, params = scheduled.sequence, scheduled.sequence.sampling_params
         if scheduled.input_on_device:
             x.input_on_device[b] = 1
-        else:
+        elif scheduled.num_tokens:
             begin = scheduled.start
             ids = sequence.token_ids[begin : begin + scheduled.num_tokens]
             x.input_ids[end - scheduled.num_tokens : end] = ids
@@ -204,6 +204,7 @@ def build(step: ScheduledStep, state: BlockTables, bucket: Bucket) -> np.ndarray
         x.top_p[b] = params.top_p
         x.min_p[b] = params.min_p
         x.seeds[b] = seed_words(params.seed)
+        x.sample_index[b] = sequence.index
     if x.full is not None:
         _fill_full(x.full, step.scheduled, num_rows)
     return packed

@@ -47,13 +47,13 @@ class Buckets:
         )
 
     def pick(
-        self, num_tokens: int, num_seqs: int, *, is_full: bool = False, is_mixed: bool = False
+        self, num_tokens: int, num_seqs: int, *, is_decode: bool, is_full: bool = False
     ) -> Bucket:
         """Returns the smallest bucket that holds a step of `num_tokens` of `num_seqs` sequences.
 
-        With `is_mixed` no decode bucket, though each sequence may have one token.
+        `is_decode` tells that each sequence has one token; equal numbers alone do not say so.
         """
-        if num_tokens == num_seqs and self.decode_seqs and not is_mixed:
+        if is_decode and self.decode_seqs:
             size = _at_least(self.decode_seqs, num_seqs)
             return Bucket(size, size, is_decode=True, is_full=is_full)
         return Bucket(

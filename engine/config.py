@@ -59,8 +59,10 @@ class EngineConfig:
       compilation_cache_dir: folder in which JAX keeps compiled programs, one per process; "auto"
         is the one JAX is configured with, else `~/.cache/pallas-paged`; None leaves JAX's
         configuration as it is. Another folder than the process already uses is refused.
-      enable_prefix_caching, tensor_parallel_size, swap_space: not supported yet; only the neutral
-        values False, 1 and 0 are accepted.
+      enable_prefix_caching: keep full blocks of finished requests for later ones that begin with
+        the same tokens. On by default: cached blocks only take memory that nobody else asks for.
+      tensor_parallel_size, swap_space: not supported yet; only the neutral values 1 and 0 are
+        accepted.
     """
 
     model: str
@@ -82,7 +84,7 @@ class EngineConfig:
     deterministic: bool = False
     compile_ahead: bool = False
     compilation_cache_dir: str | None = "auto"
-    enable_prefix_caching: bool = False
+    enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
     swap_space: float = 0
 
@@ -103,7 +105,7 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         ok = isinstance(share, int | float) and 0 < share <= 1
         _require(ok, self, "gpu_memory_utilization", "must be in (0, 1]")
-        for name in ("async_scheduling", "deterministic", "compile_ahead"):
+        for name in ("async_scheduling", "deterministic", "compile_ahead", "enable_prefix_caching"):
             _require(isinstance(getattr(self, name), bool), self, name, "must be True or False")
         _require(
             self.max_num_batched_tokens >= self.max_num_seqs,
@@ -118,7 +120,6 @@ class EngineConfig:
             f"must be None or one of {KNOWN_IMPLEMENTATIONS}",
         )
         for name, neutral in (
-            ("enable_prefix_caching", False),
             ("tensor_parallel_size", 1),
             ("swap_space", 0),
         ):

@@ -16,6 +16,8 @@ import numpy as np
 
 from pallas_paged.engine import logprobs as token_logprobs
 from pallas_paged.engine.detokenizer import Detokenizer
+from pallas_paged.engine.groups import longest_length
+from pallas_paged.engine.kv_stats import KVStats, kv_stats
 from pallas_paged.engine.logit_rules import resolve
 from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.memory import BlockTableMemory
@@ -28,7 +30,7 @@ from pallas_paged.engine.outputs import (
 from pallas_paged.engine.runner import InFlight, Runner
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
-from pallas_paged.engine.sequence import Sequence
+from pallas_paged.engine.sequence import Sequence, SequenceGroup
 from pallas_paged.engine.stop import StopMatcher
 from pallas_paged.engine.tokenizer import Tokenizer
 
@@ -42,23 +44,30 @@ NO_TOKEN_REASONS = (
 
 
 @dataclasses.dataclass
-class _Request:
-    """A request between arrival and its last output."""
+class _Completion:
+    """A sequence, and the text made of it so far."""
 
     sequence: Sequence
-    prompt: str | None
-    params: SamplingParams
     detokenizer: Detokenizer | None
     stop: StopMatcher
     text: str = ""
     num_detokenized: int = 0
-    first_scheduled_time_s: float | None = None
-    first_token_time_s: float | None = None
 
     def take_text(self, text: str, num_tokens: int) -> None:
         """Adds to the text what `num_tokens` output tokens have settled."""
-        is_early = num_tokens <= self.params.min_tokens
+        is_early = num_tokens <= self.sequence.sampling_params.min_tokens
         self.text += self.stop.skip(text) if is_early else self.stop.append(text)
+
+
+@dataclasses.dataclass
+class _Request:
+    """A request between arrival and its last output."""
+
+    group: SequenceGroup
+    prompt: str | None
+    completions: list[_Completion]
+    first_scheduled_time_s: float | None = None
+    first_token_time_s: float | None = None
 
 
 class Engine:
@@ -109,29 +118,32 @@ class Engine:
         self._counter = itertools.count()
 
     def check_idle(self) -> None:
-        """Asserts that no request is left, and that the block tables agree: every block is free."""
+        """Asserts that no request is left, and that every block is free, cached or pinned."""
         assert not self.has_unfinished, f"unfinished: {sorted(self._requests)}"
         self.scheduler.check_invariants()
-        free, usable = self.memory.num_free_blocks, self.memory.num_usable_blocks
+        free = self.memory.num_free_blocks + len(self.memory.pins)
+        usable = self.memory.num_usable_blocks
         assert free == usable, f"{usable - free} blocks are lost"
 
     # --- requests -----------------------------------------------------------------------------
 
-    def make_sequence(
+    def make_group(
         self,
         prompt_token_ids: Seq[int],
         params: SamplingParams,
         request_id: str | None = None,
-    ) -> Sequence:
-        """Returns a sequence that `add` accepts; queues nothing.
+        cache_salt: str | None = None,
+    ) -> SequenceGroup:
+        """Returns a group of `params.n` sequences that `add` accepts; queues nothing.
 
-        A request without an id or a seed draws one.
+        A request without an id or a seed draws one. Requests share cached blocks only with those
+        of the same `cache_salt`.
 
         Raises:
           ValueError: the prompt is empty, too long for the model, or for the pool together with
-            `max_tokens`; a token id is outside the vocabulary; stop strings without a tokenizer;
-            more log-probabilities than `max_logprobs`; rules for the logits that cannot be, see
-            `logit_rules.resolve`.
+            `max_tokens` and `n`; `n` is more than can run at once; a token id is outside the
+            vocabulary; stop strings without a tokenizer; more log-probabilities than
+            `max_logprobs`; rules for the logits that cannot be, see `logit_rules.resolve`.
             The message names field, value and way out.
         """
         ids = _checked_token_ids(prompt_token_ids, self._vocab_size)
@@ -146,13 +158,13 @@ class Engine:
         for field in ("logprobs", "prompt_logprobs"):
             asked = getattr(params, field)
             token_logprobs.check(field, asked, self._max_logprobs, self._vocab_size)
-        # No longer than the model allows, and than the pool could hold if it were alone.
-        longest = min(
-            self._max_model_len, self.memory.num_usable_blocks * self.memory.state.block_size
-        )
         max_tokens = params.max_tokens
         if max_tokens is None:
-            max_tokens = max(1, longest - len(ids))
+            # No longer than the model allows, and than the pool could hold if it were alone.
+            longest = longest_length(
+                len(ids), params.n, self.memory.num_usable_blocks, self.memory.block_size
+            )
+            max_tokens = max(1, min(self._max_model_len, longest) - len(ids))
         if params.min_tokens > max_tokens:
             raise ValueError(
                 f"min_tokens={params.min_tokens} is more than the {max_tokens} tokens that fit "
@@ -160,7 +172,7 @@ class Engine:
             )
         eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
         stop_token_ids = frozenset(params.stop_token_ids or ())
-        sequence = Sequence(
+        group = SequenceGroup(
             request_id=f"request-{next(self._counter)}" if request_id is None else request_id,
             prompt_token_ids=ids,
             max_tokens=max_tokens,
@@ -168,7 +180,10 @@ class Engine:
             stop_token_ids=stop_token_ids,
             arrival_time=time.monotonic(),
             sampling_params=self._with_seed(params),
-            reads_prefix_cache=params.prompt_logprobs is None,
+            num_seqs=params.n,
+            cache_salt=cache_salt,
+            reads_cache=not params.skip_reading_prefix_cache and params.prompt_logprobs is None,
+            writes_cache=not params.skip_writing_prefix_cache,
             logit_rules=resolve(
                 params,
                 vocab_size=self._vocab_size,
@@ -176,34 +191,38 @@ class Engine:
                 tokenizer=self.tokenizer,
             ),
         )
-        self.scheduler.check(sequence)
+        self.scheduler.check(group)
         if len(ids) + max_tokens > self._max_model_len:
             raise ValueError(
                 f"the prompt's {len(ids)} tokens and max_tokens={max_tokens} are more than "
                 f"max_model_len={self._max_model_len}; shorten one of them, or pass "
                 "max_tokens=None for as many as fit"
             )
-        return sequence
+        return group
 
-    def add(self, sequence: Sequence, prompt: str | None = None) -> None:
-        """Queues a sequence made by `make_sequence`; `prompt` is its text, if it came as text.
+    def add(self, group: SequenceGroup, prompt: str | None = None) -> None:
+        """Queues a group made by `make_group`; `prompt` is its text, if it came as text.
 
         Raises:
           ValueError: its request id is in use.
         """
-        if sequence.request_id in self._requests:
-            raise ValueError(f"request_id={sequence.request_id!r} is in use; choose another")
+        if group.request_id in self._requests:
+            raise ValueError(f"request_id={group.request_id!r} is in use; choose another")
+        completions = [self._completion(sequence) for sequence in group.sequences]
+        self.scheduler.add(group)
+        self._requests[group.request_id] = _Request(group, prompt, completions)
+
+    def _completion(self, sequence: Sequence) -> _Completion:
         params = sequence.sampling_params
         detokenizer = None
         if self.tokenizer is not None and params.detokenize:
             detokenizer = Detokenizer(
                 self.tokenizer,
-                sequence.prompt_token_ids,
+                sequence.group.prompt_token_ids,
                 skip_special_tokens=params.skip_special_tokens,
             )
         stop = StopMatcher(params.stop or (), include_stop_str=params.include_stop_str_in_output)
-        self.scheduler.add(sequence)
-        self._requests[sequence.request_id] = _Request(sequence, prompt, params, detokenizer, stop)
+        return _Completion(sequence, detokenizer, stop)
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees its blocks; the next `step` returns its last output.
@@ -212,8 +231,15 @@ class Engine:
         """
         request = self._requests.get(request_id)
         if request is not None:
+            running = [c for c in request.completions if not c.sequence.is_finished]
             self.scheduler.abort(request_id)
-            self._deliver(request)
+            for completion in running:
+                self._update_text(completion)
+            self._undelivered.append(self._output(request))
+
+    def kv_stats(self) -> KVStats:
+        """Returns what the blocks of the pool hold now."""
+        return kv_stats(self.memory, self.scheduler.row_lens, self.scheduler.num_preemptions)
 
     @property
     def has_unfinished(self) -> bool:
@@ -257,10 +283,13 @@ class Engine:
     def _fail_all(self, cause: str) -> None:
         """Leaves an empty engine; nothing in here may fail, and no text is detokenized for that."""
         self._in_flight = None
-        for sequence in self.scheduler.abort_all():
-            sequence.stop_reason = cause
+        running = [c for r in self._requests.values() for c in r.completions]
+        running = [c for c in running if not c.sequence.is_finished]
+        self.scheduler.abort_all()
+        for completion in running:
+            completion.sequence.stop_reason = cause
+            completion.text += completion.stop.finish()
         for request in list(self._requests.values()):
-            request.text += request.stop.finish()
             self._undelivered.append(self._output(request))
         self.runner.recover()
 
@@ -277,24 +306,27 @@ class Engine:
         """Commits a step's tokens and delivers what the requests have by now."""
         tokens, logprobs, prompts = self.runner.collect(in_flight)
         self._keep_prompt_logprobs(prompts)
-        changed = []
+        changed: dict[Sequence, None] = {}  # a set in order
         for share, token in zip(in_flight.step.scheduled, tokens, strict=True):
             if share.samples and token >= self._vocab_size and not share.sequence.is_finished:
                 name = share.sequence.request_id
                 reason = NO_TOKEN_REASONS[token - self._vocab_size]
                 logger.error("request %s aborted: %s", name, reason)
                 self.scheduler.finish(share.sequence, "abort", reason)
-                changed.append(share.sequence)
+                changed[share.sequence] = None
         advanced = self.scheduler.commit(in_flight.step, tokens)
         self._keep_logprobs(in_flight.step, logprobs, advanced)
         self.num_generated_tokens += len(advanced)
+        changed |= dict.fromkeys(advanced)
         now = time.monotonic()
-        for sequence in advanced:
-            request = self._requests[sequence.request_id]
-            if request.first_token_time_s is None:
+        requests: dict[str, _Request] = {}
+        for sequence in changed:
+            request = requests[sequence.request_id] = self._requests[sequence.request_id]
+            if request.first_token_time_s is None and sequence.num_output_tokens:
                 request.first_token_time_s = now
-        for sequence in changed + advanced:
-            self._deliver(self._requests[sequence.request_id])
+            self._update_text(request.completions[sequence.index])
+        for request in requests.values():
+            self._undelivered.append(self._output(request))
 
     def _keep_logprobs(
         self,
@@ -303,8 +335,9 @@ class Engine:
         advanced: Seq[Sequence],
     ) -> None:
         """Files the log-probabilities of the tokens that were committed."""
+        committed = set(advanced)
         for share, found in zip(step.scheduled, logprobs, strict=True):
-            if found is not None and share.sequence in advanced:
+            if found is not None and share.sequence in committed:
                 share.sequence.logprobs.append(
                     logprobs_by_token(
                         share.sequence.token_ids[-1], found, self._decode_for(share.sequence)
@@ -314,9 +347,9 @@ class Engine:
     def _keep_prompt_logprobs(self, prompts: Seq[tuple[Sequence, list[TokenLogprobs]]]) -> None:
         """Files the log-probabilities of the next tokens of prompts."""
         for sequence, found in prompts:
-            first = 1 + len(sequence.prompt_logprobs)
+            first = 1 + len(sequence.group.prompt_logprobs)
             tokens = sequence.prompt_token_ids[first : first + len(found)]
-            sequence.prompt_logprobs += [
+            sequence.group.prompt_logprobs += [
                 logprobs_by_token(token, one, self._decode_for(sequence))
                 for token, one in zip(tokens, found, strict=True)
             ]
@@ -328,61 +361,61 @@ class Engine:
             return None
         return lambda token: tokenizer.decode([token], skip_special_tokens=False)
 
-    def _deliver(self, request: _Request) -> None:
-        """Brings the request's text up to date, and leaves its output for `step` to return."""
-        self._update_text(request)
-        self._undelivered.append(self._output(request))
-
-    def _update_text(self, request: _Request) -> None:
-        """Detokenizes what is new, and ends the request where a stop string has completed."""
-        sequence = request.sequence
-        if request.detokenizer is None:
+    def _update_text(self, completion: _Completion) -> None:
+        """Detokenizes what is new, and ends the sequence where a stop string has completed."""
+        sequence, detokenizer = completion.sequence, completion.detokenizer
+        if detokenizer is None:
             return
-        first = request.num_detokenized
+        first = completion.num_detokenized
         new = sequence.token_ids[sequence.num_prompt_tokens + first :]
-        request.num_detokenized += len(new)
-        if sequence.finish_reason == "stop" and not request.params.include_stop_str_in_output:
+        completion.num_detokenized += len(new)
+        params = sequence.sampling_params
+        if sequence.finish_reason == "stop" and not params.include_stop_str_in_output:
             new = new[:-1]  # the token that ended the output is not part of its text
         for index, token in enumerate(new, first):
-            request.take_text(request.detokenizer.append(token), index + 1)
+            completion.take_text(detokenizer.append(token), index + 1)
         if sequence.is_finished:
-            request.take_text(request.detokenizer.finish(), request.num_detokenized)
-        if request.stop.stop_reason is not None:
-            self.scheduler.finish(sequence, "stop", request.stop.stop_reason)
+            completion.take_text(detokenizer.finish(), completion.num_detokenized)
+        if completion.stop.stop_reason is not None:
+            self.scheduler.finish(sequence, "stop", completion.stop.stop_reason)
         elif sequence.is_finished:
-            request.text += request.stop.finish()
+            completion.text += completion.stop.finish()
 
     def _output(self, request: _Request) -> RequestOutput:
-        sequence = request.sequence
-        finished = sequence.is_finished
+        """Returns the request as far as it has come, and forgets it when it is finished."""
+        group = request.group
+        finished = group.is_finished
         if finished:
-            del self._requests[sequence.request_id]
-        completion = CompletionOutput(
-            index=0,
-            text=None if request.detokenizer is None else request.text,
-            token_ids=tuple(sequence.output_token_ids),
-            finish_reason=sequence.finish_reason,
-            stop_reason=sequence.stop_reason,
-            **_logprobs_of(sequence),
-        )
+            del self._requests[group.request_id]
         return RequestOutput(
-            request_id=sequence.request_id,
+            request_id=group.request_id,
             prompt=request.prompt,
-            prompt_token_ids=sequence.prompt_token_ids,
+            prompt_token_ids=group.prompt_token_ids,
             prompt_logprobs=(
                 None
-                if request.params.prompt_logprobs is None
-                else (None, *sequence.prompt_logprobs)
+                if group.sampling_params.prompt_logprobs is None
+                else (None, *group.prompt_logprobs)
             ),
-            outputs=(completion,),
+            outputs=tuple(
+                CompletionOutput(
+                    index=completion.sequence.index,
+                    text=None if completion.detokenizer is None else completion.text,
+                    token_ids=tuple(completion.sequence.output_token_ids),
+                    finish_reason=completion.sequence.finish_reason,
+                    stop_reason=completion.sequence.stop_reason,
+                    **_logprobs_of(completion.sequence),
+                )
+                for completion in request.completions
+            ),
             finished=finished,
             metrics=RequestMetrics(
-                arrival_time_s=sequence.arrival_time,
+                arrival_time_s=group.arrival_time,
                 first_scheduled_time_s=request.first_scheduled_time_s,
                 first_token_time_s=request.first_token_time_s,
                 finish_time_s=time.monotonic() if finished else None,
-                num_preemptions=sequence.num_preemptions,
+                num_preemptions=group.num_preemptions,
             ),
+            num_cached_tokens=group.num_cached_tokens,
         )
 
     def _with_seed(self, params: SamplingParams) -> SamplingParams:

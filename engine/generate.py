@@ -21,7 +21,9 @@ from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.models.demo import DEMO_MODEL
 
-_MODEL = flags.DEFINE_string("model", str(DEMO_MODEL), "Folder with a Hugging Face checkpoint.")
+_MODEL = flags.DEFINE_string(
+    "model", str(DEMO_MODEL), "Folder with a Hugging Face checkpoint, or with a ported one."
+)
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "A prompt; repeat the flag for several.")
 _PROMPTS_FILE = flags.DEFINE_string(
     "prompts_file",

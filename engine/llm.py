@@ -18,13 +18,14 @@ from pallas_paged.engine.config import (
     resolve_max_model_len,
 )
 from pallas_paged.engine.core import Engine
+from pallas_paged.engine.kv_stats import KVStats
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.pool import cache_shapes, plan_pool
 from pallas_paged.engine.runner import ModelRunner
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.scheduler import Scheduler
-from pallas_paged.engine.sequence import Sequence
+from pallas_paged.engine.sequence import SequenceGroup
 from pallas_paged.engine.tokenizer import load_tokenizer, require_tokenizer
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import ModelConfig, init_model, load_eos_token_ids, load_model
@@ -33,8 +34,12 @@ from pallas_paged.ops.attention.api import attention_implementation
 logger = logging.getLogger(__name__)
 
 Prompt = str | Mapping[str, Any]
-"""A string, `{"prompt": str}` or `{"prompt_token_ids": [int]}`; beside tokens, text is a label."""
-_PROMPT_KEYS = {"prompt", "prompt_token_ids"}
+"""A string, `{"prompt": str}` or `{"prompt_token_ids": [int]}`; beside tokens, text is a label.
+
+`"cache_salt": str` in a mapping keeps the prompt's cached blocks apart from those of prompts with
+another salt, or none.
+"""
+_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 Message = Mapping[str, Any]
 
 
@@ -43,7 +48,7 @@ class LLM:
 
     Args:
       model: folder with a Hugging Face checkpoint: `config.json`, safetensors, and tokenizer files
-        if text is to go in or out.
+        if text is to go in or out; or with what `pallas_paged.models.port` made of one.
       **options: the other fields of `EngineConfig`.
 
     Raises:
@@ -84,6 +89,7 @@ class LLM:
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
             max_model_len=plan.max_blocks_per_seq * config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
         )
         self.runner = ModelRunner(
             network,
@@ -157,7 +163,7 @@ class LLM:
                     tokens = self.engine.num_generated_tokens - begin
                     seconds = max(progress.format_dict["elapsed"], 1e-9)
                     progress.set_postfix_str(f"{tokens / seconds:.1f} output tokens/s")
-        return [done[sequence.request_id] for sequence, _ in requests]
+        return [done[group.request_id] for group, _ in requests]
 
     def stream(
         self,
@@ -222,25 +228,74 @@ class LLM:
         """Ends a request that `stream` is running; unknown and finished ones are ignored."""
         self.engine.abort(request_id)
 
+    def pin_prefix(self, prompt: Prompt) -> int:
+        """Computes a prefix, such as a system prompt, and keeps it until `unpin_prefix`.
+
+        Requests that begin with these tokens find them computed, however little memory there is.
+        Pinned blocks count against the pool. A failed step loses them, as it loses all cached ones.
+
+        Returns:
+          How many tokens are kept: those in full blocks.
+
+        Raises:
+          ValueError: the prompt is not usable, shorter than a block, or so long that a request
+            which is running could not end beside it; prefix caching is off.
+        """
+        ids, salt = self._prefix(prompt)
+        once = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+        request: Prompt = {"prompt_token_ids": ids}
+        if salt is not None:
+            request = {"prompt_token_ids": ids, "cache_salt": salt}
+        while not self.engine.scheduler.pin(ids, salt):
+            self.generate(request, once, use_tqdm=False)
+        return len(ids)
+
+    def unpin_prefix(self, prompt: Prompt) -> None:
+        """Lets a pinned prefix go; it stays cached until its memory is needed.
+
+        Raises:
+          ValueError: the prefix is not pinned.
+        """
+        if not self.engine.scheduler.unpin(*self._prefix(prompt)):
+            raise ValueError(f"prompt={prompt!r:.80} is not pinned; `pin_prefix` was never called")
+
+    def _prefix(self, prompt: Prompt) -> tuple[tuple[int, ...], str | None]:
+        """Returns the tokens of a prompt's full blocks, and its salt."""
+        if not self.config.enable_prefix_caching:
+            raise ValueError("enable_prefix_caching=False keeps no prefix; turn it on to pin one")
+        _, ids = self._tokenized(prompt)
+        num_full = len(ids) // self.config.block_size
+        if not num_full:
+            raise ValueError(
+                f"a prefix of {len(ids)} tokens fills no block of {self.config.block_size}; pin a "
+                "longer one, or use a smaller block_size"
+            )
+        return tuple(ids[: num_full * self.config.block_size]), _cache_salt(prompt)
+
+    def kv_stats(self) -> KVStats:
+        """Returns what the blocks of the KV pool hold now, and counts since the engine began."""
+        return self.engine.kv_stats()
+
     @property
     def kv_cache_usage(self) -> float:
         """The share of the pool's blocks that sequences hold, in [0, 1]."""
-        memory = self.engine.memory
-        return 1 - memory.num_free_blocks / memory.num_usable_blocks
+        stats = self.kv_stats()
+        return stats.num_allocated_blocks / stats.num_blocks
 
     def _check_all(
         self,
         prompts: Prompt | Seq[Prompt],
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
-    ) -> list[tuple[Sequence, str | None]]:
-        """Returns a sequence for each prompt, and the prompt's text; queues nothing yet."""
+    ) -> list[tuple[SequenceGroup, str | None]]:
+        """Returns a group for each prompt, and the prompt's text; queues nothing yet."""
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = _broadcast(sampling_params, len(prompts))
         checked = []
         for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             try:
                 text, ids = self._tokenized(prompt)
-                checked.append((self.engine.make_sequence(ids, one), text))
+                group = self.engine.make_group(ids, one, cache_salt=_cache_salt(prompt))
+                checked.append((group, text))
             except ValueError as error:
                 if len(prompts) == 1:
                     raise
@@ -263,16 +318,16 @@ class LLM:
             raise ValueError(f"prompt={text!r:.80} must be a string")
         return text, require_tokenizer(self.tokenizer, self.config.model).encode(text)
 
-    def _run(self, requests: list[tuple[Sequence, str | None]]) -> Iterator[RequestOutput]:
+    def _run(self, requests: list[tuple[SequenceGroup, str | None]]) -> Iterator[RequestOutput]:
         """Queues the requests and steps the engine until they are done.
 
         Several iterations may be under way: each step's outputs are left for whoever waits.
         """
-        unfinished = {sequence.request_id for sequence, _ in requests}
+        unfinished = {group.request_id for group, _ in requests}
         self._awaited |= unfinished
         try:
-            for sequence, text in requests:
-                self.engine.add(sequence, text)
+            for group, text in requests:
+                self.engine.add(group, text)
             while unfinished:
                 if unfinished.isdisjoint(self._outputs):
                     assert self.engine.has_unfinished, f"nothing will come for {unfinished}"
@@ -292,6 +347,13 @@ class LLM:
                 self.engine.abort(request_id)
             if not self._awaited:
                 self.engine.drain()
+
+
+def _cache_salt(prompt: Prompt) -> str | None:
+    salt = None if isinstance(prompt, str) else prompt.get("cache_salt")
+    if salt is not None and not isinstance(salt, str):
+        raise ValueError(f"cache_salt={salt!r:.80} must be a string")
+    return salt
 
 
 def _broadcast(

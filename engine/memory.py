@@ -1,20 +1,21 @@
 """The scheduler's view of KV memory, and its implementation over the block tables."""
 
+import collections
 import collections.abc
 from typing import Protocol
 
 import numpy as np
 
 from pallas_paged import block_tables
+from pallas_paged.engine.groups import CopyPairs, FullBlocks, RowPlan, blocks_for
+from pallas_paged.engine.prefix_cache import PrefixCache, num_matchable
 
 
 class Memory(Protocol):
     """Blocks of KV memory, owned by rows.
 
-    A row is a sequence's place in the block tables, from its admission until it is freed. The
-    scheduler calls each verb at most once per attempt to schedule, never once per sequence.
-    Forking a row (and with it copy-on-write pairs as a result of `append`), sharing a cached
-    prefix and swapping are verbs of their own that join this protocol with what needs them.
+    A row is a sequence's place in the block tables, from its admission or fork until it is freed.
+    The scheduler calls each verb at most once per attempt to schedule, never once per sequence.
     """
 
     @property
@@ -27,18 +28,58 @@ class Memory(Protocol):
         """Blocks that `admit` and `append` can take now."""
         ...
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Returns how many blocks a row of `num_tokens` tokens takes."""
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
         ...
 
-    def admit(self, num_tokens: collections.abc.Sequence[int]) -> list[int]:
-        """Gives each sequence a free row with blocks for its tokens; the caller knows they fit."""
+    def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
+        """Returns how many blocks of the pool so many blocks in so many rows take."""
+        ...
+
+    def match(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> list[int]:
+        """Returns the cached blocks that the tokens begin with, never one with the last token."""
+        ...
+
+    def num_unreferenced(self, blocks: collections.abc.Sequence[int]) -> int:
+        """Returns how many of these cached blocks no row uses: `num_free_blocks` counts them."""
+        ...
+
+    def count_query(self, num_tokens: int, num_hits: int) -> None:
+        """Counts a prompt's tokens, and those of them that are cached, in the statistics."""
+        ...
+
+    def pin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
+        """Keeps the full blocks of these tokens; False, and no change, if one is not cached."""
+        ...
+
+    def unpin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
+        """Takes a `pin` back; False if there is none."""
+        ...
+
+    def num_pinned_for_others(self, blocks: collections.abc.Sequence[int]) -> int:
+        """Returns how many pinned blocks are none of these."""
+        ...
+
+    def remember(self, full: collections.abc.Sequence[FullBlocks]) -> None:
+        """Keeps full blocks for later requests that begin with the same tokens."""
+        ...
+
+    def admit(self, plans: collections.abc.Sequence[RowPlan]) -> list[int]:
+        """Gives each plan a free row with its blocks; the caller knows that they fit."""
         ...
 
     def append(
         self, rows: collections.abc.Sequence[int], num_tokens: collections.abc.Sequence[int]
-    ) -> bool:
-        """Allocates more tokens to the rows: all of them, or none, and then returns False."""
+    ) -> CopyPairs | None:
+        """Allocates more tokens to the rows, all of them or none, and then returns None.
+
+        Returns what must be copied before the new tokens are written.
+        """
+        ...
+
+    def fork(self, parents: collections.abc.Sequence[int]) -> list[int]:
+        """Gives each parent (one may come often) a child: a free row with all of its blocks."""
         ...
 
     def free(self, rows: collections.abc.Sequence[int]) -> None:
@@ -58,16 +99,28 @@ class BlockTableMemory:
     """`Memory` over the functional block tables, on NumPy.
 
     Attributes:
+      prefix_cache: the blocks kept for later requests; None keeps none.
+      pins: how often each block is pinned.
       state: the block tables, replaced by every verb. The arrays of a state never change, so a
         step's inputs may refer to the state that they were built from.
     """
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        enable_prefix_caching: bool = False,
     ) -> None:
         """`num_blocks` counts the null block; one row for each of `max_num_seqs` sequences."""
+        self.prefix_cache = PrefixCache(num_blocks, block_size) if enable_prefix_caching else None
+        self.pins: collections.Counter[int] = collections.Counter()
+        self._pinned: collections.Counter[tuple[tuple[int, ...], str | None]]
+        self._pinned = collections.Counter()
         self.state = block_tables.create(
-            num_blocks, max_num_seqs, -(-max_model_len // block_size), block_size
+            num_blocks, max_num_seqs, blocks_for(max_model_len, block_size), block_size
         )
 
     @property
@@ -77,43 +130,217 @@ class BlockTableMemory:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks without references."""
-        return int(self.state.num_free)
+        """Blocks without references, but for those of the prefix cache."""
+        return int(self.state.num_free) + self.num_evictable_blocks
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Returns how many blocks a row of `num_tokens` tokens takes."""
-        return -(-num_tokens // self.state.block_size)
+    @property
+    def num_evictable_blocks(self) -> int:
+        """Cached blocks that no row uses and nobody has pinned."""
+        if self.prefix_cache is None:
+            return 0
+        return int(np.count_nonzero(self.prefix_cache.evictable(self._ref_counts)))
 
-    def admit(self, num_tokens: collections.abc.Sequence[int]) -> list[int]:
-        """Gives each sequence the lowest empty row, with blocks for its tokens, at least one."""
-        rows: list[int] = np.flatnonzero(self.state.seq_lens == 0)[: len(num_tokens)].tolist()
-        assert len(rows) == len(num_tokens), f"no row for {len(num_tokens) - len(rows)} sequences"
-        ok = self.append(rows, num_tokens)
-        assert ok, f"{self.num_free_blocks} free blocks are too few for {num_tokens} tokens"
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.state.block_size
+
+    def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
+        """Returns `num_blocks`: nothing is lost between rows."""
+        return num_blocks
+
+    def match(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> list[int]:
+        """Returns the cached blocks that the tokens begin with, never one with the last token."""
+        if self.prefix_cache is None:
+            return []
+        return self.prefix_cache.match(
+            token_ids, salt, num_matchable(len(token_ids), self.block_size)
+        )
+
+    def num_unreferenced(self, blocks: collections.abc.Sequence[int]) -> int:
+        """Returns how many of these cached blocks no row uses."""
+        return int(np.count_nonzero(self._ref_counts[list(set(blocks))] == 1))
+
+    def count_query(self, num_tokens: int, num_hits: int) -> None:
+        """Counts a prompt's tokens, and those of them that are cached, in the statistics."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.num_queried_tokens += num_tokens
+            self.prefix_cache.num_hit_tokens += num_hits
+
+    def pin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
+        """Holds the full blocks of these tokens; False, and no change, if one is not cached."""
+        blocks = self._cached(token_ids, salt)
+        if blocks is None:
+            return False
+        self.state = block_tables.hold(self.state, np.array(blocks, np.int32))
+        self.pins.update(blocks)
+        self._pinned[tuple(token_ids), salt] += 1
+        return True
+
+    def unpin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
+        """Releases what `pin` held; False if there is nothing."""
+        blocks = self._cached(token_ids, salt)
+        if blocks is None or not self._pinned[tuple(token_ids), salt]:
+            return False
+        self.state = block_tables.release(self.state, np.array(blocks, np.int32))
+        self.pins -= collections.Counter(blocks)
+        self._pinned[tuple(token_ids), salt] -= 1
+        return True
+
+    def num_pinned_for_others(self, blocks: collections.abc.Sequence[int]) -> int:
+        """Returns how many pinned blocks are none of these."""
+        return len(self.pins.keys() - set(blocks))
+
+    def _cached(
+        self, token_ids: collections.abc.Sequence[int], salt: str | None
+    ) -> list[int] | None:
+        """Returns the full blocks of these tokens, or None if not all of them are cached."""
+        num_full = len(token_ids) // self.block_size
+        if self.prefix_cache is None:
+            return None
+        blocks = self.prefix_cache.match(token_ids, salt, num_full)
+        return blocks if len(blocks) == num_full else None
+
+    def remember(self, full: collections.abc.Sequence[FullBlocks]) -> None:
+        """Enters full blocks into the prefix cache and holds those that are new there."""
+        if self.prefix_cache is None:
+            return
+        tables = np.asarray(self.state.tables)
+        entered: list[int] = []
+        for row, token_ids, first, end, salt in full:
+            blocks = tables[row, :end].tolist()
+            entered += self.prefix_cache.enter(blocks, token_ids, first, salt)
+        if entered:
+            self.state = block_tables.hold(self.state, np.array(entered, np.int32))
+
+    def admit(self, plans: collections.abc.Sequence[RowPlan]) -> list[int]:
+        """Gives each plan the lowest empty row, with its blocks."""
+        rows = self._empty_rows(len(plans))
+        blocks = [block for plan in plans for block in plan.blocks]
+        if max(blocks) < 0 and len(set(blocks)) == len(blocks):  # the common case: nothing shared
+            self._allocate(rows, [plan.num_tokens for plan in plans])
+        else:
+            self._admit_shared(rows, plans)
         return rows
 
     def append(
         self, rows: collections.abc.Sequence[int], num_tokens: collections.abc.Sequence[int]
-    ) -> bool:
-        """Allocates more tokens to the rows: all of them, or none, and then returns False."""
+    ) -> CopyPairs | None:
+        """Allocates more tokens to the rows, all of them or none, and then returns None."""
+        return self._append(rows, num_tokens, keep=())
+
+    def _append(
+        self,
+        rows: collections.abc.Sequence[int],
+        num_tokens: collections.abc.Sequence[int],
+        keep: collections.abc.Iterable[int],
+    ) -> CopyPairs | None:
+        """Appends as `append` does; evicts cached blocks first, none of `keep`, if that helps."""
         num_new = np.zeros_like(self.state.seq_lens)
         num_new[rows] = num_tokens
+        most = sum(num_tokens) // self.block_size + 2 * len(rows)
+        if self.prefix_cache is not None and most > self.state.num_free:
+            keep = set(keep)
+            needed = int(block_tables.num_blocks_needed(self.state, num_new))
+            missing = needed - int(self.state.num_free)
+            if 0 < missing <= self.num_evictable_blocks - self.num_unreferenced(list(keep)):
+                evicted = self.prefix_cache.evict(missing, self._ref_counts, keep)
+                self.state = block_tables.release(self.state, np.array(evicted, np.int32))
         self.state, result = block_tables.append(self.state, num_new)
-        assert not result.copy_dst.any(), "no block is shared, so none is copied on write"
-        return bool(result.ok)
+        if not result.ok:
+            return None
+        copied = np.flatnonzero(result.copy_dst)
+        return CopyPairs(np.asarray(result.copy_src)[copied], np.asarray(result.copy_dst)[copied])
+
+    def fork(self, parents: collections.abc.Sequence[int]) -> list[int]:
+        """Gives each parent (one may come often) the lowest empty row as a child."""
+        children = self._empty_rows(len(parents))
+        self.state = block_tables.fork(
+            self.state, np.array(parents, np.int32), np.array(children, np.int32)
+        )
+        return children
 
     def free(self, rows: collections.abc.Sequence[int]) -> None:
-        """Gives back the rows and their blocks."""
-        named = np.zeros(self.state.seq_lens.shape, bool)
-        named[rows] = True
-        self.state = block_tables.free(self.state, named)
+        """Gives back the rows and their blocks; cached ones stay."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.touch(np.asarray(self.state.tables)[list(rows)].ravel())
+        self.state = block_tables.free(self.state, self._named(rows))
 
     def free_all(self) -> None:
-        """Gives back every row and its blocks."""
+        """Gives back every row and its blocks, and forgets what is cached, pinned or not."""
         self.state = block_tables.free(self.state, self.state.seq_lens > 0)
+        self.state = block_tables.release(self.state, np.array(self._held(), np.int32))
+        self.pins.clear()
+        self._pinned.clear()
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
 
     def check_invariants(self, num_tokens: dict[int, int]) -> None:
         """Asserts that exactly these rows are in use, with so many tokens each."""
-        block_tables.check_invariants(self.state)
+        block_tables.check_invariants(self.state, self._held())
+        if self.prefix_cache is not None:
+            self.prefix_cache.check_invariants()
         in_use = np.flatnonzero(self.state.seq_lens).tolist()
         assert {row: int(self.state.seq_lens[row]) for row in in_use} == num_tokens
+
+    @property
+    def _ref_counts(self) -> np.ndarray:
+        return np.asarray(self.state.ref_counts)
+
+    def _held(self) -> list[int]:
+        """Returns the block of each reference that is not a row's."""
+        cached = () if self.prefix_cache is None else np.flatnonzero(self.prefix_cache.is_cached)
+        return [*(int(block) for block in cached), *self.pins.elements()]
+
+    def _empty_rows(self, count: int) -> list[int]:
+        rows: list[int] = np.flatnonzero(self.state.seq_lens == 0)[:count].tolist()
+        assert len(rows) == count, f"no row for {count - len(rows)} sequences"
+        return rows
+
+    def _named(self, rows: collections.abc.Sequence[int]) -> np.ndarray:
+        named = np.zeros(self.state.seq_lens.shape, bool)
+        named[rows] = True
+        return named
+
+    def _allocate(
+        self,
+        rows: collections.abc.Sequence[int],
+        num_tokens: collections.abc.Sequence[int],
+        keep: collections.abc.Iterable[int] = (),
+    ) -> None:
+        copies = self._append(rows, num_tokens, keep)
+        assert copies is not None, (
+            f"{self.num_free_blocks} free blocks are too few for {num_tokens} tokens"
+        )
+        assert not len(copies.src), "an empty row shares no block"
+
+    def _admit_shared(self, rows: list[int], plans: collections.abc.Sequence[RowPlan]) -> None:
+        """Allocates the new blocks, each once, and shares out the rows' blocks in their order.
+
+        The new blocks come as the tokens of the rows in which they are first named, and stay held
+        while these rows are emptied again to begin with what the plans say.
+        """
+        S = self.block_size
+        ids: dict[int, int] = {}
+        first_named: list[list[int]] = []
+        for plan in plans:
+            first_named.append([b for b in plan.blocks if b < 0 and b not in ids])
+            ids |= dict.fromkeys(first_named[-1], 0)
+        counts = [len(named) for named in first_named]
+        existing = {block for plan in plans for block in plan.blocks if block > 0}
+        self._allocate(rows, [count * S for count in counts], keep=existing)
+        for row, named in zip(rows, first_named, strict=True):
+            ids |= zip(named, self.state.tables[row].tolist(), strict=False)
+        new = np.array(list(ids.values()), np.int32)
+        state = block_tables.hold(self.state, new)
+        state = block_tables.free(
+            state, self._named([row for row, count in zip(rows, counts, strict=True) if count])
+        )
+        blocks = np.zeros((len(plans), max(len(plan.blocks) for plan in plans)), np.int32)
+        for given, plan in zip(blocks, plans, strict=True):
+            given[: len(plan.blocks)] = [ids.get(block, block) for block in plan.blocks]
+        state = block_tables.share(state, np.array(rows, np.int32), blocks)
+        new_lens = state.seq_lens.copy()
+        new_lens[rows] = [plan.num_tokens for plan in plans]
+        state = block_tables.truncate(state, new_lens)
+        self.state = block_tables.release(state, new)

@@ -12,6 +12,7 @@ import numpy as np
 
 from pallas_paged.block_tables import BlockTables
 from pallas_paged.engine import batch, logprobs
+from pallas_paged.engine.block_programs import BlockPrograms
 from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.logits import RowEdits, RowState
 from pallas_paged.engine.logprobs import TokenLogprobs
@@ -106,6 +107,7 @@ class ModelRunner:
             implementation,
             deterministic,
         )
+        self.block_programs = BlockPrograms(self.kv_caches, max_num_seqs)
 
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
         """Starts a step without waiting for its result; the caches are donated to it."""
@@ -113,9 +115,11 @@ class ModelRunner:
         bucket = self.buckets.pick(
             step.num_tokens,
             len(step.scheduled),
+            is_decode=step.is_decode and not any(targets),
             is_full=batch.needs_full(step),
-            is_mixed=any(targets),
         )
+        if len(step.copies.src):
+            self.kv_caches = self.block_programs.copy(self.kv_caches, step.copies)
         packed = jax.device_put(batch.build(step, state, bucket))
         for edit in self._row_edits.next_edits(step):
             self.row_state = self.programs.edit_rows(
@@ -147,7 +151,7 @@ class ModelRunner:
                 indices.extend(offset + p - 1 - share.start for p in positions)
                 tokens.extend(sequence.prompt_token_ids[positions.start : positions.stop])
                 prompts.append((sequence, len(positions)))
-                sequence.num_prompt_logprobs = positions.stop - 1
+                sequence.group.num_prompt_logprobs = positions.stop - 1
             offset += share.num_tokens
         arrays = []
         for start in range(0, len(tokens), NUM_PROMPT_ROWS):
@@ -203,6 +207,7 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Compiles every program, so that no step waits for a compilation."""
         self.programs.compile_all(self.buckets.all())
+        self.block_programs.compile()
 
     def block_until_ready(self) -> None:
         """Waits until every dispatched step has run."""

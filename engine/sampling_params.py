@@ -17,11 +17,11 @@ class SamplingParams:
 
     The logits change in this order: `logit_bias` and what excludes tokens, then the penalties (see
     `pallas_paged.engine.logits`), then temperature, `min_p`, `top_k`, `top_p` (see
-    `pallas_paged.engine.sampling`). A field that is not supported yet accepts only its default and
-    is refused by name otherwise, never ignored.
+    `pallas_paged.engine.sampling`).
 
     Attributes:
-      n: completions per prompt, 1 to 16384. Only 1 is supported yet.
+      n: completions per prompt, 1 to 16384, and no more than the engine's `max_num_seqs`. The
+        prompt is computed once. Random numbers depend on the seed and on which completion it is.
       presence_penalty: subtracted from the logits of tokens that the output holds; in [-2, 2].
       frequency_penalty: subtracted once for each time the output holds the token; in [-2, 2].
       repetition_penalty: divides the positive and multiplies the negative logits of tokens that the
@@ -53,9 +53,11 @@ class SamplingParams:
       bad_words: strings never to generate: the tokens of each, as the tokenizer splits it at the
         start of a text and behind a space, never follow each other in the output. Other tokens
         that spell the same are not excluded, and neither is a word that the prompt has begun.
+      skip_reading_prefix_cache: compute the whole prompt, whatever is cached.
+      skip_writing_prefix_cache: keep nothing of this request for later ones.
 
     Raises:
-      ValueError: a field is out of its range, of the wrong type, or not supported yet.
+      ValueError: a field is out of its range, of the wrong type, or excludes another.
     """
 
     n: int = 1
@@ -80,15 +82,13 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
+    skip_reading_prefix_cache: bool = False
+    skip_writing_prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         for field, check in _CHECKS.items():
             object.__setattr__(self, field, check(field, getattr(self, field)))
         self._check_together()
-        for field, neutral in _NOT_SUPPORTED_YET.items():
-            value = getattr(self, field)
-            if value != neutral:
-                raise ValueError(f"{field}={value!r} is not supported yet; leave it at {neutral!r}")
 
     def _check_together(self) -> None:
         if self.n > 1 and self.temperature == 0:
@@ -239,8 +239,6 @@ _CHECKS: dict[str, _Check] = {
     "logit_bias": _logit_bias,
     "allowed_token_ids": _allowed_token_ids,
     "bad_words": _bad_words,
-}
-
-_NOT_SUPPORTED_YET: dict[str, object] = {
-    "n": 1,
+    "skip_reading_prefix_cache": _flag,
+    "skip_writing_prefix_cache": _flag,
 }

@@ -5,8 +5,10 @@ scheduled while step n computes, so a sequence can be continued from a token tha
 knows yet. The device executes steps in order, which is why blocks may be given back, and taken by
 the next step, while a step that uses them is still in flight.
 
-Why every request finishes: requests are admitted in order of arrival and preempted in the reverse
-order, so the running sequences are always the earliest ones. The earliest of all is preempted only
+It moves whole groups: the sequences of a request are admitted, preempted and recomputed together.
+
+Why every request finishes: groups are admitted in order of arrival and preempted in the reverse
+order, so the running groups are always the earliest ones. The earliest of all is preempted only
 when it runs alone, and alone it fits, or `add` had refused it.
 """
 
@@ -16,10 +18,22 @@ import dataclasses
 import itertools
 from typing import TYPE_CHECKING
 
-from pallas_paged.engine.sequence import FinishReason, Sequence, SequenceStatus
+from pallas_paged.engine.groups import (
+    CopyPairs,
+    FullBlocks,
+    RowPlan,
+    plan_entry,
+    sequences_to_place,
+    worst_case_blocks,
+)
+from pallas_paged.engine.policies import choose_victim, next_to_admit
+from pallas_paged.engine.sequence import FinishReason, Sequence, SequenceGroup, SequenceStatus
 
 if TYPE_CHECKING:  # the protocol's module also holds the implementation, which imports jax
     from pallas_paged.engine.memory import Memory
+
+type Plan = list[tuple[Sequence, int]]
+"""How many tokens of which sequences to compute, group by group."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,7 +44,8 @@ class ScheduledSequence:
       sequence: the sequence.
       row: its row in the block tables; copied, because the sequence may lose it meanwhile.
       start: the position of the first token to compute.
-      num_tokens: tokens to compute, at least 1.
+      num_tokens: tokens to compute. 0 for a sequence forked from the one in front of it, whose
+        logits it samples its first token from.
       samples: whether the share reaches the sequence's end, so that its next token is sampled.
       input_on_device: whether the share's one token is the row's last sampled token, which the
         host does not know yet. Otherwise the tokens are
@@ -53,23 +68,20 @@ class ScheduledStep:
       step_id: counts the scheduler's steps from 0.
       scheduled: the shares, in order of arrival; never empty.
       num_tokens: tokens of all shares.
-      preempted: sequences that lost their blocks to this step.
+      copies: blocks to copy before the step.
+      preempted: groups that lost their blocks to this step.
     """
 
     step_id: int
     scheduled: tuple[ScheduledSequence, ...]
     num_tokens: int
-    preempted: tuple[Sequence, ...]
+    copies: CopyPairs
+    preempted: tuple[SequenceGroup, ...]
 
-
-def next_to_admit(waiting: collections.deque[Sequence]) -> Sequence:
-    """First come, first served: nobody overtakes the head of the queue, however small."""
-    return waiting[0]
-
-
-def choose_victim(running: list[Sequence]) -> Sequence:
-    """The sequence that arrived last loses its blocks first."""
-    return running[-1]
+    @property
+    def is_decode(self) -> bool:
+        """Whether each share has one token."""
+        return all(share.num_tokens == 1 for share in self.scheduled)
 
 
 class Scheduler:
@@ -83,7 +95,7 @@ class Scheduler:
       max_num_seqs: the most sequences that run at once.
       max_num_batched_tokens: the most tokens of a step. Longer prompts are computed in chunks.
       max_model_len: the most tokens of a sequence, prompt and output; there it ends by "length".
-      watermark_blocks: blocks that admission leaves free while other sequences run, so that they
+      watermark_blocks: blocks that admission leaves free while other groups run, so that they
         can grow before anyone is preempted. None: one in a hundred, at least one.
     """
 
@@ -112,9 +124,9 @@ class Scheduler:
             watermark_blocks = max(1, memory.num_usable_blocks // 100)
         self.watermark_blocks = watermark_blocks
         self.num_preemptions = 0
-        self._unfinished: dict[str, Sequence] = {}
-        self._waiting: collections.deque[Sequence] = collections.deque()
-        self._running: list[Sequence] = []
+        self._unfinished: dict[str, SequenceGroup] = {}
+        self._waiting: collections.deque[SequenceGroup] = collections.deque()
+        self._running: list[SequenceGroup] = []
         self._in_flight: collections.deque[ScheduledStep] = collections.deque()
         self._step_ids = itertools.count()
 
@@ -125,65 +137,109 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences in the queue, new and preempted."""
+        """Requests in the queue, new and preempted."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Sequences that hold blocks."""
+        """Requests that hold blocks."""
         return len(self._running)
 
-    def add(self, sequence: Sequence) -> None:
-        """Puts a new sequence at the end of the queue; raises `ValueError` as `check` does."""
-        self.check(sequence)
-        self._unfinished[sequence.request_id] = sequence
-        self._waiting.append(sequence)
+    @property
+    def row_lens(self) -> dict[int, int]:
+        """The tokens of each row in use that are computed, or will be by the step in flight."""
+        return {
+            sequence.row: sequence.num_dispatched
+            for group in self._running
+            for sequence in group.placed
+            if sequence.row is not None
+        }
 
-    def check(self, sequence: Sequence) -> None:
-        """Tells whether `add` would accept the sequence; changes nothing.
+    def add(self, group: SequenceGroup) -> None:
+        """Puts a new group at the end of the queue; raises `ValueError` as `check` does."""
+        self.check(group)
+        self._unfinished[group.request_id] = group
+        self._waiting.append(group)
+
+    def check(self, group: SequenceGroup) -> None:
+        """Tells whether `add` would accept the group; changes nothing.
 
         Raises:
           ValueError: the request is empty, its id is taken, or it could not run to its end even
             if it had the whole pool for itself.
         """
-        name, prompt_len = sequence.request_id, sequence.num_prompt_tokens
+        name, prompt_len = group.request_id, group.num_prompt_tokens
         if name in self._unfinished:
             raise ValueError(f"request_id={name!r} is taken by an unfinished request; use another")
         if prompt_len == 0:
             raise ValueError(f"request {name!r}: the prompt is empty; give at least one token")
-        if sequence.max_tokens < 1:
-            raise ValueError(
-                f"request {name!r}: max_tokens={sequence.max_tokens} must be at least 1"
-            )
+        if group.max_tokens < 1:
+            raise ValueError(f"request {name!r}: max_tokens={group.max_tokens} must be at least 1")
         if prompt_len >= self.max_model_len:
             raise ValueError(
                 f"request {name!r}: a prompt of {prompt_len} tokens leaves no room for output in "
                 f"max_model_len={self.max_model_len}; shorten the prompt or raise max_model_len"
             )
-        num_tokens = self._max_length(sequence)
-        num_blocks, usable = self.memory.blocks_for(num_tokens), self.memory.num_usable_blocks
-        if num_blocks > usable:
+        if group.num_seqs > self.max_num_seqs:
             raise ValueError(
-                f"request {name!r}: {prompt_len} prompt tokens and max_tokens="
-                f"{sequence.max_tokens} may take {num_tokens} tokens, {num_blocks} blocks, and the "
-                f"KV cache has {usable}; lower max_tokens, shorten the prompt or enlarge the cache"
+                f"request {name!r}: {group.num_seqs} sequences run together, and max_num_seqs="
+                f"{self.max_num_seqs}; ask for fewer completions or raise max_num_seqs"
             )
+        num_tokens = self._max_length(group)
+        num_blocks = self._worst_case(group)
+        others = self.memory.num_pinned_for_others(self._hits(group.sequences[0]))
+        if num_blocks + others > self.memory.num_usable_blocks:
+            pinned = f" besides {others} pinned for other prompts" if others else ""
+            together = f" in each of {group.num_seqs} sequences" if group.num_seqs > 1 else ""
+            raise ValueError(
+                f"request {name!r}: {prompt_len} prompt tokens and max_tokens={group.max_tokens} "
+                f"may take {num_tokens} tokens{together}, {num_blocks} blocks, and the KV cache "
+                f"has {self.memory.num_usable_blocks - others}{pinned}; lower max_tokens, shorten "
+                "the prompt or enlarge the cache"
+            )
+
+    def pin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
+        """Keeps the full blocks of a prefix, until `unpin`, however little memory there is.
+
+        Returns False, and changes nothing, if not all of them are cached.
+
+        Raises:
+          ValueError: an unfinished request could not run to its end beside them.
+        """
+        num_blocks = len(token_ids) // self.memory.block_size
+        if not self.memory.pin(token_ids, salt):
+            return False
+        for group in self._unfinished.values():
+            others = self.memory.num_pinned_for_others(self._hits(group.sequences[0]))
+            if self._worst_case(group) + others > self.memory.num_usable_blocks:
+                self.memory.unpin(token_ids, salt)
+                raise ValueError(
+                    f"pinning {num_blocks} blocks would leave too few of "
+                    f"{self.memory.num_usable_blocks} for request {group.request_id!r}; pin fewer "
+                    "tokens, wait for the request's end, or enlarge the cache"
+                )
+        return True
+
+    def unpin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
+        """Takes a `pin` back; returns False if there is none."""
+        return self.memory.unpin(token_ids, salt)
 
     def schedule(self) -> ScheduledStep | None:
         """Returns the next step, or None if nothing can be computed now.
 
         None means that nothing is unfinished, or that the step in flight must be committed first.
-        Running sequences come first, then those that wait, as far as tokens, rows and blocks
+        Running groups come first, then those that wait, as far as tokens, rows and blocks
         allow. When the running ones find no blocks to grow, the last of them loses its own, until
         the others fit; it waits at the head of the queue then, and nobody overtakes it.
         """
         assert len(self._in_flight) <= 1, "at most one step may be in flight"
-        preempted: list[Sequence] = []
+        preempted: list[SequenceGroup] = []
         planned = self._plan_running()
-        while not self._reserve(planned):
+        while (copies := self._reserve(planned)) is None:
             preempted.append(self._preempt(choose_victim(self._running)))
             planned = self._plan_running()
         planned += self._admit(self.max_num_batched_tokens - sum(count for _, count in planned))
+        planned = self._fork(planned)
         if not planned:
             assert self._in_flight or not self._unfinished, "nothing to wait for, nothing to do"
             return None
@@ -191,6 +247,7 @@ class Scheduler:
             next(self._step_ids),
             tuple(self._dispatch(sequence, count) for sequence, count in planned),
             sum(count for _, count in planned),
+            copies,
             tuple(preempted),
         )
         self._in_flight.append(step)
@@ -212,18 +269,22 @@ class Scheduler:
         assert len(tokens) == len(step.scheduled), f"{len(tokens)} tokens for {step.scheduled}"
         extended: list[Sequence] = []
         freed_rows: list[int] = []
+        full: list[FullBlocks] = []
         for share, token in zip(step.scheduled, tokens, strict=True):
             sequence = share.sequence
             sequence.num_in_flight -= 1
             if sequence.is_finished:
                 continue
-            if sequence.status is SequenceStatus.RUNNING:
+            if sequence.row is not None:
                 sequence.num_computed = share.start + share.num_tokens
+                full += self._newly_full(sequence)
             if share.samples:
                 sequence.num_pending -= 1
                 sequence.token_ids.append(token)
                 extended.append(sequence)
                 freed_rows += self._finish_if_over(sequence)
+        if full:
+            self.memory.remember(full)
         if freed_rows:
             self.memory.free(freed_rows)
         return extended
@@ -236,29 +297,32 @@ class Scheduler:
         But for one thing: a stop string that the last allowed token completed is what ended it.
         """
         if not sequence.is_finished:
-            freed_rows = self._retire(sequence, reason, stop_reason)
+            freed_rows = self._retire([sequence], reason, stop_reason)
             if freed_rows:
                 self.memory.free(freed_rows)
         elif (sequence.finish_reason, reason) == ("length", "stop"):
             sequence.finish_reason, sequence.stop_reason = reason, stop_reason
 
     def abort(self, request_id: str) -> None:
-        """Ends a request by "abort"; does nothing if it is unknown or has ended."""
+        """Ends what runs of a request by "abort"; does nothing if it is unknown or has ended."""
         if request_id in self._unfinished:
-            self.finish(self._unfinished[request_id], "abort")
+            freed_rows = self._retire(self._unfinished[request_id].live, "abort", None)
+            if freed_rows:
+                self.memory.free(freed_rows)
 
-    def abort_all(self) -> list[Sequence]:
+    def abort_all(self) -> list[SequenceGroup]:
         """Aborts and returns all requests, and forgets the steps in flight.
 
         For use after an error or an interrupt, wherever it struck: nothing that may be half-changed
         is read, and the scheduler and its memory are empty again.
         """
         aborted = list(self._unfinished.values())
-        for sequence in aborted:
-            sequence.status = SequenceStatus.FINISHED
-            sequence.finish_reason = "abort"
-            sequence.row = None
-            sequence.num_reserved = sequence.num_pending = 0
+        for group in aborted:
+            group.status = SequenceStatus.FINISHED
+            for sequence in group.live:
+                sequence.finish_reason = "abort"
+                sequence.num_pending = 0
+                sequence.give_up_blocks()
         for queue in (self._unfinished, self._waiting, self._running, self._in_flight):
             queue.clear()
         self.memory.free_all()
@@ -267,49 +331,81 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Asserts that the queues, the counts, the steps in flight and the memory agree."""
         queued = [*self._running, *self._waiting]
-        assert {id(s) for s in queued} == {id(s) for s in self._unfinished.values()}
+        assert {id(g) for g in queued} == {id(g) for g in self._unfinished.values()}
         assert len(queued) == len(self._unfinished)
-        assert len(self._running) <= self.max_num_seqs
-        for sequence in queued:
-            shares = [
-                share
-                for step in self._in_flight
-                for share in step.scheduled
-                if share.sequence is sequence
-            ]
-            assert sequence.num_in_flight == len(shares)
-            assert sequence.num_pending == sum(share.samples for share in shares)
-            assert sequence.num_tokens <= self._max_length(sequence)
-            assert sequence.num_computed <= sequence.num_dispatched <= sequence.num_reserved
-        for sequence in self._running:
-            assert sequence.status is SequenceStatus.RUNNING
-            assert sequence.num_dispatched < sequence.num_tokens
-        for sequence in self._waiting:
-            assert sequence.status is SequenceStatus.WAITING
-            assert sequence.row is None
-            assert sequence.num_reserved == 0
-        used = {s.row: s.num_reserved for s in self._running if s.row is not None}
-        assert len(used) == len(self._running)
+        assert sum(len(group.live) for group in self._running) <= self.max_num_seqs
+        used: dict[int, int] = {}
+        for group in queued:
+            assert group.live
+            for sequence in group.live:
+                self._check_counts(sequence)
+        for group in self._running:
+            assert group.status is SequenceStatus.RUNNING
+            rows = {s.row: s.num_reserved for s in group.placed if s.row is not None}
+            assert len(rows) == len(group.placed)
+            assert all(s.row is None for s in group.live if s not in group.placed)
+            assert all(s.num_dispatched < s.num_tokens for s in group.live)
+            assert not rows.keys() & used.keys()
+            used |= rows
+        for group in self._waiting:
+            assert group.status is SequenceStatus.WAITING
+            assert all(s.row is None and s.num_reserved == 0 for s in group.sequences)
         self.memory.check_invariants(used)
 
-    def _max_length(self, sequence: Sequence) -> int:
-        return min(sequence.num_prompt_tokens + sequence.max_tokens, self.max_model_len)
+    def _check_counts(self, sequence: Sequence) -> None:
+        shares = [
+            share
+            for step in self._in_flight
+            for share in step.scheduled
+            if share.sequence is sequence
+        ]
+        assert sequence.num_in_flight == len(shares)
+        assert sequence.num_pending == sum(share.samples for share in shares)
+        assert sequence.num_tokens <= self._max_length(sequence.group)
+        assert sequence.num_computed <= sequence.num_dispatched <= sequence.num_reserved
 
-    def _plan_running(self) -> list[tuple[Sequence, int]]:
-        """Returns (sequence, number of tokens) in order of arrival, within the token budget."""
-        planned = []
+    def _worst_case(self, group: SequenceGroup) -> int:
+        """Returns the most blocks of the pool that the group can take."""
+        num_blocks = worst_case_blocks(
+            group.num_prompt_tokens,
+            group.num_seqs,
+            self._max_length(group),
+            self.memory.block_size,
+        )
+        return self.memory.blocks_taken(num_blocks, group.num_seqs)
+
+    def _max_length(self, group: SequenceGroup) -> int:
+        return min(group.num_prompt_tokens + group.max_tokens, self.max_model_len)
+
+    def _plan_running(self) -> Plan:
+        """Returns what the running groups compute next, in order of arrival, within the budget."""
+        planned: Plan = []
         budget = self.max_num_batched_tokens
-        for sequence in self._running:
-            if sequence.num_tokens == self._max_length(sequence):
-                continue  # its last token is in flight
-            num_tokens = min(sequence.num_tokens - sequence.num_dispatched, budget)
-            if num_tokens == 0:
+        for group in self._running:
+            planned_here = self._plan(group, budget)
+            planned += planned_here
+            budget -= sum(count for _, count in planned_here)
+            if not budget:
                 break
-            planned.append((sequence, num_tokens))
-            budget -= num_tokens
         return planned
 
-    def _reserve(self, planned: list[tuple[Sequence, int]]) -> bool:
+    def _plan(self, group: SequenceGroup, budget: int) -> Plan:
+        """Returns what a group's sequences compute next, in their order, within the budget."""
+        planned: dict[Sequence, int] = {}
+        max_length = self._max_length(group)
+        for sequence in group.placed:
+            if sequence.num_tokens == max_length:
+                continue  # its last token is in flight
+            if not _may_start(sequence, planned):
+                continue  # what it shares is not computed yet
+            count = min(sequence.num_tokens - sequence.num_dispatched, budget)
+            if count == 0:
+                break
+            planned[sequence] = count
+            budget -= count
+        return list(planned.items())
+
+    def _reserve(self, planned: Plan) -> CopyPairs | None:
         """Allocates what the planned tokens need beyond their sequences' blocks: all or nothing."""
         growth = {
             sequence: sequence.num_dispatched + num_tokens - sequence.num_reserved
@@ -317,36 +413,104 @@ class Scheduler:
             if sequence.num_dispatched + num_tokens > sequence.num_reserved
         }
         rows = [sequence.row for sequence in growth if sequence.row is not None]
-        if not self.memory.append(rows, list(growth.values())):
-            return False
-        for sequence, count in growth.items():
-            sequence.num_reserved += count
-        return True
+        copies = self.memory.append(rows, list(growth.values()))
+        if copies is not None:
+            for sequence, count in growth.items():
+                sequence.num_reserved += count
+        return copies
 
-    def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
-        """Moves sequences from the queue to the running ones; blocks for all known tokens."""
-        admitted: list[tuple[Sequence, int]] = []
-        free = self.memory.num_free_blocks
-        while self._waiting and budget and len(self._running) < self.max_num_seqs:
-            sequence = next_to_admit(self._waiting)
-            needed = self.memory.blocks_for(sequence.num_tokens)
-            spare = self.watermark_blocks if self._running else 0
+    def _admit(self, budget: int) -> Plan:
+        """Moves groups from the queue to the running ones; blocks for all known tokens."""
+        planned: Plan = []
+        placed: list[Sequence] = []
+        plans: list[RowPlan] = []
+        num_free = self.memory.num_free_blocks
+        num_rows = self.max_num_seqs - sum(len(group.live) for group in self._running)
+        num_new = 0
+        while self._waiting and budget:
+            group = next_to_admit(self._waiting)
+            live = group.live
             # What a preempted sequence still has in flight belongs to its earlier life.
-            if sequence.num_in_flight or needed + spare > free:
+            if len(live) > num_rows or any(sequence.num_in_flight for sequence in live):
                 break
-            free -= needed
-            num_tokens = min(sequence.num_tokens, budget)
-            budget -= num_tokens
-            admitted.append((sequence, num_tokens))
-            self._waiting.remove(sequence)
-            self._running.append(sequence)
-        if admitted:
-            rows = self.memory.admit([sequence.num_tokens for sequence, _ in admitted])
-            for (sequence, _), row in zip(admitted, rows, strict=True):
-                sequence.status = SequenceStatus.RUNNING
+            hits = [self._hits(sequence) for sequence in sequences_to_place(group)]
+            entry = plan_entry(group, hits, self.memory.block_size)
+            spare = self.watermark_blocks if self._running else 0
+            needed = self.memory.blocks_taken(entry.num_needed, len(live))
+            needed += self.memory.num_unreferenced(list(itertools.chain(*hits)))
+            if needed + spare > num_free:
+                break
+            num_free -= needed
+            num_rows -= len(live)
+            for sequence, branch in zip(entry.placed, entry.branches, strict=True):
+                sequence.num_shared = sequence.num_dispatched = branch.num_shared
+                sequence.num_reserved = len(sequence.token_ids)
+                sequence.num_remembered = branch.num_shared // self.memory.block_size
+                if branch.leader is not None:
+                    sequence.leader = entry.placed[branch.leader]
+                else:
+                    sequence.num_computed = branch.num_shared
+                blocks = tuple(b if b > 0 else b - num_new for b in branch.blocks)
+                plans.append(RowPlan(sequence.num_reserved, blocks))
+            if group.num_preemptions == 0 and group.reads_cache:
+                group.num_cached_tokens = entry.branches[0].num_shared
+                self.memory.count_query(group.num_prompt_tokens, group.num_cached_tokens)
+            num_new += entry.num_new
+            placed += entry.placed
+            group.is_forked = len(entry.placed) == len(live)
+            planned_here = self._plan(group, budget)
+            planned += planned_here
+            budget -= sum(count for _, count in planned_here)
+            self._waiting.remove(group)
+            self._running.append(group)
+            group.status = SequenceStatus.RUNNING
+        if plans:
+            for sequence, row in zip(placed, self.memory.admit(plans), strict=True):
                 sequence.row = row
-                sequence.num_reserved = sequence.num_tokens
-        return admitted
+        return planned
+
+    def _hits(self, sequence: Sequence) -> list[int]:
+        """Returns the cached blocks that the sequence may begin with."""
+        group = sequence.group
+        if not group.reads_cache:
+            return []
+        return self.memory.match(sequence.token_ids, group.cache_salt)
+
+    def _newly_full(self, sequence: Sequence) -> list[FullBlocks]:
+        """Returns the blocks, if any, that its committed tokens have filled since the last time."""
+        first, end = sequence.num_remembered, sequence.num_computed // self.memory.block_size
+        if end <= first or sequence.row is None or not sequence.group.writes_cache:
+            return []
+        sequence.num_remembered = end
+        salt = sequence.group.cache_salt
+        return [FullBlocks(sequence.row, sequence.token_ids, first, end, salt)]
+
+    def _fork(self, planned: Plan) -> Plan:
+        """Adds the sequences forked from those that reach the end of their group's prompt."""
+        ready = {
+            sequence
+            for sequence, count in planned
+            if not sequence.group.is_forked
+            and sequence.num_dispatched + count == sequence.num_tokens
+        }
+        if not ready:
+            return planned
+        families: Plan = []
+        children, parents = [], []
+        for parent, count in planned:
+            families.append((parent, count))
+            if parent in ready:
+                parent.group.is_forked = True
+                for child in parent.group.live[1:]:
+                    child.num_reserved = child.num_dispatched = parent.num_reserved
+                    child.num_remembered = parent.num_reserved // self.memory.block_size
+                    families.append((child, 0))
+                    children.append(child)
+                    parents.append(parent.row)
+        rows = self.memory.fork([row for row in parents if row is not None])
+        for child, row in zip(children, rows, strict=True):
+            child.row = row
+        return families
 
     def _dispatch(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
         """Counts the tokens as dispatched."""
@@ -367,43 +531,62 @@ class Scheduler:
         sequence.num_pending += share.samples
         return share
 
-    def _preempt(self, sequence: Sequence) -> Sequence:
-        """Takes all blocks; the sequence starts again with its prompt and output as the prompt."""
-        assert sequence.row is not None
-        self._running.remove(sequence)
-        self._waiting.appendleft(sequence)  # it arrived before all that wait
-        self.memory.free([sequence.row])
-        sequence.status = SequenceStatus.WAITING
-        sequence.row = None
-        sequence.num_reserved = sequence.num_dispatched = sequence.num_computed = 0
-        sequence.num_preemptions += 1
+    def _preempt(self, group: SequenceGroup) -> SequenceGroup:
+        """Takes all blocks; its sequences start again with prompt and output as their prompts."""
+        self._running.remove(group)
+        self._waiting.appendleft(group)  # it arrived before all that wait
+        self.memory.free([s.row for s in group.placed if s.row is not None])
+        for sequence in group.sequences:
+            sequence.give_up_blocks()
+        group.status = SequenceStatus.WAITING
+        group.is_forked = False
+        group.num_preemptions += 1
         self.num_preemptions += 1
-        return sequence
+        return group
 
     def _finish_if_over(self, sequence: Sequence) -> list[int]:
         """Ends a sequence whose last token demands it; returns the rows to free."""
-        token = sequence.token_ids[-1]
-        if token in sequence.eos_token_ids:
-            return self._retire(sequence, "stop", None)
-        if token in sequence.stop_token_ids:
-            return self._retire(sequence, "stop", token)
-        if len(sequence.token_ids) == self._max_length(sequence):
-            return self._retire(sequence, "length", None)
+        token, group = sequence.token_ids[-1], sequence.group
+        if token in group.eos_token_ids:
+            return self._retire([sequence], "stop", None)
+        if token in group.stop_token_ids:
+            return self._retire([sequence], "stop", token)
+        if len(sequence.token_ids) == self._max_length(group):
+            return self._retire([sequence], "length", None)
         return []
 
     def _retire(
-        self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None
+        self,
+        sequences: collections.abc.Sequence[Sequence],
+        reason: FinishReason,
+        stop_reason: int | str | None,
     ) -> list[int]:
-        """Forgets a sequence, whose late results `commit` then drops; returns the rows to free."""
-        del self._unfinished[sequence.request_id]
-        rows = [] if sequence.row is None else [sequence.row]
-        if rows:
-            self._running.remove(sequence)
+        """Ends sequences of a group, whose late results `commit` drops; returns the rows to free.
+
+        The group ends with the last of them.
+        """
+        group = sequences[0].group
+        rows = [sequence.row for sequence in sequences if sequence.row is not None]
+        for sequence in sequences:
+            sequence.finish_reason = reason
+            sequence.stop_reason = stop_reason
+            sequence.num_pending = 0
+            sequence.give_up_blocks()
+        if not group.live:
+            del self._unfinished[group.request_id]
+            if group.status is SequenceStatus.RUNNING:
+                self._running.remove(group)
+            else:
+                self._waiting.remove(group)
+            group.status = SequenceStatus.FINISHED
         else:
-            self._waiting.remove(sequence)
-        sequence.status = SequenceStatus.FINISHED
-        sequence.finish_reason = reason
-        sequence.stop_reason = stop_reason
-        sequence.row = None
-        sequence.num_reserved = sequence.num_pending = 0
+            assert group.is_forked or group.status is SequenceStatus.WAITING
         return rows
+
+
+def _may_start(sequence: Sequence, planned: dict[Sequence, int]) -> bool:
+    """Whether the blocks that it shares will be written when its own tokens read them."""
+    leader = sequence.leader
+    if leader is None or leader.is_finished:
+        return True
+    return leader.num_dispatched + planned.get(leader, 0) >= sequence.num_shared

@@ -1,4 +1,4 @@
-"""One request as the scheduler sees it: its tokens, and how far their computation has come."""
+"""A request as the scheduler sees it: a group of sequences, and how far each one has come."""
 
 import dataclasses
 import enum
@@ -11,7 +11,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 class SequenceStatus(enum.Enum):
-    """Where a sequence stands: in the queue, in the block tables, or done."""
+    """Where a group, or one of its sequences, stands: queued, in the block tables, or done."""
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
@@ -20,43 +20,144 @@ class SequenceStatus(enum.Enum):
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Sequence:
-    """A prompt and the tokens generated for it.
+    """One completion of a request: the prompt and the tokens generated for it.
 
     Three counts tell how far a sequence is, because the host runs one step ahead of the device:
     `num_computed <= num_dispatched <= num_reserved`. They count from position 0 and start again
-    at 0 when the sequence is preempted, since its blocks are given back. Only the scheduler
-    changes what follows `sampling_params`.
+    when the group is preempted, since its blocks are given back. Only the scheduler changes what
+    follows `index`.
+
+    Attributes:
+      group: the request's sequences.
+      index: which of the request's completions it is.
+      token_ids: the prompt and the committed output tokens.
+      row: its row in the block tables while it runs, else None. A sequence that has not been forked
+        from the first one yet has none either.
+      leader: the sequence that computes the last of the blocks it shares from the start of a
+        recomputation; None where they are computed already.
+      num_shared: tokens in those blocks; it computes none of them.
+      num_reserved: tokens that its blocks are allocated for.
+      num_remembered: full blocks that the memory was told of, see `Memory.remember`.
+      num_dispatched: tokens whose keys and values are computed, or will be by a step in flight.
+      num_computed: tokens whose keys and values a committed step computed.
+      num_in_flight: uncommitted steps that hold the sequence, those before a preemption included.
+      num_pending: tokens sampled by uncommitted steps: on the device, not in `token_ids` yet. 0
+        or 1 whenever a step is scheduled.
+      finish_reason: None until it finished.
+      stop_reason: the stop token or stop string that ended it, None for any other end.
+      logprobs: one entry per output token where `sampling_params` ask for them, else empty; the
+        engine fills it beside `commit`, and preemption leaves it alone.
+    """
+
+    group: "SequenceGroup"
+    index: int = 0
+
+    token_ids: list[int] = dataclasses.field(init=False)
+    row: int | None = dataclasses.field(init=False, default=None)
+    leader: "Sequence | None" = dataclasses.field(init=False, default=None, repr=False)
+    num_shared: int = dataclasses.field(init=False, default=0)
+    num_reserved: int = dataclasses.field(init=False, default=0)
+    num_remembered: int = dataclasses.field(init=False, default=0)
+    num_dispatched: int = dataclasses.field(init=False, default=0)
+    num_computed: int = dataclasses.field(init=False, default=0)
+    num_in_flight: int = dataclasses.field(init=False, default=0)
+    num_pending: int = dataclasses.field(init=False, default=0)
+    finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
+    stop_reason: int | str | None = dataclasses.field(init=False, default=None)
+    logprobs: list[Any] = dataclasses.field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.group.prompt_token_ids)
+
+    @property
+    def request_id(self) -> str:
+        """The group's."""
+        return self.group.request_id
+
+    @property
+    def sampling_params(self) -> Any:
+        """The group's; the scheduler never reads it."""
+        return self.group.sampling_params
+
+    @property
+    def logit_rules(self) -> "LogitRules | None":
+        """The group's; the scheduler never reads them."""
+        return self.group.logit_rules
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """The group's."""
+        return self.group.prompt_token_ids
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.group.prompt_token_ids)
+
+    @property
+    def status(self) -> SequenceStatus:
+        """Finished, or as the group is."""
+        return SequenceStatus.FINISHED if self.is_finished else self.group.status
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Committed output tokens."""
+        return len(self.token_ids) - len(self.group.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The committed output tokens, a new list."""
+        return self.token_ids[len(self.group.prompt_token_ids) :]
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens, the pending ones included."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has a `finish_reason`."""
+        return self.finish_reason is not None
+
+    def give_up_blocks(self) -> None:
+        """Starts again, with prompt and output as the prompt; what is in flight stays counted."""
+        self.row = self.leader = None
+        self.num_shared = self.num_remembered = self.num_reserved = 0
+        self.num_dispatched = self.num_computed = 0
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class SequenceGroup:
+    """A request: `num_seqs` completions of one prompt, which run, wait and lose blocks together.
+
+    The prompt is computed once, by the first sequence; when its last token is, the others are
+    forked from it, and each of them samples its own first token.
 
     Attributes:
       request_id: unique among unfinished requests.
       prompt_token_ids: the prompt, at least one token.
-      max_tokens: the most tokens to generate, at least 1.
-      stop_token_ids: tokens that end the sequence; reported as its `stop_reason`.
+      max_tokens: the most tokens to generate per sequence, at least 1.
+      stop_token_ids: tokens that end a sequence; reported as its `stop_reason`.
       eos_token_ids: the model's end tokens, which end it without a `stop_reason`; empty for
         `ignore_eos`.
       arrival_time: seconds, for metrics; the order of arrival is the order of `Scheduler.add`.
       sampling_params: carried for the sampler; the scheduler never reads it.
       logit_rules: what the request changes in its logits, None for nothing; carried like
         `sampling_params`, of which it is made.
-      reads_prefix_cache: whether blocks of the prompt may come from a cache; not if each of its
-        tokens has to be computed for `prompt_logprobs`.
-      token_ids: the prompt and the committed output tokens.
+      num_seqs: how many completions.
+      cache_salt: keeps its cached blocks apart from those of requests with another one.
+      reads_cache: whether it uses cached blocks; not if each token of its prompt has to be computed
+        for `prompt_logprobs`.
+      writes_cache: whether its blocks are cached.
+      sequences: all of them, by index.
       status: see `SequenceStatus`.
-      row: its row in the block tables while it runs, else None.
-      num_reserved: tokens that its blocks are allocated for.
-      num_dispatched: tokens whose keys and values are computed, or will be by a step in flight.
-      num_computed: tokens whose keys and values a committed step computed.
-      num_in_flight: uncommitted steps that hold the sequence, those before a preemption included.
-      num_pending: tokens sampled by uncommitted steps: on the device, not in `token_ids` yet. 0
-        or 1 whenever a step is scheduled.
+      is_forked: whether every live sequence has a row while the group runs; else only the first.
+      num_cached_tokens: prompt tokens found in the prefix cache when it was first admitted.
       num_preemptions: how often it was preempted.
-      finish_reason: None until it finished.
-      stop_reason: the stop token or stop string that ended it, None for any other end.
-      logprobs: one entry per output token where `sampling_params` ask for them, else empty; the
-        engine fills it beside `commit`, and preemption leaves it alone.
-      prompt_logprobs: the same for the prompt's tokens but the first.
-      num_prompt_logprobs: entries of `prompt_logprobs` that are there or will be when the steps in
-        flight are taken in; the runner counts them.
+      prompt_logprobs: one entry per token of the prompt but the first where `sampling_params` ask
+        for them, else empty; the engine fills it, and preemption leaves it alone.
+      num_prompt_logprobs: entries that are there or will be when the steps in flight are taken in;
+        the runner counts them.
     """
 
     request_id: str
@@ -67,25 +168,21 @@ class Sequence:
     arrival_time: float = 0.0
     sampling_params: Any = None
     logit_rules: "LogitRules | None" = None
-    reads_prefix_cache: bool = True
+    num_seqs: int = 1
+    cache_salt: str | None = None
+    reads_cache: bool = True
+    writes_cache: bool = True
 
-    token_ids: list[int] = dataclasses.field(init=False)
+    sequences: list[Sequence] = dataclasses.field(init=False, repr=False)
     status: SequenceStatus = dataclasses.field(init=False, default=SequenceStatus.WAITING)
-    row: int | None = dataclasses.field(init=False, default=None)
-    num_reserved: int = dataclasses.field(init=False, default=0)
-    num_dispatched: int = dataclasses.field(init=False, default=0)
-    num_computed: int = dataclasses.field(init=False, default=0)
-    num_in_flight: int = dataclasses.field(init=False, default=0)
-    num_pending: int = dataclasses.field(init=False, default=0)
+    is_forked: bool = dataclasses.field(init=False, default=False)
+    num_cached_tokens: int = dataclasses.field(init=False, default=0)
     num_preemptions: int = dataclasses.field(init=False, default=0)
-    finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
-    stop_reason: int | str | None = dataclasses.field(init=False, default=None)
-    logprobs: list[Any] = dataclasses.field(init=False, default_factory=list)
     prompt_logprobs: list[Any] = dataclasses.field(init=False, default_factory=list)
     num_prompt_logprobs: int = dataclasses.field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.prompt_token_ids)
+        self.sequences = [Sequence(self, index) for index in range(self.num_seqs)]
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -93,21 +190,17 @@ class Sequence:
         return len(self.prompt_token_ids)
 
     @property
-    def num_output_tokens(self) -> int:
-        """Committed output tokens."""
-        return len(self.token_ids) - len(self.prompt_token_ids)
+    def live(self) -> list[Sequence]:
+        """The sequences that have not finished, by index; a new list."""
+        return [sequence for sequence in self.sequences if sequence.finish_reason is None]
 
     @property
-    def output_token_ids(self) -> list[int]:
-        """The committed output tokens, a new list."""
-        return self.token_ids[len(self.prompt_token_ids) :]
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and output tokens, the pending ones included."""
-        return len(self.token_ids) + self.num_pending
+    def placed(self) -> list[Sequence]:
+        """The live sequences that have a row while the group runs."""
+        live = self.live
+        return live if self.is_forked else live[:1]
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has a `finish_reason`."""
+        """Whether all its sequences are."""
         return self.status is SequenceStatus.FINISHED

@@ -6,14 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-)
-"""A folder with none of them has no tokenizer."""
+from pallas_paged.models.checkpoint import TOKENIZER_FILES
 
 
 class Tokenizer:

@@ -53,6 +53,7 @@ def dense_attend(
     metadata: AttentionMetadata,
     *,
     scale: float | None = None,
+    sliding_window: int | None = None,
 ) -> tuple[Float[Array, "T Hq D"], None]:
     """Causal attention over whole sequences of equal length, without a cache: for training.
 
@@ -71,7 +72,10 @@ def dense_attend(
             "takes sequences of equal length"
         )
     q, k, v = (x.reshape(-1, length, *x.shape[1:]) for x in (q, k, v))
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    window = None if sliding_window is None else (sliding_window - 1, 0)
+    out = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, local_window_size=window
+    )
     return out.reshape(num_tokens, *out.shape[2:]), None
 
 

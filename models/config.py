@@ -26,7 +26,7 @@ _NEUTRAL: dict[str, Any] = {
     "pruned_heads": {},
     "layer_types": None,
 }
-"""Fields of any architecture that we support at one value only."""
+"""Fields of any architecture that we support at one value only, unless the family reads them."""
 
 
 class HFFields:
@@ -59,6 +59,20 @@ class HFFields:
     def integer(self, name: str, default: Any = _REQUIRED) -> int:
         """Returns an integer field; `default` where it is absent, `ValueError` without one."""
         return self._get(name, (int,), default)
+
+    def nullable_integer(self, name: str, default: int) -> int | None:
+        """Returns an integer field, None where it is null, and `default` where it is absent."""
+        return self.integer(name, None if name in self._values else default)
+
+    def strings(self, name: str, supported: Sequence[str], default: Sequence[str]) -> list[str]:
+        """Returns a field that is a list, each entry one of the strings `supported`."""
+        values = self._get(name, (list,), list(default))
+        if unsupported := [value for value in values if value not in supported]:
+            raise ValueError(
+                f"{self._source}: {name} has {unsupported[0]!r}, which is not supported, only "
+                f"{' or '.join(supported)}"
+            )
+        return values
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         """Returns a real-valued field as a float."""
@@ -97,8 +111,8 @@ class HFFields:
 
     def finish(self) -> None:
         """Refuses what no architecture supports; logs the fields that have no effect here."""
-        for name, neutral in _NEUTRAL.items():
-            self.only(name, neutral)
+        for name in _NEUTRAL.keys() - self._read:
+            self.only(name, _NEUTRAL[name])
         without_effect = [name for name in self.unread() if name not in _WITHOUT_EFFECT]
         if without_effect:
             logger.warning(

@@ -68,11 +68,13 @@ class Embedding(nnx.Module):
 class RMSNorm(nnx.Module):
     """`weight * x / sqrt(mean(x^2) + eps)` (Zhang & Sennrich, 2019), statistics in float32."""
 
-    def __init__(self, features: int, *, eps: float, dtype: jax.typing.DTypeLike):
+    def __init__(
+        self, features: int, *, eps: float, axis: str = "embed", dtype: jax.typing.DTypeLike
+    ):
         self.eps = eps
-        self.weight = parameter(jnp.ones(features, dtype), ("embed",))
+        self.weight = parameter(jnp.ones(features, dtype), (axis,))
 
-    def __call__(self, x: Float[Array, "T features"]) -> Float[Array, "T features"]:
+    def __call__(self, x: Float[Array, "*n features"]) -> Float[Array, "*n features"]:
         """Returns `x` normalised over its last dimension, in its dtype."""
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)

@@ -1,215 +1,35 @@
 """Llama 1, 2 and 3.x (Touvron et al., 2023; Dubey et al., 2024)."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
-import jax
-from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
-
-from pallas_paged.kv_cache import AttentionMetadata, KVCache
-from pallas_paged.models.attend import paged_attend
-from pallas_paged.models.config import (
-    HFFields,
-    ModelConfig,
-    check_positive,
-    checkpoint_dtype_from_hf,
-    head_dim_from_hidden,
-)
-from pallas_paged.models.interface import Attend, CheckpointNames, Family
-from pallas_paged.models.layers import Embedding, Linear, RMSNorm, logits
-from pallas_paged.models.rope import Rope, rope_from_hf, rotate, rotation
+from pallas_paged.models.config import HFFields
+from pallas_paged.models.decoder import NAMES, Decoder, DecoderConfig, decoder_fields_from_hf
+from pallas_paged.models.interface import Family
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig(ModelConfig):
+class LlamaConfig(DecoderConfig):
     """The shape of a Llama."""
 
     architecture: ClassVar[str] = "LlamaForCausalLM"
 
-    intermediate_size: int
-    rope: Rope = dataclasses.field(default_factory=Rope)
-    rms_norm_eps: float = 1e-6
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "intermediate_size", "rms_norm_eps")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
-
     @classmethod
     def from_hf(cls, fields: HFFields) -> "LlamaConfig":
         """Returns the configuration in a `config.json`; `ValueError` for what is unsupported."""
-        fields.choice("hidden_act", ("silu",), "silu")
         fields.only("pretraining_tp", 1)
-        hidden_size = fields.integer("hidden_size")
-        num_q_heads = fields.integer("num_attention_heads")
-        head_dim = fields.integer("head_dim", 0)
+        shared = decoder_fields_from_hf(fields)
+        bias = fields.flag("attention_bias", False)
         config = cls(
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=fields.integer("intermediate_size"),
-            num_layers=fields.integer("num_hidden_layers"),
-            num_q_heads=num_q_heads,
-            num_kv_heads=fields.integer("num_key_value_heads", num_q_heads),
-            head_dim=head_dim or head_dim_from_hidden(hidden_size, num_q_heads),
+            **shared,
+            num_kv_heads=fields.integer("num_key_value_heads", shared["num_q_heads"]),
             max_position_embeddings=fields.integer("max_position_embeddings", 2048),
-            rope=rope_from_hf(fields),
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            attention_bias=fields.flag("attention_bias", False),
+            qkv_bias=bias,
+            output_bias=bias,
             mlp_bias=fields.flag("mlp_bias", False),
-            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-            checkpoint_dtype=checkpoint_dtype_from_hf(fields),
         )
         fields.finish()
         return config
 
 
-class LlamaAttention(nnx.Module):
-    """Grouped-query self-attention with rotary positions."""
-
-    def __init__(self, config: LlamaConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.head_dim = config.head_dim
-        q_features = config.num_q_heads * config.head_dim
-        kv_features = config.num_kv_heads * config.head_dim
-
-        def linear(in_features: int, out_features: int, axes: tuple[str, str]) -> Linear:
-            bias = config.attention_bias
-            return Linear(in_features, out_features, axes=axes, bias=bias, dtype=dtype, rngs=rngs)
-
-        self.q_proj = linear(config.hidden_size, q_features, ("heads", "embed"))
-        self.k_proj = linear(config.hidden_size, kv_features, ("kv_heads", "embed"))
-        self.v_proj = linear(config.hidden_size, kv_features, ("kv_heads", "embed"))
-        self.o_proj = linear(q_features, config.hidden_size, ("embed", "heads"))
-
-    def __call__(
-        self,
-        x: Float[Array, "T E"],
-        cos_sin: tuple[Float32[Array, "T half"], Float32[Array, "T half"]],
-        metadata: AttentionMetadata,
-        kv_cache: KVCache | None,
-        attend: Attend,
-    ) -> tuple[Float[Array, "T E"], KVCache | None]:
-        """Returns the attention's output and the layer's updated cache."""
-        q, k, v = (
-            proj(x).reshape(x.shape[0], -1, self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        out, kv_cache = attend(q, k, v, kv_cache, metadata)
-        return self.o_proj(out.reshape(x.shape[0], -1)), kv_cache
-
-
-class LlamaMLP(nnx.Module):
-    """SwiGLU (Shazeer, 2020)."""
-
-    def __init__(self, config: LlamaConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        def linear(in_features: int, out_features: int, axes: tuple[str, str]) -> Linear:
-            bias = config.mlp_bias
-            return Linear(in_features, out_features, axes=axes, bias=bias, dtype=dtype, rngs=rngs)
-
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
-        self.up_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
-        self.down_proj = linear(config.intermediate_size, config.hidden_size, ("embed", "mlp"))
-
-    def __call__(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
-        """Returns `down(silu(gate(x)) * up(x))`."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class LlamaDecoderLayer(nnx.Module):
-    """Attention and MLP, each after its norm and added to its input."""
-
-    def __init__(self, config: LlamaConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        eps = config.rms_norm_eps
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype)
-        self.self_attn = LlamaAttention(config, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype)
-        self.mlp = LlamaMLP(config, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "T E"],
-        cos_sin: tuple[Float32[Array, "T half"], Float32[Array, "T half"]],
-        metadata: AttentionMetadata,
-        kv_cache: KVCache | None,
-        attend: Attend,
-    ) -> tuple[Float[Array, "T E"], KVCache | None]:
-        """Returns the layer's output and its updated cache."""
-        attended, kv_cache = self.self_attn(
-            self.input_layernorm(x), cos_sin, metadata, kv_cache, attend
-        )
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), kv_cache
-
-
-class LlamaModel(nnx.Module):
-    """The decoder without the output embedding."""
-
-    def __init__(self, config: LlamaConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.embed_tokens = Embedding(
-            config.vocab_size,
-            config.hidden_size,
-            axes=("vocab", "embed"),
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.layers = nnx.List(
-            LlamaDecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-
-
-class Llama(nnx.Module):
-    """A Llama with freshly initialised weights; `load_model` builds one from a checkpoint.
-
-    Args:
-      config: the shape.
-      dtype: of all parameters, and of the activations between norms.
-      rngs: the `params` stream draws the weights.
-    """
-
-    def __init__(self, config: LlamaConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        self.config = config
-        self.model = LlamaModel(config, dtype=dtype, rngs=rngs)
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(
-                config.hidden_size,
-                config.vocab_size,
-                axes=("vocab", "embed"),
-                dtype=dtype,
-                rngs=rngs,
-            )
-
-    def __call__(
-        self,
-        input_ids: Int32[Array, "T"],
-        metadata: AttentionMetadata,
-        kv_caches: Sequence[KVCache | None],
-        *,
-        attend: Attend = paged_attend,
-    ) -> tuple[Float[Array, "T E"], tuple[KVCache | None, ...]]:
-        """Runs a step's T tokens through all layers, see `CausalLM`; returns (hidden, caches)."""
-        cos_sin = rotation(self.config.rope, metadata.positions, self.config.head_dim)
-        x = self.model.embed_tokens(input_ids)
-        updated = []
-        for layer, kv_cache in zip(self.model.layers, kv_caches, strict=True):
-            x, kv_cache = layer(x, cos_sin, metadata, kv_cache, attend)
-            updated.append(kv_cache)
-        return self.model.norm(x), tuple(updated)
-
-    def compute_logits(self, hidden: Float[Array, "*n E"]) -> Float32[Array, "*n V"]:
-        """Returns the float32 logits of those hidden states that need them."""
-        tied = self.config.tie_word_embeddings
-        output = self.model.embed_tokens if tied else self.lm_head
-        return logits(hidden, output.weight[...])
-
-
-FAMILY = Family(
-    LlamaConfig,
-    Llama,
-    CheckpointNames(embedding="model.embed_tokens.weight", derived=(".rotary_emb.inv_freq",)),
-)
+FAMILY = Family(LlamaConfig, Decoder, NAMES)

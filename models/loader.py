@@ -1,37 +1,28 @@
-"""From a Hugging Face model folder to a model: configuration, weights, generation defaults.
+"""From a model folder to a model: configuration, weights, generation defaults.
 
-Reads `config.json` and safetensors files. Strict: what is missing, left over or does not fit is an
+A folder is a Hugging Face one, with `config.json` and safetensors files, or one that
+`pallas_paged.models.port` made of it. Strict: what is missing, left over or does not fit is an
 error that names it.
 """
 
-import collections
-import contextlib
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import nnx
 
+from pallas_paged.models.checkpoint import Checkpoint, HFCheckpoint, Tensor, model_file, read_json
 from pallas_paged.models.config import DTYPES, ModelConfig
 from pallas_paged.models.interface import CausalLM, CheckpointNames
+from pallas_paged.models.ported import PortedCheckpoint, is_ported
 from pallas_paged.models.registry import FAMILIES, config_from_hf
 
-_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-
-class _Tensor(NamedTuple):
-    """A tensor in a file, known by its header only."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
+ShardingOf = Callable[[tuple[str, ...]], jax.sharding.Sharding]
+"""From the logical names of a parameter's axes to where it goes."""
 
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -42,7 +33,7 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
       ValueError: an unknown architecture, or a field that is missing, malformed or has a value that
         is not supported; named in the message.
     """
-    return config_from_hf(_read_json(_model_file(path, "config.json")))
+    return config_from_hf(read_json(model_file(path, "config.json")))
 
 
 def load_eos_token_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
@@ -55,9 +46,9 @@ def load_eos_token_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
       FileNotFoundError: no such folder, or no `config.json` in it.
       ValueError: `eos_token_id` is neither an integer nor a list of integers.
     """
-    config_file = _model_file(path, "config.json")
+    config_file = model_file(path, "config.json")
     for file in (config_file.with_name("generation_config.json"), config_file):
-        eos = _read_json(file).get("eos_token_id") if file.exists() else None
+        eos = read_json(file).get("eos_token_id") if file.exists() else None
         if eos is not None:
             ids = eos if isinstance(eos, list) else [eos]
             if not all(type(token) is int for token in ids):
@@ -66,37 +57,59 @@ def load_eos_token_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
     return ()
 
 
-def load_model(path: str | os.PathLike[str], dtype: jax.typing.DTypeLike = "auto") -> CausalLM:
-    """Returns the model in the folder `path`, its weights on JAX's default device.
-
-    Tensors are read and placed one after the other; the host holds none but the one in hand.
-
-    Args:
-      path: a folder with `config.json` and either `model.safetensors`, or
-        `model.safetensors.index.json` and the files that it names.
-      dtype: of the parameters: float32, bfloat16 or float16; "auto" takes the one in `config.json`,
-        or where that names none the one of the tensors.
+def open_checkpoint(path: str | os.PathLike[str]) -> HFCheckpoint | PortedCheckpoint:
+    """Returns the tensors in the folder `path`, of either form.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
-      ValueError: what `load_config` raises; a file is truncated or corrupt; tensors are missing,
-        unused, misshapen or of an unsupported dtype (all are listed); tied embeddings differ.
+      ValueError: a file is damaged, or the folder is half of a port.
     """
+    folder = Path(path)
+    if is_ported(folder):
+        return PortedCheckpoint(folder)
+    model_file(folder, "config.json")
+    return HFCheckpoint(folder)
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    dtype: jax.typing.DTypeLike = "auto",
+    sharding: ShardingOf | None = None,
+) -> CausalLM:
+    """Returns the model in the folder `path`, its weights where `sharding` puts them.
+
+    Tensors are read and placed one after the other; the host holds none but the one in hand. A
+    ported folder's are held against their checksums.
+
+    Args:
+      path: a folder with `config.json` and either `model.safetensors`, or
+        `model.safetensors.index.json` and the files that it names; or a ported folder.
+      dtype: of the parameters: float32, bfloat16 or float16; "auto" takes the one in `config.json`,
+        or where that names none the one of the tensors.
+      sharding: of a parameter, from the logical names of its axes; without it, all parameters go to
+        JAX's default device.
+
+    Raises:
+      FileNotFoundError: the folder or one of its files is missing.
+      ValueError: what `load_config` raises; a file is truncated or corrupt, or the folder is half
+        of a port; tensors are missing, unused, misshapen or of an unsupported dtype (all are
+        listed); tied embeddings differ; a value is too large for `dtype`.
+    """
+    checkpoint = open_checkpoint(path)
     config = load_config(path)
-    family = FAMILIES[config.architecture]
-    tensors = _by_parameter(_scan(path), family.names, config)
+    tensors = parameters(path, checkpoint, config)
     param_dtype = _param_dtype(dtype, config, tensors)
-    graph, abstract = nnx.split(
-        nnx.eval_shape(lambda: family.model(config, dtype=param_dtype, rngs=nnx.Rngs(0)))
-    )
-    params = {
-        ".".join(map(str, keys)): (keys, param) for keys, param in nnx.to_flat_state(abstract)
-    }
-    _check(path, tensors, {name: param.shape for name, (_, param) in params.items()})
+    graph, abstract = _abstract(config, param_dtype)
+    params = {tensors[name].name: (keys, param) for name, (keys, param) in abstract.items()}
     loaded = []
-    for name, value in _read(tensors):
+
+    def place(name: str, value: np.ndarray) -> None:
         keys, param = params[name]
-        loaded.append((keys, param.replace(jnp.asarray(value.astype(param_dtype, copy=False)))))
+        value = cast(name, value, param_dtype)
+        where = None if sharding is None else sharding(param.out_sharding)
+        loaded.append((keys, param.replace(jnp.asarray(value, device=where))))
+
+    checkpoint.read(list(params), place)
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 
@@ -122,77 +135,69 @@ def init_model(
     return FAMILIES[config.architecture].model(config, dtype=param_dtype, rngs=nnx.Rngs(seed))
 
 
-def _model_file(path: str | os.PathLike[str], name: str) -> Path:
-    """Returns an existing file of the model folder."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no folder {folder}: a model is a local folder with config.json and safetensors files"
-            " (`hf download REPOSITORY --local-dir FOLDER` makes one)"
-        )
-    if not (folder / name).is_file():
-        raise FileNotFoundError(f"{folder} has no {name}: it has {sorted(os.listdir(folder))}")
-    return folder / name
+def parameters(
+    path: str | os.PathLike[str], checkpoint: Checkpoint, config: ModelConfig
+) -> dict[str, Tensor]:
+    """Returns the checkpoint's tensors by the names of the model's parameters: one for each.
 
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a JSON object, not {type(values).__name__}")
-    return values
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safetensors.safe_open(file, framework="np") as tensors:
-            yield tensors
-    except safetensors.SafetensorError as error:
+    Raises:
+      ValueError: tensors are missing, unused or misshapen, all listed under the name `path`, or of
+        an unsupported dtype; tied embeddings differ.
+    """
+    tensors = _by_parameter(checkpoint, FAMILIES[config.architecture].names, config)
+    _, abstract = _abstract(config, jnp.float32)
+    _check(path, tensors, {name: param.shape for name, (_, param) in abstract.items()})
+    unsupported = [f"{t.name} ({t.dtype})" for t in tensors.values() if t.dtype not in DTYPES]
+    if unsupported:
         raise ValueError(
-            f"{file} is truncated or not a safetensors file ({error}): copy it again"
-        ) from error
-
-
-def _scan(path: str | os.PathLike[str]) -> list[_Tensor]:
-    """Returns what the headers of the folder's safetensors files say."""
-    folder = Path(path)
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return _scan_file(folder / "model.safetensors")
-    if not index.is_file():
-        raise FileNotFoundError(
-            f"{folder} has neither model.safetensors nor {index.name}: it has "
-            f"{sorted(os.listdir(folder))}. Weights in another format must be saved as safetensors "
-            "first (transformers' save_pretrained does)"
+            f"tensors of a dtype that is not supported, only {', '.join(DTYPES)}: "
+            + ", ".join(unsupported)
         )
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise ValueError(f"{index} has no object 'weight_map' of tensor names and file names")
-    shards = sorted(set(weight_map.values()))
-    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise FileNotFoundError(f"{index} names files that are missing: {', '.join(missing)}")
-    tensors = [tensor for shard in shards for tensor in _scan_file(folder / shard)]
-    in_files = {(tensor.name, tensor.file.name) for tensor in tensors}
-    if differing := sorted(in_files ^ set(weight_map.items())):
-        raise ValueError(f"{index} and its files disagree on (tensor, file): {differing}")
     return tensors
 
 
-def _scan_file(file: Path) -> list[_Tensor]:
-    with _opened(file) as tensors:
-        slices = [(name, tensors.get_slice(name)) for name in tensors.keys()]  # noqa: SIM118
-        return [_Tensor(file, n, tuple(s.get_shape()), s.get_dtype()) for n, s in slices]
+def cast(name: str, value: np.ndarray, dtype: jax.typing.DTypeLike) -> np.ndarray:
+    """Returns the value in another dtype, rounded to nearest; itself where it has it already.
+
+    Raises:
+      ValueError: a finite number would become infinite; `name` is the tensor's in the message.
+    """
+    if value.dtype == dtype:
+        return value
+    with np.errstate(over="ignore"):
+        narrow = value.astype(dtype)
+    if (
+        jnp.finfo(dtype).max < jnp.finfo(value.dtype).max
+        and (np.isfinite(narrow) != np.isfinite(value)).any()
+    ):
+        raise ValueError(
+            f"{name} has values beyond {float(jnp.finfo(dtype).max):.4g}, the largest of {dtype}: "
+            "choose another dtype"
+        )
+    return narrow
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """Returns the NumPy type with a name of `DTYPES`, bfloat16 among them."""
+    return np.dtype(jnp.dtype(name))
+
+
+def _abstract(config: ModelConfig, dtype: jax.typing.DTypeLike) -> tuple[Any, dict[str, Any]]:
+    """Returns a model's graph and by name, without any values, (path, parameter) pairs."""
+    build = FAMILIES[config.architecture].model
+    graph, abstract = nnx.split(
+        nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    )
+    flat = nnx.to_flat_state(abstract)
+    return graph, {".".join(map(str, keys)): (keys, param) for keys, param in flat}
 
 
 def _by_parameter(
-    tensors: list[_Tensor], names: CheckpointNames, config: ModelConfig
-) -> dict[str, _Tensor]:
+    checkpoint: Checkpoint, names: CheckpointNames, config: ModelConfig
+) -> dict[str, Tensor]:
     """Returns the tensors by the names of their parameters, without those that are none."""
-    found: dict[str, _Tensor] = {}
-    for tensor in tensors:
+    found: dict[str, Tensor] = {}
+    for tensor in checkpoint.tensors.values():
         if tensor.name.endswith(names.derived):
             continue
         name = tensor.name
@@ -206,14 +211,15 @@ def _by_parameter(
     if config.tie_word_embeddings and names.output in found:
         output = found.pop(names.output)
         if names.embedding in found:
-            _check_equal(found[names.embedding], output)
+            _check_equal(checkpoint, found[names.embedding], output)
         found.setdefault(names.embedding, output)
     return found
 
 
-def _check_equal(embedding: _Tensor, output: _Tensor) -> None:
-    values = dict(_read({"embedding": embedding, "output": output}))
-    if not np.array_equal(values["embedding"], values["output"]):
+def _check_equal(checkpoint: Checkpoint, embedding: Tensor, output: Tensor) -> None:
+    values: dict[str, np.ndarray] = {}
+    checkpoint.read((embedding.name, output.name), values.__setitem__)
+    if not np.array_equal(values[embedding.name], values[output.name]):
         raise ValueError(
             f"{output.name} differs from {embedding.name}, but by config.json they are one tensor: "
             "set tie_word_embeddings to false there to use both"
@@ -221,20 +227,10 @@ def _check_equal(embedding: _Tensor, output: _Tensor) -> None:
 
 
 def _param_dtype(
-    requested: jax.typing.DTypeLike, config: ModelConfig, tensors: Mapping[str, _Tensor]
+    requested: jax.typing.DTypeLike, config: ModelConfig, tensors: Mapping[str, Tensor]
 ) -> jnp.dtype:
-    unsupported = [
-        f"{tensor.name} ({tensor.dtype})"
-        for tensor in tensors.values()
-        if tensor.dtype not in _SAFETENSORS_DTYPES
-    ]
-    if unsupported:
-        raise ValueError(
-            f"tensors of a dtype that is not supported, only {', '.join(_SAFETENSORS_DTYPES)}: "
-            + ", ".join(unsupported)
-        )
     if requested == "auto":
-        in_files = {_SAFETENSORS_DTYPES[tensor.dtype] for tensor in tensors.values()}
+        in_files = {tensor.dtype for tensor in tensors.values()}
         if config.checkpoint_dtype is None and len(in_files) != 1:
             raise ValueError(
                 f"dtype='auto', but config.json names no dtype and the tensors are of {in_files}: "
@@ -249,7 +245,7 @@ def _param_dtype(
 
 def _check(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, _Tensor],
+    tensors: Mapping[str, Tensor],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Raises `ValueError` with all tensors that are missing, unused or misshapen."""
@@ -267,14 +263,3 @@ def _check(
         raise ValueError(
             f"the tensors in {path} are not those of its config.json:\n  " + "\n  ".join(problems)
         )
-
-
-def _read(tensors: Mapping[str, _Tensor]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the values of the tensors under the mapping's names, opening each file once."""
-    by_file = collections.defaultdict(list)
-    for name, tensor in tensors.items():
-        by_file[tensor.file].append((name, tensor))
-    for file, members in by_file.items():
-        with _opened(file) as opened:
-            for name, tensor in members:
-                yield name, opened.get_tensor(tensor.name)

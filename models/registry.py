@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pallas_paged.models import llama, opt
+from pallas_paged.models import llama, mistral, opt, qwen2, qwen3
 from pallas_paged.models.config import HFFields, ModelConfig
 from pallas_paged.models.interface import Family
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.config.architecture: module.FAMILY for module in (llama, opt)
+    module.FAMILY.config.architecture: module.FAMILY
+    for module in (llama, opt, qwen2, qwen3, mistral)
 }
 """By the name in the field `architectures` of a `config.json`."""
 

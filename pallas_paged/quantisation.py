@@ -8,8 +8,8 @@ most
   float8_e4m3fn:  max(2^-4 |x|, 2^-10 amax / 448)   (3 bits of mantissa; below, subnormal steps)
   int8:           amax / 254                        (half a step)
 
-plus the rounding of float32. A row that holds NaN or an infinity reads as NaN or infinite there,
-and maybe elsewhere: what is wrong does not become finite.
+plus the rounding of float32. A row that holds NaN or an infinity gets an infinite scale and reads
+as NaN and infinities: what is wrong does not become finite.
 """
 
 import jax
@@ -31,11 +31,12 @@ def quantise(x: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.
     """Returns `x` [..., D] stored in `dtype` [..., D] and its scales, f32[...], all positive."""
     largest = LARGEST[jnp.dtype(dtype)]
     x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), SMALLEST_AMAX) / largest
-    # A maximum may leave out a NaN on a CPU, and an integer has none.
-    scale = jnp.where(jnp.any(jnp.isnan(x), axis=-1), jnp.nan, scale)
+    # A maximum may leave out a NaN, and an integer has none: an infinite scale stands for it.
+    magnitudes = jnp.where(x != x, jnp.inf, jnp.abs(x))
+    scale = jnp.maximum(jnp.max(magnitudes, axis=-1), SMALLEST_AMAX) / largest
+    scales = jax.lax.broadcast_in_dim(scale, x.shape, tuple(range(scale.ndim)))
     # Saturated: by a rounding of the quotient, a cast beyond the largest number would give NaN.
-    stored = jnp.clip(x / scale[..., None], -largest, largest)
+    stored = jnp.clip(x / scales, -largest, largest)
     if jnp.issubdtype(dtype, jnp.integer):
         stored = jnp.round(stored)
     return stored.astype(dtype), scale

@@ -20,3 +20,12 @@ def test_the_readmes_have_examples() -> None:
 @pytest.mark.parametrize("source", EXAMPLES)
 def test_example_runs(source: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_guide_to_a_new_model_shows_the_code_as_it_is() -> None:
+    guide = (ROOT / "models/README.md").read_text()
+    shown = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    sources = [file.read_text() for file in (ROOT / "models").glob("*.py")]
+    assert len(shown) >= 4
+    for block in shown:
+        assert any(block in source for source in sources), block

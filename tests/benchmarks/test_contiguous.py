@@ -9,6 +9,7 @@ import pytest
 from benchmarks import offline
 from benchmarks.contiguous import ContiguousMemory
 from benchmarks.workloads import Request, Workload
+from pallas_paged.engine.groups import RowPlan
 from tests.engine.serving import make_llm
 
 
@@ -17,24 +18,29 @@ def make_memory(**sizes: int) -> ContiguousMemory:
     return ContiguousMemory(**defaults | sizes)
 
 
+def plans(num_tokens: list[int]) -> list[RowPlan]:
+    """Rows that share nothing; a place has blocks of its own, whatever is named here."""
+    return [RowPlan(count, ()) for count in num_tokens]
+
+
 def test_the_pool_is_cut_into_places_of_the_longest_length():
     memory = make_memory()  # 22 tokens are 6 blocks; 29 blocks hold 4 such places
     assert memory.num_places == 4
     assert memory.num_usable_blocks == memory.num_free_blocks == 24
-    assert memory.blocks_for(1) == memory.blocks_for(22) == 6
-    assert memory.blocks_for(25) > memory.num_usable_blocks
+    assert memory.blocks_taken(1, 1) == memory.blocks_taken(6, 1) == 6
+    assert memory.blocks_taken(7, 1) > memory.num_usable_blocks
     assert make_memory(max_num_seqs=3).num_places == 3
 
 
 def test_a_short_sequence_reserves_a_whole_place():
     memory = make_memory()
-    rows = memory.admit([1, 10])
+    rows = memory.admit(plans([1, 10]))
     assert rows == [0, 1]
     assert memory.num_free_blocks == 12
     assert (memory.num_tokens, memory.num_reserved_slots) == (11, 48)
     np.testing.assert_array_equal(memory.state.tables[:2].ravel(), np.arange(1, 13))
-    assert memory.append([0], [23])
-    assert not memory.append([0, 1], [1, 1])
+    assert memory.append([0], [23]) is not None
+    assert memory.append([0, 1], [1, 1]) is None
     assert memory.num_tokens == 34
     memory.check_invariants({0: 24, 1: 10})
 
@@ -49,11 +55,11 @@ def test_places_never_overlap_whatever_comes_and_goes():
     memory = make_memory()
     lens: dict[int, int] = {}
     for _ in range(300):
-        room = memory.num_free_blocks // memory.blocks_for(1)
+        room = memory.num_free_blocks // memory.blocks_taken(1, 1)
         assert room == memory.num_places - len(lens)
         if room and rng.random() < 0.5:
             counts = [rng.randint(1, 20) for _ in range(rng.randint(1, room))]
-            lens |= dict(zip(memory.admit(counts), counts, strict=True))
+            lens |= dict(zip(memory.admit(plans(counts)), counts, strict=True))
         elif lens and rng.random() < 0.5:
             rows = rng.sample(sorted(lens), rng.randint(1, len(lens)))
             memory.free(rows)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from pallas_paged import block_tables
+from pallas_paged.engine.groups import CopyPairs
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
 from pallas_paged.engine.sequence import Sequence
@@ -25,6 +26,11 @@ def next_token(token_ids: list[int]) -> int:
     return sum((i + 1) * (t + 3) for i, t in enumerate(token_ids)) % VOCAB_SIZE
 
 
+def sampled_token(token_ids: list[int], index: int) -> int:
+    """The token after `token_ids` in completion `index`: no two completions begin alike."""
+    return (next_token(token_ids) + 7 * index) % VOCAB_SIZE
+
+
 HostStop = Callable[[list[int]], bool]
 """Stands for a stop string: whether the host ends a sequence with these output tokens."""
 
@@ -33,15 +39,16 @@ def generate_alone(
     sequence: Sequence, max_model_len: int, host_stop: HostStop | None = None
 ) -> tuple[list[int], str, int | str | None]:
     """Returns the output tokens, finish_reason and stop_reason of the sequence's request."""
-    token_ids: list[int] = list(sequence.prompt_token_ids)
-    max_length = min(len(token_ids) + sequence.max_tokens, max_model_len)
+    group = sequence.group
+    token_ids: list[int] = list(group.prompt_token_ids)
+    max_length = min(len(token_ids) + group.max_tokens, max_model_len)
     while True:
-        token = next_token(token_ids)
+        token = sampled_token(token_ids, sequence.index)
         token_ids.append(token)
-        output = token_ids[len(sequence.prompt_token_ids) :]
-        if token in sequence.eos_token_ids:
+        output = token_ids[len(group.prompt_token_ids) :]
+        if token in group.eos_token_ids:
             return output, "stop", None
-        if token in sequence.stop_token_ids:
+        if token in group.stop_token_ids:
             return output, "stop", token
         if host_stop and host_stop(output):
             return output, "stop", "host"
@@ -59,6 +66,8 @@ class Batch:
     tables: list[np.ndarray]
     seq_lens: list[int]
     samples: list[bool]
+    indices: list[int]
+    copies: CopyPairs
     free_blocks: np.ndarray
 
 
@@ -93,6 +102,8 @@ class MockRunner:
             tables=[state.tables[share.row].copy() for share in step.scheduled],
             seq_lens=[share.start + share.num_tokens for share in step.scheduled],
             samples=[share.samples for share in step.scheduled],
+            indices=[share.sequence.index for share in step.scheduled],
+            copies=step.copies,
             free_blocks=np.flatnonzero(state.ref_counts == 0),
         )
         self.queue.append(batch)
@@ -101,17 +112,18 @@ class MockRunner:
     def collect(self, batch: Batch) -> list[int]:
         assert self.queue.popleft() is batch, "the device computes steps in order"
         self.cache[batch.free_blocks] = -1  # what nobody owns may hold anything
+        self.cache[batch.copies.dst] = self.cache[batch.copies.src]
         for row, slots, input_ids in zip(batch.rows, batch.slots, batch.input_ids, strict=True):
             tokens = [self.last_tokens[row]] if input_ids is None else input_ids
             assert len(tokens) == len(slots)
             self.cache.reshape(-1)[slots] = tokens
         sampled = []
-        for row, table, seq_len, samples in zip(
-            batch.rows, batch.tables, batch.seq_lens, batch.samples, strict=True
+        for row, table, seq_len, samples, index in zip(
+            batch.rows, batch.tables, batch.seq_lens, batch.samples, batch.indices, strict=True
         ):
             if samples:
                 context = self.cache[table].reshape(-1)[:seq_len].tolist()
-                self.last_tokens[row] = next_token(context)
+                self.last_tokens[row] = sampled_token(context, index)
                 sampled.append(int(self.last_tokens[row]))
             else:
                 sampled.append(-1)  # nothing is sampled here, and nobody may look
@@ -171,6 +183,7 @@ def make_engine(
     max_model_len: int = 64,
     watermark_blocks: int | None = 0,
     host_stop: HostStop | None = None,
+    enable_prefix_caching: bool = False,
 ) -> MockEngine:
     """Returns an engine over fresh block tables (`num_blocks` counts the null block)."""
     memory = BlockTableMemory(
@@ -178,6 +191,7 @@ def make_engine(
         block_size=block_size,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
+        enable_prefix_caching=enable_prefix_caching,
     )
     scheduler = Scheduler(
         memory,

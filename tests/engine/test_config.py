@@ -15,7 +15,8 @@ from pallas_paged.engine.config import (
     round_num_blocks,
 )
 from pallas_paged.engine.pool import plan_pool
-from pallas_paged.models.llama import Llama, LlamaConfig
+from pallas_paged.models.decoder import Decoder
+from pallas_paged.models.llama import LlamaConfig
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ from pallas_paged.models.llama import Llama, LlamaConfig
         ("max_logprobs", -2, "max_logprobs=-2 must be an integer >= -1"),
         ("attention_implementation", "triton", "attention_implementation='triton' must be"),
         ("tensor_parallel_size", 2, "tensor_parallel_size=2 is not supported yet"),
-        ("enable_prefix_caching", True, "enable_prefix_caching=True is not supported yet"),
+        ("enable_prefix_caching", 1, "enable_prefix_caching=1 must be True or False"),
         ("swap_space", 4, "swap_space=4 is not supported yet"),
     ],
 )
@@ -87,7 +88,7 @@ def test_every_step_fits_a_bucket_that_is_compiled_ahead(
     assert len(every) == 2 or not deterministic
     for num_seqs in range(1, max_num_seqs + 1):
         for num_tokens in range(num_seqs, max_num_batched_tokens + 1, 7):
-            bucket = buckets.pick(num_tokens, num_seqs)
+            bucket = buckets.pick(num_tokens, num_seqs, is_decode=num_tokens == num_seqs)
             assert bucket in every
             assert bucket.num_seqs >= num_seqs
             assert bucket.num_tokens >= num_tokens
@@ -96,11 +97,11 @@ def test_every_step_fits_a_bucket_that_is_compiled_ahead(
 
 def test_buckets_are_the_smallest_that_fit() -> None:
     buckets = Buckets((1, 2, 4), (8, 32), (2, 4))
-    assert buckets.pick(3, 3) == Bucket(4, 4, is_decode=True)
-    assert buckets.pick(8, 2) == Bucket(8, 2, is_decode=False)
-    assert buckets.pick(9, 3) == Bucket(32, 4, is_decode=False)
+    assert buckets.pick(3, 3, is_decode=True) == Bucket(4, 4, is_decode=True)
+    assert buckets.pick(8, 2, is_decode=False) == Bucket(8, 2, is_decode=False)
+    assert buckets.pick(9, 3, is_decode=False) == Bucket(32, 4, is_decode=False)
     with pytest.raises(AssertionError, match="largest bucket 32"):
-        buckets.pick(33, 1)
+        buckets.pick(33, 1, is_decode=False)
 
 
 def test_pool_sizes_lie_on_a_coarse_grid() -> None:
@@ -132,7 +133,7 @@ BLOCK_BYTES = 2 * 2 * 1 * 16 * 8 * 4  # keys and values, layers, KV heads, S, D,
 
 
 def plan(max_model_len: int = 4096, cache_dtype: str = "float32", **options: object):
-    model = nnx.eval_shape(lambda: Llama(SHAPE, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(SHAPE, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     config = EngineConfig("m", **options)
     buckets = Buckets.for_config(config)
     return plan_pool(config, model, buckets, max_model_len, jnp.dtype(cache_dtype), "xla")

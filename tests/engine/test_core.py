@@ -15,7 +15,7 @@ from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.runner import Collected, InFlight
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
-from tests.engine.mock_model import VOCAB_SIZE, next_token
+from tests.engine.mock_model import VOCAB_SIZE, next_token, sampled_token
 
 MAX_MODEL_LEN = 64
 GREEDY = SamplingParams(temperature=0, max_tokens=10, detokenize=False)
@@ -44,24 +44,29 @@ class PackedMockRunner:
 
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
         self.note(f"dispatch {step.step_id}")
-        bucket = self.buckets.pick(step.num_tokens, len(step.scheduled))
+        bucket = self.buckets.pick(step.num_tokens, len(step.scheduled), is_decode=step.is_decode)
         packed = batch.build(step, state, bucket)
-        return InFlight(step, (packed, bucket, state))
+        return InFlight(step, (packed, bucket, state, step.copies))
 
     def collect(self, in_flight: InFlight) -> Collected:
         self.note(f"collect {in_flight.step.step_id}")
-        packed, bucket, state = in_flight.tokens
+        packed, bucket, state, copies = in_flight.tokens
         x = batch.views(packed, bucket, state.tables.shape[1])
         S = state.block_size
         tokens = []
         ids = x.input_ids.copy()
         on_device = np.flatnonzero(x.input_on_device)
         ids[x.query_start_loc[on_device]] = self.last_tokens[x.rows[on_device]]
+        blocks = self.cache.reshape(-1, S)
+        blocks[copies.dst] = blocks[copies.src]
         self.cache[x.slot_mapping] = ids
         for b in range(bucket.num_seqs):
-            slots = x.block_tables[b][:, None] * S + np.arange(S)
-            context = self.cache[slots.ravel()[: x.seq_lens[b]]]
-            token = next_token(context.tolist()) if self.token is None else self.token
+            owner = np.searchsorted(x.query_start_loc, x.logits_indices[b], side="right") - 1
+            slots = x.block_tables[owner][:, None] * S + np.arange(S)
+            context = self.cache[slots.ravel()[: x.seq_lens[owner]]].tolist()
+            token = self.token
+            if token is None:
+                token = sampled_token(context, x.sample_index[b])
             self.last_tokens[x.sample_rows[b]] = token
             tokens.append(token)
         count = len(in_flight.step.scheduled)
@@ -96,7 +101,7 @@ def make_engine(num_blocks: int = 65, **options: object) -> Engine:
 
 def add(engine: Engine, prompts: list[list[int]], params: SamplingParams = GREEDY) -> None:
     for prompt in prompts:
-        engine.add(engine.make_sequence(prompt, params))
+        engine.add(engine.make_group(prompt, params))
 
 
 def run(engine: Engine) -> dict[str, RequestOutput]:
@@ -236,7 +241,7 @@ def test_metrics_are_in_order() -> None:
 def refuse(prompt: object, **params: object) -> str:
     engine = make_engine(num_blocks=9)
     with pytest.raises(ValueError, match=r".") as error:
-        engine.make_sequence(prompt, dataclasses.replace(GREEDY, **params))
+        engine.make_group(prompt, dataclasses.replace(GREEDY, **params))
     assert not engine.has_unfinished
     return str(error.value)
 
@@ -266,23 +271,23 @@ def test_bad_requests_are_refused(prompt: object, params: dict, message: str) ->
 
 def test_max_tokens_none_means_as_many_as_fit() -> None:
     engine = make_engine()
-    assert engine.make_sequence([1] * 10, SamplingParams(max_tokens=None)).max_tokens == 54
+    assert engine.make_group([1] * 10, SamplingParams(max_tokens=None)).max_tokens == 54
     small = make_engine(num_blocks=6)
-    assert small.make_sequence([1] * 10, SamplingParams(max_tokens=None)).max_tokens == 10
+    assert small.make_group([1] * 10, SamplingParams(max_tokens=None)).max_tokens == 10
 
 
 def test_a_request_id_in_use_is_refused() -> None:
     engine = make_engine()
-    engine.add(engine.make_sequence([1], GREEDY, request_id="a"))
+    engine.add(engine.make_group([1], GREEDY, request_id="a"))
     with pytest.raises(ValueError, match="'a'"):
-        engine.add(engine.make_sequence([1], GREEDY, request_id="a"))
+        engine.add(engine.make_group([1], GREEDY, request_id="a"))
     run(engine)
-    engine.add(engine.make_sequence([1], GREEDY, request_id="a"))
+    engine.add(engine.make_group([1], GREEDY, request_id="a"))
 
 
 def test_requests_without_a_seed_get_different_ones() -> None:
     engine = make_engine(seed=7)
-    seeds = [engine.make_sequence([1], GREEDY).sampling_params.seed for _ in range(100)]
+    seeds = [engine.make_group([1], GREEDY).sampling_params.seed for _ in range(100)]
     assert len(set(seeds)) == 100
     again = make_engine(seed=7)
-    assert seeds == [again.make_sequence([1], GREEDY).sampling_params.seed for _ in range(100)]
+    assert seeds == [again.make_group([1], GREEDY).sampling_params.seed for _ in range(100)]

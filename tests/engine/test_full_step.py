@@ -190,16 +190,39 @@ def test_prompt_logprobs_across_every_chunk_split(engine: Engine) -> None:
             check_prompt(output, special.log_softmax(TABLE[prompt], axis=-1), k, 1e-5)
 
 
+def test_completions_of_one_request_have_their_own(engine: Engine) -> None:
+    """Each is penalised for its own tokens; the prompt is computed once; also after preemptions."""
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(1, 24, length).tolist() for length in (9, 20, 1, 13, 5)]
+    params = [
+        SamplingParams(
+            n=2, max_tokens=20, seed=i, ignore_eos=True, presence_penalty=1.5, logprobs=1,
+            repetition_penalty=1.2, prompt_logprobs=2,
+        )
+        for i in range(len(prompts))
+    ]  # fmt: skip
+    outputs = run(engine, prompts, params)
+    assert sum(output.metrics.num_preemptions for output in outputs) > 0
+    for output, prompt, one in zip(outputs, prompts, params, strict=True):
+        check_prompt(output, special.log_softmax(TABLE[prompt], axis=-1), 2, 1e-5)
+        for completion in output.outputs:
+            tokens = completion.token_ids
+            assert list(tokens) == expected(TABLE, prompt, one, sample_index=completion.index)
+            rows = special.log_softmax(TABLE[[prompt[-1], *tokens[:-1]]], axis=-1)
+            total = rows[np.arange(len(tokens)), tokens].sum()
+            assert abs(completion.cumulative_logprob - total) < 1e-4
+
+
 def test_a_request_for_prompt_logprobs_reads_no_prefix_cache(engine: Engine) -> None:
-    assert engine.make_sequence([1], SamplingParams()).reads_prefix_cache
-    assert not engine.make_sequence([1], SamplingParams(prompt_logprobs=0)).reads_prefix_cache
+    assert engine.make_group([1], SamplingParams()).reads_cache
+    assert not engine.make_group([1], SamplingParams(prompt_logprobs=0)).reads_cache
     with pytest.raises(ValueError, match="prompt_logprobs=21 is more than the engine's"):
-        engine.make_sequence([1], SamplingParams(prompt_logprobs=21))
+        engine.make_group([1], SamplingParams(prompt_logprobs=21))
 
 
 def test_what_an_aborted_request_has_of_its_prompt(engine: Engine) -> None:
     params = SamplingParams(prompt_logprobs=1)
-    engine.add(engine.make_sequence([1] * 30, params, request_id="a"))
+    engine.add(engine.make_group([1] * 30, params, request_id="a"))
     for _ in range(3):  # of which two were taken in
         engine.step()
     engine.abort("a")

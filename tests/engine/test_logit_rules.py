@@ -183,10 +183,10 @@ def test_what_cannot_be_is_refused_by_name(
     engine: Engine, fields: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        engine.make_sequence([1] * 10, params_of(fields))
+        engine.make_group([1] * 10, params_of(fields))
 
 
 def test_bad_words_need_a_tokenizer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "tokenizer", None)
     with pytest.raises(ValueError, match=r"bad_words=.*needs a tokenizer; .*logit_bias of -100"):
-        engine.make_sequence([1], params_of({"bad_words": ["a"]}))
+        engine.make_group([1], params_of({"bad_words": ["a"]}))

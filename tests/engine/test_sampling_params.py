@@ -32,6 +32,8 @@ DEFAULTS = {
     "logit_bias": None,
     "allowed_token_ids": None,
     "bad_words": None,
+    "skip_reading_prefix_cache": False,
+    "skip_writing_prefix_cache": False,
 }
 
 NAN, INF = math.nan, math.inf
@@ -65,10 +67,6 @@ REFUSED: list[tuple[str, object, str]] = [
     *(("logit_bias", value, "a mapping to numbers") for value in ({1: NAN}, {1: "x"}, {1: True})),
     *(("allowed_token_ids", value, "token id") for value in (5, [], [-1], ["a"])),
     *(("bad_words", value, "a list of strings") for value in ("word", [""], [5])),
-]  # fmt: skip
-
-NOT_SUPPORTED_YET: list[tuple[str, object]] = [
-    ("n", 2),
 ]  # fmt: skip
 
 ACCEPTED: list[tuple[str, object, object]] = [
@@ -105,14 +103,6 @@ def test_refused(field, value, message):
     with pytest.raises(ValueError, match=message) as error:
         SamplingParams(**{field: value})
     assert str(error.value).startswith(f"{field}={value!r} must be ")
-
-
-@pytest.mark.parametrize(("field", "value"), NOT_SUPPORTED_YET)
-def test_not_supported_yet(field, value):
-    way_out = f"is not supported yet; leave it at {DEFAULTS[field]!r}"
-    with pytest.raises(ValueError, match=way_out) as error:
-        SamplingParams(**{field: value})
-    assert str(error.value).startswith(f"{field}=")
 
 
 @pytest.mark.parametrize(("field", "value", "held"), ACCEPTED)

@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
-from pallas_paged.engine.sequence import Sequence, SequenceStatus
+from pallas_paged.engine.sequence import Sequence, SequenceGroup, SequenceStatus
 from tests.engine.mock_model import MockEngine, generate_alone, make_engine, next_token
 
 
 def request(name: str, prompt_len: int, max_tokens: int = 8, **options: Any) -> Sequence:
-    return Sequence(name, tuple(range(1, prompt_len + 1)), max_tokens, **options)
+    """The first sequence of a new group."""
+    prompt = tuple(range(1, prompt_len + 1))
+    return SequenceGroup(name, prompt, max_tokens, **options).sequences[0]
 
 
 def add(engine: MockEngine, *sequences: Sequence) -> None:
     for sequence in sequences:
-        engine.scheduler.add(sequence)
+        engine.scheduler.add(sequence.group)
 
 
 def shares(step: ScheduledStep | None) -> dict[str, tuple[int, int]]:
@@ -134,23 +136,24 @@ class TestEnd:
         ],
         ids=["eos", "stop token", "both"],
     )
-    def test_stop_reason(self, options: dict[str, set[int]], stop_reason: int | None) -> None:
+    def test_stop_reason(self, options: dict[str, Any], stop_reason: int | None) -> None:
         assert next_token([58]) == 0
-        a = Sequence("a", (58,), 8, **{k: frozenset(v) for k, v in options.items()})
+        options = {k: frozenset(v) for k, v in options.items()}
+        (a,) = SequenceGroup("a", (58,), 8, **options).sequences
         engine = make_engine()
         add(engine, a)
         engine.run()
         assert (a.output_token_ids, a.finish_reason, a.stop_reason) == ([0], "stop", stop_reason)
 
     def test_stop_token_in_the_last_place_is_a_stop(self) -> None:
-        a = Sequence("a", (58,), 1, eos_token_ids=frozenset({0}))
+        (a,) = SequenceGroup("a", (58,), 1, eos_token_ids=frozenset({0})).sequences
         engine = make_engine()
         add(engine, a)
         engine.run()
         assert a.finish_reason == "stop"
 
     def test_late_token_is_dropped_and_blocks_are_back_at_once(self) -> None:
-        a = Sequence("a", (58,), 8, eos_token_ids=frozenset({0}))
+        (a,) = SequenceGroup("a", (58,), 8, eos_token_ids=frozenset({0})).sequences
         engine = make_engine()
         add(engine, a)
         engine.step()
@@ -161,7 +164,7 @@ class TestEnd:
         assert a.output_token_ids == [0]
 
     def test_freed_row_and_blocks_serve_the_next_step_while_the_late_one_is_in_flight(self) -> None:
-        a = Sequence("a", (58,), 4, eos_token_ids=frozenset({0}))
+        (a,) = SequenceGroup("a", (58,), 4, eos_token_ids=frozenset({0})).sequences
         b = request("b", 7, max_tokens=1)
         engine = make_engine(num_blocks=3, max_num_seqs=1)
         add(engine, a, b)
@@ -298,7 +301,7 @@ class TestAdmission:
         taken = request("taken", 10, max_tokens=10)  # 5 blocks: just fits
         add(engine, taken)
         with pytest.raises(ValueError, match=message):
-            engine.scheduler.add(sequence)
+            engine.scheduler.add(sequence.group)
         engine.run()
         assert_as_if_alone(engine, taken)
 
@@ -321,9 +324,9 @@ class TestPreemption:
         add(engine, c)
         step = engine.step(overlap=False)
         assert step is not None
-        assert step.preempted == (b,)
+        assert step.preempted == (b.group,)
         assert shares(step) == {"a": (4, 1)}  # `c` may not take the block that is left
-        assert (b.status, b.row, b.num_preemptions) == (SequenceStatus.WAITING, None, 1)
+        assert (b.status, b.row, b.group.num_preemptions) == (SequenceStatus.WAITING, None, 1)
         assert engine.scheduler.num_preemptions == 1
         assert order_of_admission(engine, b, c) == [b, c]
         assert_as_if_alone(engine, a, b, c)
@@ -337,7 +340,7 @@ class TestPreemption:
         assert engine.scheduler.num_preemptions == 0
         step = engine.step(overlap=False)
         assert step is not None
-        assert step.preempted == (b,)
+        assert step.preempted == (b.group,)
         while b.row is None:
             step = engine.step(overlap=False)
         assert shares(step)["b"] == (0, 5)
@@ -351,10 +354,10 @@ class TestPreemption:
         engine.step(overlap=False)
         step = engine.step(overlap=False)
         assert step is not None
-        assert step.preempted == (c,)
+        assert step.preempted == (c.group,)
         step = engine.step(overlap=False)
         assert step is not None
-        assert step.preempted == (b,)
+        assert step.preempted == (b.group,)
         assert engine.scheduler.num_waiting == 2
         assert order_of_admission(engine, b, c) == [b, c]
         assert_as_if_alone(engine, a, b, c)
@@ -366,7 +369,7 @@ class TestPreemption:
         engine.step()
         step = engine.scheduler.schedule()  # step 0, which samples the first tokens, is in flight
         assert step is not None
-        assert step.preempted == (b,)
+        assert step.preempted == (b.group,)
         assert (b.num_pending, b.num_in_flight, b.num_dispatched) == (1, 1, 0)
         assert engine.in_flight is not None
         batch = engine.runner.dispatch(step)
@@ -385,7 +388,7 @@ class TestPreemption:
         engine.step()
         step = engine.step()
         assert step is not None
-        assert step.preempted == (b,)
+        assert step.preempted == (b.group,)
         assert (b.finish_reason, b.num_output_tokens) == ("stop", 1)
         assert engine.scheduler.num_waiting == 0
         engine.run()
@@ -397,7 +400,7 @@ class TestPreemption:
         add(engine, a, b)
         engine.step()
         assert engine.scheduler.schedule() is None  # `a` needs no more, `b` finds no block
-        assert b.num_preemptions == 1
+        assert b.group.num_preemptions == 1
         engine.scheduler.abort("a")
         assert engine.scheduler.schedule() is None  # all blocks are free, but a step holds `b`
         engine.drain()
@@ -410,8 +413,8 @@ class TestPreemption:
         a, b = request("a", 1, max_tokens=3), request("b", 1, max_tokens=3)
         add(engine, a, b)
         engine.run()
-        assert a.num_preemptions == 0
-        assert b.num_preemptions > 0
+        assert a.group.num_preemptions == 0
+        assert b.group.num_preemptions > 0
         assert_as_if_alone(engine, a, b)
 
 
@@ -459,7 +462,7 @@ class TestAbort:
         engine.step()
         step = engine.scheduler.schedule()
         assert step is not None
-        assert step.preempted == (a,)
+        assert step.preempted == (a.group,)
         assert a.num_pending == 1
         engine.scheduler.abort("a")
         assert engine.in_flight is not None
@@ -483,7 +486,7 @@ class TestAbort:
         add(engine, *sequences)
         engine.step()
         engine.step()
-        assert engine.scheduler.abort_all() == sequences
+        assert engine.scheduler.abort_all() == [s.group for s in sequences]
         engine.in_flight = None  # its results never come
         engine.runner.queue.clear()
         assert blocks_in_use(engine) == 0

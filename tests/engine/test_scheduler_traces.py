@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 
-from pallas_paged.engine.sequence import Sequence
+from pallas_paged.engine.groups import worst_case_blocks
+from pallas_paged.engine.sequence import SequenceGroup, SequenceStatus
 from tests.engine.mock_model import VOCAB_SIZE, MockEngine, generate_alone, make_engine
 
-TRACES_PER_TEST = 250
+TRACES_PER_TEST = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Arrival:
     """A request: the turn of the loop in which it comes, and in which it is aborted, if it is."""
 
     turn: int
-    sequence: Sequence
+    group: SequenceGroup
     abort_turn: int | None
 
 
@@ -36,6 +37,7 @@ class Trace:
     max_num_batched_tokens: int
     max_model_len: int
     watermark_blocks: int
+    enable_prefix_caching: bool
     overlap: tuple[bool, ...]  # turn by turn, again and again
     arrivals: tuple[Arrival, ...]
 
@@ -48,10 +50,10 @@ class Trace:
         and one while its last token is.
         """
         return sum(
-            -(-(s.num_prompt_tokens + s.max_tokens) // self.max_num_batched_tokens)
-            + s.max_tokens
+            g.num_seqs * (-(-(g.num_prompt_tokens + g.max_tokens) // self.max_num_batched_tokens))
+            + g.max_tokens * -(-g.num_seqs // self.max_num_batched_tokens)
             + 2
-            for s in (arrival.sequence for arrival in self.arrivals)
+            for g in (arrival.group for arrival in self.arrivals)
         )
 
 
@@ -73,39 +75,71 @@ def random_trace(seed: int) -> Trace:
     crowded = rng.random() < 0.6  # many requests at once, which begin small and grow
     max_model_len = rng.randint(10 if crowded else 2, 40)
     block_size = rng.choice([1, 2, 3, 4] if crowded else [1, 2, 3, 4, 8, 16])
+    max_num_seqs = rng.randint(2, 6) if crowded else rng.randint(1, 6)
+    grouped = rng.random() < 0.4
+    prefix = [rng.randrange(VOCAB_SIZE) for _ in range(max_model_len)]
     arrivals = []
     turn = 0
     for i in range(rng.randint(3, 8) if crowded else rng.randint(1, 8)):
         turn += rng.choice([0, 0, 1]) if crowded else rng.choice([0, 1, 5, 20])
         prompt_len = rng.randint(1, 6 if crowded and rng.random() < 0.8 else max_model_len - 1)
-        sequence = Sequence(
+        num_common = rng.choice([0, prompt_len // 2, prompt_len])
+        group = SequenceGroup(
             f"request-{i}",
-            tuple(rng.randrange(VOCAB_SIZE) for _ in range(prompt_len)),
+            tuple(prefix[:num_common])
+            + tuple(rng.randrange(VOCAB_SIZE) for _ in range(prompt_len - num_common)),
             max_tokens=rng.randint(5, 25) if crowded else rng.randint(1, rng.choice([3, 25])),
             stop_token_ids=frozenset(rng.sample(range(VOCAB_SIZE), rng.choice([0, 0, 1]))),
             eos_token_ids=frozenset(rng.sample(range(VOCAB_SIZE), rng.choice([0, 1, 2]))),
+            cache_salt=rng.choice([None, None, None, "a"]),
+            reads_cache=rng.random() < 0.9,
+            writes_cache=rng.random() < 0.9,
+            num_seqs=min(rng.choice([1, 2, 2, 3, 6]), max_num_seqs) if grouped else 1,
         )
         abort_turn = turn + rng.randint(0, 20) if rng.random() < 0.15 else None
-        arrivals.append(Arrival(turn, sequence, abort_turn))
+        arrivals.append(Arrival(turn, group, abort_turn))
     worst = max(
-        min(a.sequence.num_prompt_tokens + a.sequence.max_tokens, max_model_len) for a in arrivals
+        worst_case_blocks(
+            g.num_prompt_tokens,
+            g.num_seqs,
+            min(g.num_prompt_tokens + g.max_tokens, max_model_len),
+            block_size,
+        )
+        for g in (arrival.group for arrival in arrivals)
     )
     return Trace(
-        num_blocks=1 + -(-worst // block_size) + rng.choice([0, 0, 1, 2, 10]),
+        num_blocks=1 + worst + rng.choice([0, 0, 1, 2, 10]),
         block_size=block_size,
-        max_num_seqs=rng.randint(2, 6) if crowded else rng.randint(1, 6),
+        max_num_seqs=max_num_seqs,
         max_num_batched_tokens=rng.choice([1, 2, 3, 5, 8, 16, 64]),
         max_model_len=max_model_len,
+        enable_prefix_caching=rng.random() < 0.6,
         watermark_blocks=rng.choice([0, 0, 0, 1, 3]),
         overlap=rng.choice([(True,), (True,), (False,), (True, True, False)]),
         arrivals=tuple(arrivals),
     )
 
 
-def check_first_come_first_served(engine: MockEngine, arrived: list[Sequence]) -> None:
-    """The running sequences are the earliest unfinished ones."""
-    states = [s.row is not None for s in arrived if not s.is_finished]
+def check_first_come_first_served(engine: MockEngine, arrived: list[SequenceGroup]) -> None:
+    """The running groups are the earliest unfinished ones."""
+    states = [g.status is SequenceStatus.RUNNING for g in arrived if not g.is_finished]
     assert states == sorted(states, reverse=True)
+
+
+def check_sharing(engine: MockEngine, arrived: list[SequenceGroup]) -> None:
+    """No two full blocks of one group hold the same tokens behind the same tokens."""
+    state = engine.runner.memory.state
+    S = state.block_size
+    for group in arrived:
+        if group.num_seqs == 1:
+            continue
+        owner: dict[tuple[int, ...], int] = {}
+        for sequence in group.live:
+            for end in range(S, sequence.num_dispatched + 1, S):
+                prefix = tuple(sequence.token_ids[:end])
+                if len(prefix) == end:  # else its last token is on the device
+                    block = state.tables[sequence.row, end // S - 1].item()
+                    assert owner.setdefault(prefix, block) == block
 
 
 def run_trace(trace: Trace) -> tuple[MockEngine, collections.Counter[str]]:
@@ -115,48 +149,56 @@ def run_trace(trace: Trace) -> tuple[MockEngine, collections.Counter[str]]:
     engine = make_engine(**options, host_stop=host_stop)
     scheduler = engine.scheduler
     arrivals = collections.deque(trace.arrivals)
-    arrived: list[Sequence] = []
+    arrived: list[SequenceGroup] = []
     seen: collections.Counter[str] = collections.Counter()
     turn = busy_turns = 0
     while arrivals or scheduler.has_unfinished:
         while arrivals and arrivals[0].turn == turn:
-            arrived.append(arrivals.popleft().sequence)
+            arrived.append(arrivals.popleft().group)
             scheduler.add(arrived[-1])
         for arrival in trace.arrivals:
             if arrival.abort_turn == turn:
-                seen[f"abort while {arrival.sequence.status.name}"] += 1
-                seen["abort in flight"] += arrival.sequence.num_in_flight > 0
-                scheduler.abort(arrival.sequence.request_id)
+                seen[f"abort while {arrival.group.status.name}"] += 1
+                seen["abort in flight"] += any(s.num_in_flight for s in arrival.group.live)
+                scheduler.abort(arrival.group.request_id)
         busy_turns += scheduler.has_unfinished
         assert busy_turns <= trace.max_turns, "livelock"
         held = engine.in_flight[0].scheduled if engine.in_flight else ()
         step = engine.step(trace.overlap[turn % len(trace.overlap)])
         scheduler.check_invariants()
         check_first_come_first_served(engine, arrived)
+        check_sharing(engine, arrived)
         if step is not None:
             assert 0 < step.num_tokens <= trace.max_num_batched_tokens
             assert len(step.scheduled) <= trace.max_num_seqs
             for share in step.scheduled:
                 seen["late token"] += share.sequence.is_finished
+                seen["forked"] += share.num_tokens == 0
                 seen["chunk"] += not share.samples
                 seen["input on device"] += share.input_on_device
-            preempted_in_flight = {share.sequence for share in held} & set(step.preempted)
+            preempted_in_flight = {share.sequence.group for share in held} & set(step.preempted)
             seen["preempted in flight"] += len(preempted_in_flight)
-            seen["finished while preempted"] += sum(s.is_finished for s in preempted_in_flight)
+            seen["finished while preempted"] += sum(
+                s.is_finished for g in preempted_in_flight for s in g.sequences
+            )
+            seen["copy on write"] += len(step.copies.src)
+            seen["recomputed tree"] += sum(
+                share.sequence.leader is not None for share in step.scheduled
+            )
             seen["several preempted"] += len(step.preempted) > 1
         turn += 1
     engine.drain()
     assert scheduler.num_waiting == scheduler.num_running == 0
     assert scheduler.memory.num_free_blocks == scheduler.memory.num_usable_blocks
+    seen["prefix hit"] += sum(g.num_cached_tokens > 0 for g in arrived)
     seen["preemption"] = scheduler.num_preemptions
-    seen.update(f"finish by {s.finish_reason}" for s in arrived)
+    seen.update(f"finish by {s.finish_reason}" for g in arrived for s in g.sequences)
     return engine, seen
 
 
 def check_outputs(trace: Trace) -> None:
     """Every request has its own tokens alone; an aborted one the first of them."""
-    for arrival in trace.arrivals:
-        sequence = arrival.sequence
+    for sequence in (s for arrival in trace.arrivals for s in arrival.group.sequences):
         expected = generate_alone(sequence, trace.max_model_len, host_stop)
         if sequence.finish_reason == "abort":
             assert expected[0][: sequence.num_output_tokens] == sequence.output_token_ids
@@ -167,7 +209,7 @@ def check_outputs(trace: Trace) -> None:
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
-@pytest.mark.parametrize("first_seed", range(0, 8 * TRACES_PER_TEST, TRACES_PER_TEST))
+@pytest.mark.parametrize("first_seed", range(0, 2 * TRACES_PER_TEST, TRACES_PER_TEST))
 def test_random_traces(first_seed: int) -> None:
     seen: collections.Counter[str] = collections.Counter()
     for seed in range(first_seed, first_seed + TRACES_PER_TEST):
@@ -180,6 +222,10 @@ def test_random_traces(first_seed: int) -> None:
             raise
     for event in (
         "chunk",
+        "forked",
+        "prefix hit",
+        "copy on write",
+        "recomputed tree",
         "input on device",
         "late token",
         "preemption",

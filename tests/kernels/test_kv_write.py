@@ -81,5 +81,5 @@ def test_wrong_arguments(position, value, message):
     values[position] = value
     with pytest.raises(ValueError, match=message):
         write_kv(*values)
-    with pytest.raises(NotImplementedError, match="write_kv has no 'mosaic_gpu'"):
+    with pytest.raises(NotImplementedError, match="write_kv: 'mosaic_gpu' cannot do this: head_di"):
         write_kv(*arguments("float32", "float32"), implementation="mosaic_gpu")

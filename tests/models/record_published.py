@@ -1,11 +1,12 @@
-"""Counts the parameters of the published Llama and OPT sizes with transformers' own modules.
+"""Counts the parameters of the published sizes with transformers' own modules.
 
 Run once, in an environment with torch and transformers, from the repository's root:
 
     python tests/models/record_published.py
 
 Writes `data/published.json`: by model name, the fields of its config.json and the number of its
-parameters. The fields are those of the published config.json files; no weights are made.
+parameters. The fields that give a shape are those of the published config.json files; no weights
+are made.
 """
 
 import json
@@ -86,6 +87,71 @@ def llama31(*sizes: int, factor: float = 8.0, **options: Any) -> dict[str, Any]:
     return llama3(*sizes, **new | options)
 
 
+def qwen2(
+    hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int, **options: Any
+) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "hidden_act": "silu",
+        "hidden_size": hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": intermediate_size,
+        "max_position_embeddings": 32768,
+        "max_window_layers": layers,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+        **options,
+    }
+
+
+def qwen3(
+    hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int, **options: Any
+) -> dict[str, Any]:
+    new = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128}
+    new |= {"attention_bias": False, "max_position_embeddings": 40960, "rope_scaling": None}
+    new |= {"sliding_window": None}
+    return qwen2(hidden_size, intermediate_size, layers, heads, kv_heads, **new | options)
+
+
+def mistral(hidden_size: int, intermediate_size: int, layers: int, **options: Any) -> Any:
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": intermediate_size,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 32768,
+        **options,
+    }
+
+
 PUBLISHED = {
     "opt-125m": opt(768, 12, 12),
     "opt-350m": opt(1024, 24, 16, do_layer_norm_before=False, word_embed_proj_dim=512),
@@ -110,6 +176,29 @@ PUBLISHED = {
     "llama-3.2-1b": llama31(2048, 8192, 16, 32, factor=32.0, head_dim=64, tie_word_embeddings=True),
     "llama-3.2-3b": llama31(
         3072, 8192, 28, 24, factor=32.0, head_dim=128, tie_word_embeddings=True
+    ),
+    "qwen2.5-0.5b": qwen2(896, 4864, 24, 14, 2, tie_word_embeddings=True),
+    "qwen2.5-1.5b": qwen2(1536, 8960, 28, 12, 2, tie_word_embeddings=True),
+    "qwen2.5-3b": qwen2(2048, 11008, 36, 16, 2, tie_word_embeddings=True),
+    "qwen2.5-7b": qwen2(3584, 18944, 28, 28, 4, vocab_size=152064),
+    "qwen2.5-14b": qwen2(5120, 13824, 48, 40, 8, vocab_size=152064),
+    "qwen2.5-32b": qwen2(5120, 27648, 64, 40, 8, vocab_size=152064),
+    "qwen2.5-72b": qwen2(8192, 29568, 80, 64, 8, vocab_size=152064),
+    "qwen3-0.6b": qwen3(1024, 3072, 28, 16, 8, tie_word_embeddings=True),
+    "qwen3-1.7b": qwen3(2048, 6144, 28, 16, 8, tie_word_embeddings=True),
+    "qwen3-4b": qwen3(2560, 9728, 36, 32, 8, tie_word_embeddings=True),
+    "qwen3-8b": qwen3(4096, 12288, 36, 32, 8),
+    "qwen3-14b": qwen3(5120, 17408, 40, 40, 8),
+    "qwen3-32b": qwen3(5120, 25600, 64, 64, 8),
+    "mistral-7b-v0.1": mistral(
+        4096, 14336, 32, rope_theta=10000.0, sliding_window=4096, vocab_size=32000
+    ),
+    "mistral-7b-v0.3": mistral(4096, 14336, 32),
+    "mistral-nemo-12b": mistral(
+        5120, 14336, 40, head_dim=128, max_position_embeddings=1024000, vocab_size=131072
+    ),
+    "mistral-small-24b": mistral(
+        5120, 32768, 40, head_dim=128, rope_theta=100000000.0, vocab_size=131072
     ),
 }
 

@@ -1,15 +1,16 @@
 """Makes the small checkpoints in `data/` and records what transformers computes with them.
 
-Run once, in an environment with torch and transformers, from the repository's root:
+Run once, in an environment with torch, transformers and absl-py, from the repository's root:
 
     python tests/models/record_references.py
 
 Every checkpoint is a Hugging Face folder with random weights, large enough for logits to have
-margins, and beside them `reference.npz`, which `references.py` reads.
+margins, and beside them `reference.npz`, as `pallas_paged.models.record_reference` writes it.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +26,14 @@ NUM_WITH_LOGITS = 8
 NUM_GREEDY = 32
 MAX_POSITIONS = 128
 MIN_MARGIN = 1e-3
+
+# By its path: the package itself needs jax, which this environment need not have.
+_RECORDER = Path(__file__).parents[2] / "models" / "record_reference.py"
+_spec = importlib.util.spec_from_file_location("record_reference", _RECORDER)
+assert _spec is not None
+assert _spec.loader is not None
+recorder = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(recorder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +57,26 @@ class Variant:
     eos_token_id: int | list[int] = 2
 
 
-def llama(**options: Any) -> transformers.LlamaConfig:
+def decoder(kind: Any, **options: Any) -> Any:
     sizes = {"num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"vocab_size": 128, "hidden_size": 32, "max_position_embeddings": MAX_POSITIONS}
-    return transformers.LlamaConfig(**sizes | options)
+    return kind(**sizes | options)
+
+
+def llama(**options: Any) -> transformers.LlamaConfig:
+    return decoder(transformers.LlamaConfig, **options)
+
+
+def qwen2(**options: Any) -> transformers.Qwen2Config:
+    return decoder(transformers.Qwen2Config, **options)
+
+
+def qwen3(**options: Any) -> transformers.Qwen3Config:
+    return decoder(transformers.Qwen3Config, **options)
+
+
+def mistral(**options: Any) -> transformers.MistralConfig:
+    return decoder(transformers.MistralConfig, **options)
 
 
 def opt(**options: Any) -> transformers.OPTConfig:
@@ -128,6 +153,67 @@ VARIANTS = {
         ),
         seed=103,
     ),
+    "qwen2-tied": Variant(
+        qwen2(
+            hidden_size=40,
+            num_attention_heads=5,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        ),
+        seed=207,
+        gain=1.5,
+    ),
+    "qwen2-sliding": Variant(
+        qwen2(
+            num_hidden_layers=3,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            hidden_size=48,
+            use_sliding_window=True,
+            sliding_window=6,
+            max_window_layers=1,
+        ),
+        seed=202,
+        gain=1.2,
+        shard_size="100KB",
+        old_config=True,
+    ),
+    "qwen3-tied": Variant(
+        qwen3(
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=16,
+            rms_norm_eps=1e-3,
+            tie_word_embeddings=True,
+        ),
+        seed=201,
+        gain=1.5,
+    ),
+    "qwen3-layer-types": Variant(
+        qwen3(
+            num_hidden_layers=3,
+            num_key_value_heads=4,
+            head_dim=24,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=5,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+        seed=208,
+        gain=1.2,
+    ),
+    "mistral-sliding": Variant(
+        mistral(num_attention_heads=6, num_key_value_heads=2, head_dim=16, sliding_window=7),
+        seed=203,
+        gain=1.5,
+        eos_token_id=[2, 3],
+    ),
+    "mistral-full": Variant(
+        mistral(num_key_value_heads=2, sliding_window=None, tie_word_embeddings=True),
+        seed=201,
+        gain=1.5,
+    ),
 }
 
 
@@ -145,42 +231,13 @@ def randomize(model: torch.nn.Module, gain: float, generator: torch.Generator) -
             parameter.data = float(is_norm_weight) + 0.3 * noise
 
 
-@torch.no_grad()
-def record(model: Any, prompts: list[torch.Tensor]) -> dict[str, np.ndarray]:
-    logits = [model(prompt[None]).logits[0].numpy() for prompt in prompts[:NUM_WITH_LOGITS]]
-    greedy, margins = [], []
-    for prompt in prompts:
-        out = model.generate(
-            prompt[None],
-            attention_mask=torch.ones_like(prompt[None]),
-            do_sample=False,
-            max_new_tokens=NUM_GREEDY,
-            eos_token_id=None,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        greedy.append(out.sequences[0, len(prompt) :].numpy())
-        top = torch.cat(out.logits).topk(2).values
-        margins.append((top[:, 0] - top[:, 1]).numpy())
-    recorded = {
-        "prompts": np.concatenate(prompts).astype(np.int32),
-        "prompt_lengths": np.array(PROMPT_LENGTHS, np.int32),
-        "logits": np.concatenate(logits),
-        "greedy": np.stack(greedy).astype(np.int32),
-        "margins": np.stack(margins),
-    }
-    if hasattr(model.model, "rotary_emb"):
-        recorded["inv_freq"] = model.model.rotary_emb.inv_freq.numpy()
-    return recorded
-
-
 def rewrite_as_old(file: Path) -> None:
     """Gives a config.json the fields of transformers 4."""
     config = json.loads(file.read_text())
     config["rope_scaling"] = config.pop("rope_parameters")
     config["rope_theta"] = config["rope_scaling"].pop("rope_theta")
     config["torch_dtype"] = config.pop("dtype")
+    config.pop("layer_types", None)
     file.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -192,9 +249,14 @@ def make(folder: Path, variant: Variant) -> None:
     model.eval()
     vocab_size = variant.config.vocab_size
     prompts = [
-        torch.randint(4, vocab_size, (length,), generator=generator) for length in PROMPT_LENGTHS
+        torch.randint(4, vocab_size, (length,), generator=generator).numpy().astype(np.int32)
+        for length in PROMPT_LENGTHS
     ]
-    recorded = record(model, prompts)
+    recorded = recorder.record(
+        model, prompts, num_with_logits=NUM_WITH_LOGITS, num_greedy=NUM_GREEDY
+    )
+    if hasattr(model.model, "rotary_emb"):
+        recorded["inv_freq"] = model.model.rotary_emb.inv_freq.numpy()
 
     shutil.rmtree(folder, ignore_errors=True)
     model.generation_config.eos_token_id = variant.eos_token_id

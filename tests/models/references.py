@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pallas_paged.models.parity import Reference
+
 DATA = Path(__file__).parent / "data"
 REFERENCES = tuple(sorted(path.parent.name for path in DATA.glob("*/reference.npz")))
 """Names of the checkpoints."""
@@ -17,24 +19,16 @@ MARGIN = 1e-3
 """Of the top two logits: below it the greedy token may differ, and all that follow it."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Reference:
-    """What transformers computes in float32 with one checkpoint.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class CheckpointReference(Reference):
+    """What transformers computes in float32 with one of the checkpoints.
 
     Attributes:
       path: the model folder.
-      prompts: i32[length] each, of many lengths.
-      logits: f32[length, V] at every position of each of the first `len(logits)` prompts.
-      greedy: i32[P, G], the greedy continuation of each prompt; no token ends it.
-      margins: f32[P, G], difference of the top two logits where each greedy token was chosen.
       inv_freq: f32[D / 2], angle per position of the rotary embedding; None without one.
     """
 
     path: Path
-    prompts: tuple[np.ndarray, ...]
-    logits: tuple[np.ndarray, ...]
-    greedy: np.ndarray
-    margins: np.ndarray
     inv_freq: np.ndarray | None
 
     def num_comparable(self, prompt: int) -> int:
@@ -44,16 +38,11 @@ class Reference:
 
 
 @functools.cache
-def load_reference(name: str) -> Reference:
+def load_reference(name: str) -> CheckpointReference:
     """Returns what was recorded for the checkpoint `name`, one of `REFERENCES`."""
-    with np.load(DATA / name / "reference.npz") as arrays:
-        ends = np.cumsum(arrays["prompt_lengths"])
-        with_logits = ends[ends <= len(arrays["logits"])]
-        return Reference(
-            path=DATA / name,
-            prompts=tuple(np.split(arrays["prompts"], ends[:-1])),
-            logits=tuple(np.split(arrays["logits"], with_logits[:-1])),
-            greedy=arrays["greedy"],
-            margins=arrays["margins"],
-            inv_freq=arrays.get("inv_freq"),
-        )
+    file = DATA / name / "reference.npz"
+    with np.load(file) as arrays:
+        inv_freq = arrays.get("inv_freq")
+    recorded = Reference.load(file)
+    fields = {field.name: getattr(recorded, field.name) for field in dataclasses.fields(recorded)}
+    return CheckpointReference(path=file.parent, inv_freq=inv_freq, **fields)

@@ -12,6 +12,7 @@ from flax import nnx
 from pallas_paged.models.config import ModelConfig
 from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.opt import OPTConfig
+from pallas_paged.models.qwen3 import Qwen3Config
 from pallas_paged.models.registry import FAMILIES, config_from_hf
 from pallas_paged.models.rope import LinearRope, Llama3Rope, Rope, YarnRope
 from tests.models.references import DATA
@@ -35,6 +36,9 @@ OPT = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+QWEN = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2}
+MISTRAL = QWEN | {"architectures": ["MistralForCausalLM"]}
+SLIDING = {"use_sliding_window": True, "sliding_window": 4}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32, "rope_type": "llama3"}
 
@@ -51,7 +55,10 @@ def test_published_models_have_their_number_of_parameters(name, caplog):
     with caplog.at_level(logging.WARNING):
         config = config_from_hf(published["config"])
     assert not caplog.records
-    first, second = (num_parameters(dataclasses.replace(config, num_layers=n)) for n in (1, 2))
+    first, second = (
+        num_parameters(config_from_hf(published["config"] | {"num_hidden_layers": n}))
+        for n in (1, 2)
+    )
     expected = published["num_parameters"]
     assert first + (config.num_layers - 1) * (second - first) == expected
 
@@ -94,6 +101,72 @@ def test_published_fields_are_read():
         checkpoint_dtype="float16",
     )
     assert config_from_hf(PUBLISHED["llama-7b"]["config"]).num_kv_heads == 32
+    qwen3 = config_from_hf(PUBLISHED["qwen3-0.6b"]["config"])
+    assert qwen3 == Qwen3Config(
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=28,
+        num_q_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope=Rope(rope_theta=1000000.0),
+        qk_norm=True,
+        sliding_windows=(None,) * 28,
+        tie_word_embeddings=True,
+        checkpoint_dtype="bfloat16",
+    )
+    qwen2 = config_from_hf(PUBLISHED["qwen2.5-7b"]["config"])
+    assert (qwen2.qkv_bias, qwen2.output_bias, qwen2.head_dim) == (True, False, 128)
+    assert set(qwen2.sliding_windows) == {None}
+    mistral = config_from_hf(PUBLISHED["mistral-7b-v0.1"]["config"])
+    assert (mistral.head_dim, mistral.sliding_windows) == (128, (4096,) * 32)
+    nemo = config_from_hf(PUBLISHED["mistral-nemo-12b"]["config"])
+    assert (nemo.head_dim, nemo.num_q_heads, set(nemo.sliding_windows)) == (128, 32, {None})
+
+
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({}, (None, None)),
+        ({"use_sliding_window": True}, (None, None)),  # from layer 28 on
+        ({"use_sliding_window": True, "max_window_layers": 0}, (4096, 4096)),
+        (
+            {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+            (None, 9),
+        ),
+        (
+            {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0},
+            (None, None),
+        ),
+        ({"sliding_window": 9, "max_window_layers": 0}, (None, None)),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            (9, None),
+        ),
+    ],
+)
+@pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_sliding_windows_of_qwen(family, fields, windows):
+    assert config_from_hf(QWEN | {"architectures": [family]} | fields).sliding_windows == windows
+
+
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [({}, (4096, 4096)), ({"sliding_window": None}, (None, None)), ({"sliding_window": 3}, (3, 3))],
+)
+def test_sliding_windows_of_mistral(fields, windows):
+    assert config_from_hf(MISTRAL | fields).sliding_windows == windows
+
+
+def test_qwen3_heads_have_128_dimensions_where_no_field_says_so():
+    assert config_from_hf(QWEN | {"architectures": ["Qwen3ForCausalLM"]}).head_dim == 128
+    assert config_from_hf(QWEN).head_dim == 8
 
 
 @pytest.mark.parametrize(
@@ -199,6 +272,20 @@ def test_rope_in_both_spellings(fields, expected):
             },
             "mscale not supported with rope type 'yarn'",
         ),
+        (LLAMA, {"layer_types": ["full_attention"] * 2}, "layer_types=.* is not supported"),
+        (QWEN, {"num_key_value_heads": None}, "no 'num_key_value_heads'"),
+        (QWEN, {"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_la"),
+        (QWEN, {"layer_types": ["linear_attention"] * 2}, "layer_types has 'linear_attention'"),
+        (
+            QWEN,
+            {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4},
+            "layer_types has 'sliding_attention', but use_sliding_window is false or",
+        ),
+        (QWEN, SLIDING | {"sliding_window": 0, "max_window_layers": 0}, "must be positive, or Non"),
+        (QWEN, {"hidden_act": "relu"}, "hidden_act='relu' is not supported, only silu"),
+        (MISTRAL, {"sliding_window": -1}, "must be positive, or None for no limit"),
+        (MISTRAL, {"sliding_window": 1.5}, "sliding_window=1.5 must be of type int"),
+        (MISTRAL, {"num_key_value_heads": None}, "no 'num_key_value_heads'"),
         (OPT, {"ffn_dim": None}, "no 'ffn_dim'"),
         (OPT, {"ffn_dim": -1}, "ffn_dim=-1 must be positive"),
         (OPT, {"activation_function": "silu"}, "activation_function='silu' is not supported, only"),
@@ -227,6 +314,8 @@ def test_configs_are_checked_when_built_and_frozen():
         dataclasses.replace(config, activation_function="tanh")
     with pytest.raises(ValueError, match="checkpoint_dtype='int4'"):
         dataclasses.replace(config, checkpoint_dtype="int4")
+    with pytest.raises(ValueError, match="must have one entry for each of the 2 layers"):
+        dataclasses.replace(config_from_hf(QWEN), sliding_windows=(3,))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.hidden_size = 3
 

@@ -4,7 +4,8 @@ import numpy as np
 from flax import nnx
 
 from pallas_paged.models.attend import dense_attend, dense_metadata
-from pallas_paged.models.llama import Llama, LlamaConfig
+from pallas_paged.models.decoder import Decoder
+from pallas_paged.models.llama import LlamaConfig
 
 SMALL = LlamaConfig(
     vocab_size=64,
@@ -20,7 +21,7 @@ SMALL = LlamaConfig(
 
 
 def test_training_lowers_the_loss():
-    model = Llama(SMALL, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    model = Decoder(SMALL, dtype=jnp.float32, rngs=nnx.Rngs(0))
     graph, state = nnx.split(model)
     tokens = jnp.tile(jnp.arange(17, dtype=jnp.int32), (3, 1))
 

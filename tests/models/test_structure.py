@@ -13,7 +13,7 @@ from pallas_paged.models import load_model
 from tests.models.paged_run import BLOCK_SIZE, step
 from tests.models.references import REFERENCES, load_reference
 
-AXES = {"vocab", "embed", "heads", "kv_heads", "mlp", "positions", "word_embed"}
+AXES = {"vocab", "embed", "heads", "kv_heads", "mlp", "positions", "word_embed", "head_dim"}
 
 
 @pytest.mark.parametrize("name", REFERENCES)

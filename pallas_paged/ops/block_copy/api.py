@@ -5,9 +5,10 @@ from jaxtyping import Array, Int32
 
 from pallas_paged.dispatch import Implementation, choose_implementation
 from pallas_paged.kv_cache import KVCache, check_cache
-from pallas_paged.ops.block_copy import reference, xla
+from pallas_paged.ops.block_copy import mosaic_gpu, reference, xla
 
 _IMPLEMENTATIONS = {
+    "mosaic_gpu": Implementation(mosaic_gpu.copy_blocks, mosaic_gpu.unsupported),
     "xla": Implementation(xla.copy_blocks),
     "reference": Implementation(reference.copy_blocks),
 }
@@ -22,15 +23,17 @@ def copy_blocks(
 ) -> KVCache:
     """Copies P blocks of keys and values: block `dst[i]` becomes `src[i]`'s content.
 
-    All sources are read before any destination is written. Unused pairs are (0, 0), the null block
-    onto itself; apart from them the destinations differ, or which source wins is unspecified.
+    Unused pairs are (0, 0), the null block onto itself. Apart from them the destinations differ
+    from each other and from all sources, as free blocks differ from shared ones; what a block that
+    is both holds afterwards is unspecified.
 
     Args:
       kv_cache: with its scales, if it is quantised. Donated: it must not be used afterwards. Inside
         a caller's own `jax.jit` it is updated in place if the caller donates it there.
       src: i32[P], blocks to read.
       dst: i32[P], blocks to overwrite.
-      implementation: "xla" (any platform), "reference", or None to choose.
+      implementation: "mosaic_gpu" (NVIDIA GPUs), "xla" (any platform), "reference", or None
+        to choose.
 
     Returns:
       The cache with the copies made.
@@ -48,5 +51,5 @@ def copy_blocks(
                 f"{name} is {blocks.dtype}{list(blocks.shape)}; src and dst must be int32[P] of "
                 f"the same length (src has {list(src.shape)})"
             )
-    name = choose_implementation("copy_blocks", _IMPLEMENTATIONS, implementation)
+    name = choose_implementation("copy_blocks", _IMPLEMENTATIONS, implementation, kv_cache)
     return _IMPLEMENTATIONS[name].run(kv_cache, src, dst)

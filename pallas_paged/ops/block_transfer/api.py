@@ -6,13 +6,15 @@ from jaxtyping import Array, Int32
 
 from pallas_paged.dispatch import Implementation, choose_implementation
 from pallas_paged.kv_cache import KVCache, check_cache
-from pallas_paged.ops.block_transfer import reference, xla
+from pallas_paged.ops.block_transfer import mosaic_gpu, reference, xla
 
 _GATHER = {
+    "mosaic_gpu": Implementation(mosaic_gpu.gather_blocks, mosaic_gpu.unsupported),
     "xla": Implementation(xla.gather_blocks),
     "reference": Implementation(reference.gather_blocks),
 }
 _SCATTER = {
+    "mosaic_gpu": Implementation(mosaic_gpu.scatter_blocks, mosaic_gpu.unsupported),
     "xla": Implementation(xla.scatter_blocks),
     "reference": Implementation(reference.scatter_blocks),
 }
@@ -26,7 +28,8 @@ def gather_blocks(
     Args:
       kv_cache: not modified.
       block_ids: i32[P], which may repeat; unused entries are 0 (the null block).
-      implementation: "xla" (any platform), "reference", or None to choose.
+      implementation: "mosaic_gpu" (NVIDIA GPUs), "xla" (any platform), "reference", or None
+        to choose.
 
     Raises:
       ValueError: shapes or dtypes that do not fit.
@@ -34,7 +37,7 @@ def gather_blocks(
     """
     check_cache(kv_cache)
     _check_ids(block_ids)
-    name = choose_implementation("gather_blocks", _GATHER, implementation)
+    name = choose_implementation("gather_blocks", _GATHER, implementation, kv_cache)
     return _GATHER[name].run(kv_cache, block_ids)
 
 
@@ -53,7 +56,8 @@ def scatter_blocks(
       block_ids: i32[P], all different, but for unused entries, which are 0 (the null block).
       blocks: what `gather_blocks` returned, `[P, Hk, S, D]` in the cache's dtype, and the scales
         if it is quantised.
-      implementation: "xla" (any platform), "reference", or None to choose.
+      implementation: "mosaic_gpu" (NVIDIA GPUs), "xla" (any platform), "reference", or None
+        to choose.
 
     Returns:
       The cache with the blocks written.
@@ -66,7 +70,7 @@ def scatter_blocks(
     _check_ids(block_ids)
     for field in KVCache._fields:
         _check_blocks(getattr(kv_cache, field), block_ids, getattr(blocks, field), field)
-    name = choose_implementation("scatter_blocks", _SCATTER, implementation)
+    name = choose_implementation("scatter_blocks", _SCATTER, implementation, kv_cache)
     return _SCATTER[name].run(kv_cache, block_ids, blocks)
 
 

@@ -6,9 +6,10 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_paged.dispatch import Implementation, choose_implementation
 from pallas_paged.kv_cache import KVCache, check_cache
-from pallas_paged.ops.kv_write import reference, xla
+from pallas_paged.ops.kv_write import mosaic_gpu, reference, xla
 
 _IMPLEMENTATIONS = {
+    "mosaic_gpu": Implementation(mosaic_gpu.write_kv, mosaic_gpu.unsupported),
     "xla": Implementation(xla.write_kv),
     "reference": Implementation(reference.write_kv),
 }
@@ -32,7 +33,8 @@ def write_kv(
         updated in place if the caller donates it there.
       slot_mapping: i32[T], `block * S + offset` of each token. Padding tokens name slots of the
         null block, which may repeat; what ends up there is unspecified. Other slots differ.
-      implementation: "xla" (any platform), "reference", or None to choose.
+      implementation: "mosaic_gpu" (NVIDIA GPUs), "xla" (any platform), "reference", or None
+        to choose.
 
     Returns:
       The cache with k and v written.
@@ -42,7 +44,7 @@ def write_kv(
       NotImplementedError: the named implementation does not exist or cannot do this here.
     """
     _check(k, v, kv_cache, slot_mapping)
-    name = choose_implementation("write_kv", _IMPLEMENTATIONS, implementation)
+    name = choose_implementation("write_kv", _IMPLEMENTATIONS, implementation, k, kv_cache)
     return _IMPLEMENTATIONS[name].run(k, v, kv_cache, slot_mapping)
 
 

@@ -1,0 +1,145 @@
+"""Which blocks of the pool hold which tokens, so that a later request need not compute them again.
+
+A full block's content depends on its own tokens and on all that come before it. An entry's key is
+therefore the entry of the block before it together with its own tokens: a chain, in which equal
+keys mean equal tokens from the start, for a dictionary compares keys and not only their hashes.
+Different salts have different starts.
+
+A sequence's block is only entered behind one of its own blocks. So whoever uses a cached block uses
+all those before it, and nothing is ever cached behind a block that is free to be evicted and in
+use itself.
+"""
+
+import heapq
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from pallas_paged.engine.groups import blocks_for
+
+type Key = tuple[int, tuple[int, ...]]
+
+
+class PrefixCache:
+    """Finds, enters and evicts blocks; whoever calls it holds and releases them.
+
+    The cache has one reference to each of its blocks. A block that nobody else refers to may be
+    evicted, the least recently used first, but never before those that come behind it.
+
+    Attributes:
+      is_cached: bool[N].
+      num_queried_tokens: prompt tokens of admitted requests that read the cache.
+      num_hit_tokens: those of them that were found in it.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        """Starts empty, over a pool of N `num_blocks`."""
+        self.block_size = block_size
+        self.num_queried_tokens = self.num_hit_tokens = 0
+        self._num_blocks = num_blocks
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets every block."""
+        self.is_cached = np.zeros(self._num_blocks, bool)
+        self._num_children = np.zeros(self._num_blocks, np.int32)
+        self._last_used = np.zeros(self._num_blocks, np.int64)
+        self._clock = 0
+        self._blocks: dict[Key, int] = {}
+        self._keys: dict[int, Key] = {}
+        self._roots: dict[str | None, int] = {None: 0}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def match(self, token_ids: Seq[int], salt: str | None, num_blocks: int) -> list[int]:
+        """Returns the cached blocks that `token_ids` begin with, at most `num_blocks`."""
+        S = self.block_size
+        found: list[int] = []
+        parent = self._roots.get(salt)
+        for start in range(0, num_blocks * S if parent is not None else 0, S):
+            assert parent is not None
+            parent = self._blocks.get((parent, tuple(token_ids[start : start + S])))
+            if parent is None:
+                break
+            found.append(parent)
+        return found
+
+    def enter(
+        self, blocks: Seq[int], token_ids: Seq[int], first: int, salt: str | None
+    ) -> list[int]:
+        """Enters a sequence's full blocks from its `first` on; returns those that are new here.
+
+        Stops where the block before is not cached, because another one holds its tokens already.
+
+        Args:
+          blocks: the sequence's full blocks, from its start on.
+          token_ids: at least the tokens in them.
+          first: index of the first block to enter.
+          salt: the request's.
+        """
+        S = self.block_size
+        entered = []
+        for index in range(first, len(blocks)):
+            if index:
+                parent = int(blocks[index - 1])
+                if not self.is_cached[parent]:
+                    break
+            else:
+                parent = self._roots.setdefault(salt, -len(self._roots))
+            key = parent, tuple(token_ids[index * S : (index + 1) * S])
+            if key not in self._blocks:
+                block = int(blocks[index])
+                self._blocks[key] = block
+                self._keys[block] = key
+                self.is_cached[block] = True
+                if parent > 0:
+                    self._num_children[parent] += 1
+                entered.append(block)
+        self.touch(entered)
+        return entered
+
+    def touch(self, blocks: Iterable[int] | np.ndarray) -> None:
+        """Counts the blocks, cached or not, as used now."""
+        self._clock += 1
+        self._last_used[np.fromiter(blocks, np.int64)] = self._clock
+
+    def evictable(self, ref_counts: np.ndarray) -> np.ndarray:
+        """Returns which blocks, bool[N], nobody but the cache refers to."""
+        return self.is_cached & (ref_counts == 1)
+
+    def evict(self, count: int, ref_counts: np.ndarray, keep: Iterable[int] = ()) -> list[int]:
+        """Forgets `count` of the evictable blocks, none of `keep`, and returns them."""
+        candidates = self.evictable(ref_counts)
+        candidates[list(keep)] = False
+        leaves = np.flatnonzero(candidates & (self._num_children == 0)).tolist()
+        queue = [(int(self._last_used[block]), block) for block in leaves]
+        heapq.heapify(queue)
+        evicted: list[int] = []
+        while len(evicted) < count:
+            _, block = heapq.heappop(queue)
+            evicted.append(block)
+            key = self._keys.pop(block)
+            del self._blocks[key]
+            self.is_cached[block] = False
+            parent = key[0]
+            if parent > 0:
+                self._num_children[parent] -= 1
+                if candidates[parent] and not self._num_children[parent]:
+                    heapq.heappush(queue, (int(self._last_used[parent]), parent))
+        return evicted
+
+    def check_invariants(self) -> None:
+        """Asserts that the entries and what is derived from them agree."""
+        assert {block: key for key, block in self._blocks.items()} == self._keys
+        assert sorted(self._keys) == np.flatnonzero(self.is_cached).tolist()
+        parents = [parent for parent, _ in self._blocks if parent > 0]
+        assert self.is_cached[parents].all()
+        counts = np.bincount(parents, minlength=self._num_blocks)
+        assert (counts == self._num_children).all()
+
+
+def num_matchable(num_tokens: int, block_size: int) -> int:
+    """Returns how many blocks a prompt may take from the cache: its last token is computed."""
+    return blocks_for(num_tokens, block_size) - 1

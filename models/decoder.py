@@ -1,0 +1,261 @@
+"""The decoder that Llama, Qwen and Mistral are; a family's file says which options it uses.
+
+RMS norms before each part, rotary positions, grouped query heads, SwiGLU. The modules have the
+names of Hugging Face's, so that the path of a parameter is the name of its tensor.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from pallas_paged.kv_cache import AttentionMetadata, KVCache
+from pallas_paged.models.attend import paged_attend
+from pallas_paged.models.config import (
+    HFFields,
+    ModelConfig,
+    check_positive,
+    checkpoint_dtype_from_hf,
+    head_dim_from_hidden,
+)
+from pallas_paged.models.interface import Attend, CheckpointNames
+from pallas_paged.models.layers import Embedding, Linear, RMSNorm, logits
+from pallas_paged.models.rope import Rope, rope_from_hf, rotate, rotation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(ModelConfig):
+    """The shape of such a decoder; a family's class adds its name and `from_hf`.
+
+    Attributes:
+      qkv_bias: whether the projections to queries, keys and values have biases.
+      output_bias: whether the projection of the heads' outputs has one.
+      mlp_bias: whether the three projections of the MLP have them.
+      qk_norm: RMS norms over each head's query and key, before they are turned.
+      sliding_windows: by layer, how many tokens a query sees, itself included, None for all of
+        them; empty means None in every layer.
+    """
+
+    intermediate_size: int
+    rope: Rope = dataclasses.field(default_factory=Rope)
+    rms_norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "intermediate_size", "rms_norm_eps")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
+        windows = self.sliding_windows
+        if windows and len(windows) != self.num_layers:
+            raise ValueError(
+                f"sliding_windows={windows} must have one entry for each of the {self.num_layers} "
+                "layers, or none"
+            )
+        if any(window is not None and window < 1 for window in windows):
+            raise ValueError(f"sliding_windows={windows} must be positive, or None for no limit")
+
+    def sliding_window(self, layer: int) -> int | None:
+        """Returns how many tokens a query sees in a layer, itself included; None for all."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
+
+
+def decoder_fields_from_hf(
+    fields: HFFields, *, default_head_dim: int | None = None
+) -> dict[str, Any]:
+    """Returns the arguments of `DecoderConfig` that all families read alike from a `config.json`.
+
+    Args:
+      fields: of the file.
+      default_head_dim: where it names none; None lets the heads share `hidden_size`.
+
+    Raises:
+      ValueError: a field is missing, malformed or has a value that is not supported.
+    """
+    fields.choice("hidden_act", ("silu",), "silu")
+    hidden_size = fields.integer("hidden_size")
+    num_q_heads = fields.integer("num_attention_heads")
+    head_dim = fields.integer("head_dim", default_head_dim)
+    return {
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": fields.integer("intermediate_size"),
+        "num_layers": fields.integer("num_hidden_layers"),
+        "num_q_heads": num_q_heads,
+        "head_dim": (
+            head_dim_from_hidden(hidden_size, num_q_heads) if head_dim is None else head_dim
+        ),
+        "rope": rope_from_hf(fields),
+        "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
+        "checkpoint_dtype": checkpoint_dtype_from_hf(fields),
+    }
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(
+        self, config: DecoderConfig, layer: int, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+    ):
+        self.head_dim = config.head_dim
+        self.qk_norm = config.qk_norm
+        self.sliding_window = config.sliding_window(layer)
+        q_features = config.num_q_heads * config.head_dim
+        kv_features = config.num_kv_heads * config.head_dim
+
+        def linear(
+            in_features: int, out_features: int, axes: tuple[str, str], bias: bool
+        ) -> Linear:
+            return Linear(in_features, out_features, axes=axes, bias=bias, dtype=dtype, rngs=rngs)
+
+        hidden_size, qkv_bias = config.hidden_size, config.qkv_bias
+        self.q_proj = linear(hidden_size, q_features, ("heads", "embed"), qkv_bias)
+        self.k_proj = linear(hidden_size, kv_features, ("kv_heads", "embed"), qkv_bias)
+        self.v_proj = linear(hidden_size, kv_features, ("kv_heads", "embed"), qkv_bias)
+        self.o_proj = linear(q_features, hidden_size, ("embed", "heads"), config.output_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(config.head_dim, eps=config.rms_norm_eps, axis="head_dim", dtype=dtype)
+                for _ in range(2)
+            )
+
+    def __call__(
+        self,
+        x: Float[Array, "T E"],
+        cos_sin: tuple[Float32[Array, "T half"], Float32[Array, "T half"]],
+        metadata: AttentionMetadata,
+        kv_cache: KVCache | None,
+        attend: Attend,
+    ) -> tuple[Float[Array, "T E"], KVCache | None]:
+        """Returns the attention's output and the layer's updated cache."""
+        q, k, v = (
+            proj(x).reshape(x.shape[0], -1, self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        window = self.sliding_window
+        options = {} if window is None else {"sliding_window": window}
+        out, kv_cache = attend(q, k, v, kv_cache, metadata, **options)
+        return self.o_proj(out.reshape(x.shape[0], -1)), kv_cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer, 2020)."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        def linear(in_features: int, out_features: int, axes: tuple[str, str]) -> Linear:
+            bias = config.mlp_bias
+            return Linear(in_features, out_features, axes=axes, bias=bias, dtype=dtype, rngs=rngs)
+
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
+        self.up_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
+        self.down_proj = linear(config.intermediate_size, config.hidden_size, ("embed", "mlp"))
+
+    def __call__(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
+        """Returns `down(silu(gate(x)) * up(x))`."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each after its norm and added to its input."""
+
+    def __init__(
+        self, config: DecoderConfig, layer: int, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+    ):
+        eps = config.rms_norm_eps
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype)
+        self.self_attn = Attention(config, layer, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "T E"],
+        cos_sin: tuple[Float32[Array, "T half"], Float32[Array, "T half"]],
+        metadata: AttentionMetadata,
+        kv_cache: KVCache | None,
+        attend: Attend,
+    ) -> tuple[Float[Array, "T E"], KVCache | None]:
+        """Returns the layer's output and its updated cache."""
+        attended, kv_cache = self.self_attn(
+            self.input_layernorm(x), cos_sin, metadata, kv_cache, attend
+        )
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), kv_cache
+
+
+class DecoderModel(nnx.Module):
+    """The decoder without the output embedding."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.embed_tokens = Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            axes=("vocab", "embed"),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.layers = nnx.List(
+            DecoderLayer(config, layer, dtype=dtype, rngs=rngs)
+            for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+
+
+class Decoder(nnx.Module):
+    """A decoder with freshly initialised weights; `load_model` builds one from a checkpoint.
+
+    Args:
+      config: the shape.
+      dtype: of all parameters, and of the activations between norms.
+      rngs: the `params` stream draws the weights.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+        self.config = config
+        self.model = DecoderModel(config, dtype=dtype, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(
+                config.hidden_size,
+                config.vocab_size,
+                axes=("vocab", "embed"),
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+    def __call__(
+        self,
+        input_ids: Int32[Array, "T"],
+        metadata: AttentionMetadata,
+        kv_caches: Sequence[KVCache | None],
+        *,
+        attend: Attend = paged_attend,
+    ) -> tuple[Float[Array, "T E"], tuple[KVCache | None, ...]]:
+        """Runs a step's T tokens through all layers, see `CausalLM`; returns (hidden, caches)."""
+        cos_sin = rotation(self.config.rope, metadata.positions, self.config.head_dim)
+        x = self.model.embed_tokens(input_ids)
+        updated = []
+        for layer, kv_cache in zip(self.model.layers, kv_caches, strict=True):
+            x, kv_cache = layer(x, cos_sin, metadata, kv_cache, attend)
+            updated.append(kv_cache)
+        return self.model.norm(x), tuple(updated)
+
+    def compute_logits(self, hidden: Float[Array, "*n E"]) -> Float32[Array, "*n V"]:
+        """Returns the float32 logits of those hidden states that need them."""
+        tied = self.config.tie_word_embeddings
+        output = self.model.embed_tokens if tied else self.lm_head
+        return logits(hidden, output.weight[...])
+
+
+NAMES = CheckpointNames(embedding="model.embed_tokens.weight", derived=(".rotary_emb.inv_freq",))
+"""The checkpoints of all these families have the modules' own names."""

@@ -1,0 +1,89 @@
+"""What a compiled GPU program launches, read from XLA's text of it."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+_FREE = ("parameter", "bitcast", "tuple", "get-tuple-element", "constant", "after-all")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
+_TARGET = re.compile(r'custom_call_target="([^"]+)"')
+_CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations)=\{?%([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launches:
+    """The launches of one run of a program, loops and branches apart.
+
+    Attributes:
+      kernels: names of Mosaic GPU and other custom calls, one per launch.
+      products: names of matrix products, one per launch.
+      others: names of what XLA generated or copies, one per launch.
+      loops: names of loops and conditionals: each launches more, as often as its data says.
+    """
+
+    kernels: tuple[str, ...]
+    products: tuple[str, ...]
+    others: tuple[str, ...]
+    loops: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """How many launches there are outside of loops."""
+        return len(self.kernels) + len(self.products) + len(self.others)
+
+
+def launches(compiled_text: str) -> Launches:
+    """Returns what the program `compiled.as_text()` of a GPU launches."""
+    computations, entry = _computations(compiled_text)
+    found: dict[str, list[str]] = {"kernels": [], "products": [], "others": [], "loops": []}
+    for name, operation, line in _executed(computations, entry):
+        target = _custom_call_target(line, computations)
+        if operation in ("while", "conditional"):
+            kind = "loops"
+        elif "gemm" in name or (target is not None and target.startswith("__cublas")):
+            kind = "products"
+        elif target is not None:
+            kind = "kernels"
+        else:
+            kind = "others"
+        found[kind].append(name)
+    return Launches(**{kind: tuple(names) for kind, names in found.items()})
+
+
+def _computations(text: str) -> tuple[Mapping[str, list[str]], str]:
+    """Returns the lines of each computation by its name, and the name of the entry."""
+    computations: dict[str, list[str]] = {}
+    entry = current = ""
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = header[2]
+            computations[current] = []
+            entry = current if header[1] else entry
+        elif current:
+            computations[current].append(line)
+    assert entry, "no entry computation in the compiled program's text"
+    return computations, entry
+
+
+def _executed(computations: Mapping[str, list[str]], name: str) -> list[tuple[str, str, str]]:
+    """Returns (name, operation, line) of what a computation runs, calls followed."""
+    executed = []
+    for line in computations[name]:
+        instruction = _INSTRUCTION.match(line)
+        if instruction is None or instruction[2] in _FREE:
+            continue
+        if instruction[2] == "call" and (called := _CALLED.search(line)):
+            executed += _executed(computations, called[1])
+        else:
+            executed.append((instruction[1], instruction[2], line))
+    return executed
+
+
+def _custom_call_target(line: str, computations: Mapping[str, list[str]]) -> str | None:
+    """Returns what a custom call calls, also as a fusion of one with the slices that feed it."""
+    called = _CALLED.search(line)
+    for inner in (line, *computations.get(called[1] if called else "", ())):
+        if target := _TARGET.search(inner):
+            return target[1]
+    return None

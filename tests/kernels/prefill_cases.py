@@ -1,0 +1,95 @@
+"""Named problems of the prefill kernels, for interpret mode and for compilation."""
+
+from typing import NamedTuple
+
+from pallas_paged.ops.attention.arg_specs import AttentionSpec
+from pallas_paged.ops.attention.prefill_config import PrefillTuning
+
+
+class InterpretCase(NamedTuple):
+    """A problem small enough to be interpreted, and how to cut it."""
+
+    spec: AttentionSpec
+    tuning: PrefillTuning
+
+
+def _case(name, lens, queries, heads, head_dim, block_size, dtype, tile_keys=64, **options):
+    spec = AttentionSpec(
+        name,
+        lens,
+        queries,
+        num_q_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        num_rows=len(lens),
+        **options,
+    )
+    return InterpretCase(spec, PrefillTuning(tile_keys, stages=2, in_registers=False))
+
+
+def interpret_cases() -> list[InterpretCase]:
+    """Every head_dim, block size, dtype and feature; features pairwise; ragged lengths around S."""
+    bf16, fp16 = "bfloat16", "float16"
+    features = {"sliding_window": 37, "logits_soft_cap": 1.5, "alibi": True, "sinks": True}
+    window, cap, alibi, sinks = ({name: value} for name, value in features.items())
+    # Three steps in two stages, the first without a mask; 3 tokens of padding.
+    chunked = _case("chunked", (150, 0), (11, 0), (8, 2), 64, 16, bf16, num_tokens=14)
+    return [
+        chunked,
+        # A tile that begins inside another sequence's last one; lengths S - 1, S, S + 1, and 1.
+        _case("group3", (31, 32, 33, 1), (31, 2, 33, 1), (3, 1), 80, 32, fp16, **window, **alibi),
+        _case("group5", (17, 64), (9, 3), (5, 1), 96, 16, fp16, **cap, **sinks),
+        # More tokens than a warpgroup has rows; blocks freed left of the window.
+        _case("group1", (200, 16), (70, 16), (1, 1), 128, 64, bf16, 128, **window, **sinks),
+        # Blocks of two steps each.
+        _case("group7", (129, 5), (3, 5), (7, 1), 128, 128, bf16, **alibi, **cap),
+        _case("group2", (66, 20), (5, 1), (4, 2), 192, 16, bf16, **window, **cap),
+        _case("group16", (40,), (9,), (16, 1), 256, 32, fp16, **sinks, **alibi),
+    ]
+
+
+class CompileCase(NamedTuple):
+    """What a program for a GPU is compiled for, besides the tuning that is chosen for it."""
+
+    name: str
+    head_dim: int
+    group: int
+    block_size: int
+    dtype: str
+    cache_dtype: str
+    sliding_window: int | None = None
+    logits_soft_cap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every head_dim with every option on, off, and for each group and block size."""
+    cases = []
+    groups, block_sizes, dtypes = (1, 3, 4, 5, 7, 8, 16), (16, 32, 64, 128), ("bfloat16", "float16")
+    for i, head_dim in enumerate((64, 80, 96, 128, 192, 256)):
+        for j, group in enumerate(groups):
+            block_size, dtype = block_sizes[(i + j) % 4], dtypes[(i + j) % 2]
+            cases.append(
+                CompileCase(
+                    f"dim{head_dim}-group{group}-block{block_size}-{dtype}",
+                    head_dim,
+                    group,
+                    block_size,
+                    dtype,
+                    dtype,
+                    sliding_window=4096 if j % 2 else None,
+                    logits_soft_cap=50.0 if (i + j) % 3 == 0 else None,
+                    alibi=j % 3 == 1,
+                    sinks=j % 4 in (1, 2),
+                )
+            )
+        everything = (4096, 50.0, True, True)
+        cases.append(
+            CompileCase(
+                f"dim{head_dim}-everything", head_dim, 4, 16, "bfloat16", "bfloat16", *everything
+            )
+        )
+    return cases

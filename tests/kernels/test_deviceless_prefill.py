@@ -1,0 +1,74 @@
+"""The prefill kernels compiled for GPUs that are not here: registers, spills, shared memory."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_paged.deviceless import kernel_resources
+from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.ops.attention import mosaic_gpu_prefill
+from pallas_paged.ops.attention.prefill_config import prefill_tuning
+from pallas_paged.ops.attention.prefill_plan import plan_prefill
+from pallas_paged.quantisation import is_quantised
+from tests.kernels.prefill_cases import CompileCase, compile_cases
+
+SMEM_BYTES = 227 * 1024
+CASES = {case.name: case for case in compile_cases()}
+FEW = ("dim80-group3-block64-bfloat16", "dim128-group4-block32-float16", "dim256-everything")
+
+
+def resources(case: CompileCase, target: str):
+    """Returns what the kernel of `case` takes, compiled for `target`."""
+
+    def array(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    num_kv_heads, num_tokens, rows, num_blocks = 2, 256, 8, 500
+    heads = case.group * num_kv_heads
+    q = array(num_tokens, heads, case.head_dim, dtype=case.dtype)
+    cache = array(num_blocks, num_kv_heads, case.block_size, case.head_dim, dtype=case.cache_dtype)
+    scales = None
+    if is_quantised(case.cache_dtype):
+        scales = array(num_blocks, num_kv_heads, case.block_size, dtype=jnp.float32)
+    per_head = array(heads, dtype=jnp.float32)
+    slopes, sinks = per_head if case.alibi else None, per_head if case.sinks else None
+
+    def function(q, k, v, tables, lens, starts, k_scale, v_scale, slopes, sinks):
+        unread = jnp.zeros(num_tokens, jnp.int32)
+        metadata = AttentionMetadata(unread, unread, tables, lens, starts, num_tokens)
+        plan = plan_prefill(
+            metadata,
+            num_tokens=num_tokens,
+            group=case.group,
+            head_dim=case.head_dim,
+            sliding_window=case.sliding_window,
+        )
+        return mosaic_gpu_prefill.prefill(
+            q,
+            k,
+            v,
+            tables,
+            plan,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            scale=0.1,
+            sliding_window=case.sliding_window,
+            logits_soft_cap=case.logits_soft_cap,
+            alibi_slopes=slopes,
+            sinks=sinks,
+            tuning=prefill_tuning(case.head_dim),
+        )
+
+    step = (array(rows, 64), array(rows), array(rows + 1))
+    (kernel,) = kernel_resources(
+        target, function, q, cache, cache, *step, scales, scales, slopes, sinks
+    )
+    return kernel
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_no_spills_and_enough_shared_memory(name):
+    kernel = resources(CASES[name], "h200")
+    assert kernel.spill_bytes == 0
+    assert kernel.smem_bytes <= SMEM_BYTES
+    assert kernel.warnings == ()

@@ -1,0 +1,202 @@
+"""The Mosaic GPU kernels on the cache: interpreted with race detection, and compiled for GPUs.
+
+Interpreted kernels round exactly as the reference does, so results are compared bit by bit.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_paged import KVCache, copy_blocks, gather_blocks, scatter_blocks, write_kv
+from pallas_paged.deviceless import compile_for, kernel_resources, target_device
+from pallas_paged.dispatch import interpret_kernels
+from pallas_paged.ops.kv_write import mosaic_gpu as kv_write
+
+# KV heads, block size, head_dim, dtype: rows of one and of several warps, scales that are moved in
+# vectors, by one warp and one by one, and blocks that several thread blocks share.
+CACHES = [
+    (4, 8, 32, "float8_e4m3fn"),
+    (2, 8, 64, "int8"),
+    (8, 16, 32, "int8"),
+    (8, 8, 80, "float16"),
+    (2, 16, 256, "bfloat16"),
+]
+
+
+def poisoned(num_blocks, num_kv_heads, block_size, head_dim, dtype):
+    """Returns a cache of NaN; of integers, 77 with NaN for a scale."""
+    return jax.tree.map(
+        lambda array: jnp.full_like(array, 77 if array.dtype == jnp.int8 else jnp.nan),
+        KVCache.zeros(num_blocks, num_kv_heads, block_size, head_dim, dtype),
+    )
+
+
+def random_cache(num_blocks, *shape_and_dtype):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda array: jnp.asarray(20 * rng.standard_normal(array.shape), array.dtype),
+        jax.eval_shape(lambda: KVCache.zeros(num_blocks, *shape_and_dtype)),
+    )
+
+
+def bits(array):
+    return np.asarray(array).view(f"u{array.dtype.itemsize}")
+
+
+def assert_same_but_for_the_null_block(actual, expected):
+    for array, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(bits(array)[1:], bits(other)[1:])
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs an operation interpreted, and sees that no race was reported."""
+
+    def run(operation, *args):
+        with interpret_kernels(detect_races=True):
+            result = jax.block_until_ready(operation(*args, implementation="mosaic_gpu"))
+        assert "RACE DETECTED" not in capsys.readouterr().out
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("sizes", CACHES, ids=str)
+def test_write(run, sizes):
+    num_kv_heads, block_size, head_dim, _ = sizes
+    rng = np.random.default_rng(0)
+    k, v = rng.standard_normal((2, 6, num_kv_heads, head_dim)).astype(np.float32)
+    v[1] *= 100
+    k[2] = 0
+    k[4:] = v[4:] = np.nan
+    input_dtype = "float32" if num_kv_heads == 4 else "bfloat16"
+    k, v = jnp.asarray(k, input_dtype), jnp.asarray(v, input_dtype)
+    slots = jnp.array([3 * block_size - 1, 2 * block_size, block_size, block_size + 2, 0, 0])
+    args = k, v, poisoned(4, *sizes), slots.astype(jnp.int32)
+    expected = write_kv(*args, implementation="reference")
+    written = run(write_kv, *args)
+    assert args[2].k.is_deleted()
+    assert_same_but_for_the_null_block(written, expected)
+    for array, before in zip(
+        jax.tree.leaves(written), jax.tree.leaves(poisoned(4, *sizes)), strict=True
+    ):
+        np.testing.assert_array_equal(bits(array)[0], bits(before)[0])
+
+
+@pytest.mark.parametrize("sizes", CACHES, ids=str)
+def test_copy_gather_and_scatter(run, sizes):
+    cache = random_cache(7, *sizes)
+    src, dst = (jnp.array(ids, jnp.int32) for ids in ([5, 2, 2, 0], [1, 6, 3, 0]))
+    expected = copy_blocks(cache, src, dst, implementation="reference")
+    blocks = gather_blocks(cache, src, implementation="reference")
+    gathered = run(gather_blocks, cache, src)
+    assert not cache.k.is_deleted()
+    for array, other in zip(jax.tree.leaves(gathered), jax.tree.leaves(blocks), strict=True):
+        np.testing.assert_array_equal(bits(array), bits(other))
+    assert_same_but_for_the_null_block(run(copy_blocks, cache, src, dst), expected)
+    assert cache.k.is_deleted()
+    cache = random_cache(7, *sizes)
+    assert_same_but_for_the_null_block(run(scatter_blocks, cache, dst, gathered), expected)
+    assert cache.k.is_deleted()
+
+
+def test_no_tokens_and_no_blocks(run):
+    cache = random_cache(3, 4, 8, 32, "int8")
+    none, rows = jnp.zeros(0, jnp.int32), jnp.zeros((0, 4, 32))
+    assert run(gather_blocks, cache, none).k.shape == (0, 4, 8, 32)
+    cache = run(copy_blocks, cache, none, none)
+    cache = run(scatter_blocks, cache, none, run(gather_blocks, cache, none))
+    assert_same_but_for_the_null_block(
+        run(write_kv, rows, rows, cache, none), random_cache(3, 4, 8, 32, "int8")
+    )
+
+
+def shapes(num_blocks, *shape_and_dtype):
+    return jax.eval_shape(lambda: KVCache.zeros(num_blocks, *shape_and_dtype))
+
+
+def operations(sizes):
+    """Returns the operations as functions of a donated cache, and the rest of their arguments."""
+    num_kv_heads, _, head_dim, _ = sizes
+    ids = jax.ShapeDtypeStruct((6,), jnp.int32)
+    rows = jax.ShapeDtypeStruct((6, num_kv_heads, head_dim), jnp.bfloat16)
+    return {
+        "write_kv": (lambda cache, k, v, slots: write_kv(k, v, cache, slots), (rows, rows, ids)),
+        "copy_blocks": (copy_blocks, (ids, ids)),
+        "scatter_blocks": (scatter_blocks, (ids, shapes(6, *sizes))),
+        "gather_blocks": (gather_blocks, (ids,)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "sizes"),
+    [
+        ("h100", (8, 16, 128, "bfloat16")),
+        ("h100", (8, 16, 128, "float8_e4m3fn")),
+        ("h200", (5, 16, 64, "int8")),
+        ("a100-80gb", (40, 16, 128, "float16")),
+        ("a100-40gb", (2, 16, 96, "int8")),
+    ],
+    ids=str,
+)
+def test_one_launch_in_place_without_spills(target, sizes):
+    """By automatic choice: one custom call and nothing else but views, on the cache's buffers."""
+    cache = shapes(50, *sizes)
+    cache_bytes = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(cache))
+    for name, (operation, args) in operations(sizes).items():
+        (kernel,) = kernel_resources(target, operation, cache, *args)
+        assert kernel.spill_bytes == 0, (name, kernel)
+        assert kernel.registers <= 64, (name, kernel)
+        assert kernel.warnings == ()
+        is_update = name != "gather_blocks"
+        donated = (0,) if is_update else ()
+        compiled = compile_for(target, operation, cache, *args, donate_argnums=donated)
+        text = compiled.as_text()
+        entry = text[text.index("ENTRY") :]
+        launched = set(re.findall(r" = [^=]*? ([\w-]+)\(", entry))
+        launched -= {"parameter", "bitcast", "get-tuple-element", "tuple"}
+        assert launched == {"custom-call"}, (name, launched)
+        assert entry.count(" custom-call(") == 1, name
+        memory = compiled.memory_analysis()
+        assert memory.temp_size_in_bytes <= 1024, name
+        assert memory.alias_size_in_bytes == (cache_bytes if is_update else 0), name
+
+
+def test_every_other_head_dim_compiles():
+    """One of each way a row lies in warps, for the write alone."""
+    for num_kv_heads, head_dim, dtype in (
+        (1, 64, "bfloat16"),
+        (3, 192, "int8"),
+        (8, 80, "float16"),
+    ):
+        operation, args = operations((num_kv_heads, 16, head_dim, dtype))["write_kv"]
+        cache = shapes(51, num_kv_heads, 16, head_dim, dtype)
+        (kernel,) = kernel_resources("h100", operation, cache, *args)
+        assert kernel.spill_bytes == 0
+
+
+def test_what_the_kernels_refuse():
+    rows = jax.ShapeDtypeStruct((6, 8, 80), jnp.bfloat16)
+    one_head = jax.ShapeDtypeStruct((6, 1, 80), jnp.bfloat16)
+    with jax.default_device(target_device("h100")):
+        assert kv_write.unsupported(rows, shapes(4, 8, 16, 80, "bfloat16")) is None
+        reason = kv_write.unsupported(rows, shapes(4, 8, 16, 80, "int8"))
+        assert reason == "head_dim=80 of int8 is not a multiple of 32"
+        assert "head_dim=80" in kv_write.unsupported(one_head, shapes(4, 1, 16, 80, "bfloat16"))
+    with jax.default_device(target_device("a100-80gb")):
+        reason = kv_write.unsupported(rows, shapes(4, 8, 16, 64, "float8_e4m3fn"))
+        assert reason is not None
+    cache = KVCache.zeros(4, 1, 1, 80, jnp.float32)
+    with pytest.raises(NotImplementedError, match="a block holds 80 numbers per array, not a mult"):
+        copy_blocks(
+            cache, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), implementation="mosaic_gpu"
+        )
+    with pytest.raises(NotImplementedError, match=r"needs an NVIDIA GPU of .* 8.0 or 9.0, not cpu"):
+        gather_blocks(
+            KVCache.zeros(4, 1, 8, 32, jnp.float32),
+            jnp.zeros(1, jnp.int32),
+            implementation="mosaic_gpu",
+        )

@@ -1,0 +1,95 @@
+"""The sm_90a prefill kernel, interpreted with race detection, against the reference.
+
+Interpret mode knows no products with an operand in registers, so the kernel runs with
+`in_registers=False` here; what the compiled kernel does otherwise is in `_add_values` alone.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_paged.dispatch import interpret_kernels
+from pallas_paged.kv_cache import NULL_BLOCK
+from pallas_paged.ops.attention import mosaic_gpu_prefill, reference
+from pallas_paged.ops.attention.arg_specs import build
+from pallas_paged.ops.attention.prefill_config import PrefillTuning
+from pallas_paged.ops.attention.prefill_plan import plan_prefill
+from tests.kernels.prefill_cases import interpret_cases
+
+# The inputs are standard-normal: these bound one rounding of the result and one of the weights.
+TOLERANCES = {"float16": 3e-3, "bfloat16": 2e-2}
+
+# The rows of a tile without a token hold whatever shared memory held, NaN here.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+def build_poisoned(spec):
+    """`build`, with everything left of the windows poisoned, and its whole blocks freed."""
+    arguments = build(spec)
+    if spec.sliding_window is None:
+        return arguments
+    metadata = arguments.metadata
+    tables = np.array(metadata.block_tables)
+    caches = [np.array(cache, np.float32) for cache in arguments.arrays[1:3]]
+    for row, (length, queries) in enumerate(zip(spec.seq_lens, spec.lens_of_queries, strict=True)):
+        first = max(length - queries - spec.sliding_window + 1, 0)
+        for position in range(first):
+            block, offset = divmod(position, spec.block_size)
+            for cache in caches:
+                cache[tables[row, block], :, offset] = np.nan
+        tables[row, : first // spec.block_size] = NULL_BLOCK
+    return arguments._replace(
+        k_cache=jnp.asarray(caches[0], arguments.k_cache.dtype),
+        v_cache=jnp.asarray(caches[1], arguments.v_cache.dtype),
+        metadata=dataclasses.replace(metadata, block_tables=jnp.asarray(tables)),
+    )
+
+
+def complete(spec, options):
+    """The options as the implementations take them."""
+    given = {"alibi_slopes": None, "sinks": None, "k_scale": None, "v_scale": None} | options
+    return given | {"scale": spec.head_dim**-0.5 if spec.scale is None else spec.scale}
+
+
+def run(spec, tuning):
+    arguments = build_poisoned(spec)
+    options = complete(spec, arguments.options)
+    expected = reference.paged_attention(*arguments.arrays, **options)
+
+    @jax.jit
+    def prefill(q, k_cache, v_cache, metadata):
+        plan = plan_prefill(
+            metadata,
+            num_tokens=q.shape[0],
+            group=spec.num_q_heads // spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            sliding_window=spec.sliding_window,
+        )
+        tables = metadata.block_tables
+        return mosaic_gpu_prefill.prefill(
+            q, k_cache, v_cache, tables, plan, tuning=tuning, **options
+        )
+
+    with interpret_kernels(detect_races=True):
+        actual = jax.block_until_ready(prefill(*arguments.arrays))
+    return actual, expected
+
+
+@pytest.mark.parametrize("case", interpret_cases(), ids=lambda case: case.spec.name)
+def test_equals_reference(case):
+    (out, lse), (expected, expected_lse) = run(*case)
+    assert out.dtype == expected.dtype
+    tolerance = TOLERANCES[case.spec.dtype]
+    out, expected = (np.asarray(array, np.float32) for array in (out, expected))
+    np.testing.assert_allclose(out, expected, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_tuning_is_checked():
+    with pytest.raises(ValueError, match="tile_keys=48 must be a positive multiple of 64"):
+        PrefillTuning(tile_keys=48)
+    with pytest.raises(ValueError, match="stages=1 must be at least 2"):
+        PrefillTuning(stages=1)
