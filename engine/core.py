@@ -239,7 +239,7 @@ class Engine:
 
     def kv_stats(self) -> KVStats:
         """Returns what the blocks of the pool hold now."""
-        return kv_stats(self.memory, self.scheduler.row_lens, self.scheduler.num_preemptions)
+        return kv_stats(self.memory, self.scheduler)
 
     @property
     def has_unfinished(self) -> bool:

@@ -85,6 +85,7 @@ class ModelRunner:
         max_logprobs: int = 20,
         implementation: str | None = None,
         deterministic: bool = False,
+        swaps: bool = False,
     ):
         config = model.config
         self._make_caches = lambda: tuple(
@@ -107,7 +108,7 @@ class ModelRunner:
             implementation,
             deterministic,
         )
-        self.block_programs = BlockPrograms(self.kv_caches, max_num_seqs)
+        self.block_programs = BlockPrograms(self.kv_caches, max_num_seqs, swaps=swaps)
 
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
         """Starts a step without waiting for its result; the caches are donated to it."""
@@ -118,6 +119,10 @@ class ModelRunner:
             is_decode=step.is_decode and not any(targets),
             is_full=batch.needs_full(step),
         )
+        for move in step.swap_outs:
+            self.block_programs.swap_out(self.kv_caches, move)
+        for move in step.swap_ins:
+            self.kv_caches = self.block_programs.swap_in(self.kv_caches, move)
         if len(step.copies.src):
             self.kv_caches = self.block_programs.copy(self.kv_caches, step.copies)
         packed = jax.device_put(batch.build(step, state, bucket))

@@ -86,7 +86,7 @@ def compile_for(
     jitted: Any = function
     if not hasattr(function, "lower"):
         jitted = jax.jit(function, donate_argnums=donate_argnums)
-    with _without_compilation_cache(), jax.default_device(target_device(target)):
+    with without_compilation_cache(), jax.default_device(target_device(target)):
         return jitted.lower(*args).compile()
 
 
@@ -133,7 +133,7 @@ def _parse(report: str) -> tuple[KernelResources, ...]:
 
 
 @contextlib.contextmanager
-def _without_compilation_cache() -> Iterator[None]:
+def without_compilation_cache() -> Iterator[None]:
     """JAX's cache would load what it finds, which takes the GPU; and a hit makes no report."""
     enabled = jax.config.jax_enable_compilation_cache
     try:

@@ -103,6 +103,11 @@ def target_device() -> jax.Device:
     return jax.devices(device)[0]  # a platform's name, or None for the default one
 
 
+def is_interpreting() -> bool:
+    """Whether kernels traced now are interpreted; see `interpret_kernels`."""
+    return _interpreting.get()
+
+
 def unsupported_target(capabilities: Collection[tuple[int, int]]) -> str | None:
     """Returns why Mosaic GPU kernels cannot run on the target device, or None where they can.
 

@@ -16,43 +16,48 @@ from benchmarks.gpu_suite.shapes import (
     decode_shapes,
     prefill_shapes,
 )
-from benchmarks.gpu_suite.stage import Case, Context, Row, Stage, failure
+from benchmarks.gpu_suite.stage import Case, Context, Row, Stage, why_none
 from pallas_paged import AttentionMetadata, paged_attention
 
 LAYERS = 4
 """Layers in one turn of the loop: what is computed once per step is shared by them."""
 MAX_COPIES = 128
-GUESS_BYTES_PER_S, GUESS_FLOPS = 3e12, 5e14
-"""Only to choose how long to time."""
 
 
-def paged_us(context: Context, shape: Shape, implementation: str, shuffled: bool = True) -> float:
-    """Returns the microseconds per layer of `paged_attention`.
+def paged(
+    context: Context, shape: Shape, implementation: str, shuffled: bool = True
+) -> timing.Loop:
+    """Returns layers of `paged_attention`.
 
     Every layer attends over blocks of its own, of one pool that is larger than the L2 cache.
     """
     copies = timing.num_copies(shape.kv_bytes, MAX_COPIES)
-    layers = LAYERS if copies >= LAYERS else copies
+    layers = min(LAYERS, copies)
     copies = copies // layers * layers
     num_blocks = 1 + copies * shape.batch * shape.blocks_per_seq
-    ids = 1 + np.arange(num_blocks - 1, dtype=np.int32)
-    if shuffled:
-        np.random.default_rng(0).shuffle(ids)
-    tables = jnp.asarray(ids.reshape(copies, shape.batch, shape.blocks_per_seq))
-    pool = num_blocks, shape.num_kv_heads, shape.block_size, HEAD_DIM
-    k, v = timing.random(1, pool), timing.random(2, pool)
     num_tokens = shape.batch * shape.queries
-    q = timing.random(3, (num_tokens, shape.num_q_heads, HEAD_DIM))
-    lens = jnp.full(shape.batch, shape.context, jnp.int32)
-    starts = jnp.arange(shape.batch + 1, dtype=jnp.int32) * shape.queries
-    zeros = jnp.zeros(num_tokens, jnp.int32)  # neither positions nor slots are read
+
+    def make() -> tuple[Any, ...]:
+        ids = 1 + np.arange(num_blocks - 1, dtype=np.int32)
+        if shuffled:
+            np.random.default_rng(0).shuffle(ids)
+        pool = num_blocks, shape.num_kv_heads, shape.block_size, HEAD_DIM
+        return (
+            timing.random(3, (num_tokens, shape.num_q_heads, HEAD_DIM)),
+            timing.random(1, pool),
+            timing.random(2, pool),
+            jnp.asarray(ids.reshape(copies, shape.batch, shape.blocks_per_seq)),
+            jnp.full(shape.batch, shape.context, jnp.int32),
+            jnp.arange(shape.batch + 1, dtype=jnp.int32) * shape.queries,
+        )
 
     def step(turn: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
         tables, lens, starts = rest
+        unread = jnp.zeros(num_tokens, jnp.int32)
         for layer in range(layers):
             metadata = AttentionMetadata(
-                positions=zeros,
-                slot_mapping=zeros,
+                positions=unread,
+                slot_mapping=unread,
                 block_tables=tables[(turn * layers + layer) % copies],
                 seq_lens=lens,
                 query_start_loc=starts,
@@ -61,51 +66,35 @@ def paged_us(context: Context, shape: Shape, implementation: str, shuffled: bool
             q = paged_attention(q, k, v, metadata, implementation=implementation)
         return q
 
-    turns, repeats = length(context, shape, layers)
-    operands = (k, v, tables, lens, starts)
-    return 1e6 * timing.seconds_per_turn(step, q, *operands, turns=turns, repeats=repeats) / layers
-
-
-def length(context: Context, shape: Shape, layers: int) -> tuple[int, int]:
-    """Returns turns and repeats for a layer of this shape."""
-    if not context.on_gpu:
-        return 2, 1
-    guess = max(shape.moved_bytes / GUESS_BYTES_PER_S, shape.operations / GUESS_FLOPS, 5e-6)
-    return timing.num_turns(guess * layers), 5
-
-
-def timed(measure: Callable[[], float]) -> tuple[float | None, str | None]:
-    """Returns microseconds, or why there are none."""
-    try:
-        return measure(), None
-    except NotImplementedError as error:
-        return None, f"unsupported: {error}"
-    except Exception as error:
-        return None, failure(error)["reason"]
+    return timing.Loop(step, make, *peers.length(context, shape, layers), calls=layers)
 
 
 def run(shape: Shape, context: Context) -> Row:
-    """Times a shape in every way there is; only our kernel's failure is the case's."""
+    """Times a shape in every way there is; only our own failure is the case's."""
     ours = "mosaic_gpu" if context.on_gpu else "xla"
-    us = paged_us(context, shape, ours)
-    seconds = us / 1e6
-    row: Row = {"us": us, "implementation": ours}
-    if context.on_gpu and (bandwidth := context.ceiling("copy bandwidth")):
-        row["bandwidth_share"] = shape.moved_bytes / seconds / bandwidth
-    if context.on_gpu and (rate := context.ceiling("matmul rate")):
-        row["matmul_share"] = shape.operations / seconds / rate
-    others: dict[str, Callable[[], float]] = {
-        "in_order": functools.partial(paged_us, context, shape, ours, shuffled=False),
-        "dense": functools.partial(peers.dense_us, context, shape, length),
-        "xla": functools.partial(paged_us, context, shape, "xla"),
+    loops: dict[str, Callable[[], timing.Loop]] = {
+        "ours": functools.partial(paged, context, shape, ours),
+        "in_order": functools.partial(paged, context, shape, ours, shuffled=False),
+        "dense": functools.partial(peers.dense, context, shape),
+        "xla": functools.partial(paged, context, shape, "xla"),
     }
     if shape.queries == 1:
-        others["jax_paged"] = functools.partial(peers.jax_paged_us, context, shape, length)
-    for name, measure in others.items():
-        other, reason = timed(measure)
-        row |= {f"{name}_us": other, f"{name}/ours": other / us if other else None}
-        if reason is not None:
-            row[f"{name}_reason"] = reason[:300]
+        loops["jax_paged"] = functools.partial(peers.jax_paged, context, shape, 16)
+        loops["jax_paged_few_splits"] = functools.partial(peers.jax_paged, context, shape, 4)
+    results = timing.microseconds(loops, same_program={"in_order": "ours"})
+    us = results.pop("ours")
+    if isinstance(us, Exception):
+        raise us
+    row: Row = {"us": us, "implementation": ours}
+    if context.on_gpu and (bandwidth := context.ceiling("copy bandwidth")):
+        row["bandwidth_share"] = shape.moved_bytes / (us / 1e6) / bandwidth
+    if context.on_gpu and (rate := context.ceiling("matmul rate")):
+        row["matmul_share"] = shape.operations / (us / 1e6) / rate
+    for name, other in results.items():
+        if isinstance(other, Exception):
+            row |= {f"{name}_us": None, f"{name}_reason": why_none(other)}
+        else:
+            row |= {f"{name}_us": other, f"{name}/ours": other / us}
     return row
 
 
@@ -114,7 +103,7 @@ def why_not(context: Context, shape: Shape) -> str | None:
     if shape.batch * shape.queries > MAX_STEP_TOKENS:
         return f"{shape.batch * shape.queries} tokens in one step, more than {MAX_STEP_TOKENS}"
     limit = jax.devices()[0].memory_stats() if context.on_gpu else None
-    needed = shape.kv_bytes * 1.02 + 8 * shape.moved_bytes - 8 * shape.kv_bytes
+    needed = shape.kv_bytes * 1.02 + 8 * (shape.moved_bytes - shape.kv_bytes)
     if limit is not None and needed > limit["bytes_limit"]:
         return f"{needed / 2**30:.0f} GiB needed, {limit['bytes_limit'] / 2**30:.0f} GiB there"
     return None
@@ -122,23 +111,22 @@ def why_not(context: Context, shape: Shape) -> str | None:
 
 def _cases(shapes: list[Shape], toys: list[Shape], context: Context) -> list[Case]:
     return [
-        Case(shape.name, functools.partial(run, shape), why_not(context, shape))
+        Case(shape.name, functools.partial(run, shape), functools.partial(why_not, context, shape))
         for shape in (shapes if context.on_gpu else toys)
     ]
 
 
-_TOYS = [Shape(2, 40, "4/2", 16), Shape(1, 64, "2/2", 32)]
 _RATIOS = ("in_order/ours", "dense/ours", "xla/ours")
 DECODE = Stage(
     "decode",
-    170,
+    160,
     60,
-    functools.partial(_cases, decode_shapes(), _TOYS),
-    ("us", "bandwidth_share", *_RATIOS, "jax_paged/ours"),
+    functools.partial(_cases, decode_shapes(), [Shape(2, 40, "4/2", 16)]),
+    ("us", "bandwidth_share", *_RATIOS, "jax_paged/ours", "jax_paged_few_splits/ours"),
 )
 PREFILL = Stage(
     "prefill",
-    80,
+    75,
     60,
     functools.partial(_cases, prefill_shapes(), [Shape(2, 32, "4/2", 16, 32)]),
     ("us", "matmul_share", *_RATIOS),

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_suite import timing
-from benchmarks.gpu_suite.attention_speed import timed
 from benchmarks.gpu_suite.shapes import DTYPE_BYTES, HEAD_DIM
-from benchmarks.gpu_suite.stage import Case, Context, Row, Stage
+from benchmarks.gpu_suite.stage import Case, Context, Row, Stage, why_none
 from pallas_paged import KVCache, copy_blocks, gather_blocks, scatter_blocks, write_kv
 
 NUM_KV_HEADS = 8
@@ -36,12 +35,11 @@ class Job(NamedTuple):
         return 2 * 2 * tokens * NUM_KV_HEADS * HEAD_DIM * DTYPE_BYTES
 
 
-def _work(job: Job, implementation: str, ids: jax.Array) -> Callable[..., Any]:
+def _work(job: Job, implementation: str) -> Callable[..., Any]:
     """Returns the work of one turn: state is the cache, or what was gathered from it."""
-    many = len(ids)
 
-    def work(turn: jax.Array, state: Any, *operands: Any) -> Any:
-        now = ids[turn % many]
+    def work(turn: jax.Array, state: Any, ids: jax.Array, *operands: Any) -> Any:
+        now = ids[turn % len(ids)]
         if job.operation == "write_kv":
             k, v = operands
             return write_kv(k, v, state, now, implementation=implementation)
@@ -55,47 +53,55 @@ def _work(job: Job, implementation: str, ids: jax.Array) -> Callable[..., Any]:
     return work
 
 
-def job_us(context: Context, job: Job, implementation: str) -> float:
-    """Returns the microseconds of one call, the cache updated in place inside a loop."""
+def loop(context: Context, job: Job, implementation: str) -> timing.Loop:
+    """Returns calls that take turns over a pool larger than the L2 cache, updated in place."""
+    size, is_write = job.block_size, job.operation == "write_kv"
     per_turn = job.amount * (2 if job.operation == "copy_blocks" else 1)
-    size = job.block_size
-    needed = -(-job.amount // size) if job.operation == "write_kv" else per_turn
-    rotate = timing.num_copies(job.moved_bytes, 32)
-    num_blocks = 1 + max(needed * rotate, 64)
-    cache_shape = num_blocks, NUM_KV_HEADS, size, HEAD_DIM
-    rng = np.random.default_rng(0)
-    if job.operation == "write_kv":
-        places = size + rng.permutation((num_blocks - 1) * size)
-    else:
-        places = 1 + rng.permutation(num_blocks - 1)
-    ids = jnp.asarray(places[: rotate * per_turn].reshape(rotate, per_turn), jnp.int32)
-    cache = KVCache(timing.random(0, cache_shape), timing.random(1, cache_shape))
-    state: Any = cache
-    operands: tuple[Any, ...] = ()
-    if job.operation == "write_kv":
-        rows = job.amount, NUM_KV_HEADS, HEAD_DIM
-        operands = timing.random(2, rows), timing.random(3, rows)
-    elif job.operation != "copy_blocks":
-        blocks = KVCache(*(x[: job.amount] for x in cache[:2]))
+    rotate = timing.num_copies(job.moved_bytes, 256) if context.on_gpu else 2
+    block_bytes = 2 * NUM_KV_HEADS * size * HEAD_DIM * DTYPE_BYTES
+    needed = rotate * per_turn // (size if is_write else 1)
+    num_blocks = 1 + max(needed, timing.num_copies(block_bytes, 1 << 30) if context.on_gpu else 9)
+    pool = num_blocks, NUM_KV_HEADS, size, HEAD_DIM
+    places = np.random.default_rng(0).permutation((num_blocks - 1) * (size if is_write else 1))
+    places = (size if is_write else 1) + places[: rotate * per_turn].reshape(rotate, per_turn)
+
+    def make() -> tuple[Any, ...]:
+        cache = KVCache(timing.random(0, pool), timing.random(1, pool))
+        ids = jnp.asarray(places, jnp.int32)
+        if job.operation == "copy_blocks":
+            return cache, ids
+        rows = (job.amount, NUM_KV_HEADS, HEAD_DIM) if is_write else (job.amount, *pool[1:])
+        new = timing.random(2, rows), timing.random(3, rows)
+        if is_write:
+            return cache, ids, *new
+        blocks = KVCache(*new)
         is_gather = job.operation == "gather_blocks"
-        state, operands = (blocks, (cache,)) if is_gather else (cache, (blocks,))
+        return (blocks, ids, cache) if is_gather else (cache, ids, blocks)
+
     bandwidth = context.ceiling("copy bandwidth") or 3e12
     turns = timing.num_turns(max(job.moved_bytes / bandwidth, 4e-6)) if context.on_gpu else 2
-    repeats = 5 if context.on_gpu else 1
-    work = _work(job, implementation, ids)
-    return 1e6 * timing.seconds_per_turn(work, state, *operands, turns=turns, repeats=repeats)
+    work = _work(job, implementation)
+    return timing.Loop(work, make, turns, 5 if context.on_gpu else 1)
 
 
 def run(job: Job, context: Context) -> Row:
     """Times our kernel, and XLA's way beside it."""
     ours = "mosaic_gpu" if context.on_gpu else "xla"
-    us = job_us(context, job, ours)
+    results = timing.microseconds(
+        {
+            "ours": functools.partial(loop, context, job, ours),
+            "xla": functools.partial(loop, context, job, "xla"),
+        }
+    )
+    us, other = results["ours"], results["xla"]
+    if isinstance(us, Exception):
+        raise us
     row: Row = {"us": us, "implementation": ours, "bytes": job.moved_bytes}
     if context.on_gpu and (bandwidth := context.ceiling("copy bandwidth")):
         row["bandwidth_share"] = job.moved_bytes / (us / 1e6) / bandwidth
-    other, reason = timed(functools.partial(job_us, context, job, "xla"))
-    row |= {"xla_us": other, "xla/ours": other / us if other else None}
-    return row if reason is None else row | {"xla_reason": reason[:300]}
+    if isinstance(other, Exception):
+        return row | {"xla_us": None, "xla_reason": why_none(other)}
+    return row | {"xla_us": other, "xla/ours": other / us}
 
 
 def _cases(context: Context) -> list[Case]:

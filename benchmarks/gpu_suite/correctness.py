@@ -20,12 +20,15 @@ from pallas_paged import (
     scatter_blocks,
     write_kv,
 )
+from pallas_paged.kv_cache import to_stored
 from pallas_paged.ops.attention import arg_specs
 from pallas_paged.ops.attention.arg_specs import AttentionArguments, AttentionSpec
+from pallas_paged.quantisation import dequantise, is_quantised
 
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 """By the dtype of q, absolute and relative, of standard-normal inputs."""
 LSE_TOLERANCE = 1e-3
+DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int8")
 BLOCK_OPERATIONS = ("write_kv", "copy_blocks", "gather_blocks", "scatter_blocks")
 
 
@@ -67,6 +70,10 @@ def gpu_specs() -> list[AttentionSpec]:
     specs += [
         make("decode float16", lens, dtype="float16"),
         make("mixed float16", lens, queries, dtype="float16"),
+        make("decode float8", lens, cache_dtype="float8_e4m3fn"),
+        make("mixed float8", lens, queries, cache_dtype="float8_e4m3fn"),
+        make("decode int8", lens, cache_dtype="int8"),
+        make("mixed int8", lens, queries, cache_dtype="int8"),
         make("decode few tokens", (500, 64, 7, 1000), (2, 4, 3, 8)),
         make("decode one long", (32768,)),
         make("decode many", tuple(range(1, 301)), num_rows=300, num_tokens=300),
@@ -138,36 +145,69 @@ def attention_case(spec: AttentionSpec, implementation: str, context: Context) -
 
 
 def block_case(operation: str, dtype: str, implementation: str, context: Context) -> Row:
-    """Runs an operation on blocks; all but the null block must be equal bit for bit."""
+    """Runs an operation on blocks; all but the null block must be equal bit for bit.
+
+    But for quantising, which may round otherwise: one in a hundred numbers, by one step.
+    """
     results = []
     for name in ("reference", implementation):
         on_gpu = _as_on_gpu(context) if name == "mosaic_gpu" else contextlib.nullcontext()
         with on_gpu:
             results.append(jax.block_until_ready(_run_operation(operation, dtype, name)))
-    differing = 0
-    for expected, actual in zip(*map(jax.tree.leaves, results), strict=True):
-        first = 0 if operation == "gather_blocks" else 1
-        bits = [
-            np.ascontiguousarray(np.asarray(x)[first:]).view(np.uint8) for x in (expected, actual)
-        ]
-        differing += int(np.sum(bits[0] != bits[1]))
+    first = 0 if operation == "gather_blocks" else 1
+    expected, actual = (jax.tree.map(lambda x: np.asarray(x)[first:], x) for x in results)
+    if operation == "write_kv" and is_quantised(dtype):
+        return check_quantised(expected, actual)
+    pairs = zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True)
+    bits = [[np.ascontiguousarray(x).view(np.uint8) for x in pair] for pair in pairs]
+    differing = sum(int(np.sum(one != other)) for one, other in bits)
     return {"status": "failed" if differing else "ok", "error": float(differing)}
+
+
+def check_quantised(expected: KVCache, actual: KVCache) -> Row:
+    """Returns the share of stored numbers that differ; failed if one by more than a step."""
+    step = {"int8": 1.01 / 127, "float8_e4m3fn": 32.3 / 448}[str(expected.k.dtype)]
+    differing, worst = 0.0, 0.0
+    for name in ("k", "v"):
+        one, other = (
+            np.asarray(dequantise(*(getattr(cache, part) for part in (name, f"{name}_scale"))))
+            for cache in (expected, actual)
+        )
+        largest = np.max(np.abs(one), axis=-1, keepdims=True, initial=1e-30)
+        with np.errstate(invalid="ignore"):
+            error = np.abs(one - other) / largest
+        error = np.where((one == other) | (np.isnan(one) & np.isnan(other)), 0.0, error)
+        error = np.where(np.isnan(error), np.inf, error)
+        differing = max(differing, float(np.mean(error > 1e-5)))
+        worst = max(worst, float(np.max(error)))
+    ok = differing <= 0.01 and worst <= step
+    return {"status": "ok" if ok else "failed", "error": worst, "differing_share": differing}
 
 
 def _run_operation(operation: str, dtype: str, implementation: str) -> KVCache:
     """Returns the cache afterwards, or the blocks; what is not written is NaN and stays it."""
     rng = np.random.default_rng(0)
     num_blocks, heads, size, dim, count = 24, 2, 16, 64, 9
-    array = functools.partial(jnp.asarray, dtype=dtype)
-    tokens = tuple(array(rng.standard_normal((count, heads, dim))) for _ in range(2))
+    like = KVCache.zeros(1, heads, size, dim, dtype)
+
+    def stored(*shape: int) -> KVCache:
+        k, v = (rng.standard_normal((*shape, dim), np.float32) for _ in range(2))
+        return to_stored(jnp.asarray(k), jnp.asarray(v), like)
+
     ids = 1 + rng.permutation(num_blocks - 1)
-    pool = rng.standard_normal((2, num_blocks, heads, size, dim))
-    pool[:, ids[count:]] = np.nan
-    cache = KVCache(array(pool[0]), array(pool[1]))
+    cache = stored(num_blocks, heads, size)
+    if not is_quantised(dtype):
+        cache = jax.tree.map(lambda x: x.at[ids[count:]].set(jnp.nan), cache)
     if operation == "write_kv":
         slots = size + rng.permutation((num_blocks - 1) * size)[:count]
         slots[-1] = 0  # padding
-        k, v = tokens
+        k, v = (
+            jnp.asarray(
+                rng.standard_normal((count, heads, dim)),
+                "bfloat16" if is_quantised(dtype) else dtype,
+            )
+            for _ in range(2)
+        )
         mapping = jnp.asarray(slots, jnp.int32)
         return write_kv(k, v, cache, mapping, implementation=implementation)
     if operation == "copy_blocks":
@@ -177,9 +217,9 @@ def _run_operation(operation: str, dtype: str, implementation: str) -> KVCache:
     some = jnp.asarray(ids[:count], jnp.int32)
     if operation == "gather_blocks":
         return gather_blocks(cache, some, implementation=implementation)
-    blocks = tuple(array(rng.standard_normal((count, heads, size, dim))) for _ in range(2))
     some = some.at[0].set(0)
-    return scatter_blocks(cache, some, KVCache(*blocks), implementation=implementation)
+    blocks = stored(count, heads, size)
+    return scatter_blocks(cache, some, blocks, implementation=implementation)
 
 
 @contextlib.contextmanager
@@ -209,7 +249,7 @@ def _cases(context: Context) -> list[Case]:
                 functools.partial(block_case, operation, dtype, implementation),
             )
             for operation in BLOCK_OPERATIONS
-            for dtype in ("bfloat16", "float32")
+            for dtype in DTYPES
         ]
 
     if not context.on_gpu:

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,36 +68,49 @@ def target_description(context: Context) -> Row:
 
 def copy_bandwidth(context: Context) -> Row:
     """Bytes read and written per second by changing 1 GiB in the device's memory."""
-    count = (1 << 28) if context.on_gpu else 1 << 16
-    x = jnp.arange(count, dtype=jnp.int32)
-    seconds = timing.seconds_per_turn(
-        lambda turn, x: x ^ turn, x, turns=40 if context.on_gpu else 2
-    )
-    return {"per_second": 2 * x.nbytes / seconds, "us": 1e6 * seconds, "unit": "B/s"}
+    return _rate(context, lambda turn, x: x ^ turn, lambda: (_integers(context),), 2, "B/s")
 
 
 def read_bandwidth(context: Context) -> Row:
     """Bytes read per second by adding up 1 GiB: for comparison, shares are of the copy's."""
-    count = (1 << 28) if context.on_gpu else 1 << 16
-    x = jnp.arange(count, dtype=jnp.int32)
-    seconds = timing.seconds_per_turn(
-        lambda turn, total, x: jnp.sum(x ^ total, dtype=jnp.int32) + turn,
-        jnp.int32(0),
-        x,
-        turns=40 if context.on_gpu else 2,
-    )
-    return {"per_second": x.nbytes / seconds, "us": 1e6 * seconds, "unit": "B/s"}
+
+    def work(turn: jax.Array, total: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sum(x ^ total, dtype=jnp.int32) + turn
+
+    return _rate(context, work, lambda: (jnp.int32(0), _integers(context)), 1, "B/s")
 
 
 def matmul_rate(context: Context) -> Row:
     """Operations per second of a large bfloat16 product."""
     size = 8192 if context.on_gpu else 64
-    a = timing.random(0, (size, size))
-    b = timing.random(1, (size, size)) * jnp.asarray(size**-0.5, jnp.bfloat16)
-    seconds = timing.seconds_per_turn(
-        lambda turn, a, b: a @ b, a, b, turns=20 if context.on_gpu else 2
-    )
-    return {"per_second": 2 * size**3 / seconds, "us": 1e6 * seconds, "unit": "FLOP/s"}
+
+    def make() -> tuple[jax.Array, jax.Array]:
+        a, b = timing.random(0, (size, size)), timing.random(1, (size, size))
+        return a, b * jnp.asarray(size**-0.5, jnp.bfloat16)
+
+    # A rate per byte of a square of bfloat16: 2 n^3 operations over 2 n^2 bytes.
+    return _rate(context, lambda turn, a, b: a @ b, make, size, "FLOP/s")
+
+
+def _integers(context: Context) -> jax.Array:
+    return jnp.arange((1 << 28) if context.on_gpu else 1 << 16, dtype=jnp.int32)
+
+
+def _rate(
+    context: Context,
+    work: Callable[..., Any],
+    make: Callable[[], tuple[jax.Array, ...]],
+    per_byte: float,
+    unit: str,
+) -> Row:
+    """Returns `per_byte` times the bytes of the last array over the time of the work."""
+    loop = timing.Loop(work, make, turns=20) if context.on_gpu else timing.Loop(work, make, 2, 1)
+    us = timing.microseconds({"it": lambda: loop})["it"]
+    if isinstance(us, Exception):
+        raise us
+    last = jax.eval_shape(make)[-1]
+    num_bytes = last.size * last.dtype.itemsize
+    return {"per_second": per_byte * num_bytes / (us / 1e6), "us": us, "unit": unit}
 
 
 def _cases(context: Context) -> list[Case]:

@@ -41,12 +41,12 @@ class Case(NamedTuple):
     Attributes:
       name: unique in its stage.
       run: returns figures; raises `NotImplementedError` for what an implementation refuses.
-      skip: why it cannot be run here, known without trying.
+      skip: called first; returns why it cannot be run here, or None. Only now the device is asked.
     """
 
     name: str
     run: Callable[[Context], Row]
-    skip: str | None = None
+    skip: Callable[[], str | None] = lambda: None
 
 
 class Stage(NamedTuple):
@@ -111,9 +111,10 @@ def unfinished(folder: pathlib.Path, stage: str) -> tuple[str, float] | None:
 def run_case(case: Case, context: Context) -> Row:
     """Runs a case; whatever it raises becomes part of the result."""
     begin = time.monotonic()
-    if case.skip is not None:
-        return {"case": case.name, "status": "skipped", "reason": case.skip}
     try:
+        reason = case.skip()
+        if reason is not None:
+            return {"case": case.name, "status": "skipped", "reason": reason}
         row = {"status": "ok"} | case.run(context)
     except NotImplementedError as error:
         row = {"status": "unsupported", "reason": str(error)}
@@ -129,6 +130,13 @@ def failure(error: Exception) -> Row:
     is_memory = "RESOURCE_EXHAUSTED" in text or "out of memory" in text
     status = "out of memory" if is_memory else "failed"
     return {"status": status, "reason": text[:2000], "where": where[-2000:]}
+
+
+def why_none(error: Exception) -> str:
+    """Returns in a few words why there is no figure."""
+    if isinstance(error, NotImplementedError):
+        return f"unsupported: {error}"
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 def figure(value: Any) -> str:

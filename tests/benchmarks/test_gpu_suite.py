@@ -25,7 +25,7 @@ from benchmarks.gpu_suite import (
 from benchmarks.gpu_suite import stage as stages
 from benchmarks.gpu_suite.__main__ import STAGES
 from benchmarks.gpu_suite.stage import Case, Context, Stage, run_case
-from pallas_paged import paged_attention
+from pallas_paged import KVCache, paged_attention
 from pallas_paged.ops.attention import arg_specs
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -88,8 +88,9 @@ def test_cases_of_other_stages_run(case, context):
 
 def test_xla_passes_the_checks_of_correctness(context):
     cases = [case for case in correctness.STAGE.cases(context) if case.name.startswith("xla: ")]
-    assert len(cases) == 11
-    cases = [case for case in cases if case.name.endswith(("mixed", "bfloat16"))]
+    assert len(cases) == 3 + 4 * 4
+    some = ("mixed", "bfloat16", "write_kv int8", "gather_blocks float8_e4m3fn")
+    cases = [case for case in cases if case.name.endswith(some)]
     for case in cases:
         row = run_case(case, context)
         assert row["status"] == "ok", row
@@ -161,6 +162,26 @@ def test_a_wrong_block_fails(operation, context, monkeypatch):
     monkeypatch.setattr(correctness, operation, wrong)
     row = correctness.block_case(operation, "bfloat16", "xla", context)
     assert row["status"] == "failed"
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_quantised_numbers_may_be_one_step_off_but_few_of_them(dtype):
+    def cache(stored):
+        scale = jnp.ones((1, 1, 4), jnp.float32)
+        return KVCache(stored, stored, scale, scale)
+
+    numbers = np.full((1, 1, 4, 64), 96.0)
+    numbers[..., 0] = 127.0
+    right, few, many, far = (numbers.copy() for _ in range(4))
+    step = 1 if dtype == "int8" else 8
+    few[0, 0, 0, 5] += step
+    many[..., 5] += step
+    far[0, 0, 0, 5] += 24
+    statuses = [
+        correctness.check_quantised(cache(jnp.asarray(right, dtype)), cache(jnp.asarray(x, dtype)))
+        for x in (right, few, many, far)
+    ]
+    assert [row["status"] for row in statuses] == ["ok", "ok", "failed", "failed"]
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -241,7 +262,7 @@ def test_errors_become_results(context):
     assert row["reason"] == "ValueError: wrong"
     assert "test_gpu_suite.py" in row["where"]
     assert run_case(Case("a", fail), context._replace(executable="x"))["status"] == "out of memory"
-    assert run_case(Case("a", fail, skip="too large"), context)["status"] == "skipped"
+    assert run_case(Case("a", fail, skip=lambda: "too large"), context)["status"] == "skipped"
 
 
 # --- sizes and the report -------------------------------------------------------------------------
@@ -288,7 +309,13 @@ def test_the_report_shows_reasons_once(tmp_path):
 
 def test_a_program_made_ahead_is_loaded_and_checked(context, tmp_path, monkeypatch):
     path = tmp_path / "program.bin"
-    path.write_bytes(executable.build("decode", executable.HOST, "xla"))
+    flags = f"--file={path} --target=cpu --spec=decode --implementation=xla"
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_suite.executable", *flags.split()],
+        cwd=ROOT,
+        check=True,
+        timeout=300,
+    )
     (case,) = executable.STAGE.cases(context._replace(executable=str(path)))
     row = run_case(case, context)
     assert (row["status"], row["spec"]) == ("ok", "decode"), row

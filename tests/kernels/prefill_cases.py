@@ -58,7 +58,6 @@ class CompileCase(NamedTuple):
     group: int
     block_size: int
     dtype: str
-    cache_dtype: str
     sliding_window: int | None = None
     logits_soft_cap: float | None = None
     alibi: bool = False
@@ -79,7 +78,6 @@ def compile_cases() -> list[CompileCase]:
                     group,
                     block_size,
                     dtype,
-                    dtype,
                     sliding_window=4096 if j % 2 else None,
                     logits_soft_cap=50.0 if (i + j) % 3 == 0 else None,
                     alibi=j % 3 == 1,
@@ -88,8 +86,6 @@ def compile_cases() -> list[CompileCase]:
             )
         everything = (4096, 50.0, True, True)
         cases.append(
-            CompileCase(
-                f"dim{head_dim}-everything", head_dim, 4, 16, "bfloat16", "bfloat16", *everything
-            )
+            CompileCase(f"dim{head_dim}-everything", head_dim, 4, 16, "bfloat16", *everything)
         )
     return cases

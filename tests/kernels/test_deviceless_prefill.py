@@ -9,7 +9,6 @@ from pallas_paged.kv_cache import AttentionMetadata
 from pallas_paged.ops.attention import mosaic_gpu_prefill
 from pallas_paged.ops.attention.prefill_config import prefill_tuning
 from pallas_paged.ops.attention.prefill_plan import plan_prefill
-from pallas_paged.quantisation import is_quantised
 from tests.kernels.prefill_cases import CompileCase, compile_cases
 
 SMEM_BYTES = 227 * 1024
@@ -26,14 +25,11 @@ def resources(case: CompileCase, target: str):
     num_kv_heads, num_tokens, rows, num_blocks = 2, 256, 8, 500
     heads = case.group * num_kv_heads
     q = array(num_tokens, heads, case.head_dim, dtype=case.dtype)
-    cache = array(num_blocks, num_kv_heads, case.block_size, case.head_dim, dtype=case.cache_dtype)
-    scales = None
-    if is_quantised(case.cache_dtype):
-        scales = array(num_blocks, num_kv_heads, case.block_size, dtype=jnp.float32)
+    cache = array(num_blocks, num_kv_heads, case.block_size, case.head_dim, dtype=case.dtype)
     per_head = array(heads, dtype=jnp.float32)
     slopes, sinks = per_head if case.alibi else None, per_head if case.sinks else None
 
-    def function(q, k, v, tables, lens, starts, k_scale, v_scale, slopes, sinks):
+    def function(q, k, v, tables, lens, starts, slopes, sinks):
         unread = jnp.zeros(num_tokens, jnp.int32)
         metadata = AttentionMetadata(unread, unread, tables, lens, starts, num_tokens)
         plan = plan_prefill(
@@ -49,8 +45,6 @@ def resources(case: CompileCase, target: str):
             v,
             tables,
             plan,
-            k_scale=k_scale,
-            v_scale=v_scale,
             scale=0.1,
             sliding_window=case.sliding_window,
             logits_soft_cap=case.logits_soft_cap,
@@ -60,9 +54,7 @@ def resources(case: CompileCase, target: str):
         )
 
     step = (array(rows, 64), array(rows), array(rows + 1))
-    (kernel,) = kernel_resources(
-        target, function, q, cache, cache, *step, scales, scales, slopes, sinks
-    )
+    (kernel,) = kernel_resources(target, function, q, cache, cache, *step, slopes, sinks)
     return kernel
 
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_paged import paged_attention
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.kv_cache import NULL_BLOCK
 from pallas_paged.ops.attention import mosaic_gpu_prefill, reference
-from pallas_paged.ops.attention.arg_specs import build
+from pallas_paged.ops.attention.arg_specs import AttentionSpec, build
 from pallas_paged.ops.attention.prefill_config import PrefillTuning
 from pallas_paged.ops.attention.prefill_plan import plan_prefill
 from tests.kernels.prefill_cases import interpret_cases
@@ -50,31 +51,33 @@ def build_poisoned(spec):
 
 def complete(spec, options):
     """The options as the implementations take them."""
-    given = {"alibi_slopes": None, "sinks": None, "k_scale": None, "v_scale": None} | options
+    given = {"alibi_slopes": None, "sinks": None} | options
     return given | {"scale": spec.head_dim**-0.5 if spec.scale is None else spec.scale}
 
 
-def run(spec, tuning):
+def run(spec, tuning, into=None, **plan_options):
+    """Returns (out, lse) of the interpreted kernel and of the reference."""
     arguments = build_poisoned(spec)
     options = complete(spec, arguments.options)
-    expected = reference.paged_attention(*arguments.arrays, **options)
+    expected = reference.paged_attention(*arguments.arrays, **options, k_scale=None, v_scale=None)
 
     @jax.jit
-    def prefill(q, k_cache, v_cache, metadata):
+    def prefill(q, k_cache, v_cache, metadata, into):
         plan = plan_prefill(
             metadata,
             num_tokens=q.shape[0],
             group=spec.num_q_heads // spec.num_kv_heads,
             head_dim=spec.head_dim,
             sliding_window=spec.sliding_window,
+            **plan_options,
         )
         tables = metadata.block_tables
         return mosaic_gpu_prefill.prefill(
-            q, k_cache, v_cache, tables, plan, tuning=tuning, **options
+            q, k_cache, v_cache, tables, plan, tuning=tuning, into=into, **options
         )
 
     with interpret_kernels(detect_races=True):
-        actual = jax.block_until_ready(prefill(*arguments.arrays))
+        actual = jax.block_until_ready(prefill(*arguments.arrays, into))
     return actual, expected
 
 
@@ -88,8 +91,55 @@ def test_equals_reference(case):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_of_others_stay():
+    """Sequences with one query token and the padding belong to the decode kernel, say."""
+    spec = AttentionSpec(
+        "mixed",
+        (20, 9, 3, 40),
+        (1, 7, 1, 5),
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=16,
+        dtype="bfloat16",
+    )
+    theirs = jnp.full((16, 4, 64), 7, jnp.bfloat16), jnp.full((16, 4), 3, jnp.float32)
+    is_ours = np.repeat([False, True, False, True, False], [1, 7, 1, 5, 2])
+    tuning = PrefillTuning(64, 2, in_registers=False)
+    actual, expected = run(spec, tuning, theirs, min_query_len=2, with_padding=False)
+    for array, other, right in zip(actual, theirs, expected, strict=True):
+        array, other, right = (np.asarray(x, np.float32) for x in (array, other, right))
+        np.testing.assert_array_equal(array[~is_ours], other[~is_ours])
+        np.testing.assert_allclose(array[is_ours], right[is_ours], rtol=2e-2, atol=2e-2)
+
+
 def test_tuning_is_checked():
     with pytest.raises(ValueError, match="tile_keys=48 must be a positive multiple of 64"):
         PrefillTuning(tile_keys=48)
     with pytest.raises(ValueError, match="stages=1 must be at least 2"):
         PrefillTuning(stages=1)
+
+
+def test_a_mixed_step_of_the_public_function():
+    """Decode and prefill rows, a sequence without queries, and padding in one call."""
+    spec = AttentionSpec(
+        "mixed",
+        (20, 30, 9, 3, 40),
+        (1, 0, 9, 1, 12),
+        num_q_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=16,
+        dtype="bfloat16",
+    )
+    arguments = build(spec)
+    with interpret_kernels(detect_races=True):
+        out, lse = jax.block_until_ready(
+            jax.jit(lambda *arrays: paged_attention(*arrays, return_lse=True))(*arguments.arrays)
+        )
+    expected, expected_lse = paged_attention(
+        *arguments.arrays, return_lse=True, implementation="reference"
+    )
+    expected, out = (np.asarray(array, np.float32) for array in (expected, out))
+    np.testing.assert_allclose(out, expected, rtol=2e-2, atol=2e-2)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)

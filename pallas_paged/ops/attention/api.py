@@ -9,10 +9,11 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_paged.dispatch import Implementation, choose_implementation
 from pallas_paged.kv_cache import AttentionMetadata, CacheArray, check_scales
-from pallas_paged.ops.attention import reference, xla
+from pallas_paged.ops.attention import mosaic_gpu, reference, xla
 from pallas_paged.quantisation import LARGEST
 
 _IMPLEMENTATIONS = {
+    "mosaic_gpu": Implementation(mosaic_gpu.paged_attention, mosaic_gpu.unsupported),
     "xla": Implementation(xla.paged_attention),
     "reference": Implementation(reference.paged_attention),
 }
@@ -111,7 +112,8 @@ def paged_attention(
       deterministic: treat decode and prefill alike, so that a token's result does not depend, bit
         for bit, on the sequences and tokens beside it in a call of the same shapes. Decoding costs
         more then.
-      implementation: "xla" (any platform), "reference" (slow, any platform), or None to choose.
+      implementation: "mosaic_gpu" (GPUs of compute capability 9.0), "xla" (any platform),
+        "reference" (slow, any platform), or None for the first of them that can do it.
 
     Returns:
       out, `[T, Hq, D]` in q's dtype; with `return_lse` (out, lse), lse f32 `[T, Hq]`, natural log.
@@ -129,7 +131,12 @@ def paged_attention(
     check_scales(v_cache, v_scale, "v_scale")
     _check_metadata(metadata)
     _check_options(q.shape[1], scale, sliding_window, logits_soft_cap, alibi_slopes, sinks)
-    name = attention_implementation(implementation, q, k_cache, deterministic=deterministic)
+    name = attention_implementation(
+        implementation,
+        q,
+        k_cache,
+        deterministic=deterministic,
+    )
     out, lse = _IMPLEMENTATIONS[name].run(
         q,
         k_cache,
@@ -155,6 +162,9 @@ def attention_implementation(
     deterministic: bool = False,
 ) -> str:
     """Returns the name of the implementation that `paged_attention` runs for such arguments.
+
+    Args:
+      implementation, q, k_cache, deterministic: as there, shapes and dtypes are enough.
 
     Raises:
       ValueError: `implementation` is no implementation's name.

@@ -28,6 +28,7 @@ class AttentionSpec:
       dtype: of q; `cache_dtype` None is the same. Quantised dtypes bring scales among the options.
       num_rows, num_tokens, max_blocks: B, T and M; None rounds what is needed up to a power of
         two, so that there is padding, as in an engine, and that programs are shared.
+      max_query_len: of the metadata; None is 1 in a decode step, else T.
       num_shared_blocks: leading blocks that all sequences long enough have in common.
       scale, sliding_window, logits_soft_cap, alibi, sinks: options; the last two switch on
         random slopes and sinks.
@@ -45,6 +46,7 @@ class AttentionSpec:
     num_rows: int | None = None
     num_tokens: int | None = None
     max_blocks: int | None = None
+    max_query_len: int | None = None
     num_shared_blocks: int = 0
     scale: float | None = None
     sliding_window: int | None = None
@@ -133,14 +135,14 @@ def _metadata(spec: AttentionSpec, rng: np.random.Generator) -> tuple[AttentionM
     rows, positions = (np.array(column, np.int32) for column in zip(*tokens, strict=True))
     slots = tables[rows, positions // spec.block_size] * spec.block_size
     padding = (0, num_tokens - len(tokens))
-    is_decode = query_lens.max() <= 1
+    max_query_len = 1 if query_lens.max() <= 1 else num_tokens
     metadata = AttentionMetadata(
         positions=jnp.asarray(np.pad(positions, padding)),
         slot_mapping=jnp.asarray(np.pad(slots + positions % spec.block_size, padding)),
         block_tables=jnp.asarray(tables),
         seq_lens=jnp.asarray(lens),
         query_start_loc=jnp.asarray(np.append(0, np.cumsum(query_lens)), jnp.int32),
-        max_query_len=1 if is_decode else num_tokens,
+        max_query_len=spec.max_query_len or max_query_len,
     )
     return metadata, num_blocks
 
@@ -270,3 +272,59 @@ SPECS: tuple[AttentionSpec, ...] = (
     *_dtype_specs(),
 )
 """What every implementation is held against the reference on."""
+
+
+def _decode_kernel_specs() -> list[AttentionSpec]:
+    """For the Mosaic GPU decode kernel: each head_dim, block size, kind of group and option once.
+
+    Small, because they run interpreted.
+    """
+    shapes: list[dict[str, Any]] = [
+        {"head_dim": 64, "block_size": 16, "num_q_heads": 4},
+        {"head_dim": 128, "block_size": 32, "num_q_heads": 8, "dtype": "float16"},
+        {"head_dim": 80, "block_size": 16, "num_q_heads": 6},
+        {"head_dim": 96, "block_size": 64, "num_q_heads": 10},
+        {"head_dim": 256, "block_size": 128, "num_q_heads": 7, "num_kv_heads": 1},
+        {"head_dim": 192, "block_size": 16, "num_q_heads": 2},
+        {"head_dim": 64, "block_size": 32, "num_q_heads": 16, "num_kv_heads": 1},
+        {"head_dim": 64, "block_size": 16, "num_q_heads": 3, "num_kv_heads": 3},
+    ]
+    lens = (0, 1, 15, 16, 17, 150)
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("decode", {"seq_lens": lens, "num_tokens": 8}),
+        ("window-sinks", {"seq_lens": (150, 33), "sliding_window": 20, "sinks": True}),
+        ("cap-alibi", {"seq_lens": (131, 1, 64), "logits_soft_cap": 1.5, "alibi": True}),
+        (
+            "tokens-window-alibi",
+            {
+                "seq_lens": (140, 3, 64),
+                "query_lens": (3, 2, 1),
+                "max_query_len": 3,
+                "sliding_window": 70,
+                "alibi": True,
+            },
+        ),
+        ("long-cap-sinks", {"seq_lens": (300,), "logits_soft_cap": 2.0, "sinks": True}),
+        ("shared", {"seq_lens": (70, 65, 129), "num_shared_blocks": 2, "scale": 0.2}),
+        ("no-queries", {"seq_lens": (40, 130, 5), "query_lens": (0, 1, 1), "num_tokens": 2}),
+        (
+            "tokens-sinks",
+            {
+                "seq_lens": (9, 130, 70),
+                "query_lens": (8, 1, 5),
+                "max_query_len": 8,
+                "sinks": True,
+            },
+        ),
+    ]
+    return [
+        AttentionSpec(
+            f"{name}-dim{shape['head_dim']}-block{shape['block_size']}",
+            **{"dtype": "bfloat16", **shape, **case},
+        )
+        for shape, (name, case) in zip(shapes, cases, strict=True)
+    ]
+
+
+DECODE_KERNEL_SPECS: tuple[AttentionSpec, ...] = tuple(_decode_kernel_specs())
+"""What the Mosaic GPU decode kernel is held against the reference on."""

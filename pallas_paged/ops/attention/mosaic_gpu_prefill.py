@@ -72,15 +72,16 @@ class _Problem:
 
 
 class _Inputs(NamedTuple):
-    """The kernel's arguments in global memory; slopes and sinks may be None."""
+    """The kernel's arguments in global memory, the result among them."""
 
     q: Any  # [T, Hq, D]
     k_cache: Any  # [N, Hk, S, D]
     v_cache: Any  # [N, Hk, S, D]
     block_tables: Any  # i32[B, M]
     tiles: Any  # i32[X, 6]
-    slopes: Any  # f32[Hk, 128]
-    sinks: Any  # f32[Hk, 128]
+    slopes: Any  # f32[Hk, 128], or None
+    sinks: Any  # f32[Hk, 128], or None
+    out: Any  # [T, Hq, D], written
 
 
 class _Smem(NamedTuple):
@@ -117,16 +118,19 @@ def prefill(
     block_tables: jax.Array,
     plan: PrefillPlan,
     *,
-    k_scale: jax.Array | None,
-    v_scale: jax.Array | None,
     scale: float,
     sliding_window: int | None,
     logits_soft_cap: float | None,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
     tuning: PrefillTuning,
+    into: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (out [T, Hq, D], lse f32[T, Hq]); rows of tokens outside the plan are undefined."""
+    """Returns (out [T, Hq, D], lse f32[T, Hq]) of the tokens that the plan has.
+
+    The other tokens' rows are those of `into`, which is overwritten if nobody else uses it; without
+    it they are undefined in out and -inf in lse.
+    """
     num_tokens, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     problem = _Problem(
@@ -141,28 +145,34 @@ def prefill(
         tuning,
     )
     # A copy may not be longer than the array; beyond the array's end it reads zeros.
-    q = jnp.pad(q, ((0, max(problem.tokens - num_tokens, 0)), (0, 0), (0, 0)))
+    missing = max(problem.tokens - num_tokens, 0)
+    q, *others = (
+        jnp.pad(array, ((0, missing), (0, 0), (0, 0))) if missing else array
+        for array in (q, *([] if into is None else [into[0]]))
+    )
+    out_ref = jax.new_ref(others[0] if others else lax.empty(q.shape, q.dtype))
     rows = functools.partial(_per_row, problem=problem)
-    inputs = _Inputs(q, k_cache, v_cache, block_tables, plan.tiles, rows(alibi_slopes), rows(sinks))
-    out, lse = plgpu.kernel(
+    inputs = _Inputs(
+        q, k_cache, v_cache, block_tables, plan.tiles, rows(alibi_slopes), rows(sinks), out_ref
+    )
+    tile_lse = plgpu.kernel(
         functools.partial(_kernel, problem),
-        out_type=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((plan.tiles.shape[0], num_kv_heads, TILE_ROWS), jnp.float32),
-        ),
+        out_type=jax.ShapeDtypeStruct((plan.tiles.shape[0], num_kv_heads, TILE_ROWS), jnp.float32),
         scratch_types=_scratch(problem),
         grid=(plan.tiles.shape[0], num_kv_heads),
         grid_names=("tile", "kv_head"),
         num_threads=_COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="paged_prefill",
     )(inputs)
-    # [T, Hq]; left out of the program if the caller drops it
-    heads = jnp.arange(num_q_heads, dtype=jnp.int32)
-    kv_heads, heads = jnp.divmod(heads, jnp.int32(problem.group))
+    # What follows XLA leaves out of the program if the caller drops lse.
+    kv_heads, heads = jnp.divmod(jnp.arange(num_q_heads, dtype=jnp.int32), problem.group)
     offsets = heads[None, :] * problem.tokens + plan.token_offsets[:, None]
-    lse = lse[plan.token_tiles[:, None], kv_heads[None, :], offsets]
-    return out[:num_tokens], lse
+    lse = tile_lse[plan.token_tiles[:, None], kv_heads[None, :], offsets]
+    other_lse = -jnp.inf if into is None else into[1]
+    lse = jnp.where(plan.token_tiles[:, None] >= 0, lse, other_lse)
+    return out_ref[...][:num_tokens], lse
 
 
 def _per_row(per_head: jax.Array | None, problem: _Problem) -> jax.Array | None:
@@ -258,7 +268,7 @@ def _read_tile(problem: _Problem, tiles: Any) -> _Tile:
 
 
 def _kernel(
-    problem: _Problem, inputs: _Inputs, out: Any, lse: Any, *, smem: _Smem, barriers: _Barriers
+    problem: _Problem, inputs: _Inputs, lse: Any, *, smem: _Smem, barriers: _Barriers
 ) -> None:
     tile = _read_tile(problem, inputs.tiles)
     warpgroup = lax.axis_index("warpgroup")
@@ -273,7 +283,7 @@ def _kernel(
         @pl.when(warpgroup < _COMPUTE_WARPGROUPS)
         def _() -> None:
             plgpu.set_max_registers(240, action="increase")
-            _compute(problem, tile, inputs, out, lse, smem, barriers)
+            _compute(problem, tile, inputs, lse, smem, barriers)
 
 
 def _load(
@@ -331,6 +341,13 @@ def _load(
                     once = functools.partial(copy, round_begin + warp)
                     once() if is_whole else pl.when(round_begin + warp < copies)(once)
 
+    @pl.loop(jnp.maximum(tile.begin, tile.end - tuning.stages), tile.end)
+    def _(step: Any) -> None:
+        """Hears all that the others say, so that no barrier is left in the middle of a phase."""
+        slot = lax.rem(step - tile.begin, tuning.stages)
+        plgpu.barrier_wait(barriers.k_consumed.at[slot])
+        plgpu.barrier_wait(barriers.v_consumed.at[slot])
+
 
 class _State(NamedTuple):
     """Online softmax over the keys so far, of one warpgroup's rows; logits are in base 2."""
@@ -344,7 +361,6 @@ def _compute(
     problem: _Problem,
     tile: _Tile,
     inputs: _Inputs,
-    out: Any,
     lse: Any,
     smem: _Smem,
     barriers: _Barriers,
@@ -354,7 +370,7 @@ def _compute(
     rows = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
     row = _iota((_WARPGROUP_ROWS,), 0) + warpgroup * _WARPGROUP_ROWS
     position = tile.first_position + lax.rem(row, jnp.int32(problem.tokens))  # [64]
-    per_row = functools.partial(plgpu.load, layout=_ROW)
+    per_row = functools.partial(plgpu.load, layout=_ROW, optimized=False)  # from global memory
     slope = None if inputs.slopes is None else per_row(inputs.slopes.at[tile.kv_head, rows])
     state = _State(
         plgpu.layout_cast(jnp.full((_WARPGROUP_ROWS,), _LOWEST, jnp.float32), _ROW),
@@ -370,7 +386,8 @@ def _compute(
         plgpu.barrier_wait(barriers.q)
         smem.q[rows, pl.ds(begin, width)] = plgpu.load(smem.staging.at[rows], layout=_MATRIX)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(barriers.staging_free)
+        if begin + width < problem.head_dim:
+            plgpu.barrier_arrive(barriers.staging_free)
 
     def step(is_full: bool, step: Any, state: _State) -> _State:
         slot = lax.rem(step - tile.begin, problem.tuning.stages)
@@ -396,7 +413,7 @@ def _compute(
         state = lax.fori_loop(tile.begin, tile.full_begin, functools.partial(step, False), state)
     state = lax.fori_loop(tile.full_begin, tile.full_end, functools.partial(step, True), state)
     state = lax.fori_loop(tile.full_end, tile.end, functools.partial(step, False), state)
-    _write(problem, tile, state, out, lse, smem, barriers)
+    _write(problem, tile, state, inputs.out, lse, smem, barriers)
 
 
 _MATRIX = plgpu.Layout.WGMMA

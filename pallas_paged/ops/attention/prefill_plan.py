@@ -23,7 +23,7 @@ class PrefillPlan(NamedTuple):
         position of the first in its sequence, the row of the block table, and the keys
         [begin, end) that its tokens can see. Tiles with the most keys come first. A tile without
         keys holds padding tokens, or none.
-      token_tiles: i32[T], the tile of each token; undefined for tokens in no tile.
+      token_tiles: i32[T], the tile of each token, -1 for tokens in no tile.
       token_offsets: i32[T], the token's place in its tile.
     """
 
@@ -51,8 +51,9 @@ def plan_prefill(
     head_dim: int,
     sliding_window: int | None,
     min_query_len: int = 1,
+    with_padding: bool = True,
 ) -> PrefillPlan:
-    """Returns the tiles of sequences with at least `min_query_len` query tokens, and of padding.
+    """Returns the tiles of all sequences with at least `min_query_len` query tokens.
 
     Args:
       metadata: of the step; may be traced.
@@ -61,6 +62,7 @@ def plan_prefill(
       head_dim: D.
       sliding_window: as in `paged_attention`.
       min_query_len: sequences with fewer query tokens are somebody else's.
+      with_padding: whether the padding tokens have tiles too, so that somebody writes them.
     """
     size = tile_tokens(group, head_dim)
     starts = metadata.query_start_loc
@@ -69,7 +71,7 @@ def plan_prefill(
     query_lens = jnp.diff(starts)
     seq_lens = jnp.append(metadata.seq_lens, jnp.int32(0))
     is_padding = jnp.arange(num_rows, dtype=jnp.int32) == num_rows - 1
-    is_ours = (query_lens >= min_query_len) | is_padding
+    is_ours = jnp.where(is_padding, with_padding, query_lens >= min_query_len)
     counts = jnp.where(is_ours, (query_lens + size - 1) // size, 0)
     before = jnp.cumulative_sum(counts, dtype=jnp.int32, include_initial=True)
 
@@ -94,4 +96,5 @@ def plan_prefill(
     in_row = token - starts[token_row]
     places = jnp.zeros_like(order).at[order].set(tile)
     token_tiles = places.at[before[token_row] + in_row // size].get(mode="clip")
+    token_tiles = jnp.where(is_ours[token_row], token_tiles, -1)
     return PrefillPlan(tiles, token_tiles, in_row % size)

@@ -1,0 +1,150 @@
+"""Every configuration of the decode kernel that can be chosen, as named cases to compile.
+
+Tests compile a covering few; `make kernels-full` compiles all of them.
+"""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.ops.attention import mosaic_gpu
+from pallas_paged.ops.attention.config import SM90, DecodeConfig, fits, heuristic
+from pallas_paged.ops.attention.mosaic_gpu_decode import DecodeProblem, scratch_types
+
+_GROUPS = (1, 3, 4, 5, 7, 8, 16)
+_FEATURES: tuple[dict[str, Any], ...] = (
+    {},
+    {"sliding_window": 300, "has_sinks": True},
+    {"logits_soft_cap": 30.0, "has_alibi": True},
+    {"sliding_window": 300, "logits_soft_cap": 30.0, "has_alibi": True, "has_sinks": True},
+)
+
+
+class DecodeCase(NamedTuple):
+    """One program of the kernel: what it is specialised for."""
+
+    problem: DecodeProblem
+    config: DecodeConfig
+
+    @property
+    def name(self) -> str:
+        """What tables call it; every field that can differ between cases is in it."""
+        p, c = self.problem, self.config
+        options = {
+            "window": p.sliding_window,
+            "cap": p.logits_soft_cap,
+            "alibi": p.has_alibi,
+            "sinks": p.has_sinks,
+        }
+        parts = [
+            f"decode-{jnp.dtype(p.dtype).name}-heads{p.num_q_heads}-{p.num_kv_heads}",
+            f"dim{p.head_dim}-block{p.block_size}-tokens{p.max_tokens}",
+            *(name for name, value in options.items() if value),
+            f"tile{c.tile}-stages{c.num_stages}-ctas{c.ctas_per_sm}",
+        ]
+        return "-".join(parts)
+
+    def function(self, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+        """The kernels and their planning, of arrays like `arguments`."""
+        q, k_cache, v_cache, *_, slopes, sinks = arrays
+        p = self.problem
+        return mosaic_gpu.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            self.metadata(*arrays),
+            scale=p.scale,
+            sliding_window=p.sliding_window,
+            logits_soft_cap=p.logits_soft_cap,
+            alibi_slopes=slopes if p.has_alibi else None,
+            sinks=sinks if p.has_sinks else None,
+            config=self.config,
+        )
+
+    def metadata(self, *arrays: Any) -> AttentionMetadata:
+        """The metadata that is among such arrays."""
+        q, _, _, block_tables, seq_lens, query_start_loc, *_ = arrays
+        unread = jnp.zeros(q.shape[0], jnp.int32)
+        return AttentionMetadata(
+            positions=unread,
+            slot_mapping=unread,
+            block_tables=block_tables,
+            seq_lens=seq_lens,
+            query_start_loc=query_start_loc,
+            max_query_len=self.problem.max_tokens,
+        )
+
+    def arguments(
+        self, num_sequences: int = 64, num_blocks: int = 1024, max_blocks: int = 64
+    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of what `function` takes."""
+        p = self.problem
+        num_tokens = num_sequences * p.max_tokens
+        cache = jax.ShapeDtypeStruct(
+            (num_blocks, p.num_kv_heads, p.block_size, p.head_dim), p.dtype
+        )
+        heads = jax.ShapeDtypeStruct((p.num_q_heads,), jnp.float32)
+        return (
+            jax.ShapeDtypeStruct((num_tokens, p.num_q_heads, p.head_dim), p.dtype),
+            cache,
+            cache,
+            jax.ShapeDtypeStruct((num_sequences, max_blocks), jnp.int32),
+            jax.ShapeDtypeStruct((num_sequences,), jnp.int32),
+            jax.ShapeDtypeStruct((num_sequences + 1,), jnp.int32),
+            heads,
+            heads,
+        )
+
+
+def make_case(
+    group: int,
+    head_dim: int,
+    block_size: int,
+    max_tokens: int = 1,
+    dtype: str = "bfloat16",
+    config: DecodeConfig | None = None,
+    **features: Any,
+) -> DecodeCase:
+    """Returns a case of 8 KV heads; without a `config`, with what the rule chooses on sm_90a."""
+    problem = DecodeProblem(
+        num_q_heads=8 * group,
+        num_kv_heads=8,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=jnp.dtype(dtype),
+        max_tokens=max_tokens,
+        scale=head_dim**-0.5,
+        **features,
+    )
+    scratch = functools.partial(scratch_types, problem)
+    return DecodeCase(problem, config or heuristic(mosaic_gpu.decode_key(problem), scratch))
+
+
+def candidate_configs(problem: DecodeProblem) -> list[DecodeConfig]:
+    """Returns the configurations that fit the chip: what tuning may choose from."""
+    candidates = itertools.product((64, 128), (2, 3, 4, 6), (1, 2, 3))
+    configs = [DecodeConfig(*values) for values in candidates]
+    return [config for config in configs if fits(config, scratch_types(problem, config), SM90)]
+
+
+def decode_cases() -> list[DecodeCase]:
+    """Returns tiles x stages x head_dim x dtype, and every group, block size and feature with them.
+
+    The latter go round, so that each value of one meets each value of the others.
+    """
+    cases = []
+    groups, features = itertools.cycle(_GROUPS), itertools.cycle(_FEATURES)
+    for head_dim, dtype, block_size, tokens in itertools.product(
+        mosaic_gpu.HEAD_DIMS, mosaic_gpu.DTYPES, mosaic_gpu.BLOCK_SIZES, (1, 8)
+    ):
+        group = next(groups)
+        max_tokens = mosaic_gpu.max_decode_tokens(group, head_dim, tokens)
+        chosen = make_case(group, head_dim, block_size, max_tokens, dtype, **next(features))
+        stages = {(c.tile, c.num_stages): c for c in candidate_configs(chosen.problem)}
+        cases.append(chosen)
+        cases += [DecodeCase(chosen.problem, config) for config in stages.values()]
+    return list({case.name: case for case in cases}.values())

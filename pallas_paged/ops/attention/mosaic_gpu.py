@@ -1,0 +1,238 @@
+"""Paged attention in Pallas Mosaic GPU: what it refuses, how it is configured, and its parts.
+
+A step is made of parts over disjoint sequences. The decode part takes those with at most
+`max_decode_tokens` query tokens; it writes their rows and the padding's. The prefill part takes the
+others and writes into the decode part's result; a step that can have none leaves it out. Which
+sequence belongs where is read from the metadata on the device, by each part's work list.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_paged.dispatch import is_interpreting, target_device, unsupported_target
+from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.ops.attention import mosaic_gpu_decode, mosaic_gpu_prefill
+from pallas_paged.ops.attention.config import DecodeConfig, DecodeKey, decode_config
+from pallas_paged.ops.attention.mosaic_gpu_decode import DecodeProblem
+from pallas_paged.ops.attention.prefill_config import PrefillTuning, prefill_tuning
+from pallas_paged.ops.attention.prefill_plan import plan_prefill
+from pallas_paged.ops.attention.work_list import make_work_list
+
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+BLOCK_SIZES = (16, 32, 64, 128)
+MAX_GROUP = 16
+DTYPES = ("bfloat16", "float16")
+_MAX_DECODE_TOKENS = 8
+# The most query columns by head_dim, padded to 64: with more, and all features, registers spill.
+_MAX_COLUMNS = {64: 64, 128: 32, 192: 32, 256: 24}
+_INTERPRETED_SMS = 2
+
+
+def unsupported(
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k_cache: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    deterministic: bool = False,
+) -> str | None:
+    """Returns why the kernels cannot compute this on the target device, or None if they can.
+
+    Args:
+      q: the queries, or their shape and dtype.
+      k_cache: the keys, or their shape and dtype.
+      deterministic: as in `paged_attention`.
+    """
+    _, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    group = num_q_heads // num_kv_heads
+    if (reason := unsupported_target([(9, 0)])) is not None:
+        return reason
+    if deterministic:
+        return "deterministic=True, and the work is divided by what else is in the step"
+    if q.dtype.name not in DTYPES or k_cache.dtype != q.dtype:
+        return (
+            f"q is {q.dtype} and the cache {k_cache.dtype}, both must be the same one of "
+            f"{', '.join(DTYPES)}"
+        )
+    for name, value, allowed in (
+        ("head_dim", head_dim, HEAD_DIMS),
+        ("block_size", block_size, BLOCK_SIZES),
+    ):
+        if value not in allowed:
+            return f"{name}={value} must be among {', '.join(map(str, allowed))}"
+    if group > MAX_GROUP:
+        return f"{group} query heads per KV head are more than {MAX_GROUP}"
+    return None
+
+
+def max_decode_tokens(group: int, head_dim: int, max_query_len: int) -> int:
+    """Returns the most query tokens of a sequence that belongs to the decode part.
+
+    All of them in a step with few tokens per sequence (speculation), else one: the kernel computes
+    as many columns for each sequence as for the largest.
+    """
+    columns = -(-group * max_query_len // 8) * 8
+    few = columns <= _MAX_COLUMNS[-(-head_dim // 64) * 64]
+    return max_query_len if few and max_query_len <= _MAX_DECODE_TOKENS else 1
+
+
+def paged_attention(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    metadata: AttentionMetadata,
+    *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    scale: float,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+    alibi_slopes: jax.Array | None,
+    sinks: jax.Array | None,
+    deterministic: bool = False,
+    config: DecodeConfig | None = None,
+    tuning: PrefillTuning | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (out, lse); see `api.paged_attention`. `config`, `tuning` None look one up."""
+    assert not deterministic, "unsupported() refuses it"
+    assert k_scale is None, "unsupported() refuses quantised caches"
+    assert v_scale is None
+    _, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    group = num_q_heads // num_kv_heads
+    problem = DecodeProblem(
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=q.dtype,
+        max_tokens=max_decode_tokens(group, head_dim, metadata.max_query_len),
+        scale=scale,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        has_alibi=alibi_slopes is not None,
+        has_sinks=sinks is not None,
+    )
+    if config is None:
+        config = config_for(problem)
+    results = _decode_part(
+        q,
+        k_cache,
+        v_cache,
+        metadata,
+        alibi_slopes,
+        sinks,
+        problem=problem,
+        config=config,
+        num_ctas=num_sms() * config.ctas_per_sm,
+    )
+    if metadata.max_query_len <= problem.max_tokens:
+        return results
+    return _prefill_part(
+        q,
+        k_cache,
+        v_cache,
+        metadata,
+        alibi_slopes,
+        sinks,
+        results,
+        problem=problem,
+        tuning=tuning or prefill_tuning(head_dim, is_interpreting()),
+    )
+
+
+def config_for(problem: DecodeProblem) -> DecodeConfig:
+    """Returns the configuration that the decode kernel takes on the target device."""
+    scratch = functools.partial(mosaic_gpu_decode.scratch_types, problem)
+    return decode_config(decode_key(problem), target_device().device_kind, scratch)
+
+
+def decode_key(problem: DecodeProblem) -> DecodeKey:
+    """Returns what a measured configuration for `problem` is looked up by."""
+    return DecodeKey(
+        dtype=jnp.dtype(problem.dtype).name,
+        head_dim=problem.head_dim,
+        columns=problem.columns,
+        block_size=problem.block_size,
+    )
+
+
+def num_sms() -> int:
+    """Returns the number of multiprocessors of the target device; a few while interpreting."""
+    return _INTERPRETED_SMS if is_interpreting() else target_device().core_count
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "config", "num_ctas"))
+def _decode_part(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    metadata: AttentionMetadata,
+    alibi_slopes: jax.Array | None,
+    sinks: jax.Array | None,
+    *,
+    problem: DecodeProblem,
+    config: DecodeConfig,
+    num_ctas: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Plans and computes the sequences with at most `problem.max_tokens` query tokens."""
+    work = make_work_list(
+        metadata,
+        num_kv_heads=problem.num_kv_heads,
+        num_ctas=num_ctas,
+        tile=config.tile,
+        sliding_window=problem.sliding_window,
+        max_tokens=problem.max_tokens,
+        min_tiles=config.min_tiles,
+    )
+    return mosaic_gpu_decode.decode(
+        q,
+        k_cache,
+        v_cache,
+        metadata,
+        work,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        problem=problem,
+        config=config,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "tuning"))
+def _prefill_part(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    metadata: AttentionMetadata,
+    alibi_slopes: jax.Array | None,
+    sinks: jax.Array | None,
+    results: tuple[jax.Array, jax.Array],
+    *,
+    problem: DecodeProblem,
+    tuning: PrefillTuning,
+) -> tuple[jax.Array, jax.Array]:
+    """Plans and computes the sequences that the decode part leaves; `results` are its rows."""
+    plan = plan_prefill(
+        metadata,
+        num_tokens=q.shape[0],
+        group=problem.num_q_heads // problem.num_kv_heads,
+        head_dim=problem.head_dim,
+        sliding_window=problem.sliding_window,
+        min_query_len=problem.max_tokens + 1,
+        with_padding=False,
+    )
+    return mosaic_gpu_prefill.prefill(
+        q,
+        k_cache,
+        v_cache,
+        metadata.block_tables,
+        plan,
+        scale=problem.scale,
+        sliding_window=problem.sliding_window,
+        logits_soft_cap=problem.logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        tuning=tuning,
+        into=results,
+    )

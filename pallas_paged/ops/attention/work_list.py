@@ -1,0 +1,158 @@
+"""Who computes what in a decode step: equal shares of tiles for every CTA, planned in traced JAX.
+
+The keys that a sequence's queries see are cut into tiles of `tile` tokens. An *item* is one
+sequence's attention on one KV head; the items follow each other, sequence after sequence and head
+after head, and their tiles form one long line. The line is cut into as many equal shares as there
+are CTAs, wherever the cuts fall (stream-K, Osama et al. 2023, arXiv 2301.03598). So one long
+sequence occupies the whole chip, 256 short ones do too, and no CTA has more than one tile more to
+do than another. An item that a cut divides leaves partial results, which the CTA that began it
+names in its record so that they are merged.
+
+A plan depends on the step's metadata and on nothing in a layer: inside one jit the plans of all
+layers are the same expressions, and XLA computes them once.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+from pallas_paged.kv_cache import AttentionMetadata
+
+
+class SequenceField:
+    """Columns of `WorkList.sequences`."""
+
+    ROW = 0
+    """Row of the block table."""
+    NUM_TILES = 1
+    """Tiles of one item."""
+    FIRST_TILE = 2
+    """Index of the first of them, counted from the sequence's first token; a window moves it."""
+    LENGTH = 3
+    """Tokens of the sequence, the queries included."""
+    FIRST_TOKEN = 4
+    """The first query token, a row of q."""
+    NUM_TOKENS = 5
+    """Query tokens."""
+    COUNT = 6
+
+
+class CtaField:
+    """Columns of `WorkList.ctas`."""
+
+    FIRST_ITEM = 0
+    """The first item of the share: index into `sequences` times KV heads, plus the head."""
+    NUM_ITEMS = 1
+    """Items that the share touches; 0 for a CTA without work."""
+    FIRST_TILE = 2
+    """Where the share begins in its first item; not 0 if another CTA began the item."""
+    NUM_TILES = 3
+    """Tiles of the share."""
+    LAST_PART = 4
+    """The last CTA that works on the item which this CTA begins and does not finish; else -1."""
+    COUNT = 5
+
+
+class WorkList(NamedTuple):
+    """The plan of one step; see `SequenceField` and `CtaField` for the columns.
+
+    Attributes:
+      sequences: i32[B, 6], those with work first.
+      ctas: i32[C, 5], each CTA's share.
+      num_tokens: i32[1], query tokens of the step; rows of q from there on are padding.
+    """
+
+    sequences: Int32[Array, "B fields"]
+    ctas: Int32[Array, "C fields"]
+    num_tokens: Int32[Array, "1"]
+
+
+def make_work_list(
+    metadata: AttentionMetadata,
+    *,
+    num_kv_heads: int,
+    num_ctas: int,
+    tile: int,
+    sliding_window: int | None,
+    max_tokens: int,
+    min_tiles: int = 1,
+) -> WorkList:
+    """Returns the shares of `num_ctas` CTAs.
+
+    Args:
+      metadata: of the step.
+      num_kv_heads: Hk.
+      num_ctas: C.
+      tile: tokens per tile.
+      sliding_window: tiles that lie wholly left of every query's window are no work.
+      max_tokens: sequences with more query tokens than this are no work either.
+      min_tiles: the fewest tiles of a share, as long as there are any.
+    """
+    starts, lens = metadata.query_start_loc, metadata.seq_lens
+    num_tokens = jnp.diff(starts)
+    first_key = jnp.zeros_like(lens)
+    if sliding_window is not None:
+        first_key = jnp.maximum(lens - num_tokens - (sliding_window - 1), 0)
+    first_tile = first_key // tile
+    has_work = (num_tokens > 0) & (num_tokens <= max_tokens) & (lens > 0)
+    num_tiles = jnp.where(has_work, (lens + (tile - 1)) // tile - first_tile, 0)
+
+    rows = jnp.arange(lens.shape[0], dtype=jnp.int32)
+    fields = (rows, num_tiles, first_tile, lens, starts[:-1], num_tokens)
+    sequences = jnp.stack(fields, axis=1)[_compact(has_work)]
+    # What _compact puts behind the sequences with work repeats one of them.
+    is_real = rows < jnp.sum(has_work, dtype=jnp.int32)
+    tiles = jnp.where(is_real, sequences[:, SequenceField.NUM_TILES], 0)
+
+    ends = _running_sum(tiles * num_kv_heads)
+    total = ends[-1]
+    share = jnp.maximum((total + (num_ctas - 1)) // num_ctas, min_tiles)
+    ctas = jnp.arange(num_ctas, dtype=jnp.int32)
+    begin = jnp.minimum(ctas * share, total)
+    end = jnp.minimum(begin + share, total)
+    size = end - begin
+    first_item, offset, _ = _find(begin, ends, tiles, num_kv_heads)
+    last_item, last_offset, last_tiles = _find(end - 1, ends, tiles, num_kv_heads)
+    last_begin = end - 1 - last_offset
+    last_end = last_begin + last_tiles
+    is_begun_here = (size > 0) & (last_begin >= begin) & (last_end > end)
+    cta_fields = (
+        first_item,
+        jnp.where(size > 0, last_item - first_item + 1, 0),
+        offset,
+        size,
+        jnp.where(is_begun_here, (last_end - 1) // share, -1),
+    )
+    return WorkList(sequences, jnp.stack(cta_fields, axis=1), starts[-1:])
+
+
+def _compact(mask: jax.Array) -> jax.Array:
+    """Returns i32[B]: the indices where `mask` holds, in order; the last index fills the rest."""
+    rank = _running_sum(mask.astype(jnp.int32))
+    rows = jnp.arange(mask.shape[0], dtype=jnp.int32)
+    return jnp.minimum(_count(rank[None, :] <= rows[:, None]), mask.shape[0] - 1)
+
+
+def _running_sum(values: jax.Array) -> jax.Array:
+    """Returns the inclusive prefix sums, in one reduction: B is small, a scan is many launches."""
+    rows = jnp.arange(values.shape[0], dtype=jnp.int32)
+    is_before = rows[None, :] <= rows[:, None]
+    return jnp.sum(jnp.where(is_before, values[None, :], 0), axis=1, dtype=jnp.int32)
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    return jnp.sum(mask, axis=1, dtype=jnp.int32)
+
+
+def _find(
+    position: jax.Array, ends: jax.Array, tiles: jax.Array, num_kv_heads: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns, for places i32[C] in the line of tiles, (item, tile within the item, its tiles)."""
+    sequence = jnp.minimum(_count(ends[None, :] <= position[:, None]), ends.shape[0] - 1)
+    # Behind the last tile there is no item; 1 keeps the division defined.
+    num_tiles = jnp.maximum(tiles[sequence], 1)
+    begin = ends[sequence] - tiles[sequence] * num_kv_heads
+    head, tile = jnp.divmod(position - begin, num_tiles)
+    return sequence * num_kv_heads + head, tile, num_tiles

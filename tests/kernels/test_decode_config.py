@@ -1,0 +1,76 @@
+"""Configurations of the decode kernel: checks, shared memory, look-up."""
+
+import dataclasses
+import functools
+
+import pytest
+
+from pallas_paged.ops.attention import config as configs
+from pallas_paged.ops.attention.config import (
+    SM90,
+    DecodeConfig,
+    DecodeKey,
+    decode_config,
+    fits,
+    format_tuned,
+    heuristic,
+    parse_tuned,
+    shared_memory_bytes,
+    tuned_file_name,
+)
+from pallas_paged.ops.attention.decode_cases import candidate_configs, decode_cases, make_case
+from pallas_paged.ops.attention.mosaic_gpu import decode_key
+from pallas_paged.ops.attention.mosaic_gpu_decode import scratch_types
+
+CASE = make_case(4, 128, 16)
+SCRATCH = functools.partial(scratch_types, CASE.problem)
+KEY = DecodeKey("bfloat16", 128, 8, 16)
+
+
+def test_wrong_fields_are_refused():
+    for fields in ({"tile": 32}, {"num_stages": 0}, {"ctas_per_sm": 0}, {"min_tiles": 0}):
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            DecodeConfig(**fields)
+
+
+def test_shared_memory():
+    # Tiles of 64 keys and values of 256 bytes in 3 stages, 4 times 8 queries, weights, output, lse,
+    # 2 KiB for reductions, 10 barriers.
+    expected = 3 * 2 * 64 * 256 + 4 * 8 * 256 + 1024 + 8 * 256 + 1024 + 2048 + 10 * 8
+    assert shared_memory_bytes(SCRATCH(DecodeConfig())) == expected
+    assert fits(DecodeConfig(), SCRATCH(DecodeConfig()), SM90)
+    for config in (DecodeConfig(ctas_per_sm=3), DecodeConfig(num_stages=8)):
+        assert not fits(config, SCRATCH(config), SM90)
+
+
+def test_the_rule_finds_one_for_every_case():
+    for case in decode_cases():
+        scratch = functools.partial(scratch_types, case.problem)
+        config = heuristic(decode_key(case.problem), scratch)
+        assert fits(config, scratch(config), SM90)
+        assert config.num_stages >= 2
+        assert candidate_configs(case.problem)
+    assert CASE.config == DecodeConfig(num_stages=3, ctas_per_sm=2)
+
+
+def test_the_measured_one_wins_where_it_fits(monkeypatch):
+    tuned = {KEY: DecodeConfig(tile=128, num_stages=2, ctas_per_sm=1)}
+    monkeypatch.setattr(configs, "tuned_configs", {"A GPU": tuned, "Another": {}}.__getitem__)
+    assert decode_config(KEY, "A GPU", SCRATCH) == tuned[KEY]
+    assert decode_config(KEY, "Another", SCRATCH) == CASE.config
+    other = dataclasses.replace(KEY, block_size=64)
+    assert decode_config(other, "A GPU", SCRATCH) == CASE.config
+    tuned[KEY] = DecodeConfig(num_stages=20)
+    assert decode_config(KEY, "A GPU", SCRATCH) == CASE.config
+
+
+def test_files_of_measured_configurations():
+    measured = {KEY: DecodeConfig(tile=128), DecodeKey("float16", 64, 8, 16): DecodeConfig()}
+    assert parse_tuned(format_tuned(measured, {"device": "x"})) == measured
+    assert tuned_file_name("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3.json"
+    assert configs.tuned_configs("no such GPU") == {}
+
+
+def test_names_of_cases_are_unique():
+    names = [case.name for case in decode_cases()]
+    assert len(set(names)) == len(names) > 100

@@ -1,0 +1,132 @@
+"""The Mosaic GPU decode kernel, interpreted, against the reference; its work list; its refusals."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+from pallas_paged import AttentionMetadata, attention_implementation, paged_attention
+from pallas_paged.dispatch import interpret_kernels
+from pallas_paged.ops.attention import mosaic_gpu
+from pallas_paged.ops.attention.arg_specs import DECODE_KERNEL_SPECS, AttentionSpec, build
+from pallas_paged.ops.attention.config import DecodeConfig
+
+# Weights and results are rounded to the dtype, whose units at 1 are 2^-7 and 2^-10.
+TOLERANCES = {"bfloat16": 2e-2, "float16": 3e-3}
+# Two CTAs in flight, so that shares begin and end within items; or as many as there is work for.
+CONFIGS = (
+    DecodeConfig(num_stages=2, ctas_per_sm=1),
+    DecodeConfig(num_stages=3, ctas_per_sm=2),
+    DecodeConfig(tile=128, num_stages=2, ctas_per_sm=2, min_tiles=2),
+)
+
+
+def run(arguments, config, detect_races=True):
+    """Returns (out, lse) of the interpreted kernel; fails if its threads race."""
+    options = dict(arguments.options)
+    if options["scale"] is None:
+        options["scale"] = arguments.q.shape[2] ** -0.5
+    options = {"alibi_slopes": None, "sinks": None} | options
+
+    def attention(*arrays):
+        return mosaic_gpu.paged_attention(*arrays, **options, config=config)
+
+    try:
+        with interpret_kernels(detect_races):
+            results = jax.block_until_ready(jax.jit(attention)(*arguments.arrays))
+        if detect_races:
+            assert not interpret_pallas_call.get_races().races_found
+    finally:
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
+    return results
+
+
+def assert_close(results, arguments):
+    out, lse = (np.asarray(result, np.float32) for result in results)
+    expected = paged_attention(
+        *arguments.arrays, **arguments.options, return_lse=True, implementation="reference"
+    )
+    tolerance = TOLERANCES[arguments.q.dtype.name]
+    np.testing.assert_allclose(out, np.asarray(expected[0], np.float32), atol=tolerance, rtol=0)
+    np.testing.assert_allclose(lse, expected[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("index", range(len(DECODE_KERNEL_SPECS)), ids=str)
+def test_equals_the_reference(index):
+    spec = DECODE_KERNEL_SPECS[index]
+    arguments = build(spec)
+    assert_close(run(arguments, CONFIGS[index % len(CONFIGS)]), arguments)
+
+
+def test_padding_only():
+    arguments = build(DECODE_KERNEL_SPECS[0])
+    none = {
+        name: jnp.zeros_like(value)
+        for name, value in vars(arguments.metadata).items()
+        if name != "max_query_len"
+    }
+    metadata = AttentionMetadata(**none, max_query_len=1)
+    out, lse = run(arguments._replace(metadata=metadata), CONFIGS[0])
+    np.testing.assert_array_equal(np.asarray(out, np.float32), 0)
+    np.testing.assert_array_equal(lse, -np.inf)
+
+
+def test_blocks_left_of_the_window_may_be_gone():
+    spec = AttentionSpec(
+        "gone", (90, 41), sliding_window=10, head_dim=64, block_size=16, dtype="bfloat16"
+    )
+    arguments = build(spec)
+    tables = np.array(arguments.metadata.block_tables)
+    tables[0, : (90 - 10) // 16] = 0
+    tables[1, : (41 - 10) // 16] = 0
+    metadata = dataclasses.replace(arguments.metadata, block_tables=jnp.asarray(tables))
+    assert_close(run(arguments._replace(metadata=metadata), CONFIGS[0]), arguments)
+
+
+def test_the_public_function_runs_it_and_says_so():
+    arguments = build(AttentionSpec("one", (3,), head_dim=64, block_size=16, dtype="bfloat16"))
+    with interpret_kernels():
+        names = [
+            attention_implementation(implementation, arguments.q, arguments.k_cache)
+            for implementation in (None, "mosaic_gpu")
+        ]
+        out = jax.jit(lambda *arrays: paged_attention(*arrays))(*arguments.arrays)
+    interpret_pallas_call.reset_gpu_interpret_mode_state()
+    assert names == ["mosaic_gpu", "mosaic_gpu"]
+    expected = paged_attention(*arguments.arrays, implementation="reference")
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(expected, np.float32), atol=2e-2
+    )
+
+
+def shapes(dtype="bfloat16", num_q_heads=8, head_dim=64, block_size=16, cache_dtype=None):
+    q = jax.ShapeDtypeStruct((4, num_q_heads, head_dim), dtype)
+    return q, jax.ShapeDtypeStruct((9, 2, block_size, head_dim), cache_dtype or dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "reason"),
+    [
+        (shapes("float32"), {}, "q is float32 and the cache float32"),
+        (shapes(cache_dtype="float16"), {}, "q is bfloat16 and the cache float16"),
+        (shapes(head_dim=72), {}, "head_dim=72 must be among 64, 80"),
+        (shapes(block_size=8), {}, "block_size=8 must be among 16, 32"),
+        (shapes(num_q_heads=64), {}, "32 query heads per KV head are more than 16"),
+        (shapes(), {"deterministic": True}, "deterministic=True, and the work is divided"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_with_the_reason(arguments, options, reason):
+    with interpret_kernels():
+        with pytest.raises(NotImplementedError, match=reason):
+            attention_implementation("mosaic_gpu", *arguments, **options)
+        assert attention_implementation(None, *arguments, **options) == "xla"
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(
+        NotImplementedError, match=r"needs an NVIDIA GPU of compute capability 9\.0"
+    ):
+        attention_implementation("mosaic_gpu", *shapes())
