@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_paged.deviceless import kernel_resources
+from pallas_paged import paged_attention
+from pallas_paged.deviceless import compile_for, kernel_resources
 from pallas_paged.kv_cache import AttentionMetadata
 from pallas_paged.ops.attention import mosaic_gpu_prefill
 from pallas_paged.ops.attention.prefill_config import prefill_tuning
@@ -66,3 +67,28 @@ def test_no_spills_and_enough_shared_memory(name):
     assert kernel.spill_bytes <= (256 if is_tight else 0)
     assert kernel.smem_bytes <= SMEM_BYTES
     assert kernel.warnings == ()
+
+
+def mixed_step(num_layers: int):
+    """Returns the compiled attention of a mixed step, layer after layer."""
+    num_tokens, rows, heads, kv_heads = 1024, 64, 32, 8
+
+    def layers(q, caches, tables, lens, starts):
+        unread = jnp.zeros(num_tokens, jnp.int32)
+        metadata = AttentionMetadata(unread, unread, tables, lens, starts, num_tokens)
+        for k, v in caches:
+            q = paged_attention(q, k, v, metadata, implementation="mosaic_gpu")
+        return q
+
+    cache = jax.ShapeDtypeStruct((2000, kv_heads, 16, 128), jnp.bfloat16)
+    step = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, 64), (rows,), (rows + 1,))]
+    q = jax.ShapeDtypeStruct((num_tokens, heads, 128), jnp.bfloat16)
+    return compile_for("h200", layers, q, [(cache, cache)] * num_layers, *step)
+
+
+def test_a_mixed_step_is_planned_once_and_copies_nothing():
+    texts = [mixed_step(num_layers).as_text() for num_layers in (1, 2)]
+    sorts = [text.count(" sort(") for text in texts]
+    assert sorts[0] == sorts[1] > 0
+    copies = [line for line in texts[1].splitlines() if " copy(" in line]
+    assert not [line for line in copies if "bf16[1024,32,128]" in line or "bf16[2000," in line]

@@ -4,12 +4,14 @@ Interpret mode knows no products with an operand in registers, so the kernel run
 `in_registers=False` here; what the compiled kernel does otherwise is in `_add_values` alone.
 """
 
+import contextlib
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_paged import paged_attention
 from pallas_paged.dispatch import interpret_kernels
@@ -49,6 +51,17 @@ def build_poisoned(spec):
     )
 
 
+@contextlib.contextmanager
+def interpreted():
+    """Interprets kernels; fails if their threads race, and leaves nothing behind if they fail."""
+    try:
+        with interpret_kernels(detect_races=True):
+            yield
+        assert not interpret_pallas_call.get_races().races_found
+    finally:
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
 def complete(spec, options):
     """The options as the implementations take them."""
     given = {"alibi_slopes": None, "sinks": None} | options
@@ -76,7 +89,7 @@ def run(spec, tuning, into=None, **plan_options):
             q, k_cache, v_cache, tables, plan, tuning=tuning, into=into, **options
         )
 
-    with interpret_kernels(detect_races=True):
+    with interpreted():
         actual = jax.block_until_ready(prefill(*arguments.arrays, into))
     return actual, expected
 
@@ -133,7 +146,7 @@ def test_a_mixed_step_of_the_public_function():
         dtype="bfloat16",
     )
     arguments = build(spec)
-    with interpret_kernels(detect_races=True):
+    with interpreted():
         out, lse = jax.block_until_ready(
             jax.jit(lambda *arrays: paged_attention(*arrays, return_lse=True))(*arguments.arrays)
         )
