@@ -153,7 +153,8 @@ class SequenceGroup:
       priority: lower ones first, where the scheduler orders by it.
       num_seqs: how many completions.
       cache_salt: keeps its cached blocks apart from those of requests with another one.
-      reads_cache: whether it uses cached blocks.
+      reads_cache: whether it uses cached blocks; not if each token of its prompt has to be computed
+        for `prompt_logprobs`.
       writes_cache: whether its blocks are cached.
       sequences: all of them, by index.
       status: see `SequenceStatus`.
@@ -162,6 +163,10 @@ class SequenceGroup:
       swapped: its blocks in host memory while it is swapped out.
       num_cached_tokens: prompt tokens found in the prefix cache when it was first admitted.
       num_preemptions: how often it was preempted.
+      prompt_logprobs: one entry per token of the prompt but the first where `sampling_params` ask
+        for them, else empty; the engine fills it, and preemption leaves it alone.
+      num_prompt_logprobs: entries that are there or will be when the steps in flight are taken in;
+        the runner counts them.
     """
 
     request_id: str
@@ -185,6 +190,8 @@ class SequenceGroup:
     swapped: "SwappedChunk | None" = dataclasses.field(init=False, default=None)
     num_cached_tokens: int = dataclasses.field(init=False, default=0)
     num_preemptions: int = dataclasses.field(init=False, default=0)
+    prompt_logprobs: list[Any] = dataclasses.field(init=False, default_factory=list)
+    num_prompt_logprobs: int = dataclasses.field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.sequences = [Sequence(self, index) for index in range(self.num_seqs)]

@@ -25,7 +25,7 @@ SMALL = (
             "--max_num_batched_tokens=32 --max_model_len=128",
         ),
         ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
-        ("sampling", "--shapes=2x300 --rounds=1"),
+        ("sampling", "--shapes=2x300 --rounds=1 --hidden=16 --layers=1 --heads=2/1 --context=4"),
         ("sharing", "--num_requests=3 --max_num_seqs=8 --prefix_len=40 --prefix_requests=3"),
         ("throughput", f"{SMALL} --baseline=static,continuous"),
         ("latency", f"{SMALL} --request_rate=40 --goodput=ttft:500 --baseline=static"),

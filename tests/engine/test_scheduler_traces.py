@@ -23,7 +23,7 @@ from pallas_paged.engine.policies import (
 from pallas_paged.engine.sequence import SequenceGroup, SequenceStatus
 from tests.engine.mock_model import VOCAB_SIZE, MockEngine, generate_alone, make_engine
 
-TRACES_PER_TEST = 1000
+TRACES_PER_TEST = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Trace:
     order: Order
     overlap: tuple[bool, ...]  # turn by turn, again and again
     arrivals: tuple[Arrival, ...]
+    pins: tuple[tuple[int, tuple[int, ...]], ...]  # the turn, and the tokens to pin then
 
     @property
     def max_turns(self) -> int:
@@ -140,6 +141,10 @@ def random_trace(seed: int) -> Trace:
         watermark_blocks=rng.choice([0, 0, 0, 1, 3]),
         overlap=rng.choice([(True,), (True,), (False,), (True, True, False)]),
         arrivals=tuple(arrivals),
+        pins=tuple(
+            (rng.randint(0, 40), tuple(prefix[: block_size * rng.randint(1, 3)]))
+            for _ in range(rng.choice([0, 2, 4]))
+        ),
     )
 
 
@@ -165,20 +170,39 @@ def check_sharing(engine: MockEngine, arrived: list[SequenceGroup]) -> None:
                     assert owner.setdefault(prefix, block) == block
 
 
+def unpin_all(engine: MockEngine, pinned: list[tuple[int, ...]]) -> None:
+    for tokens in pinned:
+        assert engine.scheduler.unpin(tokens, None)
+    pinned.clear()
+
+
 def run_trace(trace: Trace) -> tuple[MockEngine, collections.Counter[str]]:
     """Runs a trace, checking every turn, and returns what happened in it."""
     options = {f.name: getattr(trace, f.name) for f in dataclasses.fields(trace)}
-    del options["overlap"], options["arrivals"]
+    del options["overlap"], options["arrivals"], options["pins"]
     engine = make_engine(**options, host_stop=host_stop)
     scheduler = engine.scheduler
     arrivals = collections.deque(trace.arrivals)
     arrived: list[SequenceGroup] = []
+    pinned: list[tuple[int, ...]] = []
     seen: collections.Counter[str] = collections.Counter()
     turn = busy_turns = 0
     while arrivals or scheduler.has_unfinished:
         while arrivals and arrivals[0].turn == turn:
             arrived.append(arrivals.popleft().group)
-            scheduler.add(arrived[-1])
+            try:
+                scheduler.add(arrived[-1])
+            except ValueError:  # it does not fit beside the pins; alone it does
+                seen["refused beside pins"] += 1
+                unpin_all(engine, pinned)
+                scheduler.add(arrived[-1])
+        for tokens in (tokens for when, tokens in trace.pins if when == turn):
+            try:
+                if scheduler.pin(tokens, None):
+                    pinned.append(tokens)
+                    seen["pin"] += 1
+            except ValueError:
+                seen["pin refused"] += 1
         for arrival in trace.arrivals:
             if arrival.abort_turn == turn:
                 seen[f"abort while {arrival.group.status.name}"] += 1
@@ -214,6 +238,7 @@ def run_trace(trace: Trace) -> tuple[MockEngine, collections.Counter[str]]:
             seen["several preempted"] += len(step.preempted) > 1
         turn += 1
     engine.drain()
+    unpin_all(engine, pinned)
     assert scheduler.num_waiting == scheduler.num_running == 0
     assert scheduler.memory.num_free_blocks == scheduler.memory.num_usable_blocks
     seen["prefix hit"] += sum(g.num_cached_tokens > 0 for g in arrived)
@@ -250,6 +275,9 @@ def test_random_traces(first_seed: int) -> None:
         "chunk",
         "forked",
         "prefix hit",
+        "pin",
+        "pin refused",
+        "refused beside pins",
         "swapped out",
         "swapped in",
         "abort while SWAPPED",
