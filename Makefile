@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 OLDEST := .venv-oldest
 OLDEST_JAX := 0.11.2
 
-.PHONY: demo test check format oldest dist clean
+.PHONY: demo test check format oldest kernels-mutate dist clean
 
 # The test tools hold JAX's CUDA plugin without CUDA's libraries: it complains unless told to rest.
 demo: $(VENV)/.base
@@ -31,6 +31,10 @@ oldest:
 	@$(OLDEST)/bin/pip install --quiet jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) \
 	  jax-cuda12-plugin==$(OLDEST_JAX) jax-cuda12-pjrt==$(OLDEST_JAX)
 	@$(OLDEST)/bin/python -m pytest -n 2 --dist=loadfile tests/kernels tests/engine/test_smoke.py
+
+# Break the decode kernel on purpose, and see its tests fail: minutes.
+kernels-mutate: $(VENV)/.test
+	@$(PY) -m tests.kernels.mutate_decode
 
 # sdist -> wheel -> an empty environment -> a request, run from another directory.
 dist: $(VENV)/.test

@@ -1,9 +1,13 @@
-"""Times the choice of the next tokens, option by option, beside a plain matmul.
+"""Times the choice of the next tokens, option by option, beside a model's decode step.
 
-Every row but the first two is `pallas_paged.engine.sampling.sample` with the same options in all
-rows, on normally distributed logits. The programs take turns, so that a busy machine slows all of
-them alike; the ratio to the matmul [64, 768] x [768, 16384], a small model's own logits, is the
-figure to compare between machines. `sort` sorts each row's logits and does nothing else.
+`decode step` is a whole greedy step of a Llama with random weights, by default of 100 million
+parameters: 768 x 12 layers, 12 query and 4 KV heads, the vocabulary of the table, one token for
+each row. The rows below it time what follows the logits, with the same options in all rows, on
+normally distributed logits: first the plain variant of a step, then what the full one adds. The
+programs take turns, so that a busy machine slows all of them alike; "of step" is a row's share of
+the decode step, the figure to compare between machines, as is the ratio to the matmul
+[64, 768] x [768, 16384], a small model's own logits. `sort` sorts each row's logits and does
+nothing else.
 
   python -m benchmarks.sampling --spread=2 --rounds=20 --json=out.json
 """
@@ -19,14 +23,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from flax import nnx
 
+from pallas_paged.engine import SamplingParams
+from pallas_paged.engine.buckets import Buckets
+from pallas_paged.engine.logits import LogitInputs, RowState, apply_rules, count_tokens
+from pallas_paged.engine.logprobs import pack, packed_width, width_for
+from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.runner import ModelRunner
 from pallas_paged.engine.sampling import SamplingInputs, sample, seed_words
+from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
+from pallas_paged.engine.sequence import SequenceGroup
+from pallas_paged.models.decoder import Decoder
+from pallas_paged.models.llama import LlamaConfig
 
 _SHAPES = flags.DEFINE_list("shapes", ["64x16384", "16x131072"], "Rows x vocabulary.")
 _SPREAD = flags.DEFINE_float(
     "spread", 2.0, "Standard deviation of the logits; a larger one makes top-p keep fewer tokens."
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 20, "Calls timed per figure.", lower_bound=1)
+_HIDDEN = flags.DEFINE_integer("hidden", 768, "Size of the model's hidden states.", lower_bound=8)
+_LAYERS = flags.DEFINE_integer("layers", 12, "Layers of the model.", lower_bound=1)
+_HEADS = flags.DEFINE_string("heads", "12/4", "Query / KV heads of the model.")
+_CONTEXT = flags.DEFINE_integer("context", 256, "Tokens in front of each new one.", lower_bound=1)
 _SORT = flags.DEFINE_boolean("sort", True, "Also sort the logits.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures, in milliseconds, to this file.")
 
@@ -40,7 +59,17 @@ OPTIONS: dict[str, dict[str, float]] = {
     "top_p=0.5": {"top_p": 0.5},
     "top_k=50 top_p=0.95": {"top_k": 50, "top_p": 0.95},
     "top_k=200 top_p=0.95": {"top_k": 200, "top_p": 0.95},
+    "temperature=0.7 top_k=50 top_p=0.95": {"temperature": 0.7, "top_k": 50, "top_p": 0.95},
 }
+
+FULL: dict[str, dict[str, int]] = {
+    "full: nothing used": {},
+    "full: penalties": {"penalties": 1},
+    "full: bias, masks": {"bias": 1},
+    "full: logprobs": {"logprobs": 1},
+    "full: all of it": {"penalties": 1, "bias": 1, "logprobs": 1},
+}
+"""Beside greedy; bias, allowed tokens, bad words and min_tokens cost the same."""
 
 
 def inputs_of(
@@ -62,6 +91,104 @@ def inputs_of(
     )
 
 
+def full_program(
+    logits: jax.Array, penalties: int = 0, bias: int = 0, logprobs: int = 0
+) -> Callable[[], jax.Array]:
+    """Returns a greedy choice with what a full step does, the row state updated in place."""
+    num_rows, vocab_size = logits.shape
+    width = width_for(20, vocab_size)
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    used = [jnp.full(num_rows, flag, jnp.int32) for flag in (bias, penalties)]
+    factors = [jnp.full(num_rows, factor, jnp.float32) for factor in (1.2, 0.5, 0.2)]
+    inputs = LogitInputs(rows, *used, *factors)
+    greedy = inputs_of(num_rows, temperature=0.0)
+    state = RowState.zeros(num_rows, vocab_size)
+
+    def run(
+        counts: jax.Array,
+        bias: jax.Array,
+        last: jax.Array,
+        logits: jax.Array,
+        inputs: LogitInputs,
+        wants_logprobs: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        counts = count_tokens(counts, jnp.where(inputs.uses_penalties == 1, rows, num_rows), last)
+        ruled = apply_rules(logits, RowState(counts, bias), inputs)
+        tokens = sample(ruled, greedy)
+        packed = jax.lax.cond(
+            wants_logprobs == 1,
+            lambda: pack(logits, tokens, width),
+            lambda: jnp.zeros((num_rows, packed_width(width)), jnp.int32),
+        )
+        return counts, tokens, packed
+
+    jitted = jax.jit(run, donate_argnums=0)
+    held = [state.counts, jnp.zeros(num_rows, jnp.int32)]
+
+    def call() -> jax.Array:
+        counts, last = held
+        held[0], held[1], packed = jitted(
+            counts, state.bias, last, logits, inputs, jnp.int32(logprobs)
+        )
+        return packed
+
+    return call
+
+
+def decode_step(num_rows: int, vocab_size: int) -> Callable[[], jax.Array]:
+    """Returns the greedy decode step of the flags' model, the same tokens each time."""
+    num_q_heads, num_kv_heads = map(int, _HEADS.value.split("/"))
+    context = _CONTEXT.value
+    shape = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=_HIDDEN.value,
+        intermediate_size=_HIDDEN.value * 8 // 3,
+        num_layers=_LAYERS.value,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=_HIDDEN.value // num_q_heads,
+        max_position_embeddings=context + 2,
+        tie_word_embeddings=True,
+    )
+    model = Decoder(shape, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    num_blocks = num_rows * -(-(context + 2) // 16) + 2
+    memory = BlockTableMemory(
+        num_blocks=num_blocks, block_size=16, max_num_seqs=num_rows, max_model_len=context + 2
+    )
+    runner = ModelRunner(
+        model,
+        num_blocks=num_blocks,
+        block_size=16,
+        kv_cache_dtype=jnp.dtype(jnp.float32),
+        max_num_seqs=num_rows,
+        max_blocks_per_seq=memory.state.tables.shape[1],
+        buckets=Buckets((num_rows,), (num_rows,), (num_rows,)),
+    )
+    step = whole_decode_step(memory, num_rows, tuple(t % vocab_size for t in range(context)))
+    return lambda: jnp.asarray(runner.dispatch(step, memory.state).tokens)
+
+
+def whole_decode_step(
+    memory: BlockTableMemory, num_rows: int, prompt: tuple[int, ...]
+) -> ScheduledStep:
+    """Returns the first step in which every row has its prompt behind it."""
+    scheduler = Scheduler(
+        memory,
+        max_num_seqs=num_rows,
+        max_num_batched_tokens=num_rows * len(prompt),
+        max_model_len=len(prompt) + 2,
+    )
+    params = SamplingParams(temperature=0, seed=0)
+    for row in range(num_rows):
+        scheduler.add(SequenceGroup(f"{row}", prompt, max_tokens=2, sampling_params=params))
+    while True:
+        step = scheduler.schedule()
+        assert step is not None, "nothing is left to schedule"
+        if step.is_decode and len(step.scheduled) == num_rows:
+            return step
+        scheduler.commit(step, [0] * len(step.scheduled))
+
+
 def programs(num_rows: int, vocab_size: int) -> dict[str, Callable[[], jax.Array]]:
     """Returns a call without arguments per row of the table, compiled."""
     rng = np.random.default_rng(0)
@@ -70,12 +197,15 @@ def programs(num_rows: int, vocab_size: int) -> dict[str, Callable[[], jax.Array
     x, w = jnp.ones((64, 768)), jnp.ones((768, 16384))
     jitted_matmul, jitted_sample = jax.jit(jnp.matmul), jax.jit(sample)
     calls: dict[str, Callable[[], jax.Array]] = {"matmul": lambda: jitted_matmul(x, w)}
+    calls["decode step"] = decode_step(num_rows, vocab_size)
     if _SORT.value:
         jitted_sort = jax.jit(jnp.sort)
         calls["sort"] = lambda: jitted_sort(logits)
     for name, options in OPTIONS.items():
         inputs = inputs_of(num_rows, **options)
         calls[name] = functools.partial(jitted_sample, logits, inputs)
+    for name, used in FULL.items():
+        calls[name] = full_program(logits, **used)
     for call in calls.values():
         call().block_until_ready()
     return calls
@@ -106,10 +236,14 @@ def main(argv: list[str]) -> None:
         figures[shape] = {
             name: {"median": medians[name], "min": min(values)} for name, values in times.items()
         }
-        print(f"\n{shape:24} {'median ms':>10} {'min ms':>10} {'of matmul':>10}")
+        print(f"\n{shape:36} {'median ms':>10} {'min ms':>10} {'of matmul':>10} {'of step':>8}")
         for name, values in times.items():
-            ratio = medians[name] / medians["matmul"]
-            print(f"{name:24} {medians[name]:10.2f} {min(values):10.2f} {ratio:10.2f}")
+            of_matmul = medians[name] / medians["matmul"]
+            of_step = medians[name] / medians["decode step"]
+            print(
+                f"{name:36} {medians[name]:10.2f} {min(values):10.2f} {of_matmul:10.2f} "
+                f"{of_step:8.1%}"
+            )
     if _JSON.value:
         with open(_JSON.value, "w") as file:
             json.dump(figures, file, indent=2)

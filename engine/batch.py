@@ -132,10 +132,25 @@ def wants_logprobs(scheduled: ScheduledSequence) -> bool:
     return scheduled.samples and scheduled.sequence.sampling_params.logprobs is not None
 
 
+def prompt_targets(share: ScheduledSequence) -> range:
+    """Returns the positions of the prompt's tokens whose log-probabilities the share brings.
+
+    Each position once in a request's life, whatever is computed again after a preemption. The
+    token at position p is predicted by the one before it, which may be in another chunk than it.
+    """
+    sequence = share.sequence
+    if sequence.sampling_params.prompt_logprobs is None:
+        return range(0)
+    first = max(share.start, sequence.group.num_prompt_logprobs) + 1
+    return range(first, min(share.start + share.num_tokens, sequence.num_prompt_tokens - 1) + 1)
+
+
 def needs_full(step: ScheduledStep) -> bool:
     """Whether the step needs the full variant, see `pallas_paged.engine.step`."""
     return any(
-        wants_logprobs(share) or (share.samples and share.sequence.logit_rules is not None)
+        wants_logprobs(share)
+        or len(prompt_targets(share)) > 0
+        or (share.samples and share.sequence.logit_rules is not None)
         for share in step.scheduled
     )
 

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_paged.engine.groups import CopyPairs
+from pallas_paged.engine.swap import BlockMove, chunk_sizes
 from pallas_paged.kv_cache import NULL_BLOCK, KVCache
 from pallas_paged.ops.block_copy.api import copy_blocks
+from pallas_paged.ops.block_transfer.api import gather_blocks, scatter_blocks
 
 Caches = tuple[KVCache, ...]
 
 
 class BlockPrograms:
-    """Copies between blocks of the KV caches.
+    """Copies between blocks of the KV caches, and to host memory and back.
 
     A compiled program refuses inputs of any other shape or dtype, so nothing compiles by accident.
 
@@ -23,11 +25,17 @@ class BlockPrograms:
       num_traces: how often each (program, number of blocks) was traced.
     """
 
-    def __init__(self, kv_caches: Caches, max_num_seqs: int):
-        """Takes shapes and dtypes from `kv_caches`; a step copies fewer than `max_num_seqs`."""
+    def __init__(self, kv_caches: Caches, max_num_seqs: int, *, swaps: bool):
+        """Takes shapes and dtypes from `kv_caches`; a step copies fewer than `max_num_seqs`.
+
+        `swaps` tells whether `gather` and `scatter` are compiled ahead.
+        """
         self.num_traces: dict[tuple[str, int], int] = {}
         self._caches = jax.eval_shape(lambda: kv_caches)
         self._copy_sizes = _powers(4, max_num_seqs)
+        num_blocks = jax.tree.leaves(kv_caches)[0].shape[0]
+        self._chunk_sizes = chunk_sizes(num_blocks - 1) if swaps else ()
+        self._on_device, self._on_host = _shardings()
         self._compiled: dict[tuple[str, int], jax.stages.Compiled] = {}
 
     def copy(self, kv_caches: Caches, pairs: CopyPairs) -> Caches:
@@ -36,10 +44,25 @@ class BlockPrograms:
         src, dst = (_padded(blocks, size) for blocks in pairs)
         return self._program("copy", size)(kv_caches, src, dst)
 
+    def swap_out(self, kv_caches: Caches, move: BlockMove) -> None:
+        """Starts to copy blocks of every layer to `move.chunk`, in one launch, without waiting."""
+        size = move.chunk.num_blocks
+        gathered = self._program("gather", size)(kv_caches, _padded(move.block_ids, size))
+        move.chunk.data = jax.device_put(gathered, self._on_host)
+
+    def swap_in(self, kv_caches: Caches, move: BlockMove) -> Caches:
+        """Copies blocks of every layer back from `move.chunk`; donates `kv_caches`."""
+        blocks = jax.device_put(move.chunk.data, self._on_device)
+        move.chunk.data = None
+        return self._program("scatter", move.chunk.num_blocks)(kv_caches, move.block_ids, blocks)
+
     def compile(self) -> None:
         """Compiles every program ahead."""
         for size in self._copy_sizes:
             self._program("copy", size)
+        for size in self._chunk_sizes:
+            self._program("gather", size)
+            self._program("scatter", size)
 
     def _program(self, name: str, size: int) -> Callable:
         if (name, size) not in self._compiled:
@@ -47,12 +70,40 @@ class BlockPrograms:
         return self._compiled[name, size]
 
     def _lower(self, name: str, size: int) -> jax.stages.Lowered:
-        def copy(kv_caches: Caches, src: jax.Array, dst: jax.Array) -> Caches:
-            self.num_traces[name, size] = self.num_traces.get((name, size), 0) + 1
-            return tuple(copy_blocks(cache, src, dst) for cache in kv_caches)
-
+        self.num_traces[name, size] = self.num_traces.get((name, size), 0) + 1
         ids = jax.ShapeDtypeStruct((size,), jnp.int32)
-        return jax.jit(copy, donate_argnums=0).lower(self._caches, ids, ids)
+        if name == "copy":
+            return jax.jit(_copy, donate_argnums=0).lower(self._caches, ids, ids)
+        if name == "gather":
+            return jax.jit(_gather).lower(self._caches, ids)
+        blocks = jax.eval_shape(_gather, self._caches, ids)
+        return jax.jit(_scatter, donate_argnums=0).lower(self._caches, ids, blocks)
+
+
+def _copy(kv_caches: Caches, src: jax.Array, dst: jax.Array) -> Caches:
+    return tuple(copy_blocks(cache, src, dst) for cache in kv_caches)
+
+
+def _gather(kv_caches: Caches, block_ids: jax.Array) -> Caches:
+    return tuple(gather_blocks(cache, block_ids) for cache in kv_caches)
+
+
+def _scatter(kv_caches: Caches, block_ids: jax.Array, blocks: Caches) -> Caches:
+    return tuple(
+        scatter_blocks(cache, block_ids, part)
+        for cache, part in zip(kv_caches, blocks, strict=True)
+    )
+
+
+def _shardings() -> tuple[jax.sharding.Sharding, jax.sharding.Sharding]:
+    """Returns where arrays of the device lie, and where those of the host do: pinned if it can."""
+    device = jax.local_devices()[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    kind = "pinned_host" if "pinned_host" in kinds else device.default_memory().kind
+    return (
+        jax.sharding.SingleDeviceSharding(device),
+        jax.sharding.SingleDeviceSharding(device, memory_kind=kind),
+    )
 
 
 def _padded(blocks: np.ndarray, size: int) -> np.ndarray:

@@ -20,13 +20,16 @@ KV_CACHE_DTYPES = {
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
 """The pool on a CPU when nothing is asked for: a stated size, not a share of all memory."""
 
+PREEMPTION_MODES = ("recompute", "swap", "auto")
+SCHEDULING_POLICIES = ("fcfs", "priority")
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
     """How an engine runs. The names are those of vLLM's engine arguments where it has them.
 
     Attributes:
-      model: folder with a Hugging Face checkpoint.
+      model: folder with a Hugging Face checkpoint, or with a ported one.
       tokenizer: folder with tokenizer files; None means `model`.
       dtype: of parameters and activations: "auto" (the checkpoint's), "float32", "bfloat16",
         "float16".
@@ -61,8 +64,14 @@ class EngineConfig:
         configuration as it is. Another folder than the process already uses is refused.
       enable_prefix_caching: keep full blocks of finished requests for later ones that begin with
         the same tokens. On by default: cached blocks only take memory that nobody else asks for.
-      tensor_parallel_size, swap_space: not supported yet; only the neutral values 1 and 0 are
-        accepted.
+      swap_space: GiB of host memory for the blocks of requests that are preempted. 0: they are
+        computed again instead.
+      preemption_mode: how preempted requests come back: "recompute"; "swap", as long as there is
+        room in `swap_space`; "auto" estimates which is faster, from the model's size and rough
+        figures of a device (see `pallas_paged.engine.llm`).
+      scheduling_policy: "fcfs", first come, first served; "priority": requests with a lower
+        `priority` run first, and take the memory of others if they need it.
+      tensor_parallel_size: not supported yet; only 1 is accepted.
     """
 
     model: str
@@ -87,6 +96,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
     swap_space: float = 0
+    preemption_mode: str = "auto"
+    scheduling_policy: str = "fcfs"
 
     def __post_init__(self) -> None:
         ok = self.load_format in LOAD_FORMATS
@@ -107,6 +118,20 @@ class EngineConfig:
         _require(ok, self, "gpu_memory_utilization", "must be in (0, 1]")
         for name in ("async_scheduling", "deterministic", "compile_ahead", "enable_prefix_caching"):
             _require(isinstance(getattr(self, name), bool), self, name, "must be True or False")
+        room = self.swap_space
+        ok = isinstance(room, int | float) and not isinstance(room, bool) and 0 <= room < 2**30
+        _require(ok, self, "swap_space", "must be a number of GiB >= 0")
+        for name, choices in (
+            ("preemption_mode", PREEMPTION_MODES),
+            ("scheduling_policy", SCHEDULING_POLICIES),
+        ):
+            _require(getattr(self, name) in choices, self, name, f"must be one of {choices}")
+        _require(
+            self.preemption_mode != "swap" or room > 0,
+            self,
+            "preemption_mode",
+            "needs host memory; set swap_space",
+        )
         _require(
             self.max_num_batched_tokens >= self.max_num_seqs,
             self,
@@ -119,10 +144,7 @@ class EngineConfig:
             "attention_implementation",
             f"must be None or one of {KNOWN_IMPLEMENTATIONS}",
         )
-        for name, neutral in (
-            ("tensor_parallel_size", 1),
-            ("swap_space", 0),
-        ):
+        for name, neutral in (("tensor_parallel_size", 1),):
             _require(
                 getattr(self, name) == neutral,
                 self,

@@ -155,7 +155,9 @@ class Engine:
                     f"stop_token_ids holds {token_id}, which is outside the vocabulary of "
                     f"{self._vocab_size} tokens"
                 )
-        token_logprobs.check("logprobs", params.logprobs, self._max_logprobs, self._vocab_size)
+        for field in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, field)
+            token_logprobs.check(field, asked, self._max_logprobs, self._vocab_size)
         max_tokens = params.max_tokens
         if max_tokens is None:
             # No longer than the model allows, and than the pool could hold if it were alone.
@@ -180,7 +182,7 @@ class Engine:
             sampling_params=self._with_seed(params),
             num_seqs=params.n,
             cache_salt=cache_salt,
-            reads_cache=not params.skip_reading_prefix_cache,
+            reads_cache=not params.skip_reading_prefix_cache and params.prompt_logprobs is None,
             writes_cache=not params.skip_writing_prefix_cache,
             logit_rules=resolve(
                 params,
@@ -237,7 +239,7 @@ class Engine:
 
     def kv_stats(self) -> KVStats:
         """Returns what the blocks of the pool hold now."""
-        return kv_stats(self.memory, self.scheduler.row_lens, self.scheduler.num_preemptions)
+        return kv_stats(self.memory, self.scheduler)
 
     @property
     def has_unfinished(self) -> bool:
@@ -302,7 +304,8 @@ class Engine:
 
     def _take_in(self, in_flight: InFlight) -> None:
         """Commits a step's tokens and delivers what the requests have by now."""
-        tokens, logprobs = self.runner.collect(in_flight)
+        tokens, logprobs, prompts = self.runner.collect(in_flight)
+        self._keep_prompt_logprobs(prompts)
         changed: dict[Sequence, None] = {}  # a set in order
         for share, token in zip(in_flight.step.scheduled, tokens, strict=True):
             if share.samples and token >= self._vocab_size and not share.sequence.is_finished:
@@ -341,6 +344,16 @@ class Engine:
                     )
                 )
 
+    def _keep_prompt_logprobs(self, prompts: Seq[tuple[Sequence, list[TokenLogprobs]]]) -> None:
+        """Files the log-probabilities of the next tokens of prompts."""
+        for sequence, found in prompts:
+            first = 1 + len(sequence.group.prompt_logprobs)
+            tokens = sequence.prompt_token_ids[first : first + len(found)]
+            sequence.group.prompt_logprobs += [
+                logprobs_by_token(token, one, self._decode_for(sequence))
+                for token, one in zip(tokens, found, strict=True)
+            ]
+
     def _decode_for(self, sequence: Sequence) -> Callable[[int], str] | None:
         """Returns what gives a single token's text, if the request wants text."""
         tokenizer = self.tokenizer
@@ -378,6 +391,11 @@ class Engine:
             request_id=group.request_id,
             prompt=request.prompt,
             prompt_token_ids=group.prompt_token_ids,
+            prompt_logprobs=(
+                None
+                if group.sampling_params.prompt_logprobs is None
+                else (None, *group.prompt_logprobs)
+            ),
             outputs=tuple(
                 CompletionOutput(
                     index=completion.sequence.index,

@@ -6,7 +6,7 @@
 
 One prompt is streamed as it is generated; several run as one batch and are printed in their order.
 Standard input is one prompt, or one per line with --prompts_file=-. Without --model the demo model
-that comes with the package runs.
+that comes with the package runs. --noecho leaves the prompts out of what is printed.
 """
 
 import logging
@@ -35,9 +35,21 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Smallest set of tokens with this much probability.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Most likely tokens to sample from; 0 is all.")
 _MIN_P = flags.DEFINE_float("min_p", 0.0, "Least probability, relative to the likeliest token.")
+_REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Makes tokens of prompt and output less likely above 1."
+)
+_PRESENCE_PENALTY = flags.DEFINE_float(
+    "presence_penalty", 0.0, "Taken from the logits of tokens that the output holds."
+)
+_FREQUENCY_PENALTY = flags.DEFINE_float(
+    "frequency_penalty", 0.0, "Taken from them for each time that it holds them."
+)
+_BAD_WORD = flags.DEFINE_multi_string("bad_word", None, "Never generated; may be repeated.")
+_MIN_TOKENS = flags.DEFINE_integer("min_tokens", 0, "Tokens before the completion may end.")
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most tokens to generate per prompt.")
 _STOP = flags.DEFINE_multi_string("stop", None, "Text that ends a completion; may be repeated.")
 _SEED = flags.DEFINE_integer("seed", None, "Seed of the samples; without it every run differs.")
+_ECHO = flags.DEFINE_bool("echo", True, "Print each prompt with its completion.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "Type of weights and activations."
 )
@@ -58,6 +70,11 @@ def main(argv: Sequence[str]) -> None:
             top_p=_TOP_P.value,
             top_k=_TOP_K.value,
             min_p=_MIN_P.value,
+            repetition_penalty=_REPETITION_PENALTY.value,
+            presence_penalty=_PRESENCE_PENALTY.value,
+            frequency_penalty=_FREQUENCY_PENALTY.value,
+            bad_words=_BAD_WORD.value,
+            min_tokens=_MIN_TOKENS.value,
             max_tokens=_MAX_TOKENS.value,
             stop=_STOP.value,
             seed=_SEED.value,
@@ -91,9 +108,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> list[RequestOutput]:
-    """Prints the prompt, and its completion as it grows."""
+    """Prints the prompt, if it is echoed, and its completion as it grows."""
     outputs = llm.stream(prompt, params)
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and _ECHO.value:
         print(prompt, end="", flush=True)
     shown = 0
     for output in outputs:
@@ -108,7 +125,8 @@ def _batch(llm: LLM, prompts: list[Prompt], params: SamplingParams) -> list[Requ
     """Prints each prompt and completion, in the order of the prompts."""
     outputs = llm.generate(prompts, params)
     for index, output in enumerate(outputs):
-        print(f"=== {index}: {output.prompt!r}\n{output.outputs[0].text}")
+        label = f": {output.prompt!r}" if _ECHO.value else ""
+        print(f"=== {index}{label}\n{output.outputs[0].text}")
     return outputs
 
 

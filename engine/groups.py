@@ -18,6 +18,10 @@ class CopyPairs(NamedTuple):
     src: np.ndarray
     dst: np.ndarray
 
+    def and_then(self, other: "CopyPairs") -> "CopyPairs":
+        """Returns these pairs and the other ones; no block is in both."""
+        return CopyPairs(*(np.concatenate(pair) for pair in zip(self, other, strict=True)))
+
 
 NO_COPIES = CopyPairs(np.zeros(0, np.int32), np.zeros(0, np.int32))
 

@@ -1,11 +1,11 @@
 """What the blocks of the KV pool hold."""
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 
 from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.scheduler import Scheduler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,9 @@ class KVStats:
         the step in flight computes included.
       num_queried_tokens: prompt tokens of admitted requests that read the prefix cache.
       num_hit_tokens: those of them that were found there.
-      num_preemptions: times a request lost its blocks and was recomputed.
+      num_swapped_blocks: host memory that preempted requests take, in blocks.
+      num_recomputations: times a request lost its blocks to be computed again.
+      num_swaps: times a request's blocks were swapped out.
     """
 
     num_blocks: int
@@ -42,7 +44,9 @@ class KVStats:
     num_token_slots: int
     num_queried_tokens: int
     num_hit_tokens: int
-    num_preemptions: int
+    num_swapped_blocks: int
+    num_recomputations: int
+    num_swaps: int
 
     @property
     def num_wasted_slots(self) -> int:
@@ -68,10 +72,9 @@ class KVStats:
         return self.num_hit_tokens / self.num_queried_tokens if self.num_queried_tokens else 0.0
 
 
-def kv_stats(
-    memory: BlockTableMemory, row_lens: Mapping[int, int], num_preemptions: int
-) -> KVStats:
-    """Returns the statistics; `row_lens` are the computed tokens of each row in use."""
+def kv_stats(memory: BlockTableMemory, scheduler: Scheduler) -> KVStats:
+    """Returns the statistics of a scheduler and its memory."""
+    row_lens = scheduler.row_lens
     state, cache, S = memory.state, memory.prefix_cache, memory.block_size
     num_blocks = memory.num_usable_blocks
     rows = list(row_lens)
@@ -96,5 +99,7 @@ def kv_stats(
         num_token_slots=int(tokens.sum()),
         num_queried_tokens=cache.num_queried_tokens if cache is not None else 0,
         num_hit_tokens=cache.num_hit_tokens if cache is not None else 0,
-        num_preemptions=num_preemptions,
+        num_swapped_blocks=scheduler.host_pool.num_used,
+        num_recomputations=scheduler.num_preemptions - scheduler.host_pool.num_swaps,
+        num_swaps=scheduler.host_pool.num_swaps,
     )

@@ -21,11 +21,20 @@ from pallas_paged.engine.core import Engine
 from pallas_paged.engine.kv_stats import KVStats
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.outputs import RequestOutput
-from pallas_paged.engine.pool import cache_shapes, plan_pool
+from pallas_paged.engine.policies import (
+    CheaperRecovery,
+    ChooseRecovery,
+    Order,
+    PriorityOrder,
+    always_recompute,
+    always_swap,
+)
+from pallas_paged.engine.pool import PoolPlan, cache_shapes, plan_pool
 from pallas_paged.engine.runner import ModelRunner
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.scheduler import Scheduler
 from pallas_paged.engine.sequence import SequenceGroup
+from pallas_paged.engine.swap import HostPool
 from pallas_paged.engine.tokenizer import load_tokenizer, require_tokenizer
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import ModelConfig, init_model, load_eos_token_ids, load_model
@@ -41,6 +50,14 @@ another salt, or none.
 """
 _PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 Message = Mapping[str, Any]
+
+
+_COMPUTED_BYTES_PER_S = 200e12
+"""Weights that a prompt's tokens pass in a second: 400 bfloat16 TFLOP/s. For `"auto"` only."""
+_COPIED_BYTES_PER_S = 20e9
+"""Between a GPU and pinned host memory over PCIe 4.0. For `"auto"` only."""
+_SWAP_OVERHEAD_S = 1e-4
+"""Of the launches of one swap. For `"auto"` only."""
 
 
 class LLM:
@@ -102,12 +119,17 @@ class LLM:
             max_logprobs=config.max_logprobs,
             implementation=implementation,
             deterministic=config.deterministic,
+            swaps=config.swap_space > 0,
         )
+        num_host_blocks = int(config.swap_space * 2**30 / plan.block_bytes)
         scheduler = Scheduler(
             memory,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
+            order=PriorityOrder() if config.scheduling_policy == "priority" else Order(),
+            choose_recovery=_recovery(config, plan),
+            host_pool=HostPool(num_host_blocks, memory.num_usable_blocks),
         )
         eos_token_ids = load_eos_token_ids(config.model)
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
@@ -138,6 +160,7 @@ class LLM:
         prompts: Prompt | Seq[Prompt],
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        priority: Seq[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts as one continuously batched run.
 
@@ -145,6 +168,7 @@ class LLM:
           prompts: one or several of `Prompt`.
           sampling_params: one for all, or one per prompt; None means `SamplingParams()`.
           use_tqdm: show progress on standard error.
+          priority: one number per prompt, lower ones first; for `scheduling_policy="priority"`.
 
         Returns:
           One output per prompt, in the order of the prompts.
@@ -153,6 +177,7 @@ class LLM:
           ValueError: a prompt or parameter is not usable; nothing has been run then.
         """
         requests = self._check_all(prompts, sampling_params)
+        self._set_priorities([group for group, _ in requests], priority)
         done: dict[str, RequestOutput] = {}
         with tqdm(total=len(requests), unit="request", disable=not use_tqdm) as progress:
             begin = self.engine.num_generated_tokens
@@ -302,6 +327,22 @@ class LLM:
                 raise ValueError(f"prompts[{index}]: {error}") from error
         return checked
 
+    def _set_priorities(self, groups: Seq[SequenceGroup], priority: Seq[int] | None) -> None:
+        """Gives each group its priority; 0 without any."""
+        if priority is None:
+            return
+        if self.config.scheduling_policy != "priority":
+            raise ValueError(
+                f"priority={priority!r:.80} needs scheduling_policy='priority', and this engine "
+                f"has {self.config.scheduling_policy!r}"
+            )
+        if len(priority) != len(groups) or not all(type(p) is int for p in priority):
+            raise ValueError(
+                f"priority={priority!r:.80} must be one integer for each of {len(groups)} prompts"
+            )
+        for group, one in zip(groups, priority, strict=True):
+            group.priority = one
+
     def _tokenized(self, prompt: Prompt) -> tuple[str | None, Seq[int]]:
         """Returns a prompt's text, if it has one, and its tokens."""
         if isinstance(prompt, str):
@@ -347,6 +388,20 @@ class LLM:
                 self.engine.abort(request_id)
             if not self._awaited:
                 self.engine.drain()
+
+
+def _recovery(config: EngineConfig, plan: PoolPlan) -> ChooseRecovery:
+    """Returns the policy that `preemption_mode` names."""
+    if config.preemption_mode == "recompute" or not config.swap_space:
+        return always_recompute
+    if config.preemption_mode == "swap":
+        return always_swap
+    return CheaperRecovery(
+        seconds_per_token=plan.weight_bytes / _COMPUTED_BYTES_PER_S,
+        seconds_per_block=plan.block_bytes / _COPIED_BYTES_PER_S,
+        seconds_per_swap=_SWAP_OVERHEAD_S,
+        block_size=config.block_size,
+    )
 
 
 def _cache_salt(prompt: Prompt) -> str | None:

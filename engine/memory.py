@@ -33,6 +33,11 @@ class Memory(Protocol):
         """Tokens per block."""
         ...
 
+    @property
+    def tables(self) -> np.ndarray:
+        """The blocks of each row in order, i32[R, M]; never written to."""
+        ...
+
     def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
         """Returns how many blocks of the pool so many blocks in so many rows take."""
         ...
@@ -144,6 +149,11 @@ class BlockTableMemory:
     def block_size(self) -> int:
         """Tokens per block."""
         return self.state.block_size
+
+    @property
+    def tables(self) -> np.ndarray:
+        """The blocks of each row in order, i32[R, M]; never written to."""
+        return np.asarray(self.state.tables)
 
     def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
         """Returns `num_blocks`: nothing is lost between rows."""

@@ -79,7 +79,9 @@ class RequestOutput:
       finished: all completions are.
       metrics: times and counts of this request.
       num_cached_tokens: prompt tokens whose KV came from the prefix cache.
-      prompt_logprobs: per prompt token, log-probabilities by token id; None unless asked for.
+      prompt_logprobs: per prompt token, as in `CompletionOutput.logprobs`; None for the first one,
+        which nothing predicts. All are there with the first generated token, those of the chunks
+        computed so far in what is aborted before. None unless asked for.
     """
 
     request_id: str
@@ -89,7 +91,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0
-    prompt_logprobs: tuple[dict[int, float] | None, ...] | None = None
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
 
 
 def logprobs_by_token(

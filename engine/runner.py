@@ -3,6 +3,7 @@
 The only module that copies from the device to the host.
 """
 
+import itertools
 from typing import NamedTuple, Protocol
 
 import jax
@@ -16,7 +17,8 @@ from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.logits import RowEdits, RowState
 from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.scheduler import ScheduledStep
-from pallas_paged.engine.step import StepPrograms
+from pallas_paged.engine.sequence import Sequence
+from pallas_paged.engine.step import NUM_PROMPT_ROWS, StepPrograms
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import CausalLM
 
@@ -28,11 +30,15 @@ class InFlight(NamedTuple):
       step: the step.
       tokens: i32[B], the samples.
       logprobs: of `logprobs.pack` where a sequence of the step asked for it, else None.
+      prompts: the sequences whose prompts' log-probabilities it computes, with their numbers.
+      prompt_logprobs: of `logprobs.pack`, theirs one after the other, in as many arrays as needed.
     """
 
     step: ScheduledStep
     tokens: jax.Array | np.ndarray
     logprobs: jax.Array | np.ndarray | None = None
+    prompts: tuple[tuple[Sequence, int], ...] = ()
+    prompt_logprobs: tuple[jax.Array, ...] = ()
 
 
 class Collected(NamedTuple):
@@ -42,10 +48,12 @@ class Collected(NamedTuple):
       tokens: meaningful where the sequence samples.
       logprobs: of those tokens, with the most likely ones as `SamplingParams.logprobs` says; None
         where they were not asked for.
+      prompt_logprobs: of the prompts' next tokens, for the sequences that ask for them.
     """
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None]
+    prompt_logprobs: tuple[tuple[Sequence, list[TokenLogprobs]], ...] = ()
 
 
 class Runner(Protocol):
@@ -77,6 +85,7 @@ class ModelRunner:
         max_logprobs: int = 20,
         implementation: str | None = None,
         deterministic: bool = False,
+        swaps: bool = False,
     ):
         config = model.config
         self._make_caches = lambda: tuple(
@@ -99,19 +108,28 @@ class ModelRunner:
             implementation,
             deterministic,
         )
-        self.block_programs = BlockPrograms(self.kv_caches, max_num_seqs)
+        self.block_programs = BlockPrograms(self.kv_caches, max_num_seqs, swaps=swaps)
 
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
         """Starts a step without waiting for its result; the caches are donated to it."""
-        is_full = batch.needs_full(step)
+        targets = [batch.prompt_targets(share) for share in step.scheduled]
         bucket = self.buckets.pick(
-            step.num_tokens, len(step.scheduled), is_decode=step.is_decode, is_full=is_full
+            step.num_tokens,
+            len(step.scheduled),
+            is_decode=step.is_decode and not any(targets),
+            is_full=batch.needs_full(step),
         )
+        for move in step.swap_outs:
+            self.block_programs.swap_out(self.kv_caches, move)
+        for move in step.swap_ins:
+            self.kv_caches = self.block_programs.swap_in(self.kv_caches, move)
         if len(step.copies.src):
             self.kv_caches = self.block_programs.copy(self.kv_caches, step.copies)
-        packed = jnp.asarray(batch.build(step, state, bucket))
+        packed = jax.device_put(batch.build(step, state, bucket))
         for edit in self._row_edits.next_edits(step):
-            self.row_state = self.programs.edit_rows(self.row_state, self.last_tokens, edit)
+            self.row_state = self.programs.edit_rows(
+                self.row_state, self.last_tokens, jax.device_put(edit)
+            )
         result = self.programs(bucket, self.kv_caches, self.last_tokens, packed, self.row_state)
         self.kv_caches, self.last_tokens = result.kv_caches, result.last_tokens
         if result.counts is not None:
@@ -120,14 +138,42 @@ class ModelRunner:
         packed_logprobs = result.logprobs if wants_logprobs else None
         copied = result.tokens if packed_logprobs is None else packed_logprobs
         copied.copy_to_host_async()
-        return InFlight(step, result.tokens, packed_logprobs)
+        in_flight = InFlight(step, result.tokens, packed_logprobs)
+        return self._dispatch_prompts(in_flight, targets, result.hidden)
+
+    def _dispatch_prompts(
+        self, in_flight: InFlight, targets: list[range], hidden: jax.Array | None
+    ) -> InFlight:
+        """Starts the log-probabilities of prompts that a step's hidden states give."""
+        if hidden is None or not any(targets):
+            return in_flight
+        indices: list[int] = []
+        tokens: list[int] = []
+        prompts, offset = [], 0
+        for share, positions in zip(in_flight.step.scheduled, targets, strict=True):
+            if positions:
+                sequence = share.sequence
+                indices.extend(offset + p - 1 - share.start for p in positions)
+                tokens.extend(sequence.prompt_token_ids[positions.start : positions.stop])
+                prompts.append((sequence, len(positions)))
+                sequence.group.num_prompt_logprobs = positions.stop - 1
+            offset += share.num_tokens
+        arrays = []
+        for start in range(0, len(tokens), NUM_PROMPT_ROWS):
+            packed = np.zeros((2, NUM_PROMPT_ROWS), np.int32)
+            piece = slice(start, start + NUM_PROMPT_ROWS)
+            packed[:, : len(tokens[piece])] = indices[piece], tokens[piece]
+            arrays.append(self.programs.prompt_logprobs(hidden, jax.device_put(packed)))
+            arrays[-1].copy_to_host_async()
+        return in_flight._replace(prompts=tuple(prompts), prompt_logprobs=tuple(arrays))
 
     def collect(self, in_flight: InFlight) -> Collected:
         """Waits for a step and returns what it computed."""
         scheduled = in_flight.step.scheduled
+        prompts = self._collect_prompts(in_flight)
         if in_flight.logprobs is None:
             tokens = np.asarray(in_flight.tokens)[: len(scheduled)]
-            return Collected(tokens.tolist(), [None] * len(scheduled))
+            return Collected(tokens.tolist(), [None] * len(scheduled), prompts)
         packed = np.asarray(in_flight.logprobs)[: len(scheduled)]
         found = [
             logprobs.read(row, self._num_top(share.sequence.sampling_params.logprobs))
@@ -135,7 +181,18 @@ class ModelRunner:
             else None
             for share, row in zip(scheduled, packed, strict=True)
         ]
-        return Collected(packed[:, 0].tolist(), found)
+        return Collected(packed[:, 0].tolist(), found, prompts)
+
+    def _collect_prompts(
+        self, in_flight: InFlight
+    ) -> tuple[tuple[Sequence, list[TokenLogprobs]], ...]:
+        rows = (row for array in in_flight.prompt_logprobs for row in np.asarray(array))
+        found = []
+        for sequence, count in in_flight.prompts:
+            num_top = self._num_top(sequence.sampling_params.prompt_logprobs)
+            of_one = [logprobs.read(row, num_top) for row in itertools.islice(rows, count)]
+            found.append((sequence, of_one))
+        return tuple(found)
 
     def _num_top(self, asked: int) -> int:
         return self._vocab_size if asked == -1 else asked
@@ -154,8 +211,7 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Compiles every program, so that no step waits for a compilation."""
-        self.programs.compile(self.buckets.all())
-        self.programs.compile_edit()
+        self.programs.compile_all(self.buckets.all())
         self.block_programs.compile()
 
     def block_until_ready(self) -> None:

@@ -17,8 +17,7 @@ class SamplingParams:
 
     The logits change in this order: `logit_bias` and what excludes tokens, then the penalties (see
     `pallas_paged.engine.logits`), then temperature, `min_p`, `top_k`, `top_p` (see
-    `pallas_paged.engine.sampling`). A field that is not supported yet accepts only its default and
-    is refused by name otherwise, never ignored.
+    `pallas_paged.engine.sampling`).
 
     Attributes:
       n: completions per prompt, 1 to 16384, and no more than the engine's `max_num_seqs`. The
@@ -44,7 +43,8 @@ class SamplingParams:
         0 is the token's alone, -1 all, None nothing. They are the model's own: the log-softmax of
         its logits before bias, masks, penalties and temperature. At most the engine's
         `max_logprobs`.
-      prompt_logprobs: the same for the prompt's tokens. Only None is supported yet.
+      prompt_logprobs: the same for the prompt's tokens but the first. Such a request computes its
+        whole prompt and takes nothing from a prefix cache.
       detokenize: make text of the tokens. Without it `text` is None and `stop` must be empty.
       skip_special_tokens: leave special tokens out of the text.
       include_stop_str_in_output: keep the stop string that ended the text.
@@ -57,7 +57,7 @@ class SamplingParams:
       skip_writing_prefix_cache: keep nothing of this request for later ones.
 
     Raises:
-      ValueError: a field is out of its range, of the wrong type, or not supported yet.
+      ValueError: a field is out of its range, of the wrong type, or excludes another.
     """
 
     n: int = 1
@@ -89,10 +89,6 @@ class SamplingParams:
         for field, check in _CHECKS.items():
             object.__setattr__(self, field, check(field, getattr(self, field)))
         self._check_together()
-        for field, neutral in _NOT_SUPPORTED_YET.items():
-            value = getattr(self, field)
-            if value != neutral:
-                raise ValueError(f"{field}={value!r} is not supported yet; leave it at {neutral!r}")
 
     def _check_together(self) -> None:
         if self.n > 1 and self.temperature == 0:
@@ -245,8 +241,4 @@ _CHECKS: dict[str, _Check] = {
     "bad_words": _bad_words,
     "skip_reading_prefix_cache": _flag,
     "skip_writing_prefix_cache": _flag,
-}
-
-_NOT_SUPPORTED_YET: dict[str, object] = {
-    "prompt_logprobs": None,
 }

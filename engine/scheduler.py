@@ -12,22 +12,32 @@ order, so the running groups are always the earliest ones. The earliest of all i
 when it runs alone, and alone it fits, or `add` had refused it.
 """
 
+import bisect
 import collections
 import collections.abc
-import dataclasses
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pallas_paged.engine.groups import (
+    NO_COPIES,
     CopyPairs,
+    Entry,
     FullBlocks,
     RowPlan,
     plan_entry,
     sequences_to_place,
     worst_case_blocks,
 )
-from pallas_paged.engine.policies import choose_victim, next_to_admit
+from pallas_paged.engine.policies import (
+    ChooseRecovery,
+    Order,
+    always_recompute,
+    choose_victim,
+    next_to_admit,
+)
+from pallas_paged.engine.scheduled import ScheduledSequence, ScheduledStep
 from pallas_paged.engine.sequence import FinishReason, Sequence, SequenceGroup, SequenceStatus
+from pallas_paged.engine.swap import BlockMove, HostPool, plan_return, swap_in, swap_out
 
 if TYPE_CHECKING:  # the protocol's module also holds the implementation, which imports jax
     from pallas_paged.engine.memory import Memory
@@ -36,56 +46,23 @@ type Plan = list[tuple[Sequence, int]]
 """How many tokens of which sequences to compute, group by group."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """A sequence's share of a step.
+class _Arrival(NamedTuple):
+    """A waiting group that fits: its blocks, those of them that are cached, how many it takes."""
 
-    Attributes:
-      sequence: the sequence.
-      row: its row in the block tables; copied, because the sequence may lose it meanwhile.
-      start: the position of the first token to compute.
-      num_tokens: tokens to compute. 0 for a sequence forked from the one in front of it, whose
-        logits it samples its first token from.
-      samples: whether the share reaches the sequence's end, so that its next token is sampled.
-      input_on_device: whether the share's one token is the row's last sampled token, which the
-        host does not know yet. Otherwise the tokens are
-        `sequence.token_ids[start : start + num_tokens]`.
-    """
-
-    sequence: Sequence
-    row: int
-    start: int
-    num_tokens: int
-    samples: bool
-    input_on_device: bool
+    group: SequenceGroup
+    entry: Entry
+    hits: list[list[int]]
+    num_blocks: int
 
 
-@dataclasses.dataclass(frozen=True)
-class ScheduledStep:
-    """What one step computes.
-
-    Attributes:
-      step_id: counts the scheduler's steps from 0.
-      scheduled: the shares, in order of arrival; never empty.
-      num_tokens: tokens of all shares.
-      copies: blocks to copy before the step.
-      preempted: groups that lost their blocks to this step.
-    """
-
-    step_id: int
-    scheduled: tuple[ScheduledSequence, ...]
-    num_tokens: int
+class _Admitted(NamedTuple):
+    planned: Plan
+    swap_ins: tuple[BlockMove, ...]
     copies: CopyPairs
-    preempted: tuple[SequenceGroup, ...]
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether each share has one token."""
-        return all(share.num_tokens == 1 for share in self.scheduled)
 
 
 class Scheduler:
-    """First come, first served, with chunked prefill and preemption by recomputation.
+    """Continuous batching of groups, with chunked prefill and preemption of whole groups.
 
     The engine's loop is `step = schedule()`, dispatch, then `commit` of the *previous* step; or of
     this one, to run without overlap. Steps are committed in the order in which they were scheduled.
@@ -97,6 +74,9 @@ class Scheduler:
       max_model_len: the most tokens of a sequence, prompt and output; there it ends by "length".
       watermark_blocks: blocks that admission leaves free while other groups run, so that they
         can grow before anyone is preempted. None: one in a hundred, at least one.
+      order: who runs, and comes back, before whom; see `policies`.
+      choose_recovery: whether a group that loses its blocks is computed again or swapped out.
+      host_pool: the host memory that groups are swapped to; None has no room.
     """
 
     def __init__(
@@ -107,6 +87,9 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         watermark_blocks: int | None = None,
+        order: Order | None = None,
+        choose_recovery: ChooseRecovery = always_recompute,
+        host_pool: HostPool | None = None,
     ) -> None:
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1),
@@ -125,7 +108,12 @@ class Scheduler:
         self.watermark_blocks = watermark_blocks
         self.num_preemptions = 0
         self._unfinished: dict[str, SequenceGroup] = {}
-        self._waiting: collections.deque[SequenceGroup] = collections.deque()
+        self.host_pool = HostPool(0, memory.num_usable_blocks) if host_pool is None else host_pool
+        self._order = Order() if order is None else order
+        self._choose_recovery = choose_recovery
+        self._arrivals = itertools.count()
+        self._swap_outs: list[BlockMove] = []  # for the next step
+        self._waiting: list[SequenceGroup] = []
         self._running: list[SequenceGroup] = []
         self._in_flight: collections.deque[ScheduledStep] = collections.deque()
         self._step_ids = itertools.count()
@@ -158,8 +146,9 @@ class Scheduler:
     def add(self, group: SequenceGroup) -> None:
         """Puts a new group at the end of the queue; raises `ValueError` as `check` does."""
         self.check(group)
+        group.arrival = next(self._arrivals)
         self._unfinished[group.request_id] = group
-        self._waiting.append(group)
+        self._enqueue(group)
 
     def check(self, group: SequenceGroup) -> None:
         """Tells whether `add` would accept the group; changes nothing.
@@ -233,12 +222,14 @@ class Scheduler:
         the others fit; it waits at the head of the queue then, and nobody overtakes it.
         """
         assert len(self._in_flight) <= 1, "at most one step may be in flight"
-        preempted: list[SequenceGroup] = []
+        preempted = self._displace()
         planned = self._plan_running()
         while (copies := self._reserve(planned)) is None:
             preempted.append(self._preempt(choose_victim(self._running)))
             planned = self._plan_running()
-        planned += self._admit(self.max_num_batched_tokens - sum(count for _, count in planned))
+        admitted = self._admit(self.max_num_batched_tokens - sum(count for _, count in planned))
+        copies = copies.and_then(admitted.copies)
+        planned += admitted.planned
         planned = self._fork(planned)
         if not planned:
             assert self._in_flight or not self._unfinished, "nothing to wait for, nothing to do"
@@ -247,9 +238,12 @@ class Scheduler:
             next(self._step_ids),
             tuple(self._dispatch(sequence, count) for sequence, count in planned),
             sum(count for _, count in planned),
+            tuple(self._swap_outs),
+            admitted.swap_ins,
             copies,
             tuple(preempted),
         )
+        self._swap_outs.clear()
         self._in_flight.append(step)
         return step
 
@@ -323,8 +317,10 @@ class Scheduler:
                 sequence.finish_reason = "abort"
                 sequence.num_pending = 0
                 sequence.give_up_blocks()
+            self.host_pool.give_back(group)
         for queue in (self._unfinished, self._waiting, self._running, self._in_flight):
             queue.clear()
+        self._swap_outs.clear()
         self.memory.free_all()
         return aborted
 
@@ -348,8 +344,14 @@ class Scheduler:
             assert not rows.keys() & used.keys()
             used |= rows
         for group in self._waiting:
-            assert group.status is SequenceStatus.WAITING
+            swapped = group.swapped is not None
+            assert group.status is (SequenceStatus.SWAPPED if swapped else SequenceStatus.WAITING)
             assert all(s.row is None and s.num_reserved == 0 for s in group.sequences)
+        for queue in (self._running, self._waiting):
+            keys = [self._order.key(group) for group in queue]
+            assert keys == sorted(set(keys))
+        chunks = [group.swapped.num_blocks for group in queued if group.swapped is not None]
+        assert sum(chunks) == self.host_pool.num_used <= self.host_pool.num_blocks
         self.memory.check_invariants(used)
 
     def _check_counts(self, sequence: Sequence) -> None:
@@ -419,62 +421,129 @@ class Scheduler:
                 sequence.num_reserved += count
         return copies
 
-    def _admit(self, budget: int) -> Plan:
+    def _enqueue(self, group: SequenceGroup) -> None:
+        bisect.insort(self._waiting, group, key=self._order.key)
+
+    def _displace(self) -> list[SequenceGroup]:
+        """Preempts running groups that the head of the queue may displace, until it fits."""
+        displaced: list[SequenceGroup] = []
+        while self._waiting and self._running:
+            head, victim = next_to_admit(self._waiting), choose_victim(self._running)
+            if not self._order.may_displace(head, victim) or _is_in_flight(head):
+                break
+            if self._arrival_of(head, 0, 0) is not None:
+                break
+            displaced.append(self._preempt(victim))
+        return displaced
+
+    def _arrival_of(
+        self, group: SequenceGroup, rows_taken: int, blocks_taken: int
+    ) -> "_Arrival | None":
+        """Returns how a waiting group would come in beside what is taken; None if it cannot."""
+        live = group.live
+        # What a preempted group still has in flight belongs to its earlier life.
+        if _is_in_flight(group):
+            return None
+        num_running = sum(len(running.live) for running in self._running)
+        if num_running + rows_taken + len(live) > self.max_num_seqs:
+            return None
+        hits = [self._hits(sequence) for sequence in sequences_to_place(group)]
+        plan = plan_entry if group.swapped is None else plan_return
+        entry = plan(group, hits, self.memory.block_size)
+        needed = self.memory.blocks_taken(entry.num_needed, len(live))
+        needed += self.memory.num_unreferenced(list(itertools.chain(*hits)))
+        spare = self.watermark_blocks if self._running or rows_taken else 0
+        if blocks_taken + needed + spare > self.memory.num_free_blocks:
+            return None
+        return _Arrival(group, entry, hits, needed)
+
+    def _admit(self, budget: int) -> "_Admitted":
         """Moves groups from the queue to the running ones; blocks for all known tokens."""
+        arrivals: list[_Arrival] = []
         planned: Plan = []
-        placed: list[Sequence] = []
-        plans: list[RowPlan] = []
-        num_free = self.memory.num_free_blocks
-        num_rows = self.max_num_seqs - sum(len(group.live) for group in self._running)
-        num_new = 0
-        while self._waiting and budget:
-            group = next_to_admit(self._waiting)
-            live = group.live
-            # What a preempted sequence still has in flight belongs to its earlier life.
-            if len(live) > num_rows or any(sequence.num_in_flight for sequence in live):
+        rows_taken = blocks_taken = 0
+        for group in tuple(self._waiting) if budget else ():
+            arrival = self._arrival_of(group, rows_taken, blocks_taken)
+            if arrival is None:
                 break
-            hits = [self._hits(sequence) for sequence in sequences_to_place(group)]
-            entry = plan_entry(group, hits, self.memory.block_size)
-            spare = self.watermark_blocks if self._running else 0
-            needed = self.memory.blocks_taken(entry.num_needed, len(live))
-            needed += self.memory.num_unreferenced(list(itertools.chain(*hits)))
-            if needed + spare > num_free:
-                break
-            num_free -= needed
-            num_rows -= len(live)
-            for sequence, branch in zip(entry.placed, entry.branches, strict=True):
-                sequence.num_shared = sequence.num_dispatched = branch.num_shared
-                sequence.num_reserved = len(sequence.token_ids)
-                sequence.num_remembered = branch.num_shared // self.memory.block_size
-                if branch.leader is not None:
-                    sequence.leader = entry.placed[branch.leader]
-                else:
-                    sequence.num_computed = branch.num_shared
-                blocks = tuple(b if b > 0 else b - num_new for b in branch.blocks)
-                plans.append(RowPlan(sequence.num_reserved, blocks))
-            if group.num_preemptions == 0 and group.reads_cache:
-                group.num_cached_tokens = entry.branches[0].num_shared
-                self.memory.count_query(group.num_prompt_tokens, group.num_cached_tokens)
-            num_new += entry.num_new
-            placed += entry.placed
-            group.is_forked = len(entry.placed) == len(live)
+            arrivals.append(arrival)
+            rows_taken += len(group.live)
+            blocks_taken += arrival.num_blocks
+            self._enter(arrival)
             planned_here = self._plan(group, budget)
             planned += planned_here
             budget -= sum(count for _, count in planned_here)
-            self._waiting.remove(group)
-            self._running.append(group)
-            group.status = SequenceStatus.RUNNING
-        if plans:
-            for sequence, row in zip(placed, self.memory.admit(plans), strict=True):
-                sequence.row = row
-        return planned
+            if not budget:
+                break
+        for arrival in arrivals:
+            self._waiting.remove(arrival.group)
+            bisect.insort(self._running, arrival.group, key=self._order.key)
+            arrival.group.status = SequenceStatus.RUNNING
+        if not arrivals:
+            return _Admitted(planned, (), NO_COPIES)
+        self._give_rows(arrivals)
+        return _Admitted(planned, *self._bring_back(arrivals))
+
+    def _enter(self, arrival: "_Arrival") -> None:
+        """Lets a group's sequences begin with what they share, found or kept."""
+        group, entry = arrival.group, arrival.entry
+        for sequence, branch, cached in zip(
+            entry.placed, entry.branches, arrival.hits, strict=True
+        ):
+            sequence.num_shared = sequence.num_dispatched = branch.num_shared
+            sequence.num_reserved = len(sequence.token_ids)
+            if branch.leader is not None:
+                sequence.leader = entry.placed[branch.leader]
+            else:
+                sequence.num_computed = branch.num_shared
+            found = len(cached) if group.swapped else branch.num_shared // self.memory.block_size
+            sequence.num_remembered = found
+        group.is_forked = len(entry.placed) == len(group.live)
+        if group.num_preemptions == 0 and group.reads_cache:
+            group.num_cached_tokens = entry.branches[0].num_shared
+            self.memory.count_query(group.num_prompt_tokens, group.num_cached_tokens)
+
+    def _give_rows(self, arrivals: list["_Arrival"]) -> None:
+        """Allocates the rows of all arrivals at once."""
+        placed: list[Sequence] = []
+        plans: list[RowPlan] = []
+        num_new = 0
+        for group, entry, _, _ in arrivals:
+            for sequence, branch in zip(entry.placed, entry.branches, strict=True):
+                blocks = tuple(b if b > 0 else b - num_new for b in branch.blocks)
+                num_tokens = sequence.num_reserved if group.swapped is None else branch.num_shared
+                plans.append(RowPlan(num_tokens, blocks))
+            num_new += entry.num_new
+            placed += entry.placed
+        for sequence, row in zip(placed, self.memory.admit(plans), strict=True):
+            sequence.row = row
+
+    def _bring_back(self, arrivals: list["_Arrival"]) -> tuple[tuple[BlockMove, ...], CopyPairs]:
+        """Says what to copy from the host, and lets the rows grow for what was not kept."""
+        swapped = [arrival for arrival in arrivals if arrival.group.swapped is not None]
+        if not swapped:
+            return (), NO_COPIES
+        tables = self.memory.tables
+        moves = tuple(swap_in(entry.placed, tables, hits) for _, entry, hits, _ in swapped)
+        growing = [sequence for _, entry, _, _ in swapped for sequence in entry.placed]
+        copies = self.memory.append(
+            [sequence.row for sequence in growing if sequence.row is not None],
+            [sequence.num_reserved - sequence.num_shared for sequence in growing],
+        )
+        assert copies is not None, "admitted without the blocks to grow"
+        for arrival in swapped:
+            self.host_pool.give_back(arrival.group)
+        return moves, copies
 
     def _hits(self, sequence: Sequence) -> list[int]:
         """Returns the cached blocks that the sequence may begin with."""
         group = sequence.group
         if not group.reads_cache:
             return []
-        return self.memory.match(sequence.token_ids, group.cache_salt)
+        hits = self.memory.match(sequence.token_ids, group.cache_salt)
+        if group.swapped is not None:  # nothing past what it kept
+            return hits[: sequence.num_swapped // self.memory.block_size]
+        return hits
 
     def _newly_full(self, sequence: Sequence) -> list[FullBlocks]:
         """Returns the blocks, if any, that its committed tokens have filled since the last time."""
@@ -532,14 +601,19 @@ class Scheduler:
         return share
 
     def _preempt(self, group: SequenceGroup) -> SequenceGroup:
-        """Takes all blocks; its sequences start again with prompt and output as their prompts."""
+        """Takes all blocks; what is not swapped out starts again, prompt and output as a prompt."""
         self._running.remove(group)
-        self._waiting.appendleft(group)  # it arrived before all that wait
+        move = None
+        if self._choose_recovery(group) == "swap":
+            move = swap_out(group, self.memory.tables, self.memory.block_size, self.host_pool)
+        if move is not None:
+            self._swap_outs.append(move)
         self.memory.free([s.row for s in group.placed if s.row is not None])
         for sequence in group.sequences:
             sequence.give_up_blocks()
-        group.status = SequenceStatus.WAITING
+        group.status = SequenceStatus.WAITING if move is None else SequenceStatus.SWAPPED
         group.is_forked = False
+        self._enqueue(group)
         group.num_preemptions += 1
         self.num_preemptions += 1
         return group
@@ -578,9 +652,10 @@ class Scheduler:
                 self._running.remove(group)
             else:
                 self._waiting.remove(group)
+            self.host_pool.give_back(group)
             group.status = SequenceStatus.FINISHED
         else:
-            assert group.is_forked or group.status is SequenceStatus.WAITING
+            assert group.is_forked or group.status is not SequenceStatus.RUNNING
         return rows
 
 
@@ -590,3 +665,7 @@ def _may_start(sequence: Sequence, planned: dict[Sequence, int]) -> bool:
     if leader is None or leader.is_finished:
         return True
     return leader.num_dispatched + planned.get(leader, 0) >= sequence.num_shared
+
+
+def _is_in_flight(group: SequenceGroup) -> bool:
+    return any(sequence.num_in_flight for sequence in group.live)

@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pallas_paged.engine.logit_rules import LogitRules
+    from pallas_paged.engine.swap import SwappedChunk
 
 FinishReason = Literal["stop", "length", "abort"]
 
 
 class SequenceStatus(enum.Enum):
-    """Where a group, or one of its sequences, stands: queued, in the block tables, or done."""
+    """Where a group or a sequence of it stands: queued, running, queued on the host, or done."""
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
+    SWAPPED = enum.auto()
     FINISHED = enum.auto()
 
 
@@ -37,6 +39,8 @@ class Sequence:
         recomputation; None where they are computed already.
       num_shared: tokens in those blocks; it computes none of them.
       num_reserved: tokens that its blocks are allocated for.
+      num_swapped: tokens whose keys and values wait in host memory.
+      swapped_slots: the blocks of the group's chunk that hold them, in order.
       num_remembered: full blocks that the memory was told of, see `Memory.remember`.
       num_dispatched: tokens whose keys and values are computed, or will be by a step in flight.
       num_computed: tokens whose keys and values a committed step computed.
@@ -57,6 +61,8 @@ class Sequence:
     leader: "Sequence | None" = dataclasses.field(init=False, default=None, repr=False)
     num_shared: int = dataclasses.field(init=False, default=0)
     num_reserved: int = dataclasses.field(init=False, default=0)
+    num_swapped: int = dataclasses.field(init=False, default=0)
+    swapped_slots: tuple[int, ...] = dataclasses.field(init=False, default=())
     num_remembered: int = dataclasses.field(init=False, default=0)
     num_dispatched: int = dataclasses.field(init=False, default=0)
     num_computed: int = dataclasses.field(init=False, default=0)
@@ -144,15 +150,23 @@ class SequenceGroup:
       sampling_params: carried for the sampler; the scheduler never reads it.
       logit_rules: what the request changes in its logits, None for nothing; carried like
         `sampling_params`, of which it is made.
+      priority: lower ones first, where the scheduler orders by it.
       num_seqs: how many completions.
       cache_salt: keeps its cached blocks apart from those of requests with another one.
-      reads_cache: whether it uses cached blocks.
+      reads_cache: whether it uses cached blocks; not if each token of its prompt has to be computed
+        for `prompt_logprobs`.
       writes_cache: whether its blocks are cached.
       sequences: all of them, by index.
       status: see `SequenceStatus`.
+      arrival: counts the scheduler's groups.
       is_forked: whether every live sequence has a row while the group runs; else only the first.
+      swapped: its blocks in host memory while it is swapped out.
       num_cached_tokens: prompt tokens found in the prefix cache when it was first admitted.
       num_preemptions: how often it was preempted.
+      prompt_logprobs: one entry per token of the prompt but the first where `sampling_params` ask
+        for them, else empty; the engine fills it, and preemption leaves it alone.
+      num_prompt_logprobs: entries that are there or will be when the steps in flight are taken in;
+        the runner counts them.
     """
 
     request_id: str
@@ -163,6 +177,7 @@ class SequenceGroup:
     arrival_time: float = 0.0
     sampling_params: Any = None
     logit_rules: "LogitRules | None" = None
+    priority: int = 0
     num_seqs: int = 1
     cache_salt: str | None = None
     reads_cache: bool = True
@@ -170,9 +185,13 @@ class SequenceGroup:
 
     sequences: list[Sequence] = dataclasses.field(init=False, repr=False)
     status: SequenceStatus = dataclasses.field(init=False, default=SequenceStatus.WAITING)
+    arrival: int = dataclasses.field(init=False, default=0)
     is_forked: bool = dataclasses.field(init=False, default=False)
+    swapped: "SwappedChunk | None" = dataclasses.field(init=False, default=None)
     num_cached_tokens: int = dataclasses.field(init=False, default=0)
     num_preemptions: int = dataclasses.field(init=False, default=0)
+    prompt_logprobs: list[Any] = dataclasses.field(init=False, default_factory=list)
+    num_prompt_logprobs: int = dataclasses.field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.sequences = [Sequence(self, index) for index in range(self.num_seqs)]

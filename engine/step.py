@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from pallas_paged.engine import batch, logprobs
@@ -37,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 Caches = tuple[KVCache, ...]
 
+NUM_PROMPT_ROWS = 64
+"""Tokens whose log-probabilities one call of the program for prompts computes."""
+
 
 class StepResult(NamedTuple):
     """What a step leaves on the device.
@@ -49,6 +51,7 @@ class StepResult(NamedTuple):
       logprobs: of a full step in which a row asks for them, see `logprobs.pack`, whose first column
         are the `tokens`; zeros if no row does; None after a plain step.
       counts: see `RowState`, with this step's input tokens; None after a plain step.
+      hidden: of all T tokens, for `prompt_logprobs`; of full steps that are not decode steps.
     """
 
     kv_caches: Caches
@@ -56,6 +59,7 @@ class StepResult(NamedTuple):
     tokens: jax.Array
     logprobs: jax.Array | None
     counts: jax.Array | None
+    hidden: jax.Array | None
 
 
 def run_step(
@@ -108,7 +112,7 @@ def run_step(
         tokens = sample(logits, batch.sampling_inputs(x))
         last_tokens = last_tokens.at[x.sample_rows].set(tokens)
         tokens = jnp.where(wrong, logits.shape[-1], tokens)
-        return StepResult(kv_caches, last_tokens, tokens, None, None)
+        return StepResult(kv_caches, last_tokens, tokens, None, None, None)
 
     counts = count_tokens(row_state.counts, x.full.counted_rows, input_ids[x.logits_indices])
     ruled = apply_rules(logits, RowState(counts, row_state.bias), batch.logit_inputs(x))
@@ -122,7 +126,29 @@ def run_step(
         lambda: logprobs.pack(logits, tokens, logprobs_width),
         lambda: jnp.zeros((bucket.num_seqs, logprobs.packed_width(logprobs_width)), jnp.int32),
     )
-    return StepResult(kv_caches, last_tokens, tokens, found, counts)
+    kept = None if bucket.is_decode else hidden
+    return StepResult(kv_caches, last_tokens, tokens, found, counts, kept)
+
+
+def prompt_logprobs(
+    params: Any,
+    hidden: jax.Array,
+    packed: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    width: int,
+) -> jax.Array:
+    """Returns `logprobs.pack`'s i32[P, 3 + 2 W] of P tokens of prompts; P is `NUM_PROMPT_ROWS`.
+
+    Args:
+      params: the model's split state.
+      hidden: `StepResult.hidden`.
+      packed: i32[2, P], the tokens in front of those P, as indices into `hidden`, and the P tokens.
+      graphdef: the model's graph definition.
+      width: W.
+    """
+    logits = nnx.merge(graphdef, params).compute_logits(hidden[packed[0]])
+    return logprobs.pack(logits, packed[1], width)
 
 
 @dataclasses.dataclass
@@ -157,6 +183,8 @@ class StepPrograms:
         self.kv_caches = jax.eval_shape(lambda: self.kv_caches)
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
         self._compiled_edit: jax.stages.Compiled | None = None
+        self._compiled_prompt: dict[int, jax.stages.Compiled] = {}  # by T
+        self._hidden: dict[int, jax.ShapeDtypeStruct] = {}  # by T, of full steps
 
     def __call__(
         self,
@@ -172,9 +200,7 @@ class StepPrograms:
         state = (row_state.counts, row_state.bias) if bucket.is_full else ()
         return self._compiled[bucket](self.params, kv_caches, last_tokens, packed, *state)
 
-    def edit_rows(
-        self, row_state: RowState, last_tokens: jax.Array, packed: np.ndarray
-    ) -> RowState:
+    def edit_rows(self, row_state: RowState, last_tokens: jax.Array, packed: jax.Array) -> RowState:
         """Runs `logits.edit_rows`; donates `row_state`."""
         self.compile_edit()
         assert self._compiled_edit is not None
@@ -189,12 +215,37 @@ class StepPrograms:
         lowered = jitted.lower(self._row_state(), self._last_tokens(), packed)
         self._compiled_edit = lowered.compile()
 
+    def prompt_logprobs(self, hidden: jax.Array, packed: jax.Array) -> jax.Array:
+        """Runs `prompt_logprobs`."""
+        num_tokens = hidden.shape[0]
+        if num_tokens not in self._compiled_prompt:
+            self._compile_prompt(hidden)
+        return self._compiled_prompt[num_tokens](self.params, hidden, packed)
+
+    def _compile_prompt(self, hidden: jax.Array | jax.ShapeDtypeStruct) -> None:
+        packed = jax.ShapeDtypeStruct((2, NUM_PROMPT_ROWS), jnp.int32)
+        run = functools.partial(prompt_logprobs, graphdef=self.graphdef, width=self.logprobs_width)
+        lowered = self._lower(jax.jit(run), self.params, hidden, packed)
+        self._compiled_prompt[hidden.shape[0]] = lowered.compile()
+
+    def compile_all(self, buckets: Iterable[Bucket]) -> None:
+        """Compiles every program that steps of the `buckets` may run."""
+        self.compile(buckets)
+        self.compile_edit()
+        for num_tokens, hidden in self._hidden.items():
+            if num_tokens not in self._compiled_prompt:
+                self._compile_prompt(hidden)
+
     def compile(self, buckets: Iterable[Bucket]) -> None:
         """Compiles the programs of those `buckets` that have none yet, two at a time."""
         missing = [bucket for bucket in buckets if bucket not in self._compiled]
         begin = time.perf_counter()
         # Tracing runs Python and gains nothing from threads; XLA's compiler leaves the lock.
         lowered = [self.lower(bucket) for bucket in missing]
+        for bucket, program in zip(missing, lowered, strict=True):
+            hidden = program.out_info.hidden
+            if hidden is not None:
+                self._hidden[bucket.num_tokens] = jax.ShapeDtypeStruct(hidden.shape, hidden.dtype)
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             compiled = pool.map(lambda program: program.compile(), lowered)
             self._compiled.update(zip(missing, compiled, strict=True))
@@ -231,11 +282,15 @@ class StepPrograms:
         packed = jax.ShapeDtypeStruct((size,), jnp.int32)
         state = self._row_state() if bucket.is_full else ()
         jitted = jax.jit(step, donate_argnums=(1, 2, 4) if bucket.is_full else (1, 2))
+        return self._lower(jitted, self.params, self.kv_caches, self._last_tokens(), packed, *state)
+
+    def _lower(self, jitted: Any, *args: Any) -> jax.stages.Lowered:
+        """Traces a program that computes with the model's parameters."""
         precision = jax.config.jax_default_matmul_precision
         if precision is None and jax.tree.leaves(self.params)[0].dtype == jnp.float32:
             precision = "highest"  # else a GPU rounds the factors of products to 10 bits
         with jax.default_matmul_precision(precision):
-            return jitted.lower(self.params, self.kv_caches, self._last_tokens(), packed, *state)
+            return jitted.lower(*args)
 
     def _last_tokens(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self.max_num_seqs + 1,), jnp.int32)
@@ -249,4 +304,5 @@ class StepPrograms:
         self.compile([bucket])
         analysis = self._compiled[bucket].memory_analysis()
         assert analysis is not None, "XLA gave no memory analysis of a compiled program"
-        return analysis.temp_size_in_bytes
+        in_place = analysis.alias_size_in_bytes
+        return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - in_place

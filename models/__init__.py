@@ -1,4 +1,4 @@
-"""Flax NNX models, and the loading of Hugging Face checkpoints into them."""
+"""Flax NNX models, and checkpoints: loading, porting to Orbax and back, parity."""
 
 from pallas_paged.models.config import ModelConfig
 from pallas_paged.models.interface import Attend, CausalLM

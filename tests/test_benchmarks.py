@@ -19,8 +19,14 @@ SMALL = (
     [
         ("attention", "--batch=2 --context=32 --heads=2/1 --layers=1 --repeats=1 --parts=decode"),
         ("block_tables", "--num_seqs=8 --num_tokens=64 --steps=4"),
+        (
+            "plan_memory",
+            "--model=tests/models/data/llama-gqa-llama3 --layers=1 --max_num_seqs=4 "
+            "--max_num_batched_tokens=32 --max_model_len=128",
+        ),
         ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
-        ("sampling", "--shapes=2x300 --rounds=1"),
+        ("sampling", "--shapes=2x300 --rounds=1 --hidden=16 --layers=1 --heads=2/1 --context=4"),
+        ("sharing", "--num_requests=3 --max_num_seqs=8 --prefix_len=40 --prefix_requests=3"),
         ("throughput", f"{SMALL} --baseline=static,continuous"),
         ("latency", f"{SMALL} --request_rate=40 --goodput=ttft:500 --baseline=static"),
     ],

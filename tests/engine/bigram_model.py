@@ -152,7 +152,9 @@ def _sample() -> Any:
     return jax.jit(sample)
 
 
-def next_token(logits: np.ndarray, position: int, params: SamplingParams) -> int:
+def next_token(
+    logits: np.ndarray, position: int, params: SamplingParams, sample_index: int = 0
+) -> int:
     """Returns the token that the sampler draws from ruled logits; its own tests are elsewhere."""
     if params.temperature == 0:
         return int(logits.argmax())
@@ -162,7 +164,7 @@ def next_token(logits: np.ndarray, position: int, params: SamplingParams) -> int
         top_p=np.full(1, params.top_p, np.float32),
         min_p=np.full(1, params.min_p, np.float32),
         seeds=np.array([seed_words(params.seed)], np.uint32),
-        sample_index=np.zeros(1, np.int32),
+        sample_index=np.full(1, sample_index, np.int32),
         positions=np.full(1, position, np.int32),
     )
     return int(_sample()(logits[None], inputs)[0])
@@ -173,14 +175,15 @@ def expected(
     prompt: Sequence[int],
     params: SamplingParams,
     bad_sequences: Sequence[Sequence[int]] = (),
+    sample_index: int = 0,
 ) -> list[int]:
-    """Returns a request's output tokens."""
+    """Returns the output tokens of one of a request's completions."""
     output: list[int] = []
     ending = {*params.stop_token_ids, *(() if params.ignore_eos else (EOS,))}
     while len(output) < params.max_tokens:
         context = [*prompt, *output]
         logits = ruled_logits(table[context[-1]], prompt, output, params, bad_sequences)
-        output.append(next_token(logits, len(context), params))
+        output.append(next_token(logits, len(context), params, sample_index))
         if output[-1] in ending:
             break
     return output

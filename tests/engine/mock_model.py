@@ -9,6 +9,7 @@ collected, after the next one was dispatched.
 import collections
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from pallas_paged.engine.groups import CopyPairs
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
 from pallas_paged.engine.sequence import Sequence
+from pallas_paged.engine.swap import BlockMove, HostPool
 
 VOCAB_SIZE = 61
 
@@ -67,6 +69,8 @@ class Batch:
     seq_lens: list[int]
     samples: list[bool]
     indices: list[int]
+    swap_outs: tuple[BlockMove, ...]
+    swap_ins: tuple[BlockMove, ...]
     copies: CopyPairs
     free_blocks: np.ndarray
 
@@ -103,6 +107,8 @@ class MockRunner:
             seq_lens=[share.start + share.num_tokens for share in step.scheduled],
             samples=[share.samples for share in step.scheduled],
             indices=[share.sequence.index for share in step.scheduled],
+            swap_outs=step.swap_outs,
+            swap_ins=step.swap_ins,
             copies=step.copies,
             free_blocks=np.flatnonzero(state.ref_counts == 0),
         )
@@ -111,7 +117,12 @@ class MockRunner:
 
     def collect(self, batch: Batch) -> list[int]:
         assert self.queue.popleft() is batch, "the device computes steps in order"
+        for move in batch.swap_outs:
+            move.chunk.data = self.cache[move.block_ids].copy()
         self.cache[batch.free_blocks] = -1  # what nobody owns may hold anything
+        for move in batch.swap_ins:
+            slots = np.flatnonzero(move.block_ids)
+            self.cache[move.block_ids[slots]] = move.chunk.data[slots]
         self.cache[batch.copies.dst] = self.cache[batch.copies.src]
         for row, slots, input_ids in zip(batch.rows, batch.slots, batch.input_ids, strict=True):
             tokens = [self.last_tokens[row]] if input_ids is None else input_ids
@@ -184,6 +195,8 @@ def make_engine(
     watermark_blocks: int | None = 0,
     host_stop: HostStop | None = None,
     enable_prefix_caching: bool = False,
+    num_host_blocks: int = 0,
+    **policies: Any,
 ) -> MockEngine:
     """Returns an engine over fresh block tables (`num_blocks` counts the null block)."""
     memory = BlockTableMemory(
@@ -199,5 +212,7 @@ def make_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         watermark_blocks=watermark_blocks,
+        host_pool=HostPool(num_host_blocks, num_blocks - 1),
+        **policies,
     )
     return MockEngine(scheduler, MockRunner(memory), host_stop)

@@ -1,11 +1,14 @@
 """What the engine's tests share: small engines, their requests, and the rule of equal tokens."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from pallas_paged.engine import LLM
+from pallas_paged.engine.runner import ModelRunner
 from tests.models.references import DATA, load_reference
 
 MIN_MARGIN = 1e-3
@@ -44,3 +47,22 @@ def assert_idle(llm: LLM) -> None:
     """Asserts that nothing is left of any request."""
     assert llm.kv_cache_usage == 0
     llm.engine.check_idle()
+
+
+@contextlib.contextmanager
+def nothing_compiles(runner: ModelRunner) -> Iterator[None]:
+    """Fails when a program is traced or compiled inside, and names what was."""
+    before = dict(runner.programs.num_traces)
+    compiled: list[str] = []
+
+    def listen(event: str, _: float, **details: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(str(details))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield
+    jax.monitoring.unregister_event_duration_listener(listen)
+    traces = runner.programs.num_traces
+    new = {b: n - before.get(b, 0) for b, n in traces.items() if n != before.get(b)}
+    assert not new, f"these buckets were traced after the warm-up: {new}"
+    assert not compiled, f"compiled after the warm-up: {compiled}"

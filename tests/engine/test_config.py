@@ -44,7 +44,11 @@ from pallas_paged.models.llama import LlamaConfig
         ("attention_implementation", "triton", "attention_implementation='triton' must be"),
         ("tensor_parallel_size", 2, "tensor_parallel_size=2 is not supported yet"),
         ("enable_prefix_caching", 1, "enable_prefix_caching=1 must be True or False"),
-        ("swap_space", 4, "swap_space=4 is not supported yet"),
+        ("swap_space", -1, "swap_space=-1 must be a number of GiB >= 0"),
+        ("swap_space", float("nan"), "swap_space=nan must be"),
+        ("preemption_mode", "drop", "preemption_mode='drop' must be one of"),
+        ("preemption_mode", "swap", "preemption_mode='swap' needs host memory; set swap_space"),
+        ("scheduling_policy", "lifo", "scheduling_policy='lifo' must be one of"),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(field: str, value: object, message: str) -> None:

@@ -14,7 +14,9 @@ PARAMS = SamplingParams(n=5, temperature=1.0, max_tokens=12, seed=3, ignore_eos=
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return make_llm(NAME, max_num_seqs=16, max_num_batched_tokens=64, block_size=4)
+    return make_llm(
+        NAME, max_num_seqs=16, max_num_batched_tokens=64, block_size=4, deterministic=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +49,26 @@ def test_a_completion_depends_on_seed_and_index_only(llm: LLM, alone: list) -> N
             assert mine[:5] == reference[:n]
 
 
-def test_batched_and_preempted_groups_get_the_same_tokens(llm: LLM, alone: list) -> None:
+def test_batched_groups_get_the_same_tokens(llm: LLM, alone: list) -> None:
+    assert tokens(llm, reference_requests(NAME)[:8], PARAMS) == alone
+
+
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_preempted_groups_get_the_same_tokens(alone: list, mode: str) -> None:
     prompts = reference_requests(NAME)[:8]
-    assert tokens(llm, prompts, PARAMS) == alone
-    tight = make_llm(NAME, max_num_seqs=16, max_num_batched_tokens=32, block_size=4, num_blocks=40)
+    options: dict = {"deterministic": True, "preemption_mode": mode}
+    if mode == "swap":
+        options["swap_space"] = 0.01
+    tight = make_llm(
+        NAME, max_num_seqs=16, max_num_batched_tokens=32, block_size=4, num_blocks=40, **options
+    )
     outputs = tight.generate(prompts, PARAMS, use_tqdm=False)
     assert_idle(tight)
     assert sum(output.metrics.num_preemptions for output in outputs) > 0
     assert [[c.token_ids for c in output.outputs] for output in outputs] == alone
+    stats = tight.kv_stats()
+    assert stats.num_swapped_blocks == stats.num_allocated_blocks == 0
+    assert (stats.num_swaps > 0) == (mode == "swap")
 
 
 def test_the_prompt_is_computed_once(llm: LLM) -> None:
@@ -99,7 +113,7 @@ def test_some_completions_end_before_others(llm: LLM, alone: list) -> None:
 def test_more_than_can_run_at_once_is_refused(llm: LLM) -> None:
     with pytest.raises(ValueError, match="17 sequences run together, and max_num_seqs=16"):
         llm.generate([{"prompt_token_ids": [5]}], dataclasses.replace(PARAMS, n=17))
-    small = make_llm(NAME, max_num_seqs=16, num_blocks=9, block_size=4)
+    small = make_llm(NAME, max_num_seqs=16, num_blocks=9, block_size=4, deterministic=True)
     with pytest.raises(ValueError, match=r"in each of 8 sequences, .* the KV cache has 8"):
         small.generate([{"prompt_token_ids": [5]}], dataclasses.replace(PARAMS, n=8))
     fitting = dataclasses.replace(PARAMS, n=8, max_tokens=None)
@@ -108,11 +122,19 @@ def test_more_than_can_run_at_once_is_refused(llm: LLM) -> None:
 
 
 def test_nothing_compiles_after_warm_up() -> None:
-    llm = make_llm(NAME, max_num_seqs=4, max_num_batched_tokens=32, block_size=4, num_blocks=60)
+    llm = make_llm(
+        NAME,
+        max_num_seqs=2,
+        max_num_batched_tokens=32,
+        block_size=4,
+        num_blocks=30,
+        swap_space=1e-3,
+        preemption_mode="swap",
+    )
     llm.warm_up()
     steps, blocks = dict(llm.runner.programs.num_traces), dict(llm.runner.block_programs.num_traces)
     rng = np.random.default_rng(0)
-    for n in (1, 2, 3, 4):
+    for n in (1, 2, 2):
         prompts = [
             {"prompt_token_ids": rng.integers(5, 100, length).tolist()} for length in (1, 5, 18)
         ]

@@ -192,7 +192,12 @@ class TestEviction:
 
 def test_an_engine_finds_pins_and_reports() -> None:
     llm = make_llm(
-        "llama-mha-tied", max_num_seqs=4, max_num_batched_tokens=32, block_size=4, num_blocks=60
+        "llama-mha-tied",
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        block_size=4,
+        num_blocks=60,
+        deterministic=True,
     )
     greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     system = list(range(5, 25))

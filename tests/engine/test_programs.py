@@ -1,5 +1,6 @@
 """The command line as a user meets it: prompts from everywhere, and what is wrong said clearly."""
 
+import functools
 import pathlib
 import subprocess
 import sys
@@ -50,6 +51,11 @@ def test_prompts_come_from_a_file_and_from_standard_input(
     assert from_file.stdout == from_stdin.stdout
     assert "=== 0: 'import os'" in from_file.stdout
     assert "=== 1: 'class Stack:'" in from_file.stdout
+    bare = run("generate", "--noecho", "--prompts_file=-", *TINY, home=cache, text=lines)
+    labels = ("=== 0: 'import os'", "=== 0"), ("=== 1: 'class Stack:'", "=== 1")
+    assert bare.stdout == functools.reduce(
+        lambda s, pair: s.replace(*pair), labels, from_file.stdout
+    )
     whole = run("generate", *TINY, home=cache, text="class Stack:\n    def")
     assert whole.stdout.startswith("class Stack:\n    def")
 
@@ -65,6 +71,7 @@ def test_the_chat_template_is_used(cache: pathlib.Path) -> None:
     [
         (["--model=/nowhere", "--prompt=a"], "", "/nowhere"),
         ([f"--model={DATA / 'opt-prenorm'}", "--prompt=a"], "", "has no tokenizer files"),
+        (["--prompt=a", "--min_tokens=200"], "", "min_tokens=200 must be at most max_tokens=128"),
         (["--prompt=a", "--temperature=nan"], "", "temperature=nan"),
         (["--prompt=a", "--max_model_len=100000"], "", "max_model_len=100000"),
         (["--prompt=a", "--max_tokens=600"], "", "max_tokens=600"),

@@ -69,10 +69,6 @@ REFUSED: list[tuple[str, object, str]] = [
     *(("bad_words", value, "a list of strings") for value in ("word", [""], [5])),
 ]  # fmt: skip
 
-NOT_SUPPORTED_YET: list[tuple[str, object]] = [
-    ("prompt_logprobs", 0),
-]  # fmt: skip
-
 ACCEPTED: list[tuple[str, object, object]] = [
     ("n", np.int64(1), 1),
     ("temperature", 0, 0.0),
@@ -107,14 +103,6 @@ def test_refused(field, value, message):
     with pytest.raises(ValueError, match=message) as error:
         SamplingParams(**{field: value})
     assert str(error.value).startswith(f"{field}={value!r} must be ")
-
-
-@pytest.mark.parametrize(("field", "value"), NOT_SUPPORTED_YET)
-def test_not_supported_yet(field, value):
-    way_out = f"is not supported yet; leave it at {DEFAULTS[field]!r}"
-    with pytest.raises(ValueError, match=way_out) as error:
-        SamplingParams(**{field: value})
-    assert str(error.value).startswith(f"{field}=")
 
 
 @pytest.mark.parametrize(("field", "value", "held"), ACCEPTED)

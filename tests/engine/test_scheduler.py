@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pallas_paged.engine.policies import CheaperRecovery, PriorityOrder, always_swap
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
 from pallas_paged.engine.sequence import Sequence, SequenceGroup, SequenceStatus
 from tests.engine.mock_model import MockEngine, generate_alone, make_engine, next_token
@@ -523,3 +524,100 @@ class TestOrderOfSteps:
         assert shares(step) == {"a": (0, 3), "b": (0, 1)}
         assert engine.scheduler.commit(step, [7, -1]) == [a]
         assert (a.output_token_ids, a.finish_reason) == ([7], "length")
+
+
+class TestSwapping:
+    def make_engine(self, **options: Any) -> MockEngine:
+        return make_engine(choose_recovery=always_swap, **{"num_host_blocks": 16} | options)
+
+    def test_committed_tokens_come_back_and_the_rest_is_computed(self) -> None:
+        engine = self.make_engine(num_blocks=4)
+        a, b = request("a", 4), request("b", 4)
+        add(engine, a, b)
+        engine.step(overlap=False)
+        step = engine.step(overlap=False)
+        assert step is not None
+        assert [move.block_ids.tolist() for move in step.swap_outs] == [[2]]
+        assert (b.status, b.num_swapped, b.row) == (SequenceStatus.SWAPPED, 4, None)
+        assert engine.scheduler.host_pool.num_used == 3  # the pool is smaller than a chunk
+        while b.row is None:
+            step = engine.step(overlap=False)
+        assert step is not None
+        assert shares(step)["b"] == (4, 1)
+        assert len(step.swap_ins) == 1
+        assert engine.scheduler.host_pool.num_used == 0
+        engine.run()
+        assert_as_if_alone(engine, a, b)
+
+    def test_a_group_is_copied_once_and_comes_back_shared(self) -> None:
+        engine = self.make_engine(num_blocks=10, max_num_seqs=4)
+        a, b = request("a", 8, max_tokens=20), request("b", 9, max_tokens=7, num_seqs=3)
+        add(engine, a, b)
+        while not b.group.num_preemptions:
+            step = engine.step(overlap=False)
+        assert step is not None
+        (move,) = step.swap_outs
+        assert len(move.block_ids) == 2 + 3
+        engine.run()
+        assert_as_if_alone(engine, a, *b.group.sequences)
+
+    def test_no_room_on_the_host_means_recomputation(self) -> None:
+        engine = self.make_engine(num_blocks=4, num_host_blocks=2)
+        a, b = request("a", 4), request("b", 4)
+        add(engine, a, b)
+        engine.step(overlap=False)
+        engine.step(overlap=False)
+        assert b.status is SequenceStatus.WAITING
+        engine.run()
+        assert_as_if_alone(engine, a, b)
+
+    def test_aborted_on_the_host(self) -> None:
+        engine = self.make_engine(num_blocks=4)
+        a, b = request("a", 4), request("b", 4)
+        add(engine, a, b)
+        engine.step(overlap=False)
+        engine.step(overlap=False)
+        assert b.status is SequenceStatus.SWAPPED
+        engine.scheduler.abort("b")
+        engine.scheduler.check_invariants()
+        assert engine.scheduler.host_pool.num_used == 0
+        engine.run()
+        assert_as_if_alone(engine, a)
+
+    def test_the_estimate_prefers_what_is_cheaper(self) -> None:
+        a = request("a", 40)
+        a.num_computed = 40
+        for seconds_per_token, expected in ((1.0, "swap"), (0.01, "recompute")):
+            choose = CheaperRecovery(seconds_per_token, 0.1, 0.5, block_size=4)
+            assert choose(a.group) == expected
+
+
+class TestPriority:
+    def test_lower_numbers_first_and_equal_ones_in_order_of_arrival(self) -> None:
+        engine = make_engine(order=PriorityOrder(), max_num_seqs=1)
+        groups = [
+            request(name, 3, 2, priority=p) for name, p in zip("abcd", (2, 1, 1, 0), strict=True)
+        ]
+        add(engine, *groups)
+        a, b, c, d = groups
+        assert order_of_admission(engine, *groups) == [d, b, c, a]
+        assert_as_if_alone(engine, *groups)
+
+    def test_an_urgent_request_takes_the_memory_of_others(self) -> None:
+        engine = make_engine(order=PriorityOrder(), num_blocks=5)
+        a, b = request("a", 9, 6, priority=1), request("b", 9, 4, priority=0)
+        add(engine, a)
+        engine.step(overlap=False)
+        add(engine, b)
+        step = engine.step(overlap=False)
+        assert step is not None
+        assert step.preempted == (a.group,)
+        assert shares(step) == {"b": (0, 9)}
+        engine.run()
+        assert_as_if_alone(engine, a, b)
+
+    def test_without_the_policy_nobody_overtakes(self) -> None:
+        engine = make_engine(max_num_seqs=1)
+        a, b = request("a", 3, 2, priority=1), request("b", 3, 2, priority=0)
+        add(engine, a, b)
+        assert order_of_admission(engine, a, b) == [a, b]

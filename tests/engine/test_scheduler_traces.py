@@ -12,10 +12,18 @@ import jaxtyping
 import pytest
 
 from pallas_paged.engine.groups import worst_case_blocks
+from pallas_paged.engine.policies import (
+    ChooseRecovery,
+    Order,
+    PriorityOrder,
+    Recovery,
+    always_recompute,
+    always_swap,
+)
 from pallas_paged.engine.sequence import SequenceGroup, SequenceStatus
 from tests.engine.mock_model import VOCAB_SIZE, MockEngine, generate_alone, make_engine
 
-TRACES_PER_TEST = 1000
+TRACES_PER_TEST = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +46,12 @@ class Trace:
     max_model_len: int
     watermark_blocks: int
     enable_prefix_caching: bool
+    num_host_blocks: int
+    choose_recovery: ChooseRecovery
+    order: Order
     overlap: tuple[bool, ...]  # turn by turn, again and again
     arrivals: tuple[Arrival, ...]
+    pins: tuple[tuple[int, tuple[int, ...]], ...]  # the turn, and the tokens to pin then
 
     @property
     def max_turns(self) -> int:
@@ -49,7 +61,8 @@ class Trace:
         once, then token by token; a turn more passes while its earlier life's step is in flight,
         and one while its last token is.
         """
-        return sum(
+        urgent = isinstance(self.order, PriorityOrder)
+        return (len(self.arrivals) if urgent else 1) * sum(
             g.num_seqs * (-(-(g.num_prompt_tokens + g.max_tokens) // self.max_num_batched_tokens))
             + g.max_tokens * -(-g.num_seqs // self.max_num_batched_tokens)
             + 2
@@ -70,12 +83,19 @@ def host_stop(output_token_ids: list[int]) -> bool:
     return len(output_token_ids) >= 2 and sum(output_token_ids[-2:]) % 29 == 0
 
 
+def mixed_recovery(group: SequenceGroup) -> Recovery:
+    """Some of each."""
+    return "swap" if sum(s.num_computed for s in group.live) % 3 else "recompute"
+
+
 def random_trace(seed: int) -> Trace:
     rng = random.Random(seed)
     crowded = rng.random() < 0.6  # many requests at once, which begin small and grow
     max_model_len = rng.randint(10 if crowded else 2, 40)
     block_size = rng.choice([1, 2, 3, 4] if crowded else [1, 2, 3, 4, 8, 16])
     max_num_seqs = rng.randint(2, 6) if crowded else rng.randint(1, 6)
+    swaps = rng.random() < 0.5
+    order = PriorityOrder() if rng.random() < 0.3 else Order()
     grouped = rng.random() < 0.4
     prefix = [rng.randrange(VOCAB_SIZE) for _ in range(max_model_len)]
     arrivals = []
@@ -94,6 +114,7 @@ def random_trace(seed: int) -> Trace:
             cache_salt=rng.choice([None, None, None, "a"]),
             reads_cache=rng.random() < 0.9,
             writes_cache=rng.random() < 0.9,
+            priority=rng.choice([0, 0, 1, 2]),
             num_seqs=min(rng.choice([1, 2, 2, 3, 6]), max_num_seqs) if grouped else 1,
         )
         abort_turn = turn + rng.randint(0, 20) if rng.random() < 0.15 else None
@@ -114,9 +135,16 @@ def random_trace(seed: int) -> Trace:
         max_num_batched_tokens=rng.choice([1, 2, 3, 5, 8, 16, 64]),
         max_model_len=max_model_len,
         enable_prefix_caching=rng.random() < 0.6,
+        num_host_blocks=rng.choice([8, 8, 40]) if swaps else 0,
+        choose_recovery=rng.choice([always_swap, mixed_recovery]) if swaps else always_recompute,
+        order=order,
         watermark_blocks=rng.choice([0, 0, 0, 1, 3]),
         overlap=rng.choice([(True,), (True,), (False,), (True, True, False)]),
         arrivals=tuple(arrivals),
+        pins=tuple(
+            (rng.randint(0, 40), tuple(prefix[: block_size * rng.randint(1, 3)]))
+            for _ in range(rng.choice([0, 2, 4]))
+        ),
     )
 
 
@@ -142,20 +170,39 @@ def check_sharing(engine: MockEngine, arrived: list[SequenceGroup]) -> None:
                     assert owner.setdefault(prefix, block) == block
 
 
+def unpin_all(engine: MockEngine, pinned: list[tuple[int, ...]]) -> None:
+    for tokens in pinned:
+        assert engine.scheduler.unpin(tokens, None)
+    pinned.clear()
+
+
 def run_trace(trace: Trace) -> tuple[MockEngine, collections.Counter[str]]:
     """Runs a trace, checking every turn, and returns what happened in it."""
     options = {f.name: getattr(trace, f.name) for f in dataclasses.fields(trace)}
-    del options["overlap"], options["arrivals"]
+    del options["overlap"], options["arrivals"], options["pins"]
     engine = make_engine(**options, host_stop=host_stop)
     scheduler = engine.scheduler
     arrivals = collections.deque(trace.arrivals)
     arrived: list[SequenceGroup] = []
+    pinned: list[tuple[int, ...]] = []
     seen: collections.Counter[str] = collections.Counter()
     turn = busy_turns = 0
     while arrivals or scheduler.has_unfinished:
         while arrivals and arrivals[0].turn == turn:
             arrived.append(arrivals.popleft().group)
-            scheduler.add(arrived[-1])
+            try:
+                scheduler.add(arrived[-1])
+            except ValueError:  # it does not fit beside the pins; alone it does
+                seen["refused beside pins"] += 1
+                unpin_all(engine, pinned)
+                scheduler.add(arrived[-1])
+        for tokens in (tokens for when, tokens in trace.pins if when == turn):
+            try:
+                if scheduler.pin(tokens, None):
+                    pinned.append(tokens)
+                    seen["pin"] += 1
+            except ValueError:
+                seen["pin refused"] += 1
         for arrival in trace.arrivals:
             if arrival.abort_turn == turn:
                 seen[f"abort while {arrival.group.status.name}"] += 1
@@ -166,7 +213,8 @@ def run_trace(trace: Trace) -> tuple[MockEngine, collections.Counter[str]]:
         held = engine.in_flight[0].scheduled if engine.in_flight else ()
         step = engine.step(trace.overlap[turn % len(trace.overlap)])
         scheduler.check_invariants()
-        check_first_come_first_served(engine, arrived)
+        if not isinstance(trace.order, PriorityOrder):
+            check_first_come_first_served(engine, arrived)
         check_sharing(engine, arrived)
         if step is not None:
             assert 0 < step.num_tokens <= trace.max_num_batched_tokens
@@ -181,6 +229,8 @@ def run_trace(trace: Trace) -> tuple[MockEngine, collections.Counter[str]]:
             seen["finished while preempted"] += sum(
                 s.is_finished for g in preempted_in_flight for s in g.sequences
             )
+            seen["swapped out"] += len(step.swap_outs)
+            seen["swapped in"] += len(step.swap_ins)
             seen["copy on write"] += len(step.copies.src)
             seen["recomputed tree"] += sum(
                 share.sequence.leader is not None for share in step.scheduled
@@ -188,6 +238,7 @@ def run_trace(trace: Trace) -> tuple[MockEngine, collections.Counter[str]]:
             seen["several preempted"] += len(step.preempted) > 1
         turn += 1
     engine.drain()
+    unpin_all(engine, pinned)
     assert scheduler.num_waiting == scheduler.num_running == 0
     assert scheduler.memory.num_free_blocks == scheduler.memory.num_usable_blocks
     seen["prefix hit"] += sum(g.num_cached_tokens > 0 for g in arrived)
@@ -224,6 +275,12 @@ def test_random_traces(first_seed: int) -> None:
         "chunk",
         "forked",
         "prefix hit",
+        "pin",
+        "pin refused",
+        "refused beside pins",
+        "swapped out",
+        "swapped in",
+        "abort while SWAPPED",
         "copy on write",
         "recomputed tree",
         "input on device",

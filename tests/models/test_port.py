@@ -1,14 +1,7 @@
 """From a Hugging Face folder to a ported one and back, bit for bit, whole or not at all."""
 
 import json
-import multiprocessing
-import os
-import random
-import re
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from pallas_paged.models import load_config, load_model
 from pallas_paged.models.demo import DEMO_MODEL
@@ -28,7 +21,6 @@ from pallas_paged.models.porting import export, port
 from tests.models.references import load_reference
 from tests.models.test_loader import assert_same, edit_config, edit_tensors, params_of
 
-ROOT = Path(__file__).parents[2]
 TIED, SHARDED, QWEN = "llama-mha-tied", "llama-gqa-llama3", "qwen3-layer-types"
 Q_PROJ, HEAD = "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"
 GIB = 1 << 30
@@ -315,182 +307,3 @@ def test_parameters_go_where_their_axes_say(ported):
         assert [shard.data.shape for shard in weight.addressable_shards] == [(16, 32)] * 2
         assert len(model.model.norm.weight[...].sharding.device_set) == 2
         assert_same(params_of(model), params_of(load_model(path_of(TIED))))
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_the_target_is_whole_or_refused(ported, tmp_path):
-    """Twenty ports are killed, every second one over another model; then one may end."""
-    old, new = path_of(TIED), path_of("mistral-full")
-    whole = {"old": params_of(load_model(old)), "new": params_of(load_model(new))}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pallas_paged.models.porting", "orbax.checkpoint"])
-    target, rng = tmp_path / "target", random.Random(0)
-
-    def start() -> Any:
-        process = context.Process(target=port, args=(new, target), kwargs={"overwrite": True})
-        process.start()
-        return process
-
-    start().join()  # loads the libraries
-    begin = time.monotonic()
-    start().join()
-    duration = time.monotonic() - begin
-    assert outcome(target, whole) == "new"
-
-    seen = {"refused": 0, "old": 0, "new": 0}
-    for attempt in range(20):
-        shutil.rmtree(target, ignore_errors=True)
-        if attempt % 2:
-            shutil.copytree(ported, target)
-        process = start()
-        process.join(rng.uniform(0, duration))
-        process.kill()
-        process.join()
-        found = outcome(target, whole)
-        assert found == "new" or (found == "old" if attempt % 2 else "no folder" in found)
-        seen[found if found in seen else "refused"] += 1
-        left = tmp_path / ".target.incomplete"
-        if left.exists():  # else it was killed before its first step or after its last
-            kinds = (
-                r"has no config.json: it has|incomplete port|^new$"  # whole, but not renamed yet
-            )
-            assert re.search(kinds, outcome(left, whole))
-    assert seen["refused"] > 0
-    assert seen["old"] > 0
-    port(new, target, overwrite=True)
-    assert outcome(target, whole) == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-def outcome(folder: Path, whole: dict[str, dict[str, np.ndarray]]) -> str:
-    """Returns which of the models the folder is, or why it does not load."""
-    try:
-        ours = params_of(load_model(folder))
-    except (ValueError, FileNotFoundError) as error:
-        return str(error)
-    for name, theirs in whole.items():
-        if np.array_equal(ours["model.norm.weight"], theirs["model.norm.weight"]):
-            assert_same(ours, theirs)
-            return name
-    raise AssertionError("neither the one nor the other")
-
-
-@pytest.mark.parametrize("step", ["before", "between", "after"])
-def test_killed_around_the_renames(tmp_path, monkeypatch, step):
-    """The moments that chance does not hit: what is left there is put right by the next run."""
-    target, old = tmp_path / "target", tmp_path / ".target.replaced"
-    target.mkdir()
-    (target / "is").write_text("old")
-    renames = {"before": 0, "between": 1, "after": 2}[step]
-    rename = Path.rename
-
-    class Killed(BaseException):
-        pass
-
-    def counted(self, to):
-        nonlocal renames
-        if renames == 0:
-            raise Killed
-        renames -= 1
-        return rename(self, to)
-
-    monkeypatch.setattr(Path, "rename", counted)
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: None)  # a dead process tidies nothing
-    try:
-        with new_folder(target, may_replace=lambda _: True) as folder:
-            (folder / "is").write_text("new")
-    except Killed:
-        assert step != "after"
-    monkeypatch.undo()
-    assert target.exists() == (step != "between")
-    with new_folder(target, may_replace=lambda folder: (folder / "is").exists()) as folder:
-        assert (target / "is").read_text() == ("new" if step == "after" else "old")
-        assert not list(folder.iterdir())
-        (folder / "is").write_text("newest")
-    assert (target / "is").read_text() == "newest"
-    assert not old.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-def run(module: str, *flags: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", f"pallas_paged.models.{module}", *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def many_shards(folder: Path) -> int:
-    """Makes a checkpoint of many files and returns the bytes of its tensors."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8}
-    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 4096, "num_hidden_layers": 4}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config | sizes | {"tie_word_embeddings": True}))
-    rng = np.random.default_rng(0)
-    attention = {f"self_attn.{name}_proj": (1024, 1024) for name in "qkvo"}
-    mlp = {
-        "mlp.gate_proj": (4096, 1024),
-        "mlp.up_proj": (4096, 1024),
-        "mlp.down_proj": (1024, 4096),
-    }
-    norms = {"input_layernorm": (1024,), "post_attention_layernorm": (1024,)}
-    shapes = [
-        {f"model.layers.{i}.{name}.weight": s for name, s in (attention | mlp | norms).items()}
-        for i in range(4)
-    ]
-    shapes.append({"model.embed_tokens.weight": (4096, 1024), "model.norm.weight": (1024,)})
-    weight_map = {}
-    for index, of_shard in enumerate(shapes):
-        tensors = {k: rng.standard_normal(s, np.float32) for k, s in of_shard.items()}
-        save_file(tensors, folder / f"{index}.safetensors")
-        weight_map |= dict.fromkeys(tensors, f"{index}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return sum(4 * int(np.prod(shape)) for of_shard in shapes for shape in of_shard.values())
-
-
-@pytest.mark.slow
-def test_the_programs(ported, tmp_path):
-    """Side by side, for most of their time is the import of libraries."""
-    total = many_shards(tmp_path / "big")
-    reference = path_of(TIED) / "reference.npz"
-    big = run("port", f"--hf_dir={tmp_path / 'big'}", f"--out={tmp_path / 'out'}")
-    compared = run("port", f"--out={ported}", f"--reference={reference}")
-
-    _, status, usage = os.wait4(big.pid, 0)
-    shown, errors = big.communicate()
-    assert status == 0, errors
-    peak, before, largest = (
-        float(re.search(pattern, shown)[1])
-        for pattern in (r"peak memory (\d+) MB", r"(\d+) MB of it before", r"has ([\d.]+) MB")
-    )
-    assert largest == pytest.approx(16.8, abs=0.1)
-    assert abs(peak - 1024 * usage.ru_maxrss / 1e6) < 5
-    assert peak - before < 0.4 * total / 1e6
-    assert "no tokenizer files: the model takes token ids only" in shown
-    assert "port: 100%" in errors
-
-    out, errors = compared.communicate()
-    assert compared.returncode == 0, errors
-    assert "1024 of 1024 agree" in out
-    assert "parity: yes" in out
-    assert len(errors.splitlines()) < 10, "Orbax's own lines do not belong here"
-
-    strict = run("port", f"--out={ported}", f"--reference={reference}", "--tolerance=1e-9")
-    exported = run("export", f"--checkpoint={ported}", f"--out={tmp_path / 'hf'}")
-    out, errors = strict.communicate()
-    assert strict.returncode == 1, errors
-    assert "parity: NO" in out
-    out, errors = exported.communicate()
-    assert exported.returncode == 0, errors
-    assert_bitwise(tensors_in(tmp_path / "hf"), tensors_in(path_of(TIED)))
-
-    unasked = run("port", f"--hf_dir={path_of(TIED)}", f"--out={ported}")
-    untorched = run("record_reference", f"--hf_dir={path_of(TIED)}", f"--out={tmp_path / 'r.npz'}")
-    _, errors = unasked.communicate()
-    assert (unasked.returncode, "exists: give --overwrite" in errors) == (2, True)
-    assert "Traceback" not in errors
-    _, errors = untorched.communicate()
-    assert untorched.returncode == 2
-    assert "No module named 'torch': recording runs the checkpoint with transformers" in errors

@@ -341,6 +341,13 @@ def _load(
                     once = functools.partial(copy, round_begin + warp)
                     once() if is_whole else pl.when(round_begin + warp < copies)(once)
 
+    @pl.loop(jnp.maximum(tile.begin, tile.end - tuning.stages), tile.end)
+    def _(step: Any) -> None:
+        """Hears all that the others say, so that no barrier is left in the middle of a phase."""
+        slot = lax.rem(step - tile.begin, tuning.stages)
+        plgpu.barrier_wait(barriers.k_consumed.at[slot])
+        plgpu.barrier_wait(barriers.v_consumed.at[slot])
+
 
 class _State(NamedTuple):
     """Online softmax over the keys so far, of one warpgroup's rows; logits are in base 2."""
@@ -363,7 +370,7 @@ def _compute(
     rows = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
     row = _iota((_WARPGROUP_ROWS,), 0) + warpgroup * _WARPGROUP_ROWS
     position = tile.first_position + lax.rem(row, jnp.int32(problem.tokens))  # [64]
-    per_row = functools.partial(plgpu.load, layout=_ROW)
+    per_row = functools.partial(plgpu.load, layout=_ROW, optimized=False)  # from global memory
     slope = None if inputs.slopes is None else per_row(inputs.slopes.at[tile.kv_head, rows])
     state = _State(
         plgpu.layout_cast(jnp.full((_WARPGROUP_ROWS,), _LOWEST, jnp.float32), _ROW),
@@ -379,7 +386,8 @@ def _compute(
         plgpu.barrier_wait(barriers.q)
         smem.q[rows, pl.ds(begin, width)] = plgpu.load(smem.staging.at[rows], layout=_MATRIX)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(barriers.staging_free)
+        if begin + width < problem.head_dim:
+            plgpu.barrier_arrive(barriers.staging_free)
 
     def step(is_full: bool, step: Any, state: _State) -> _State:
         slot = lax.rem(step - tile.begin, problem.tuning.stages)

@@ -1,0 +1,123 @@
+"""What a model's steps take on a GPU that need not be here: memory, and launches per layer.
+
+  python -m benchmarks.plan_memory --model=llama-8b --target=h100
+  python -m benchmarks.plan_memory --model=FOLDER --target=a100-80gb --kv_cache_dtype=fp8
+
+Compiles the engine's largest decode and mixed steps for the target, from shapes alone: no GPU, no
+weights (a folder needs a `config.json` only). Prints where the GPU's memory goes and the largest
+pool that fits beside weights and temporaries. Matrix products are not tuned without a GPU, so their
+temporaries and launches may differ there. Needs the packages that `pallas_paged.deviceless` names.
+"""
+
+import dataclasses
+import json
+import re
+from importlib import resources
+
+from absl import app, flags
+
+from pallas_paged.deviceless import TARGETS
+from pallas_paged.engine.buckets import Buckets
+from pallas_paged.engine.config import KV_CACHE_DTYPES, EngineConfig, round_num_blocks
+from pallas_paged.engine.step_report import SHAPES, compile_step
+from pallas_paged.models import load_config
+
+_MODEL = flags.DEFINE_string("model", "llama-8b", "llama-8b, opt-13b, or a folder.")
+_TARGET = flags.DEFINE_enum("target", "h100", TARGETS, "The GPU.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float16"), "Of weights.")
+_KV_CACHE_DTYPE = flags.DEFINE_enum(
+    "kv_cache_dtype", "auto", ("auto", *KV_CACHE_DTYPES), "Of the KV cache."
+)
+_MAX_MODEL_LEN = flags.DEFINE_integer("max_model_len", 4096, "Most tokens of a sequence.")
+_MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 64, "Most sequences that run at once.")
+_MAX_NUM_BATCHED_TOKENS = flags.DEFINE_integer(
+    "max_num_batched_tokens", 512, "Most tokens of a step."
+)
+_BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens in a block.")
+_SHARE = flags.DEFINE_float("gpu_memory_utilization", 0.9, "Share of the memory to use.")
+_LAYERS = flags.DEFINE_integer("layers", None, "Layers to compile; None is all of the model's.")
+_JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
+
+
+def memory_bytes(target: str) -> int:
+    """Returns the memory of the GPU named `target`."""
+    text = resources.files("pallas_paged.targets").joinpath(f"{target}.txtpb").read_text()
+    found = re.search(r"device_memory_size: (\d+)", text)
+    assert found is not None, target
+    return int(found[1])
+
+
+def main(_: list[str]) -> None:
+    """Prints the plan."""
+    name = _MODEL.value
+    shape = SHAPES[name] if name in SHAPES else load_config(name)
+    if _LAYERS.value is not None:
+        shape = dataclasses.replace(shape, num_layers=_LAYERS.value)
+    config = EngineConfig(
+        name,
+        dtype=_DTYPE.value,
+        kv_cache_dtype=_KV_CACHE_DTYPE.value,
+        max_num_seqs=_MAX_NUM_SEQS.value,
+        max_num_batched_tokens=_MAX_NUM_BATCHED_TOKENS.value,
+        block_size=_BLOCK_SIZE.value,
+    )
+    max_model_len = min(_MAX_MODEL_LEN.value, shape.max_position_embeddings)
+    num_blocks = 1024  # neither launches nor temporaries depend on it
+    buckets = [dataclasses.replace(b, is_full=False) for b in Buckets.for_config(config).largest()]
+    reports, shallow = (
+        [
+            compile_step(
+                dataclasses.replace(shape, num_layers=num_layers),
+                config,
+                bucket,
+                _TARGET.value,
+                num_blocks=num_blocks,
+                max_model_len=max_model_len,
+            )
+            for bucket in buckets
+        ]
+        for num_layers in (shape.num_layers, max(1, shape.num_layers - 1))
+    )
+    block_bytes = reports[0].cache_bytes // num_blocks
+    usable = int(memory_bytes(_TARGET.value) * _SHARE.value)
+    temporaries = max(report.temporary_bytes for report in reports)
+    pool_bytes = usable - reports[0].weight_bytes - temporaries
+    pool_blocks = round_num_blocks(max(0, pool_bytes) // block_bytes)
+    figures = {
+        "model": name,
+        "target": _TARGET.value,
+        "num_layers": shape.num_layers,
+        "usable_bytes": usable,
+        "weight_bytes": reports[0].weight_bytes,
+        "temporary_bytes": temporaries,
+        "block_bytes": block_bytes,
+        "num_blocks": pool_blocks,
+        "num_tokens": max(0, pool_blocks - 1) * config.block_size,
+        "steps": [dataclasses.asdict(report) for report in reports],
+    }
+    print(
+        f"{name}, {shape.num_layers} layers, on {_TARGET.value}: {_gib(usable)} to use "
+        f"({_SHARE.value:.0%}), weights {_gib(reports[0].weight_bytes)}, temporaries "
+        f"{_gib(temporaries)}; a pool of {pool_blocks} blocks of {config.block_size} tokens, "
+        f"{figures['num_tokens']} tokens, {_gib(pool_blocks * block_bytes)}"
+    )
+    for report, one_less in zip(reports, shallow, strict=True):
+        bucket, counts = report.bucket, report.launches
+        print(
+            f"{'decode' if bucket.is_decode else 'mixed'} {bucket.num_tokens}x{bucket.num_seqs}: "
+            f"{counts.total} launches ({len(counts.kernels)} kernels, {len(counts.products)} "
+            f"matrix products, {len(counts.others)} others), of which the last layer "
+            f"{counts.total - one_less.launches.total}, and {len(counts.loops)} loops; temporaries "
+            f"{_gib(report.temporary_bytes)}, copies of a cache: {report.num_cache_copies}"
+        )
+    if _JSON.value:
+        with open(_JSON.value, "w") as file:
+            json.dump(figures, file, indent=1)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+if __name__ == "__main__":
+    app.run(main)

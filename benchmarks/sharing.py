@@ -1,0 +1,200 @@
+"""How full the blocks of the KV pool are, and what sharing them saves; no model, no device.
+
+  python -m benchmarks.sharing
+  python -m benchmarks.sharing --timeline=pool.json --plot=pool.png     # the latter: matplotlib
+
+The real scheduler and block tables run requests whose tokens are drawn at random, one step of
+which is always in flight: lengths, blocks and batches are those of an engine, times are not. Three
+questions, each beside the paper's figures (Kwon et al. 2023):
+
+- fill: under a full pool, which share of the slots that sequences hold has a token in it (Fig. 2);
+- parallel: which share of the blocks do n samples save by sharing the prompt's (Fig. 15);
+- prefix: how many tokens are computed for requests that share a prefix (Fig. 16).
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks import tables, workloads
+from pallas_paged.engine.kv_stats import KVStats, kv_stats
+from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
+from pallas_paged.engine.sequence import SequenceGroup
+
+_NUM_REQUESTS = flags.DEFINE_integer("num_requests", 400, "Requests of each run.", lower_bound=1)
+_BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens per block.", lower_bound=1)
+_NUM_SLOTS = flags.DEFINE_integer("num_slots", 15_700, "Slots of the pool (the paper's OPT-13B).")
+_MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 256, "Sequences that run at once.")
+_PREFIX_LEN = flags.DEFINE_integer("prefix_len", 341, "Tokens of the shared prefix.")
+_PREFIX_REQUESTS = flags.DEFINE_integer("prefix_requests", 64, "Requests that share it.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of lengths and tokens.")
+_JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+_TIMELINE = flags.DEFINE_string("timeline", None, "Write the pool's use in every step of `fill`.")
+_PLOT = flags.DEFINE_string("plot", None, "Draw that to this file; needs matplotlib.")
+
+VOCAB_SIZE = 32_000
+MAX_MODEL_LEN = 2048
+MAX_NUM_BATCHED_TOKENS = 2048
+PAPER_FILL = 0.963
+PAPER_PARALLEL = "6.1-9.8 %"
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run of requests showed: the pool in every step, and the tokens computed."""
+
+    pool: list[KVStats] = dataclasses.field(default_factory=list)
+    num_computed_tokens: int = 0
+
+
+def run(groups: Sequence[SequenceGroup], *, enable_prefix_caching: bool = False) -> Run:
+    """Runs the groups, all there at the start, to their ends."""
+    memory = BlockTableMemory(
+        num_blocks=_NUM_SLOTS.value // _BLOCK_SIZE.value + 1,
+        block_size=_BLOCK_SIZE.value,
+        max_num_seqs=_MAX_NUM_SEQS.value,
+        max_model_len=MAX_MODEL_LEN,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+    scheduler = Scheduler(
+        memory,
+        max_num_seqs=_MAX_NUM_SEQS.value,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        max_model_len=MAX_MODEL_LEN,
+    )
+    for group in groups:
+        scheduler.add(group)
+    rng = np.random.default_rng(_SEED.value)
+    result = Run()
+    in_flight: ScheduledStep | None = None
+    while scheduler.has_unfinished or in_flight is not None:
+        step = scheduler.schedule()
+        if step is not None:
+            result.num_computed_tokens += step.num_tokens
+        if in_flight is not None:
+            tokens = rng.integers(0, VOCAB_SIZE, len(in_flight.scheduled)).tolist()
+            scheduler.commit(in_flight, tokens)
+        in_flight = step
+        result.pool.append(kv_stats(memory, scheduler))
+    scheduler.check_invariants()
+    return result
+
+
+def make_groups(name: str, num_requests: int, num_seqs: int) -> list[SequenceGroup]:
+    """Returns requests of `num_seqs` sequences with the lengths of a data set."""
+    workload = workloads.draw(
+        name,
+        num_requests,
+        scale=1.0,
+        max_model_len=MAX_MODEL_LEN,
+        vocab_size=VOCAB_SIZE,
+        seed=_SEED.value,
+    )
+    print(f"{name}, {num_seqs} per prompt: {workload.source}")
+    return [
+        SequenceGroup(
+            str(i), request.prompt_token_ids, request.num_output_tokens, num_seqs=num_seqs
+        )
+        for i, request in enumerate(workload.requests)
+    ]
+
+
+def measure_fill() -> tuple[dict[str, Any], list[KVStats]]:
+    """Returns the share of slots with a token, over the steps in which the pool was full."""
+    pool = run(make_groups("sharegpt", _NUM_REQUESTS.value, 1)).pool
+    full = [s for s in pool if s.num_allocated_blocks >= 0.9 * s.num_blocks] or pool
+    slots = sum(s.num_allocated_blocks * s.block_size for s in full)
+    tokens = sum(s.num_token_slots for s in full)
+    figures = {
+        "steps": len(pool),
+        "steps with 90 % of the blocks in use": len(full),
+        "share of held slots with a token": tokens / slots,
+        "the paper's": PAPER_FILL,
+    }
+    return figures, pool
+
+
+def measure_parallel() -> list[dict[str, Any]]:
+    """Returns the blocks that sharing saves, of those needed without, over all steps."""
+    rows = []
+    for num_seqs in (2, 4, 6):
+        pool = run(make_groups("alpaca", _NUM_REQUESTS.value, num_seqs)).pool
+        entries = sum(s.num_table_entries for s in pool)
+        saved = 1 - sum(s.num_allocated_blocks for s in pool) / entries
+        rows.append({"samples": num_seqs, "blocks saved": saved, "the paper's": PAPER_PARALLEL})
+    return rows
+
+
+def measure_prefix() -> list[dict[str, Any]]:
+    """Returns the tokens computed with and without the prefix cache."""
+    rng = np.random.default_rng(_SEED.value)
+    prefix = rng.integers(0, VOCAB_SIZE, _PREFIX_LEN.value).tolist()
+    num_own, num_output = 40, 40
+    prompts = [
+        (*prefix, *rng.integers(0, VOCAB_SIZE, num_own).tolist())
+        for _ in range(_PREFIX_REQUESTS.value)
+    ]
+    rows = []
+    for enabled in (False, True):
+        groups = [SequenceGroup(str(i), ids, num_output) for i, ids in enumerate(prompts)]
+        result = run(groups, enable_prefix_caching=enabled)
+        cached = sum(group.num_cached_tokens for group in groups)
+        rows.append(
+            {
+                "prefix caching": "on" if enabled else "off",
+                "prompt tokens": sum(map(len, prompts)),
+                "found in the cache": cached,
+                "computed tokens": result.num_computed_tokens,
+            }
+        )
+    return rows
+
+
+def plot(pool: Sequence[KVStats], path: str) -> None:
+    """Draws the pool's blocks, by what they hold, over the steps."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise app.UsageError(
+            "--plot needs matplotlib; install it, or use --timeline for the same figures as JSON"
+        ) from error
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    parts = {
+        "shared": [s.num_shared_blocks for s in pool],
+        "held by one sequence": [s.num_allocated_blocks - s.num_shared_blocks for s in pool],
+        "cached": [s.num_cached_blocks for s in pool],
+        "free": [s.num_free_blocks for s in pool],
+    }
+    axes.stackplot(range(len(pool)), *parts.values(), labels=parts.keys())
+    axes.set(xlabel="step", ylabel="blocks", xlim=(0, max(1, len(pool) - 1)))
+    axes.legend(loc="upper right")
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the tables."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    fill, pool = measure_fill()
+    parallel, prefix = measure_parallel(), measure_prefix()
+    tables.show(f"fill: ShareGPT's lengths, block size {_BLOCK_SIZE.value}", [fill])
+    tables.show("parallel sampling: Alpaca's lengths", parallel)
+    tables.show(f"a prefix of {_PREFIX_LEN.value} tokens", prefix)
+    if _JSON.value:
+        with open(_JSON.value, "w", encoding="utf-8") as file:
+            json.dump({"fill": fill, "parallel": parallel, "prefix": prefix}, file, indent=2)
+    if _TIMELINE.value:
+        with open(_TIMELINE.value, "w", encoding="utf-8") as file:
+            json.dump([dataclasses.asdict(stats) for stats in pool], file)
+    if _PLOT.value:
+        plot(pool, _PLOT.value)
+
+
+if __name__ == "__main__":
+    app.run(main)

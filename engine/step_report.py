@@ -1,0 +1,115 @@
+"""What an engine's compiled step takes of a GPU that need not be here: memory and launches."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_paged.deviceless import target_device
+from pallas_paged.engine.buckets import Bucket
+from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype
+from pallas_paged.engine.logprobs import width_for
+from pallas_paged.engine.pool import cache_shapes
+from pallas_paged.engine.step import StepPrograms
+from pallas_paged.launches import Launches, launches
+from pallas_paged.models import ModelConfig
+from pallas_paged.models.llama import LlamaConfig
+from pallas_paged.models.opt import OPTConfig
+from pallas_paged.models.registry import FAMILIES
+
+SHAPES: Mapping[str, ModelConfig] = {
+    "llama-8b": LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_layers=32,
+        num_q_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=8192,
+    ),
+    "opt-13b": OPTConfig(
+        vocab_size=50272,
+        hidden_size=5120,
+        ffn_dim=20480,
+        num_layers=40,
+        num_q_heads=40,
+        num_kv_heads=40,
+        head_dim=128,
+        max_position_embeddings=2048,
+        word_embed_proj_dim=5120,
+        tie_word_embeddings=True,
+    ),
+}
+"""Models by name, as their published configurations have them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What a compiled step takes.
+
+    Attributes:
+      bucket: the step's shape.
+      weight_bytes, cache_bytes: of the parameters and of the caches.
+      in_place_bytes: of the arguments that the step overwrites.
+      temporary_bytes: of everything beside its arguments and results.
+      launches: what it launches.
+      num_cache_copies: instructions that copy an array of a cache's shape.
+    """
+
+    bucket: Bucket
+    weight_bytes: int
+    cache_bytes: int
+    in_place_bytes: int
+    temporary_bytes: int
+    launches: Launches
+    num_cache_copies: int
+
+
+def compile_step(
+    shape: ModelConfig,
+    config: EngineConfig,
+    bucket: Bucket,
+    target: str,
+    *,
+    num_blocks: int,
+    max_model_len: int,
+) -> StepReport:
+    """Compiles one step of a model of that shape for the GPU named `target`."""
+    model_class: Any = FAMILIES[shape.architecture].model
+    dtype = jnp.dtype(config.dtype)
+    model = nnx.eval_shape(lambda: model_class(shape, dtype=dtype, rngs=nnx.Rngs(0)))
+    cache_dtype = resolve_kv_cache_dtype(config, dtype)
+    caches = cache_shapes(shape, num_blocks, config.block_size, cache_dtype)
+    programs = StepPrograms(
+        model,
+        caches,
+        config.max_num_seqs,
+        math.ceil(max_model_len / config.block_size),
+        width_for(config.max_logprobs, shape.vocab_size),
+        config.attention_implementation,
+    )
+    with jax.default_device(target_device(target)):
+        compiled = programs.lower(bucket).compile()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None
+    assert memory is not None, "XLA gave no memory analysis of a compiled program"
+    cache_shape = ",".join(map(str, caches[0].k.shape))
+    return StepReport(
+        bucket,
+        weight_bytes=_bytes(nnx.state(model)),
+        cache_bytes=_bytes(caches),
+        in_place_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        launches=launches(text),
+        num_cache_copies=len(re.findall(rf"= \w+\[{cache_shape}\]\S* copy\(", text)),
+    )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

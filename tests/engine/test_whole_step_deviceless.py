@@ -1,0 +1,46 @@
+"""Whole steps of models in their published widths, compiled for GPUs: memory and launches.
+
+Two layers stand for all: layers are unrolled, and what a further one adds is what the second added.
+"""
+
+import dataclasses
+
+import pytest
+
+from pallas_paged.engine.buckets import Bucket
+from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.step_report import SHAPES, StepReport, compile_step
+
+DECODE = Bucket(64, 64, is_decode=True)
+MIXED = Bucket(512, 64, is_decode=False)
+
+
+def report(name: str, num_layers: int, bucket: Bucket, target: str, dtype: str) -> StepReport:
+    shape = dataclasses.replace(SHAPES[name], num_layers=num_layers)
+    config = EngineConfig(name, dtype="bfloat16", kv_cache_dtype=dtype)
+    return compile_step(shape, config, bucket, target, num_blocks=4000, max_model_len=2048)
+
+
+@pytest.mark.parametrize(
+    ("name", "bucket", "target", "kv_cache_dtype", "most_launches"),
+    [
+        # Beside the attention: 5 matrix products, the write, 2 norms, 2 sums, rotations of q and
+        # k, the values' cast, the gate.
+        ("llama-8b", DECODE, "h100", "auto", 15),
+        ("opt-13b", MIXED, "a100-80gb", "int8", 15),
+    ],
+    ids=["llama-decode", "opt-mixed"],
+)
+def test_a_step_in_place_with_few_launches(
+    name: str, bucket: Bucket, target: str, kv_cache_dtype: str, most_launches: int
+) -> None:
+    one, two = (report(name, n, bucket, target, kv_cache_dtype) for n in (1, 2))
+    assert two.num_cache_copies == 0
+    assert two.in_place_bytes >= two.cache_bytes
+    assert two.cache_bytes == 2 * one.cache_bytes
+    assert two.temporary_bytes < 100 << 20 < two.cache_bytes
+    assert two.temporary_bytes <= 1.5 * one.temporary_bytes
+    written = [len(step.launches.kernels) for step in (one, two)]
+    assert written[1] == 2 * written[0] >= 2, two.launches.kernels
+    added = two.launches.total - one.launches.total
+    assert added <= most_launches, (added, two.launches)

@@ -1,0 +1,141 @@
+"""Breaks the decode kernel on purpose, one way at a time, and sees its tests fail.
+
+Each mutation replaces one piece of source in a copy of the repository; then the interpreted tests
+that should notice run there. A mutation that no test notices, or whose source is gone, is an error.
+
+  python -m tests.kernels.mutate_decode            # all of them, about half a minute each
+  python -m tests.kernels.mutate_decode zeros ...  # some, by name
+"""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+_KERNEL = "pallas_paged/ops/attention/mosaic_gpu_decode.py"
+_WORK_LIST = "pallas_paged/ops/attention/work_list.py"
+_DECODE, _WINDOW, _TOKENS, _LONG = (f"test_equals_the_reference[{i}]" for i in (0, 1, 3, 4))
+_TESTS = "tests/kernels/test_mosaic_decode.py"
+
+
+class Mutation(NamedTuple):
+    """One way to break the kernel, and the test that notices."""
+
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+MUTATIONS = {
+    "a length one too long": Mutation(
+        _KERNEL,
+        "return jnp.minimum(token + first, length - 1)",
+        "return jnp.minimum(token + first + 1, length)",
+        _TOKENS,
+    ),
+    "a query position one too far": Mutation(
+        _KERNEL, "visible = keys <= positions", "visible = keys <= positions + 1", _DECODE
+    ),
+    "a window one too wide": Mutation(
+        _KERNEL, "keys > positions - window", "keys >= positions - window", _WINDOW
+    ),
+    "values for keys": Mutation(_KERNEL, "k_ref.at[block, head", "v_ref.at[block, head", _DECODE),
+    "another head's keys": Mutation(
+        _KERNEL, "k_ref.at[block, head", "k_ref.at[block, jnp.maximum(head - 1, 0)", _DECODE
+    ),
+    "no wait for the keys": Mutation(
+        _KERNEL, "plgpu.barrier_wait(k_barriers.at[slot])", "pass", _DECODE
+    ),
+    "no wait for the values": Mutation(
+        _KERNEL, "plgpu.barrier_wait(v_barriers.at[slot])", "pass", _DECODE
+    ),
+    "a tile loaded one step early": Mutation(
+        _KERNEL,
+        "lambda: load(step + stages, *place)",
+        "lambda: load(step + stages - 1, *place)",
+        _DECODE,
+    ),
+    "a wrong scale": Mutation(_KERNEL, "(problem.scale * _LOG2E)", "(problem.scale)", _DECODE),
+    "a wrong cap": Mutation(_KERNEL, "(2 * cap * _LOG2E)", "(cap * _LOG2E)", _LONG),
+    "slopes of the wrong sign": Mutation(
+        _KERNEL, "logits += _spread(slopes", "logits -= _spread(slopes", _TOKENS
+    ),
+    "no sink in the merge": Mutation(
+        _KERNEL,
+        "maximum, denominator, sinks_ref, head),\n            sequence,",
+        "maximum, denominator, None, head),\n            sequence,",
+        _LONG,
+    ),
+    "the sink in every part": Mutation(
+        _KERNEL,
+        "_finish(problem, accumulators, maximum, denominator, None, head)\n",
+        "_finish(problem, accumulators, maximum, denominator, sinks_ref, head)\n",
+        _LONG,
+    ),
+    "zeros": Mutation(
+        _KERNEL,
+        "_spread(factor, a.shape) for a in",
+        "_spread(factor * 0, a.shape) for a in",
+        _DECODE,
+    ),
+    "no correction": Mutation(
+        _KERNEL,
+        "corrected = accumulator * _spread(correction, accumulator.shape)",
+        "corrected = accumulator",
+        _DECODE,
+    ),
+    "equal weights in the merge": Mutation(
+        _KERNEL, "weight = jnp.exp2(lse - new_maximum)", "weight = jnp.exp2(lse - lse)", _LONG
+    ),
+    "a part left out of the merge": Mutation(
+        _KERNEL, "num_parts = last_part - cta + 1", "num_parts = last_part - cta", _LONG
+    ),
+    "NaN of a tail in the values": Mutation(
+        _KERNEL, "(position + tile_size > length)", "(position > length)", _DECODE
+    ),
+    "padding not written": Mutation(
+        _KERNEL, "_write_padding(problem, num_tokens_ref[0]", "(lambda *_: 0)(0", _DECODE
+    ),
+    "shares that overlap": Mutation(
+        _WORK_LIST, "begin = jnp.minimum(ctas * share, total)", "begin = ctas * (share - 1)", _LONG
+    ),
+}
+
+
+def is_noticed(mutation: Mutation) -> bool:
+    """Returns whether the test fails with the mutation applied to a copy of the repository."""
+    source = (ROOT / mutation.file).read_text()
+    assert source.count(mutation.old) == 1, f"{mutation.old!r} is not once in {mutation.file}"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in ("pallas_paged", "tests"):
+            ignored = shutil.ignore_patterns("__pycache__", "data", "*.safetensors")
+            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        (copy / mutation.file).write_text(source.replace(mutation.old, mutation.new))
+        command = [sys.executable, "-m", "pytest", f"{_TESTS}::{mutation.test}", "-q"]
+        try:
+            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired:
+            return True  # it hangs
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    return done.returncode == 1
+
+
+def main(names: list[str]) -> int:
+    """Returns 1 if a mutation was not noticed."""
+    chosen = {name: MUTATIONS[name] for name in names or MUTATIONS}
+    missed = []
+    for name, mutation in chosen.items():
+        noticed = is_noticed(mutation)
+        print(f"{'noticed' if noticed else 'MISSED '}  {name}", flush=True)
+        missed += [] if noticed else [name]
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
