@@ -129,6 +129,7 @@ def test_a_static_batch_waits_for_the_one_before(llm):
 
 
 def test_requests_start_after_they_arrive(llm):
+    offline.drive(llm.engine, workload(llm, 1), [0.0])  # compiles
     arrivals = [0.0, 0.0, 0.3, 0.6]
     run = offline.drive(llm.engine, workload(llm, 4), arrivals)
     assert [times.arrival_s for times in run.times] == arrivals

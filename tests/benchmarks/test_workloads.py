@@ -20,6 +20,7 @@ SHAREGPT = [
     {
         "id": "b",
         "conversations": [
+            {"from": "system", "value": "no question"},
             {"from": "gpt", "value": "an answer to nothing"},
             {"from": "human", "value": "six"},
             {"from": "gpt", "value": "seven"},
