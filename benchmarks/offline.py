@@ -111,7 +111,7 @@ class Run(NamedTuple):
 
 
 def make_llm() -> LLM:
-    """Returns the flags' model, every program compiled."""
+    """Returns the flags' model, every program that the workload needs compiled."""
     options = {
         "dtype": _DTYPE.value,
         "seed": _SEED.value,
@@ -121,13 +121,15 @@ def make_llm() -> LLM:
         "block_size": _BLOCK_SIZE.value,
         "num_blocks": _NUM_BLOCKS.value,
         "kv_cache_memory_bytes": _KV_CACHE_MEMORY_BYTES.value,
-        "compile_ahead": True,
     }
     if _RANDOM_MODEL.value is None:
-        return LLM(_MODEL.value, **options)
-    with tempfile.TemporaryDirectory() as folder:
-        random_models.write_config(_RANDOM_MODEL.value, pathlib.Path(folder))
-        return LLM(folder, load_format="dummy", **options)
+        llm = LLM(_MODEL.value, **options)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            random_models.write_config(_RANDOM_MODEL.value, pathlib.Path(folder))
+            llm = LLM(folder, load_format="dummy", **options)
+    llm.runner.programs.compile(bucket for bucket in llm.buckets.all() if not bucket.is_full)
+    return llm
 
 
 def make_workload(llm: LLM) -> Workload:

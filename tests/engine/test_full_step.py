@@ -160,6 +160,18 @@ def test_prompt_logprobs_are_those_of_transformers(llm: LLM) -> None:
         check_prompt(output, special.log_softmax(logits, axis=-1), one.prompt_logprobs, 2e-4)
 
 
+def test_prompt_logprobs_read_no_prefix_cache(llm: LLM) -> None:
+    prompt = {"prompt_token_ids": list(range(40, 80))}
+    asked = dataclasses.replace(PLAIN, prompt_logprobs=3)
+    kinds = [PLAIN, PLAIN, asked, asked]
+    outputs = [llm.generate(prompt, params, use_tqdm=False)[0] for params in kinds]
+    cached = [output.num_cached_tokens for output in outputs]
+    assert cached[1] > 0
+    assert cached[2:] == [0, 0]
+    assert len(outputs[2].prompt_logprobs) == 40
+    assert outputs[2].prompt_logprobs == outputs[3].prompt_logprobs
+
+
 def check_prompt(output: RequestOutput, rows: np.ndarray, num_top: int, tolerance: float) -> None:
     """Holds the prompt's log-probabilities against those that the rows of a table predict."""
     ids, found = output.prompt_token_ids, output.prompt_logprobs
@@ -213,9 +225,7 @@ def test_completions_of_one_request_have_their_own(engine: Engine) -> None:
             assert abs(completion.cumulative_logprob - total) < 1e-4
 
 
-def test_a_request_for_prompt_logprobs_reads_no_prefix_cache(engine: Engine) -> None:
-    assert engine.make_group([1], SamplingParams()).reads_cache
-    assert not engine.make_group([1], SamplingParams(prompt_logprobs=0)).reads_cache
+def test_more_prompt_logprobs_than_the_engine_gives_are_refused(engine: Engine) -> None:
     with pytest.raises(ValueError, match="prompt_logprobs=21 is more than the engine's"):
         engine.make_group([1], SamplingParams(prompt_logprobs=21))
 

@@ -57,7 +57,7 @@ MUTATIONS = {
         _KERNEL,
         "lambda: load(step + stages, *place)",
         "lambda: load(step + stages - 1, *place)",
-        _LONG,
+        _DECODE,
     ),
     "a wrong scale": Mutation(_KERNEL, "(problem.scale * _LOG2E)", "(problem.scale)", _DECODE),
     "a wrong cap": Mutation(_KERNEL, "(2 * cap * _LOG2E)", "(cap * _LOG2E)", _LONG),

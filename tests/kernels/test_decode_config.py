@@ -71,6 +71,14 @@ def test_files_of_measured_configurations():
     assert configs.tuned_configs("no such GPU") == {}
 
 
+def test_large_tiles_are_for_few_columns():
+    tiles = [
+        {config.tile for config in candidate_configs(make_case(8, 64, 16, tokens).problem)}
+        for tokens in (1, 4, 8)
+    ]
+    assert tiles == [{64, 128}, {64, 128}, {64}]
+
+
 def test_names_of_cases_are_unique():
     names = [case.name for case in decode_cases()]
     assert len(set(names)) == len(names) > 100

@@ -104,7 +104,9 @@ def build(spec: AttentionSpec, seed: int = 0) -> AttentionArguments:
     cache_dtype = spec.cache_dtype or spec.dtype
     cache = to_stored(jnp.asarray(k), jnp.asarray(v), KVCache.zeros(*shape, dtype=cache_dtype))
     if is_quantised(cache_dtype):
-        options |= {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
+        for name in ("k_scale", "v_scale"):
+            # Rows of NaN have an infinite scale.
+            options[name] = jnp.where(is_used[:, None], getattr(cache, name), jnp.nan)
     return AttentionArguments(jnp.asarray(q, spec.dtype), cache.k, cache.v, metadata, options)
 
 

@@ -16,6 +16,7 @@ from pallas_paged.ops.attention.config import SM90, DecodeConfig, fits, heuristi
 from pallas_paged.ops.attention.mosaic_gpu_decode import DecodeProblem, scratch_types
 
 _GROUPS = (1, 3, 4, 5, 7, 8, 16)
+_MAX_LOGITS = 128 * 32
 _FEATURES: tuple[dict[str, Any], ...] = (
     {},
     {"sliding_window": 300, "has_sinks": True},
@@ -125,8 +126,12 @@ def make_case(
 
 
 def candidate_configs(problem: DecodeProblem) -> list[DecodeConfig]:
-    """Returns the configurations that fit the chip: what tuning may choose from."""
-    candidates = itertools.product((64, 128), (2, 3, 4, 6), (1, 2, 3))
+    """Returns the configurations that fit the chip: what tuning may choose from.
+
+    Logits of more columns than these would not fit into registers.
+    """
+    tiles = [tile for tile in (64, 128) if tile * problem.columns <= _MAX_LOGITS]
+    candidates = itertools.product(tiles, (2, 3, 4, 6), (1, 2, 3))
     configs = [DecodeConfig(*values) for values in candidates]
     return [config for config in configs if fits(config, scratch_types(problem, config), SM90)]
 
