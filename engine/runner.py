@@ -145,8 +145,9 @@ class ModelRunner:
         self, in_flight: InFlight, targets: list[range], hidden: jax.Array | None
     ) -> InFlight:
         """Starts the log-probabilities of prompts that a step's hidden states give."""
-        if hidden is None or not any(targets):
+        if not any(targets):
             return in_flight
+        assert hidden is not None, "a step with targets in a prompt is full, and no decode step"
         indices: list[int] = []
         tokens: list[int] = []
         prompts, offset = [], 0

@@ -208,7 +208,7 @@ def test_completions_of_one_request_have_their_own(engine: Engine) -> None:
     prompts = [rng.integers(1, 24, length).tolist() for length in (9, 20, 1, 13, 5)]
     params = [
         SamplingParams(
-            n=2, max_tokens=20, seed=i, ignore_eos=True, presence_penalty=1.5, logprobs=1,
+            n=2, max_tokens=20, seed=i, ignore_eos=True, frequency_penalty=0.8, logprobs=1,
             repetition_penalty=1.2, prompt_logprobs=2,
         )
         for i in range(len(prompts))

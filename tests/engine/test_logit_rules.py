@@ -145,6 +145,23 @@ def test_many_requests_of_all_kinds(engine: Engine, async_scheduling: bool) -> N
     engine._async_scheduling = True
 
 
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_a_row_may_be_written_anew_before_any_token(
+    engine: Engine, async_scheduling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a preemption into another row, whether the host knows the last token or not."""
+    monkeypatch.setattr(engine, "_async_scheduling", async_scheduling)
+    params = params_of({"frequency_penalty": 0.7, "repetition_penalty": 1.3, "bad_words": ["ab"]})
+    for prompt in prompts(3):
+        group = engine.make_group(prompt, params)
+        engine.add(group)
+        while engine.has_unfinished:
+            engine.step()
+            engine.runner._row_edits._held.clear()
+        wanted = expected(TABLE, prompt, params, bad_sequences(params))
+        assert group.sequences[0].output_token_ids == wanted
+
+
 def test_rules_that_come_to_exclude_everything_end_only_their_request(engine: Engine) -> None:
     only_a = params_of({"allowed_token_ids": [1], "bad_words": ["aaa"]})
     first, second = run(engine, [[5], [6]], [only_a, BASE])
