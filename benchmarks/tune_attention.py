@@ -32,7 +32,9 @@ from pallas_paged.ops.attention.mosaic_gpu import decode_key
 _HEAD_DIMS = flags.DEFINE_list("head_dims", ["64", "128"], "head_dim of the cases.")
 _BLOCK_SIZES = flags.DEFINE_list("block_sizes", ["16", "32", "64"], "Block sizes of the cases.")
 _GROUPS = flags.DEFINE_list("groups", ["8"], "Query heads per KV head of the cases.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16"], "Dtype of the cache.")
+_DTYPE = flags.DEFINE_enum(
+    "cache_dtype", "bfloat16", ["bfloat16", "float16"], "Dtype of the cache."
+)
 _BUDGET = flags.DEFINE_float("budget_s", 540.0, "Seconds after which no more cases are begun.")
 _OUT = flags.DEFINE_string(
     "out", None, "Folder for the file of this kind of GPU; the package's own if not given."

@@ -1,6 +1,9 @@
 """Settings of every test: two CPU devices, strict dtypes, checked shapes."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # An interpreted kernel blocks one of the CPU client's threads for each of its own that waits at a
@@ -15,6 +18,13 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Many tests build the same small engine: what one of them compiled the next one finds. One folder
+# for each process, for JAX writes its files in place.
+_cache = tempfile.mkdtemp(prefix="pallas-paged-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", _cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 LAYER_1 = ["pallas_paged.kv_cache", "pallas_paged.block_tables", "pallas_paged.ops"]
 MODELS = [f"pallas_paged.models.{name}" for name in ("attend", "decoder", "layers", "opt", "rope")]
