@@ -37,7 +37,7 @@ _DTYPE = flags.DEFINE_enum(
 )
 _BUDGET = flags.DEFINE_float("budget_s", 540.0, "Seconds after which no more cases are begun.")
 _OUT = flags.DEFINE_string(
-    "out", None, "Folder for the file of this kind of GPU; the package's own if not given."
+    "tuned_dir", None, "Folder for the file of this kind of GPU; the package's own if not given."
 )
 
 _STEPS = ((128, 512), (32, 4096), (1, 65536))  # (sequences, tokens of each)
