@@ -38,6 +38,8 @@ _PROMPTS = (
     "    for key, value in sorted(self.items()):\n",
 )
 
+_FRAMES_PER_SECOND = 10
+
 
 @dataclasses.dataclass
 class Lane:
@@ -105,9 +107,11 @@ def stream(llm: LLM, console: Console, prompts: list[str], params: list[Sampling
     """Shows the completions as they grow; returns the batch's output tokens per second."""
     lanes = [Lane(prompt) for prompt in prompts]
     lane_of: dict[str, Lane] = {}
-    peak = 0.0
+    peak = due = 0.0
     begin = time.perf_counter()
-    with Live(console=console, refresh_per_second=10, vertical_overflow="crop") as live:
+    with Live(
+        console=console, refresh_per_second=_FRAMES_PER_SECOND, vertical_overflow="crop"
+    ) as live:
         for output in llm.stream(prompts, params):
             if output.request_id not in lane_of:
                 lane_of[output.request_id] = next(
@@ -118,7 +122,12 @@ def stream(llm: LLM, console: Console, prompts: list[str], params: list[Sampling
             lane.num_tokens = len(completion.token_ids)
             lane.state = completion.finish_reason or "running"
             peak = max(peak, llm.kv_cache_usage)
-            rate = sum(lane.num_tokens for lane in lanes) / (time.perf_counter() - begin)
+            now = time.perf_counter()
+            rate = sum(lane.num_tokens for lane in lanes) / (now - begin)
+            is_last = all(lane.state not in ("waiting", "running") for lane in lanes)
+            if now < due and not is_last:
+                continue  # a layout takes longer than a step
+            due = now + 1 / _FRAMES_PER_SECOND
             status = (
                 f"{sum(lane.state == 'running' for lane in lanes)} running, {rate:.0f} tokens/s, "
                 f"KV pool {llm.kv_cache_usage:.0%} in use, {peak:.0%} at most"
