@@ -52,7 +52,8 @@ class EngineConfig:
       seed: where the seeds of requests that bring none are drawn from.
       max_logprobs: most log-probabilities per token that a request may ask for; -1 allows the whole
         vocabulary, which every step that returns log-probabilities then copies to the host.
-      attention_implementation: None chooses by platform; a named one is used or refused.
+      attention_implementation: None chooses by platform; a named one is used or refused. The writes
+        and copies of KV blocks are not attention: they always choose by platform.
       async_scheduling: schedule and dispatch a step before the previous one's tokens are on the
         host.
       deterministic: run every step in one fixed shape, so that in float32 a request's tokens do
