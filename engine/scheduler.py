@@ -19,7 +19,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from pallas_paged.engine.admission import Admission, Arrival, Places
-from pallas_paged.engine.groups import CopyPairs, FullBlocks
+from pallas_paged.engine.groups import CopyPairs, FullBlocks, repeated_blocks
 from pallas_paged.engine.policies import (
     ChooseRecovery,
     Order,
@@ -214,24 +214,23 @@ class Scheduler:
         oldest = self._in_flight.popleft()
         assert step is oldest, "steps are committed in order"
         assert len(tokens) == len(step.scheduled), f"{len(tokens)} tokens for {step.scheduled}"
+        live = [
+            (share, token)
+            for share, token in zip(step.scheduled, tokens, strict=True)
+            if not share.sequence.is_finished
+        ]
+        for share in step.scheduled:
+            share.sequence.num_in_flight -= 1
+        self._take_computed([share for share, _ in live])
         extended: list[Sequence] = []
         freed_rows: list[int] = []
-        full: list[FullBlocks] = []
-        for share, token in zip(step.scheduled, tokens, strict=True):
-            sequence = share.sequence
-            sequence.num_in_flight -= 1
-            if sequence.is_finished:
-                continue
-            if sequence.row is not None:
-                sequence.num_computed = share.start + share.num_tokens
-                full += self._newly_full(sequence)
+        for share, token in live:
             if share.samples:
+                sequence = share.sequence
                 sequence.num_pending -= 1
                 sequence.token_ids.append(token)
                 extended.append(sequence)
                 freed_rows += self._finish_if_over(sequence)
-        if full:
-            self.memory.remember(full)
         if freed_rows:
             self.memory.free(freed_rows)
         return extended
@@ -408,14 +407,30 @@ class Scheduler:
             arrival.group.status = SequenceStatus.RUNNING
         return arrivals, planned
 
-    def _newly_full(self, sequence: Sequence) -> list[FullBlocks]:
-        """Returns the blocks, if any, that its committed tokens have filled since the last time."""
-        first, end = sequence.num_remembered, sequence.num_computed // self.memory.block_size
-        if end <= first or sequence.row is None or not sequence.group.writes_cache:
-            return []
-        sequence.num_remembered = end
-        salt = sequence.group.cache_salt
-        return [FullBlocks(sequence.row, sequence.token_ids, first, end, salt)]
+    def _take_computed(self, shares: list[ScheduledSequence]) -> None:
+        """Counts tokens as computed, and lets the blocks that they have filled be shared."""
+        S = self.memory.block_size
+        filled: list[Sequence] = []
+        for share in shares:
+            sequence = share.sequence
+            if sequence.row is not None:
+                sequence.num_computed = share.start + share.num_tokens
+                if sequence.num_computed // S > sequence.num_remembered:
+                    filled.append(sequence)
+        if not filled:
+            return
+        repeated: dict[int, int] = {}
+        for group in dict.fromkeys(sequence.group for sequence in filled):
+            repeated |= repeated_blocks(group.placed, self.memory.tables, S)
+        self.memory.replace(repeated)
+        full: list[FullBlocks] = []
+        for sequence in filled:
+            group, row, end = sequence.group, sequence.row, sequence.num_computed // S
+            if group.writes_cache and row is not None:
+                first, ids = sequence.num_remembered, sequence.token_ids
+                full.append(FullBlocks(row, ids, first, end, group.cache_salt, group.reads_cache))
+            sequence.num_remembered = end
+        self.memory.remember(full)
 
     def _fork(self, planned: Plan) -> Plan:
         """Adds the sequences forked from those that reach the end of their group's prompt."""
