@@ -337,8 +337,8 @@ class Scheduler:
         for sequence in group.placed:
             if sequence.num_tokens == max_length:
                 continue  # its last token is in flight
-            if not _may_start(sequence, planned):
-                continue  # what it shares is not computed yet
+            # A leader comes first, and takes the budget until all that it shares is computed.
+            assert _may_start(sequence, planned), "reads blocks that nobody has written"
             count = min(sequence.num_tokens - sequence.num_dispatched, budget)
             if count == 0:
                 break
