@@ -67,6 +67,18 @@ def _results(group: SequenceGroup) -> list[Sequence]:
     return results
 
 
+def figures(sequence: Sequence) -> tuple[float, float | None]:
+    """Returns cumulative log-probability and score of a result or, in an aborted search, a beam."""
+    search = sequence.group.beams
+    assert search is not None
+    if search.is_done:
+        result = search.results[sequence.index]
+        return result.cumulative_logprob, result.score
+    total = search.cumulative_logprobs[sequence.index]
+    num_tokens = sequence.num_output_tokens
+    return total, search.score(total, num_tokens) if num_tokens else None
+
+
 def check_invariants(group: SequenceGroup) -> None:
     """Asserts that an unfinished group's sequences are the beams of its search, if it has one."""
     if group.beams is None:

@@ -223,6 +223,7 @@ def main() -> None:
     for name, path in MODELS.items():
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         model.eval()
+        model.generation_config = transformers.GenerationConfig()  # no ending tokens but our own
         recorded = list(cases(model, make_prompts(name, model, path)))
         lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in recorded)
         (folder / f"beam-search-{name}.json").write_text(f"[\n{lines}\n]\n")
