@@ -13,7 +13,13 @@ import pytest
 
 from pallas_paged.engine.beam_search import BeamSearch
 from pallas_paged.engine.groups import worst_case_blocks
-from pallas_paged.engine.policies import Order, PriorityOrder, always_recompute, always_swap
+from pallas_paged.engine.policies import (
+    Order,
+    PriorityOrder,
+    Recovery,
+    always_recompute,
+    always_swap,
+)
 from pallas_paged.engine.scheduled import ScheduledStep
 from pallas_paged.engine.sequence import Sequence, SequenceGroup
 from tests.engine.mock_model import (
@@ -23,10 +29,13 @@ from tests.engine.mock_model import (
     make_engine,
     search_alone,
 )
-from tests.engine.test_scheduler_traces import mixed_recovery, unchecked_shapes
 
-__all__ = ["unchecked_shapes"]  # the fixture
 NUM_TRACES = 300
+
+
+def mixed_recovery(group: SequenceGroup) -> Recovery:
+    """Some of each."""
+    return "swap" if sum(s.num_computed for s in group.live) % 3 else "recompute"
 
 
 @dataclasses.dataclass(frozen=True)

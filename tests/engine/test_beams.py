@@ -12,6 +12,7 @@ import pytest
 from pallas_paged.engine import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from pallas_paged.engine.policies import always_recompute, always_swap
 from pallas_paged.models.demo import DEMO_MODEL
+from tests.engine import beam_oracle, bigram_model
 from tests.engine.serving import MIN_MARGIN, assert_idle, make_llm
 
 NAME = "llama-gqa-llama3"
@@ -88,6 +89,10 @@ def test_results_are_those_of_transformers(name: str) -> None:
     assert_idle(llm)
     parted = check_as_recorded(outputs, cases)
     assert len(parted) <= 0.01 * len(cases), parted
+    if llm.tokenizer is not None:
+        for result in (result for output in outputs for result in output.outputs):
+            shown = result.token_ids[:-1] if result.finish_reason == "stop" else result.token_ids
+            assert result.text == llm.tokenizer.decode(shown, skip_special_tokens=True)
 
 
 def texts_aside(output: RequestOutput) -> list[tuple]:
@@ -312,6 +317,55 @@ def test_one_beam_is_greedy(llm: LLM) -> None:
     assert output.outputs[0].token_ids == wanted.outputs[0].token_ids
     total = wanted.outputs[0].cumulative_logprob
     assert output.outputs[0].cumulative_logprob == pytest.approx(total)
+
+
+class TestBigram:
+    """The model's own EOS, and logits that are not finite."""
+
+    @pytest.mark.parametrize("ignore_eos", [False, True])
+    def test_eos(self, ignore_eos: bool) -> None:
+        table = bigram_model.make_table(3)
+        table[:, bigram_model.EOS] += 2.0
+        engine = bigram_model.make_engine(table)
+        logprobs = table - np.log(np.exp(table.astype(np.float64)).sum(-1, keepdims=True))
+        prompts = [[1 + i, 2, 3] for i in range(6)]
+        params = BeamSearchParams(3, 12, ignore_eos=ignore_eos, stop_token_ids=[9], num_return=2)
+        outputs = bigram_model.run(engine, prompts, [params] * 6)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            expected = beam_oracle.beam_search(
+                lambda tokens: logprobs[tokens[-1]],
+                prompt,
+                width=3,
+                max_tokens=12,
+                ending_ids=[9] if ignore_eos else [9, bigram_model.EOS],
+            )
+            for result, wanted in zip(output.outputs, expected, strict=False):
+                assert result.token_ids == wanted.tokens
+                assert result.score == pytest.approx(wanted.score, abs=1e-5)
+                last = result.token_ids[-1]
+                stops = last == 9 or (last == bigram_model.EOS and not ignore_eos)
+                assert result.finish_reason == ("stop" if stops else "length")
+                assert result.stop_reason == (9 if last == 9 else None)
+        ends = {o.outputs[0].token_ids[-1] for o in outputs}
+        assert (bigram_model.EOS in ends) or ignore_eos
+
+    def test_logits_that_are_not_finite_end_the_search_alone(self) -> None:
+        table = bigram_model.make_table(3)
+        table[3, 5] = 9.0  # the best beam, whose next logits are none
+        table[5] = np.nan
+        engine = bigram_model.make_engine(table)
+        outputs = bigram_model.run(
+            engine,
+            [[1, 2, 3], [7]],
+            [BeamSearchParams(2, 12), SamplingParams(temperature=0, max_tokens=1)],
+        )
+        for result in outputs[0].outputs:
+            assert (result.finish_reason, result.stop_reason) == (
+                "abort",
+                "logits are not finite",
+            )
+            assert len(result.token_ids) == 1
+        assert outputs[1].outputs[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize(
