@@ -5,11 +5,13 @@
   python -m benchmarks.sharing --timeline=pool.json --plot=pool.png     # the latter: matplotlib
 
 The real scheduler and block tables run requests whose tokens are drawn at random, one step of
-which is always in flight, with no model and no device: lengths, blocks and batches are those of an
-engine, times are not. Three questions, each beside the paper's figures (Kwon et al. 2023):
+which is always in flight: lengths, blocks and batches are those of an engine, times are not. Only
+beams need a model, and have the engine and the demo model (`beam_runs`). The questions, each beside
+the paper's figures (Kwon et al. 2023):
 
 - fill: under a full pool, which share of the slots that sequences hold has a token in it (Fig. 2);
 - parallel: which share of the blocks do n samples save by sharing the prompt's (Fig. 15);
+- beams: which share of the blocks do the beams of a search save (Fig. 15);
 - prefix: how many tokens are computed for requests that share a prefix (Fig. 16).
 
 `--wall_time` answers the last one with a whole engine and a model with random weights: tokens and
@@ -27,7 +29,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from benchmarks import random_models, tables, workloads
+from benchmarks import beam_runs, random_models, tables, workloads
 from pallas_paged.engine import LLM, RequestOutput, SamplingParams
 from pallas_paged.engine.groups import blocks_for
 from pallas_paged.engine.kv_stats import KVStats, kv_stats
@@ -39,6 +41,9 @@ _NUM_REQUESTS = flags.DEFINE_integer("num_requests", 400, "Requests of each run.
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens per block.", lower_bound=1)
 _NUM_SLOTS = flags.DEFINE_integer("num_slots", 15_700, "Slots of the pool (the paper's OPT-13B).")
 _MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 256, "Sequences that run at once.")
+_BEAM_REQUESTS = flags.DEFINE_integer(
+    "beam_requests", 32, "Beam searches of each width; at most 48 beams run at once.", lower_bound=1
+)
 _PREFIX_LEN = flags.DEFINE_integer("prefix_len", 341, "Tokens of the shared prefix.")
 _PREFIX_REQUESTS = flags.DEFINE_integer("prefix_requests", 64, "Requests that share it.")
 _WALL_TIME = flags.DEFINE_bool("wall_time", False, "Time the shared prefix with a model.")
@@ -56,6 +61,7 @@ MAX_NUM_BATCHED_TOKENS = 2048
 NUM_OWN = NUM_OUTPUT = 40
 PAPER_FILL = 0.963
 PAPER_PARALLEL = "6.1-9.8 %"
+PAPER_BEAMS = "37.6-55.2 %"
 
 
 @dataclasses.dataclass
@@ -138,10 +144,42 @@ def measure_parallel() -> list[dict[str, Any]]:
     rows = []
     for num_seqs in (2, 4, 6):
         pool = run(make_groups("alpaca", _NUM_REQUESTS.value, num_seqs)).pool
-        entries = sum(s.num_table_entries for s in pool)
-        saved = 1 - sum(s.num_allocated_blocks for s in pool) / entries
+        saved = saved_share(pool)
         rows.append({"samples": num_seqs, "blocks saved": saved, "the paper's": PAPER_PARALLEL})
     return rows
+
+
+def measure_beams() -> list[dict[str, Any]]:
+    """Returns the blocks that beams save, of those needed without, over all steps."""
+    llm = beam_runs.make_llm(_BLOCK_SIZE.value, min(48, _MAX_NUM_SEQS.value))
+    workload = workloads.draw(
+        "alpaca",
+        _BEAM_REQUESTS.value,
+        scale=1.0,
+        max_model_len=beam_runs.MAX_MODEL_LEN,
+        vocab_size=VOCAB_SIZE,
+        seed=_SEED.value,
+    )
+    print(f"beams: {workload.source}; {beam_runs.SOURCE}")
+    rows = []
+    for width in (2, 4, 6):
+        pool = beam_runs.run(llm, workload.requests, width, _SEED.value)
+        rows.append(
+            {
+                "beams": width,
+                "blocks saved": saved_share(pool),
+                "the paper's": PAPER_BEAMS,
+                "most blocks at once": max(s.num_allocated_blocks for s in pool),
+                "without sharing": max(s.num_table_entries for s in pool),
+            }
+        )
+    return rows
+
+
+def saved_share(pool: Sequence[KVStats]) -> float:
+    """Returns the share of blocks that sharing saves, of those needed without, over all steps."""
+    entries = sum(s.num_table_entries for s in pool)
+    return 1 - sum(s.num_allocated_blocks for s in pool) / entries
 
 
 def measure_prefix() -> list[dict[str, Any]]:
@@ -194,7 +232,7 @@ def measure_wall_time() -> list[dict[str, Any]]:
                 seconds = time.perf_counter() - begin
             cached = sum(output.num_cached_tokens for output in outputs)
             prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
-            row = {
+            row: dict[str, Any] = {
                 "prefix caching": caching,
                 "prompt tokens": prompt_tokens,
                 "found in the cache": cached,
@@ -261,12 +299,15 @@ def main(argv: Sequence[str]) -> None:
         return
     fill, pool = measure_fill()
     parallel, prefix = measure_parallel(), measure_prefix()
+    beams = measure_beams()
     tables.show(f"fill: ShareGPT's lengths, block size {_BLOCK_SIZE.value}", [fill])
     tables.show("parallel sampling: Alpaca's lengths", parallel)
+    tables.show("beam search: Alpaca's lengths, the demo model through the engine", beams)
     tables.show(f"a prefix of {_PREFIX_LEN.value} tokens", prefix)
     if _JSON.value:
         with open(_JSON.value, "w", encoding="utf-8") as file:
-            json.dump({"fill": fill, "parallel": parallel, "prefix": prefix}, file, indent=2)
+            figures = {"fill": fill, "parallel": parallel, "beams": beams, "prefix": prefix}
+            json.dump(figures, file, indent=2)
     if _TIMELINE.value:
         with open(_TIMELINE.value, "w", encoding="utf-8") as file:
             json.dump([dataclasses.asdict(stats) for stats in pool], file)

@@ -185,10 +185,10 @@ def plan_entry(group: SequenceGroup, hits: Seq[Seq[int]], block_size: int) -> En
 
     `hits` are the cached blocks for each of `sequences_to_place`.
     """
-    live, placed = group.live, sequences_to_place(group)
+    placed = sequences_to_place(group)
     branches = plan_tree([sequence.token_ids for sequence in placed], hits, block_size)
     num_new = -min(min(branch.blocks) for branch in branches)
     num_spares = 0
-    if len(placed) < len(live) and group.num_prompt_tokens % block_size:
-        num_spares = len(live) - len(placed)
+    if group.num_prompt_tokens % block_size:
+        num_spares = group.num_rows - len(placed)
     return Entry(placed, branches, num_new, num_new + num_spares)

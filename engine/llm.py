@@ -31,7 +31,7 @@ from pallas_paged.engine.policies import (
 )
 from pallas_paged.engine.pool import PoolPlan, cache_shapes, plan_pool
 from pallas_paged.engine.runner import ModelRunner
-from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.engine.sampling_params import BeamSearchParams, SamplingParams
 from pallas_paged.engine.scheduler import Scheduler
 from pallas_paged.engine.sequence import SequenceGroup
 from pallas_paged.engine.swap import HostPool
@@ -39,6 +39,7 @@ from pallas_paged.engine.tokenizer import load_tokenizer, require_tokenizer
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import ModelConfig, init_model, load_eos_token_ids, load_model
 from pallas_paged.ops.attention.api import attention_implementation
+from pallas_paged.ops.kv_write.api import write_implementation
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ another salt, or none.
 """
 _PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 Message = Mapping[str, Any]
+Params = SamplingParams | BeamSearchParams
 
 
 _COMPUTED_BYTES_PER_S = 200e12
@@ -88,11 +90,14 @@ class LLM:
         cache_dtype = resolve_kv_cache_dtype(config, dtype)
         caches = cache_shapes(network.config, 2, config.block_size, cache_dtype)
         implementation = _choose_attention(config, network.config, dtype, caches[0])
+        writes = _choose_writes(config, network.config, dtype, caches[0])
         self.buckets = Buckets.for_config(config)
         plan = plan_pool(
             config, network, self.buckets, self.max_model_len, cache_dtype, implementation
         )
-        logger.info("attention: %s on %s", implementation, target_device().device_kind)
+        logger.info(
+            "attention: %s, writes: %s, on %s", implementation, writes, target_device().device_kind
+        )
         logger.info("%s", plan)
         if plan.max_blocks_per_seq * config.block_size < self.max_model_len:
             logger.warning(
@@ -118,6 +123,7 @@ class LLM:
             buckets=self.buckets,
             max_logprobs=config.max_logprobs,
             implementation=implementation,
+            cache_implementation=config.cache_implementation,
             deterministic=config.deterministic,
             swaps=config.swap_space > 0,
         )
@@ -158,7 +164,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Seq[Prompt],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        sampling_params: Params | Seq[Params] | None = None,
         use_tqdm: bool = True,
         priority: Seq[int] | None = None,
     ) -> list[RequestOutput]:
@@ -166,7 +172,8 @@ class LLM:
 
         Args:
           prompts: one or several of `Prompt`.
-          sampling_params: one for all, or one per prompt; None means `SamplingParams()`.
+          sampling_params: one for all, or one per prompt; None means `SamplingParams()`. Some may
+            be `BeamSearchParams`.
           use_tqdm: show progress on standard error.
           priority: one number per prompt, lower ones first; for `scheduling_policy="priority"`.
 
@@ -190,23 +197,49 @@ class LLM:
                     progress.set_postfix_str(f"{tokens / seconds:.1f} output tokens/s")
         return [done[group.request_id] for group, _ in requests]
 
+    def beam_search(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: BeamSearchParams | Seq[BeamSearchParams],
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Searches the most likely completions of prompts, as one batch.
+
+        Args:
+          prompts: see `generate`.
+          params: one for all, or one per prompt.
+          use_tqdm: see `generate`.
+
+        Returns:
+          One output per prompt, in the order of the prompts. Its `num_return` completions are
+          sorted by their `score`, best first.
+
+        Raises:
+          ValueError: see `generate`; or params of another kind.
+        """
+        for one in params if isinstance(params, list | tuple) else [params]:
+            if not isinstance(one, BeamSearchParams):
+                raise ValueError(f"params={one!r:.80} must be BeamSearchParams; see `generate`")
+        return self.generate(prompts, params, use_tqdm)
+
     def stream(
         self,
         prompts: Prompt | Seq[Prompt],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        sampling_params: Params | Seq[Params] | None = None,
     ) -> Iterator[RequestOutput]:
         """Completes prompts like `generate`, and yields each output whenever it has grown.
 
         The last output of a request has `finished` set. What is wrong with a prompt is raised
         before this returns; the requests run while the result is iterated over, together with
         those of other iterations. Leaving the iteration early aborts what has not finished.
+        A beam search is yielded once, when it is over.
         """
         return self._run(self._check_all(prompts, sampling_params))
 
     def chat(
         self,
         messages: Seq[Message] | Seq[Seq[Message]],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        sampling_params: Params | Seq[Params] | None = None,
         use_tqdm: bool = True,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -310,7 +343,7 @@ class LLM:
     def _check_all(
         self,
         prompts: Prompt | Seq[Prompt],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None,
+        sampling_params: Params | Seq[Params] | None,
     ) -> list[tuple[SequenceGroup, str | None]]:
         """Returns a group for each prompt, and the prompt's text; queues nothing yet."""
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
@@ -411,12 +444,10 @@ def _cache_salt(prompt: Prompt) -> str | None:
     return salt
 
 
-def _broadcast(
-    params: SamplingParams | Seq[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
+def _broadcast(params: Params | Seq[Params] | None, count: int) -> list[Params]:
     if params is None:
         params = SamplingParams()
-    if isinstance(params, SamplingParams):
+    if isinstance(params, SamplingParams | BeamSearchParams):
         return [params] * count
     if len(params) != count:
         raise ValueError(
@@ -432,6 +463,12 @@ def _choose_attention(config: EngineConfig, shape: ModelConfig, dtype: Any, cach
     return attention_implementation(
         config.attention_implementation, q, cache.k, deterministic=config.deterministic
     )
+
+
+def _choose_writes(config: EngineConfig, shape: ModelConfig, dtype: Any, cache: KVCache) -> str:
+    """Returns what writes such a model's keys and values."""
+    k = jax.ShapeDtypeStruct((1, shape.num_kv_heads, shape.head_dim), dtype)
+    return write_implementation(config.cache_implementation, k, cache)
 
 
 def _use_compilation_cache(folder: str | None) -> None:
