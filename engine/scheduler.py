@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from pallas_paged.engine import beam_groups
 from pallas_paged.engine.admission import Admission, Arrival, Places
 from pallas_paged.engine.beam_search import Candidates
-from pallas_paged.engine.groups import CopyPairs, FullBlocks
+from pallas_paged.engine.groups import CopyPairs, FullBlocks, repeated_blocks
 from pallas_paged.engine.policies import (
     ChooseRecovery,
     Order,
@@ -219,18 +219,19 @@ class Scheduler:
         oldest = self._in_flight.popleft()
         assert step is oldest, "steps are committed in order"
         assert len(results) == len(step.scheduled), f"{len(results)} results: {step.scheduled}"
+        live = [
+            (share, result)
+            for share, result in zip(step.scheduled, results, strict=True)
+            if not share.sequence.is_finished
+        ]
+        for share in step.scheduled:
+            share.sequence.num_in_flight -= 1
+        self._take_computed([share for share, _ in live])
         extended: list[Sequence] = []
         freed_rows: list[int] = []
-        full: list[FullBlocks] = []
         searching: dict[SequenceGroup, None] = {}  # a set in order
-        for share, result in zip(step.scheduled, results, strict=True):
+        for share, result in live:
             sequence = share.sequence
-            sequence.num_in_flight -= 1
-            if sequence.is_finished:
-                continue
-            if sequence.row is not None:
-                sequence.num_computed = share.start + share.num_tokens
-                full += self._newly_full(sequence)
             if not share.samples:
                 continue
             if isinstance(result, Candidates):
@@ -242,8 +243,6 @@ class Scheduler:
             sequence.token_ids.append(result)
             extended.append(sequence)
             freed_rows += self._finish_if_over(sequence)
-        if full:
-            self.memory.remember(full)
         return extended + self._advance_beams(searching, freed_rows)
 
     def _advance_beams(
@@ -377,11 +376,11 @@ class Scheduler:
                 continue  # its last token is in flight
             if sequence.num_dispatched == sequence.num_tokens:
                 continue  # a beam whose candidates are in flight, or wait for those of others
-            if not _may_start(sequence, planned):
-                continue  # what it shares is not computed yet
-            count = min(sequence.num_tokens - sequence.num_dispatched, budget)
-            if count == 0:
+            if not budget:
                 break
+            # A leader comes first, and takes the budget until all that it shares is computed.
+            assert _may_start(sequence, planned), "reads blocks that nobody has written"
+            count = min(sequence.num_tokens - sequence.num_dispatched, budget)
             planned[sequence] = count
             budget -= count
         return list(planned.items())
@@ -447,14 +446,30 @@ class Scheduler:
             arrival.group.status = SequenceStatus.RUNNING
         return arrivals, planned
 
-    def _newly_full(self, sequence: Sequence) -> list[FullBlocks]:
-        """Returns the blocks, if any, that its committed tokens have filled since the last time."""
-        first, end = sequence.num_remembered, sequence.num_computed // self.memory.block_size
-        if end <= first or sequence.row is None or not sequence.group.writes_cache:
-            return []
-        sequence.num_remembered = end
-        salt = sequence.group.cache_salt
-        return [FullBlocks(sequence.row, sequence.token_ids, first, end, salt)]
+    def _take_computed(self, shares: list[ScheduledSequence]) -> None:
+        """Counts tokens as computed, and lets the blocks that they have filled be shared."""
+        S = self.memory.block_size
+        filled: list[Sequence] = []
+        for share in shares:
+            sequence = share.sequence
+            if sequence.row is not None:
+                sequence.num_computed = share.start + share.num_tokens
+                if sequence.num_computed // S > sequence.num_remembered:
+                    filled.append(sequence)
+        if not filled:
+            return
+        repeated: dict[int, int] = {}
+        for group in dict.fromkeys(sequence.group for sequence in filled):
+            repeated |= repeated_blocks(group.placed, self.memory.tables, S)
+        self.memory.replace(repeated)
+        full: list[FullBlocks] = []
+        for sequence in filled:
+            group, row, end = sequence.group, sequence.row, sequence.num_computed // S
+            if group.writes_cache and row is not None:
+                first, ids = sequence.num_remembered, sequence.token_ids
+                full.append(FullBlocks(row, ids, first, end, group.cache_salt, group.reads_cache))
+            sequence.num_remembered = end
+        self.memory.remember(full)
 
     def _fork(self, planned: Plan) -> Plan:
         """Adds the sequences forked from those that reach the end of their group's prompt."""

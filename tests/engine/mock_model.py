@@ -31,8 +31,13 @@ def next_token(token_ids: list[int]) -> int:
 
 
 def sampled_token(token_ids: list[int], index: int) -> int:
-    """The token after `token_ids` in completion `index`: no two completions begin alike."""
-    return (next_token(token_ids) + 7 * index) % VOCAB_SIZE
+    """The token after `token_ids` in completion `index`.
+
+    Completions 2k and 2k + 1 draw the same ones, as if by chance, until they have a multiple of
+    11 tokens; the others begin differently.
+    """
+    parts = index % 2 and len(token_ids) % 11 == 0
+    return (next_token(token_ids) + 7 * (index // 2) + bool(parts)) % VOCAB_SIZE
 
 
 def next_logprobs(token_ids: list[int]) -> np.ndarray:

@@ -172,7 +172,6 @@ def count_events(step: ScheduledStep, seen: collections.Counter[str]) -> None:
     for group in step.preempted:
         if group.beams is not None:
             seen["preempted"] += 1
-            seen["preempted in flight"] += any(s.num_in_flight for s in group.live)
             seen["swapped out"] += group.swapped is not None
 
 
@@ -196,6 +195,7 @@ def run_trace(trace: Trace) -> collections.Counter[str]:
             if abort_turn == turn:
                 scheduler.abort(group.request_id)
         waiting = {g for g in arrived if any(s.candidates for s in g.live)}
+        flying = {g for g in arrived if g.beams and any(s.num_in_flight for s in g.live)}
         step = engine.step(trace.overlap[turn % len(trace.overlap)])
         scheduler.check_invariants()
         check_sharing(engine, arrived)
@@ -203,6 +203,7 @@ def run_trace(trace: Trace) -> collections.Counter[str]:
             assert step.num_tokens <= trace.options["max_num_batched_tokens"]
             count_events(step, seen)
             seen["preempted while a beam waits"] += len(waiting & set(step.preempted))
+            seen["preempted in flight"] += len(flying & set(step.preempted))
         turn += 1
         assert turn < 3000, "livelock"
     engine.drain()
