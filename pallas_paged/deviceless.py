@@ -113,6 +113,18 @@ def kernel_resources(
     return kernels
 
 
+def kernel_ptx(target: str, function: Callable[..., Any], *args: Any) -> str:
+    """Compiles like `compile_for`; returns the Mosaic GPU kernels in `function` as PTX.
+
+    Not for several threads at once, as `kernel_resources`, and with its errors.
+    """
+    with _captured_output() as report, _environment(MOSAIC_GPU_DUMP_PTX="1"):
+        compile_for(target, function, *args)
+    if ".entry" not in report[0]:
+        raise RuntimeError("no Mosaic GPU kernel was compiled, or this process had compiled it")
+    return report[0]
+
+
 def _parse(report: str) -> tuple[KernelResources, ...]:
     smem = re.findall(r"smem_scratch_bytes=(\d+)", report)
     found = []

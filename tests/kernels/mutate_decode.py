@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -106,8 +107,11 @@ MUTATIONS = {
 }
 
 
-def is_noticed(mutation: Mutation) -> bool:
-    """Returns whether the test fails with the mutation applied to a copy of the repository."""
+def is_noticed(mutation: Mutation, tests: str = _TESTS) -> bool:
+    """Returns whether the test, of the file `tests`, fails with the mutation applied.
+
+    To a copy of the repository.
+    """
     source = (ROOT / mutation.file).read_text()
     assert source.count(mutation.old) == 1, f"{mutation.old!r} is not once in {mutation.file}"
     with tempfile.TemporaryDirectory() as folder:
@@ -117,7 +121,7 @@ def is_noticed(mutation: Mutation) -> bool:
             shutil.copytree(ROOT / name, copy / name, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", copy)
         (copy / mutation.file).write_text(source.replace(mutation.old, mutation.new))
-        command = [sys.executable, "-m", "pytest", f"{_TESTS}::{mutation.test}", "-q"]
+        command = [sys.executable, "-m", "pytest", f"{tests}::{mutation.test}", "-q"]
         try:
             done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)
         except subprocess.TimeoutExpired:
@@ -126,12 +130,14 @@ def is_noticed(mutation: Mutation) -> bool:
     return done.returncode == 1
 
 
-def main(names: list[str]) -> int:
+def main(
+    names: list[str], mutations: Mapping[str, Mutation] = MUTATIONS, tests: str = _TESTS
+) -> int:
     """Returns 1 if a mutation was not noticed."""
-    chosen = {name: MUTATIONS[name] for name in names or MUTATIONS}
+    chosen = {name: mutations[name] for name in names or mutations}
     missed = []
     for name, mutation in chosen.items():
-        noticed = is_noticed(mutation)
+        noticed = is_noticed(mutation, tests)
         print(f"{'noticed' if noticed else 'MISSED '}  {name}", flush=True)
         missed += [] if noticed else [name]
     return bool(missed)

@@ -46,6 +46,8 @@ _LOG2E = math.log2(math.e)
 _LN2 = math.log(2)
 # Below any logit and finite: exp2(-inf - _LOWEST) is 0 where exp2(-inf + inf) would be NaN.
 _LOWEST = -1e30
+# Keys of a tile that are multiplied at a time; with more of them registers spill.
+_PIECE_KEYS = 32
 _COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True)
 
 
@@ -62,6 +64,12 @@ class AmpereProblem(DecodeProblem):
     def columns(self) -> int:
         """What configurations are looked up by, as for other chips: the same as `rows`."""
         return self.rows
+
+    @property
+    def chunks(self) -> tuple[Any, ...]:
+        """Slices of head_dim: what is loaded and multiplied at a time, to need few registers."""
+        width = next(w for w in (64, 32, 16) if self.head_dim % w == 0)
+        return tuple(pl.ds(begin, width) for begin in range(0, self.head_dim, width))
 
     @property
     def query_field(self) -> int:
@@ -89,27 +97,29 @@ def scratch_types(problem: DecodeProblem, config: DecodeConfig) -> dict[str, Any
     assert isinstance(problem, AmpereProblem)
     _, copy_rows = problem.copies(config.tile)
     tiles = (config.num_stages, config.tile, problem.head_dim)
+    swizzle = _swizzle(problem, copy_rows)
     return {
-        "p_smem": _operand((problem.rows, config.tile), problem.dtype, 8),
-        "k_smem": _operand(tiles, problem.dtype, copy_rows),
-        "v_smem": _operand(tiles, problem.dtype, copy_rows),
+        "p_smem": _operand((problem.rows, config.tile), problem.dtype, 2 * _PIECE_KEYS),
+        "k_smem": _operand(tiles, problem.dtype, swizzle),
+        "v_smem": _operand(tiles, problem.dtype, swizzle),
     }
 
 
-def _operand(shape: tuple[int, ...], dtype: Any, copy_rows: int) -> Any:
-    """Returns shared memory that ldmatrix reads without conflicts.
-
-    Tiles of 8 rows as wide as cp.async can divide among four warps, `copy_rows` at a time.
-    """
+def _operand(shape: tuple[int, ...], dtype: Any, swizzle: int) -> Any:
+    """Returns shared memory that ldmatrix reads without conflicts, in tiles of 8 rows."""
     tiling: Any = plgpu.TilingTransform  # mypy takes these two for abstract
-    swizzle: Any = plgpu.SwizzleTransform
-    row_bytes = shape[-1] * jnp.dtype(dtype).itemsize
-    least = 1 if copy_rows % 32 == 0 else 32 // copy_rows
-    width = next(w for w in (128, 64, 32, 16) if row_bytes % (w * least) == 0)
-    transforms = (tiling((8, width // jnp.dtype(dtype).itemsize)),)
-    return plgpu.SMEM(
-        shape, dtype, transforms=transforms if width == 16 else (*transforms, swizzle(width))
-    )
+    swizzled: Any = plgpu.SwizzleTransform
+    transforms: tuple[Any, ...] = (tiling((8, swizzle // jnp.dtype(dtype).itemsize)),)
+    if swizzle > 16:  # else a tile has rows of 16 bytes, and nothing to swizzle
+        transforms += (swizzled(swizzle),)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _swizzle(problem: AmpereProblem, copy_rows: int) -> int:
+    """Returns the bytes of a tile's row: the most with which four warps share a copy's tiles."""
+    row_bytes = problem.head_dim * jnp.dtype(problem.dtype).itemsize
+    least = 1 if copy_rows % 32 == 0 else 32 // copy_rows  # tiles beside each other
+    return next(swizzle for swizzle in (128, 64, 32, 16) if row_bytes % (swizzle * least) == 0)
 
 
 def attend(
@@ -129,6 +139,9 @@ def attend(
     num_ctas = work.ctas.shape[0]
     packed = _pack(q, runs, problem)
     slopes, sinks = (_per_row(numbers, problem) for numbers in (alibi_slopes, sinks))
+    # The token of each row, so that no kernel has to divide by the group.
+    tokens = jnp.arange(problem.rows, dtype=jnp.int32) // problem.group
+    arrays = (packed, k_cache, v_cache, metadata.block_tables, tokens)
     kernel = functools.partial(
         plgpu.kernel, grid=(num_ctas,), grid_names=("cta",), compiler_params=_COMPILER_PARAMS
     )
@@ -142,7 +155,7 @@ def attend(
         ),
         scratch_types=scratch_types(problem, config),
         kernel_name="paged_attention_sm80",
-    )((packed, k_cache, v_cache, metadata.block_tables), work.sequences, work.ctas, slopes, sinks)
+    )(arrays, work.sequences, work.ctas, slopes, sinks)
     out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
     kernel(
         functools.partial(_merge_kernel, problem),
@@ -204,7 +217,7 @@ def _per_row(per_head: jax.Array | None, problem: AmpereProblem) -> jax.Array | 
 class _State(NamedTuple):
     """Online softmax over the keys so far; logits are to the base 2."""
 
-    numerator: jax.Array  # f32[M, D]
+    numerator: tuple[jax.Array, ...]  # chunks of f32[M, D]
     maximum: jax.Array  # f32[M]
     denominator: jax.Array  # f32[M]
 
@@ -253,9 +266,10 @@ def _attend_kernel(
     v_smem: Any,
 ) -> None:
     """One CTA: its share of the line of tiles, item after item."""
-    queries, k_cache, v_cache, tables = arrays
+    queries, k_cache, v_cache, tables, tokens = arrays
     stages, tile_size, window = config.num_stages, config.tile, problem.sliding_window
     num_copies, copy_rows = problem.copies(tile_size)
+    pieces = [pl.ds(begin, _PIECE_KEYS) for begin in range(0, tile_size, _PIECE_KEYS)]
     cta, num_ctas = lax.axis_index("cta"), lax.axis_size("cta")
     first_item = ctas[cta, CtaField.FIRST_ITEM]
     first_tile = ctas[cta, CtaField.FIRST_TILE]
@@ -305,7 +319,13 @@ def _attend_kernel(
         end = jnp.minimum(item.num_tiles, begin + num_tiles - item_step)
         first_position = item.length - item.num_tokens  # of the first query token
         first_key = 0 if window is None else jnp.maximum(first_position - (window - 1), 0)
-        q = load(queries.at[item.run, item.head], problem.layout("LHS"))  # [M, D]
+        q = tuple(
+            load(queries.at[item.run, item.head, :, chunk], problem.layout("LHS"))
+            for chunk in problem.chunks
+        )
+        # Of each row's token; the last one's where the run has no such token.
+        query_position = load(tokens, problem.row_layout) + first_position
+        query_position = jnp.minimum(query_position, item.length - 1)
         slope, sink = (
             None if numbers is None else load(numbers.at[item.head], problem.row_layout)
             for numbers in (slopes, sinks)
@@ -317,26 +337,37 @@ def _attend_kernel(
             position = (item.first_tile + tile) * tile_size  # of the tile's first key
 
             wait(step, num_copies)
-            keys = k_smem.at[slot].transpose((1, 0))
-            logits = _product(problem, _zeros(problem, tile_size), q, keys)  # [M, T]
-            logits = _finish_logits(problem, logits, position, first_position, item.length, slope)
+            logits = []
+            for piece in pieces:
+                products = _zeros(problem, _PIECE_KEYS)
+                for some_q, chunk in zip(q, problem.chunks, strict=True):
+                    keys = k_smem.at[slot, piece, chunk].transpose((1, 0))
+                    products = _add_product(problem, products, some_q, keys)
+                last_key = query_position - (position + piece.start)
+                logits.append(_finish_logits(problem, products, last_key, slope))
             state, weights = _update(state, logits)
-            p_smem[...] = weights.astype(problem.dtype)
+            for piece, some_weights in zip(pieces, weights, strict=True):
+                p_smem[:, piece] = some_weights.astype(problem.dtype)
 
             wait(step, 0)
 
             @pl.when((position + tile_size > item.length) | (position < first_key))
             def _() -> None:
-                _zero_values(v_smem.at[slot], first_key - position, item.length - position)
+                begin, end = first_key - position, item.length - position
+                _zero_values(problem, v_smem.at[slot], begin, end)
 
-            p = plgpu.load(p_smem, layout=problem.layout("LHS"))
-            numerator = _product(problem, state.numerator, p, v_smem.at[slot])  # [M, D]
+            numerator = list(state.numerator)
+            for piece in pieces:
+                p = plgpu.load(p_smem.at[:, piece], layout=problem.layout("LHS"))
+                for i, chunk in enumerate(problem.chunks):
+                    values = v_smem.at[slot, piece, chunk]
+                    numerator[i] = _add_product(problem, numerator[i], p, values)
             place = lax.cond(
                 step + stages < num_tiles,
                 lambda: start_copies(step + stages, *place),
                 lambda: tuple(place),
             )
-            return state._replace(numerator=numerator), step + 1, *place
+            return state._replace(numerator=tuple(numerator)), step + 1, *place
 
         state, step, *place = lax.fori_loop(
             begin, end, one_tile, (_empty(problem), item_step, *place)
@@ -351,7 +382,8 @@ def _attend_kernel(
         def _() -> None:
             part = cta + jnp.where(begin == 0, num_ctas, 0)
             values, part_lse = _finish(state, None)
-            store(parts.at[part], values)
+            for some, chunk in zip(values, problem.chunks, strict=True):
+                store(parts.at[part, :, chunk], some)
             store(part_lses.at[part], part_lse)
 
         return step, *place
@@ -380,35 +412,35 @@ def _merge_kernel(
 
         def one_part(part: jax.Array, state: _State) -> _State:
             place = jnp.where(part == cta, num_ctas + cta, part)
-            values = load(parts.at[place], problem.layout("ACC"))
             part_lse = load(part_lses.at[place], problem.row_layout)
             maximum = jnp.maximum(state.maximum, part_lse)
             correction = jnp.exp2(state.maximum - maximum)
             weight = jnp.exp2(part_lse - maximum)
-            numerator = state.numerator * _across(correction, values.shape)
-            numerator += values * _across(weight, values.shape)
-            return _State(numerator, maximum, state.denominator * correction + weight)
+            numerator = []
+            for some, chunk in zip(state.numerator, problem.chunks, strict=True):
+                values = load(parts.at[place, :, chunk], problem.layout("ACC"))
+                some = some * _across(correction, some.shape)
+                numerator.append(some + values * _across(weight, values.shape))
+            return _State(tuple(numerator), maximum, state.denominator * correction + weight)
 
         state = lax.fori_loop(cta, last_part + 1, one_part, _empty(problem))
         sink = None if sinks is None else load(sinks.at[item.head], problem.row_layout)
         _write(problem, state, sink, item, out, lse)
 
 
-def _product(problem: AmpereProblem, sums: jax.Array, left: jax.Array, right: Any) -> jax.Array:
+def _add_product(problem: AmpereProblem, sums: jax.Array, left: jax.Array, right: Any) -> jax.Array:
     """Returns sums + left @ right, `right` in shared memory."""
     return plgpu.mma(sums, left, plgpu.load(right, layout=problem.layout("RHS")))
 
 
 def _finish_logits(
-    problem: AmpereProblem,
-    products: jax.Array,
-    first_key: jax.Array,
-    first_position: jax.Array,
-    length: jax.Array,
-    slope: jax.Array | None,
+    problem: AmpereProblem, products: jax.Array, last_key: jax.Array, slope: jax.Array | None
 ) -> jax.Array:
-    """Scales, caps, slopes and masks; returns the logits of a tile times log2(e)."""
-    shape, layout = products.shape, problem.layout("ACC")
+    """Scales, caps, slopes and masks; returns the logits of a tile times log2(e).
+
+    `last_key` is each row's own position, counted from the tile's first key.
+    """
+    shape = products.shape
     cap = problem.logits_soft_cap
     if cap is None:
         logits = products * (problem.scale * _LOG2E)
@@ -416,11 +448,10 @@ def _finish_logits(
         # tanh(x) = 1 - 2 / (exp(2 x) + 1); the hardware's own tanh has 11 bits.
         power = jnp.exp2(products * (2 * _LOG2E * problem.scale / cap))
         logits = cap * _LOG2E - (2 * cap * _LOG2E) / (power + 1.0)
-    keys = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout) + first_key
-    token = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=problem.row_layout)
-    token = lax.div(token, jnp.int32(problem.group))
-    position = jnp.minimum(token + first_position, length - 1)  # the last one's for padding
-    distances = keys - _across(position, shape)
+    # A vector first: the compiler keeps these numbers in registers.
+    columns = problem.layout("ACC").reduce(0)
+    keys = plgpu.broadcasted_iota(jnp.int32, shape[1:], 0, layout=columns)
+    distances = lax.broadcast_in_dim(keys, shape, (1,)) - _across(last_key, shape)
     if slope is not None:
         logits += _across(slope * _LOG2E, shape) * distances.astype(jnp.float32)
     visible = distances <= 0
@@ -429,27 +460,30 @@ def _finish_logits(
     return jnp.where(visible, logits, -jnp.inf)
 
 
-def _update(state: _State, logits: jax.Array) -> tuple[_State, jax.Array]:
-    """Returns the state rescaled to the new maximum, and the weights [M, T] of the new keys."""
-    maximum = jnp.maximum(state.maximum, logits.max(axis=1))
+def _update(state: _State, logits: list[jax.Array]) -> tuple[_State, list[jax.Array]]:
+    """Returns the state rescaled to the new maximum, and the weights [M, T] of the new keys.
+
+    Logits and weights are in pieces of some keys.
+    """
+    largest = functools.reduce(jnp.maximum, logits).max(axis=1)
+    maximum = jnp.maximum(state.maximum, largest)
     correction = jnp.exp2(state.maximum - maximum)
-    weights = jnp.exp2(logits - _across(maximum, logits.shape))
-    denominator = state.denominator * correction + weights.sum(axis=1)
-    numerator = state.numerator * _across(correction, state.numerator.shape)
-    return _State(numerator, maximum, denominator), weights
+    weights = [jnp.exp2(some - _across(maximum, some.shape)) for some in logits]
+    total = functools.reduce(jnp.add, weights).sum(axis=1)
+    numerator = tuple(some * _across(correction, some.shape) for some in state.numerator)
+    return _State(numerator, maximum, state.denominator * correction + total), weights
 
 
-def _zero_values(values: Any, begin: jax.Array, end: jax.Array) -> None:
+def _zero_values(problem: AmpereProblem, values: Any, begin: jax.Array, end: jax.Array) -> None:
     """Zeroes the rows of a tile of values outside [begin, end): 0 * NaN would be NaN.
 
-    In pieces that need few registers.
+    In the layout of the copies, whose addresses are there already.
     """
-    num_rows, head_dim = values.shape
-    width = next(w for w in (64, 32, 16) if head_dim % w == 0)
-    layout = plgpu.Layout.WGMMA
-    for row in range(0, num_rows, 64):
-        for column in range(0, head_dim, width):
-            piece = values.at[pl.ds(row, 64), pl.ds(column, width)]
+    swizzle = _swizzle(problem, problem.copies(values.shape[0])[1])
+    for row in range(0, values.shape[0], 64):
+        for chunk in problem.chunks:
+            piece = values.at[pl.ds(row, 64), chunk]
+            layout = plgpu.Layout.SMEM_GMEM_COPY(piece.shape, jnp.dtype(problem.dtype), swizzle)
             old = plgpu.load(piece, layout=layout)
             rows = plgpu.broadcasted_iota(jnp.int32, old.shape, 0, layout=layout) + row
             piece[...] = jnp.where((rows >= begin) & (rows < end), old, jnp.zeros_like(old))
@@ -465,14 +499,14 @@ def _empty(problem: AmpereProblem) -> _State:
     maximum = jnp.full((problem.rows,), _LOWEST, jnp.float32)
     denominator = jnp.zeros((problem.rows,), jnp.float32)
     return _State(
-        _zeros(problem, problem.head_dim),
+        tuple(_zeros(problem, chunk.size) for chunk in problem.chunks),
         plgpu.layout_cast(maximum, problem.row_layout),
         plgpu.layout_cast(denominator, problem.row_layout),
     )
 
 
-def _finish(state: _State, sink: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Returns (O divided by the denominator, lse to the base 2), the sink included if given.
+def _finish(state: _State, sink: jax.Array | None) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Returns (O divided by the denominator, in chunks, lse to the base 2), the sink included.
 
     Without any visible key they are 0 and -inf.
     """
@@ -486,14 +520,15 @@ def _finish(state: _State, sink: jax.Array | None) -> tuple[jax.Array, jax.Array
     is_seen = denominator > 0
     factor = jnp.where(is_seen, factor / denominator, 0.0)
     lse = jnp.where(is_seen, maximum + jnp.log2(denominator), -jnp.inf)
-    return numerator * _across(factor, numerator.shape), lse
+    return tuple(some * _across(factor, some.shape) for some in numerator), lse
 
 
 def _write(
     problem: AmpereProblem, state: _State, sink: jax.Array | None, item: _Item, out: Any, lse: Any
 ) -> None:
     values, item_lse = _finish(state, sink)
-    store(out.at[item.run, item.head], values.astype(problem.dtype))
+    for some, chunk in zip(values, problem.chunks, strict=True):
+        store(out.at[item.run, item.head, :, chunk], some.astype(problem.dtype))
     store(lse.at[item.run, item.head], item_lse * _LN2)
 
 
