@@ -16,18 +16,10 @@ import bisect
 import collections
 import collections.abc
 import itertools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from pallas_paged.engine.groups import (
-    NO_COPIES,
-    CopyPairs,
-    Entry,
-    FullBlocks,
-    RowPlan,
-    plan_entry,
-    sequences_to_place,
-    worst_case_blocks,
-)
+from pallas_paged.engine.admission import Admission, Arrival, Places
+from pallas_paged.engine.groups import CopyPairs, FullBlocks
 from pallas_paged.engine.policies import (
     ChooseRecovery,
     Order,
@@ -37,28 +29,13 @@ from pallas_paged.engine.policies import (
 )
 from pallas_paged.engine.scheduled import ScheduledSequence, ScheduledStep
 from pallas_paged.engine.sequence import FinishReason, Sequence, SequenceGroup, SequenceStatus
-from pallas_paged.engine.swap import BlockMove, HostPool, plan_return, swap_in, swap_out
+from pallas_paged.engine.swap import BlockMove, HostPool, swap_out
 
 if TYPE_CHECKING:  # the protocol's module also holds the implementation, which imports jax
     from pallas_paged.engine.memory import Memory
 
 type Plan = list[tuple[Sequence, int]]
 """How many tokens of which sequences to compute, group by group."""
-
-
-class _Arrival(NamedTuple):
-    """A waiting group that fits: its blocks, those of them that are cached, how many it takes."""
-
-    group: SequenceGroup
-    entry: Entry
-    hits: list[list[int]]
-    num_blocks: int
-
-
-class _Admitted(NamedTuple):
-    planned: Plan
-    swap_ins: tuple[BlockMove, ...]
-    copies: CopyPairs
 
 
 class Scheduler:
@@ -109,6 +86,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._unfinished: dict[str, SequenceGroup] = {}
         self.host_pool = HostPool(0, memory.num_usable_blocks) if host_pool is None else host_pool
+        self._admission = Admission(memory, self.host_pool, max_num_seqs, max_model_len)
         self._order = Order() if order is None else order
         self._choose_recovery = choose_recovery
         self._arrivals = itertools.count()
@@ -154,38 +132,13 @@ class Scheduler:
         """Tells whether `add` would accept the group; changes nothing.
 
         Raises:
-          ValueError: the request is empty, its id is taken, or it could not run to its end even
-            if it had the whole pool for itself.
+          ValueError: its id is taken; or see `Admission.check`.
         """
-        name, prompt_len = group.request_id, group.num_prompt_tokens
-        if name in self._unfinished:
-            raise ValueError(f"request_id={name!r} is taken by an unfinished request; use another")
-        if prompt_len == 0:
-            raise ValueError(f"request {name!r}: the prompt is empty; give at least one token")
-        if group.max_tokens < 1:
-            raise ValueError(f"request {name!r}: max_tokens={group.max_tokens} must be at least 1")
-        if prompt_len >= self.max_model_len:
+        if group.request_id in self._unfinished:
             raise ValueError(
-                f"request {name!r}: a prompt of {prompt_len} tokens leaves no room for output in "
-                f"max_model_len={self.max_model_len}; shorten the prompt or raise max_model_len"
+                f"request_id={group.request_id!r} is taken by an unfinished request; use another"
             )
-        if group.num_seqs > self.max_num_seqs:
-            raise ValueError(
-                f"request {name!r}: {group.num_seqs} sequences run together, and max_num_seqs="
-                f"{self.max_num_seqs}; ask for fewer completions or raise max_num_seqs"
-            )
-        num_tokens = self._max_length(group)
-        num_blocks = self._worst_case(group)
-        others = self.memory.num_pinned_for_others(self._hits(group.sequences[0]))
-        if num_blocks + others > self.memory.num_usable_blocks:
-            pinned = f" besides {others} pinned for other prompts" if others else ""
-            together = f" in each of {group.num_seqs} sequences" if group.num_seqs > 1 else ""
-            raise ValueError(
-                f"request {name!r}: {prompt_len} prompt tokens and max_tokens={group.max_tokens} "
-                f"may take {num_tokens} tokens{together}, {num_blocks} blocks, and the KV cache "
-                f"has {self.memory.num_usable_blocks - others}{pinned}; lower max_tokens, shorten "
-                "the prompt or enlarge the cache"
-            )
+        self._admission.check(group)
 
     def pin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
         """Keeps the full blocks of a prefix, until `unpin`, however little memory there is.
@@ -199,8 +152,7 @@ class Scheduler:
         if not self.memory.pin(token_ids, salt):
             return False
         for group in self._unfinished.values():
-            others = self.memory.num_pinned_for_others(self._hits(group.sequences[0]))
-            if self._worst_case(group) + others > self.memory.num_usable_blocks:
+            if not self._admission.fits_beside_pins(group):
                 self.memory.unpin(token_ids, salt)
                 raise ValueError(
                     f"pinning {num_blocks} blocks would leave too few of "
@@ -227,10 +179,11 @@ class Scheduler:
         while (copies := self._reserve(planned)) is None:
             preempted.append(self._preempt(choose_victim(self._running)))
             planned = self._plan_running()
-        admitted = self._admit(self.max_num_batched_tokens - sum(count for _, count in planned))
-        copies = copies.and_then(admitted.copies)
-        planned += admitted.planned
-        planned = self._fork(planned)
+        arrivals, first = self._admit(
+            self.max_num_batched_tokens - sum(count for _, count in planned)
+        )
+        swap_ins, more_copies = self._admission.give_blocks(arrivals)
+        planned = self._fork(planned + first)
         if not planned:
             assert self._in_flight or not self._unfinished, "nothing to wait for, nothing to do"
             return None
@@ -239,8 +192,8 @@ class Scheduler:
             tuple(self._dispatch(sequence, count) for sequence, count in planned),
             sum(count for _, count in planned),
             tuple(self._swap_outs),
-            admitted.swap_ins,
-            copies,
+            swap_ins,
+            copies.and_then(more_copies),
             tuple(preempted),
         )
         self._swap_outs.clear()
@@ -363,21 +316,8 @@ class Scheduler:
         ]
         assert sequence.num_in_flight == len(shares)
         assert sequence.num_pending == sum(share.samples for share in shares)
-        assert sequence.num_tokens <= self._max_length(sequence.group)
+        assert sequence.num_tokens <= self._admission.max_length(sequence.group)
         assert sequence.num_computed <= sequence.num_dispatched <= sequence.num_reserved
-
-    def _worst_case(self, group: SequenceGroup) -> int:
-        """Returns the most blocks of the pool that the group can take."""
-        num_blocks = worst_case_blocks(
-            group.num_prompt_tokens,
-            group.num_seqs,
-            self._max_length(group),
-            self.memory.block_size,
-        )
-        return self.memory.blocks_taken(num_blocks, group.num_seqs)
-
-    def _max_length(self, group: SequenceGroup) -> int:
-        return min(group.num_prompt_tokens + group.max_tokens, self.max_model_len)
 
     def _plan_running(self) -> Plan:
         """Returns what the running groups compute next, in order of arrival, within the budget."""
@@ -394,7 +334,7 @@ class Scheduler:
     def _plan(self, group: SequenceGroup, budget: int) -> Plan:
         """Returns what a group's sequences compute next, in their order, within the budget."""
         planned: dict[Sequence, int] = {}
-        max_length = self._max_length(group)
+        max_length = self._admission.max_length(group)
         for sequence in group.placed:
             if sequence.num_tokens == max_length:
                 continue  # its last token is in flight
@@ -431,45 +371,32 @@ class Scheduler:
             head, victim = next_to_admit(self._waiting), choose_victim(self._running)
             if not self._order.may_displace(head, victim) or _is_in_flight(head):
                 break
-            if self._arrival_of(head, 0, 0) is not None:
+            if self._admission.arrival_of(head, self._places()) is not None:
                 break
             displaced.append(self._preempt(victim))
         return displaced
 
-    def _arrival_of(
-        self, group: SequenceGroup, rows_taken: int, blocks_taken: int
-    ) -> "_Arrival | None":
-        """Returns how a waiting group would come in beside what is taken; None if it cannot."""
-        live = group.live
-        # What a preempted group still has in flight belongs to its earlier life.
-        if _is_in_flight(group):
-            return None
-        num_running = sum(len(running.live) for running in self._running)
-        if num_running + rows_taken + len(live) > self.max_num_seqs:
-            return None
-        hits = [self._hits(sequence) for sequence in sequences_to_place(group)]
-        plan = plan_entry if group.swapped is None else plan_return
-        entry = plan(group, hits, self.memory.block_size)
-        needed = self.memory.blocks_taken(entry.num_needed, len(live))
-        needed += self.memory.num_unreferenced(list(itertools.chain(*hits)))
-        spare = self.watermark_blocks if self._running or rows_taken else 0
-        if blocks_taken + needed + spare > self.memory.num_free_blocks:
-            return None
-        return _Arrival(group, entry, hits, needed)
+    def _places(self, arrivals: collections.abc.Sequence[Arrival] = ()) -> Places:
+        """Returns what may be taken beside what runs, and what has been admitted in this step."""
+        groups = [*self._running, *(arrival.group for arrival in arrivals)]
+        num_blocks = self.memory.num_free_blocks - sum(a.num_blocks for a in arrivals)
+        return Places(
+            self.max_num_seqs - sum(len(group.live) for group in groups),
+            num_blocks - (self.watermark_blocks if groups else 0),
+        )
 
-    def _admit(self, budget: int) -> "_Admitted":
-        """Moves groups from the queue to the running ones; blocks for all known tokens."""
-        arrivals: list[_Arrival] = []
+    def _admit(self, budget: int) -> tuple[list[Arrival], Plan]:
+        """Moves groups from the queue to the running ones, and plans their first tokens."""
+        arrivals: list[Arrival] = []
         planned: Plan = []
-        rows_taken = blocks_taken = 0
         for group in tuple(self._waiting) if budget else ():
-            arrival = self._arrival_of(group, rows_taken, blocks_taken)
+            if _is_in_flight(group):
+                break  # what a preempted group still has in flight belongs to its earlier life
+            arrival = self._admission.arrival_of(group, self._places(arrivals))
             if arrival is None:
                 break
             arrivals.append(arrival)
-            rows_taken += len(group.live)
-            blocks_taken += arrival.num_blocks
-            self._enter(arrival)
+            self._admission.enter(arrival)
             planned_here = self._plan(group, budget)
             planned += planned_here
             budget -= sum(count for _, count in planned_here)
@@ -479,71 +406,7 @@ class Scheduler:
             self._waiting.remove(arrival.group)
             bisect.insort(self._running, arrival.group, key=self._order.key)
             arrival.group.status = SequenceStatus.RUNNING
-        if not arrivals:
-            return _Admitted(planned, (), NO_COPIES)
-        self._give_rows(arrivals)
-        return _Admitted(planned, *self._bring_back(arrivals))
-
-    def _enter(self, arrival: "_Arrival") -> None:
-        """Lets a group's sequences begin with what they share, found or kept."""
-        group, entry = arrival.group, arrival.entry
-        for sequence, branch, cached in zip(
-            entry.placed, entry.branches, arrival.hits, strict=True
-        ):
-            sequence.num_shared = sequence.num_dispatched = branch.num_shared
-            sequence.num_reserved = len(sequence.token_ids)
-            if branch.leader is not None:
-                sequence.leader = entry.placed[branch.leader]
-            else:
-                sequence.num_computed = branch.num_shared
-            found = len(cached) if group.swapped else branch.num_shared // self.memory.block_size
-            sequence.num_remembered = found
-        group.is_forked = len(entry.placed) == len(group.live)
-        if group.num_preemptions == 0 and group.reads_cache:
-            group.num_cached_tokens = entry.branches[0].num_shared
-            self.memory.count_query(group.num_prompt_tokens, group.num_cached_tokens)
-
-    def _give_rows(self, arrivals: list["_Arrival"]) -> None:
-        """Allocates the rows of all arrivals at once."""
-        placed: list[Sequence] = []
-        plans: list[RowPlan] = []
-        num_new = 0
-        for group, entry, _, _ in arrivals:
-            for sequence, branch in zip(entry.placed, entry.branches, strict=True):
-                blocks = tuple(b if b > 0 else b - num_new for b in branch.blocks)
-                num_tokens = sequence.num_reserved if group.swapped is None else branch.num_shared
-                plans.append(RowPlan(num_tokens, blocks))
-            num_new += entry.num_new
-            placed += entry.placed
-        for sequence, row in zip(placed, self.memory.admit(plans), strict=True):
-            sequence.row = row
-
-    def _bring_back(self, arrivals: list["_Arrival"]) -> tuple[tuple[BlockMove, ...], CopyPairs]:
-        """Says what to copy from the host, and lets the rows grow for what was not kept."""
-        swapped = [arrival for arrival in arrivals if arrival.group.swapped is not None]
-        if not swapped:
-            return (), NO_COPIES
-        tables = self.memory.tables
-        moves = tuple(swap_in(entry.placed, tables, hits) for _, entry, hits, _ in swapped)
-        growing = [sequence for _, entry, _, _ in swapped for sequence in entry.placed]
-        copies = self.memory.append(
-            [sequence.row for sequence in growing if sequence.row is not None],
-            [sequence.num_reserved - sequence.num_shared for sequence in growing],
-        )
-        assert copies is not None, "admitted without the blocks to grow"
-        for arrival in swapped:
-            self.host_pool.give_back(arrival.group)
-        return moves, copies
-
-    def _hits(self, sequence: Sequence) -> list[int]:
-        """Returns the cached blocks that the sequence may begin with."""
-        group = sequence.group
-        if not group.reads_cache:
-            return []
-        hits = self.memory.match(sequence.token_ids, group.cache_salt)
-        if group.swapped is not None:  # nothing past what it kept
-            return hits[: sequence.num_swapped // self.memory.block_size]
-        return hits
+        return arrivals, planned
 
     def _newly_full(self, sequence: Sequence) -> list[FullBlocks]:
         """Returns the blocks, if any, that its committed tokens have filled since the last time."""
@@ -625,7 +488,7 @@ class Scheduler:
             return self._retire([sequence], "stop", None)
         if token in group.stop_token_ids:
             return self._retire([sequence], "stop", token)
-        if len(sequence.token_ids) == self._max_length(group):
+        if len(sequence.token_ids) == self._admission.max_length(group):
             return self._retire([sequence], "length", None)
         return []
 
