@@ -35,9 +35,10 @@ kernels-full: $(VENV)/.test $(OLDEST)/.oldest
 	@JAX_PLATFORMS=cpu $(PY) -m tests.kernels.full
 	@JAX_PLATFORMS=cpu $(OLDEST)/bin/python -m tests.kernels.full
 
-# Break the decode kernel on purpose, and see its tests fail: minutes.
+# Break the attention kernels on purpose, and see their tests fail: many minutes.
 kernels-mutate: $(VENV)/.test
 	@$(PY) -m tests.kernels.mutate_decode
+	@$(PY) -m tests.kernels.mutate_ampere
 
 # Break the sharing of blocks on purpose, and see the tests fail: some minutes.
 sharing-mutate: $(VENV)/.test

@@ -5,22 +5,17 @@ outputs that nobody has fetched yet. One thread at a time.
 """
 
 import dataclasses
-import itertools
 import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
-import numpy as np
-
 from pallas_paged.engine import beam_groups
-from pallas_paged.engine import logprobs as token_logprobs
-from pallas_paged.engine.beam_search import BeamSearch, Candidates
+from pallas_paged.engine.beam_search import Candidates
 from pallas_paged.engine.detokenizer import Detokenizer
-from pallas_paged.engine.groups import longest_length
+from pallas_paged.engine.intake import Intake
 from pallas_paged.engine.kv_stats import KVStats, kv_stats
-from pallas_paged.engine.logit_rules import resolve
 from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.outputs import (
@@ -112,15 +107,19 @@ class Engine:
         self.num_generated_tokens = 0
         self.runner = runner
         self._vocab_size = vocab_size
-        self._max_model_len = max_model_len
-        self._eos_token_ids = frozenset(eos_token_ids)
-        self._max_logprobs = max_logprobs
+        self._intake = Intake(
+            scheduler,
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=eos_token_ids,
+            tokenizer=tokenizer,
+            seed=seed,
+            max_logprobs=max_logprobs,
+        )
         self._async_scheduling = async_scheduling
-        self._seeds = np.random.default_rng(seed)
         self._requests: dict[str, _Request] = {}
         self._in_flight: InFlight | None = None
         self._undelivered: list[RequestOutput] = []
-        self._counter = itertools.count()
 
     def check_idle(self) -> None:
         """Asserts that no request is left, and that every block is free, cached or pinned."""
@@ -139,86 +138,8 @@ class Engine:
         request_id: str | None = None,
         cache_salt: str | None = None,
     ) -> SequenceGroup:
-        """Returns a group of `n` sequences, or beams, that `add` accepts; queues nothing.
-
-        A request without an id or a seed draws one. Requests share cached blocks only with those
-        of the same `cache_salt`.
-
-        Raises:
-          ValueError: the prompt is empty, too long for the model, or for the pool together with
-            `max_tokens` and `n`; `n`, or the beams, are more than can run at once; a token id is
-            outside the vocabulary; stop strings without a tokenizer; more log-probabilities than
-            `max_logprobs`; rules for the logits that cannot be, see `logit_rules.resolve`.
-            The message names field, value and way out.
-        """
-        ids = _checked_token_ids(prompt_token_ids, self._vocab_size)
-        for token_id in params.stop_token_ids or ():
-            if token_id >= self._vocab_size:
-                raise ValueError(
-                    f"stop_token_ids holds {token_id}, which is outside the vocabulary of "
-                    f"{self._vocab_size} tokens"
-                )
-        eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
-        stop_token_ids = frozenset(params.stop_token_ids or ())
-        params, beams = self._checked_params(params, eos_token_ids | stop_token_ids)
-        num_seqs = params.n if beams is None else beams.width
-        max_tokens = params.max_tokens
-        if max_tokens is None:
-            # No longer than the model allows, and than the pool could hold if it were alone.
-            longest = longest_length(
-                len(ids), num_seqs, self.memory.num_usable_blocks, self.memory.block_size
-            )
-            max_tokens = max(1, min(self._max_model_len, longest) - len(ids))
-        if params.min_tokens > max_tokens:
-            raise ValueError(
-                f"min_tokens={params.min_tokens} is more than the {max_tokens} tokens that fit "
-                "behind the prompt; lower it, or shorten the prompt"
-            )
-        group = SequenceGroup(
-            request_id=f"request-{next(self._counter)}" if request_id is None else request_id,
-            prompt_token_ids=ids,
-            max_tokens=max_tokens,
-            eos_token_ids=eos_token_ids,
-            stop_token_ids=stop_token_ids,
-            arrival_time=time.monotonic(),
-            sampling_params=self._with_seed(params),
-            num_seqs=num_seqs,
-            beams=beams,
-            cache_salt=cache_salt,
-            reads_cache=not params.skip_reading_prefix_cache and params.prompt_logprobs is None,
-            writes_cache=not params.skip_writing_prefix_cache,
-            logit_rules=resolve(
-                params,
-                vocab_size=self._vocab_size,
-                ending_ids=eos_token_ids | stop_token_ids,
-                tokenizer=self.tokenizer,
-            ),
-        )
-        self.scheduler.check(group)
-        if len(ids) + max_tokens > self._max_model_len:
-            raise ValueError(
-                f"the prompt's {len(ids)} tokens and max_tokens={max_tokens} are more than "
-                f"max_model_len={self._max_model_len}; shorten one of them, or pass "
-                "max_tokens=None for as many as fit"
-            )
-        return group
-
-    def _checked_params(
-        self, params: SamplingParams | BeamSearchParams, ending_ids: frozenset[int]
-    ) -> tuple[SamplingParams, BeamSearch | None]:
-        """Returns what each sequence asks of its steps, and the search whose beams they are."""
-        if isinstance(params, BeamSearchParams):
-            beams = params.search(ending_ids)
-            token_logprobs.check_beams(
-                beams.width, beams.num_candidates, self._max_logprobs, self._vocab_size
-            )
-            return params.of_each_beam(beams.num_candidates), beams
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop={params.stop!r} needs a tokenizer; use stop_token_ids")
-        for field in ("logprobs", "prompt_logprobs"):
-            asked = getattr(params, field)
-            token_logprobs.check(field, asked, self._max_logprobs, self._vocab_size)
-        return params, None
+        """Returns a group that `add` accepts, and queues nothing; see `Intake.make_group`."""
+        return self._intake.make_group(prompt_token_ids, params, request_id, cache_salt)
 
     def add(self, group: SequenceGroup, prompt: str | None = None) -> None:
         """Queues a group made by `make_group`; `prompt` is its text, if it came as text.
@@ -311,10 +232,12 @@ class Engine:
         """Leaves an empty engine; nothing in here may fail, and no text is detokenized for that."""
         self._in_flight = None
         for request in self._requests.values():
-            if request.group.beams is not None:
-                beams = request.group.sequences[: request.group.beams.num_results]
-                (first,) = request.completions
-                request.completions = [dataclasses.replace(first, sequence=beam) for beam in beams]
+            search, first = request.group.beams, request.completions[0]
+            if search is not None:
+                request.completions = [
+                    _Completion(beam, first.detokenizer, first.stop)
+                    for beam in request.group.sequences[: search.num_results]
+                ]
         running = [c for r in self._requests.values() for c in r.completions]
         running = [c for c in running if not c.sequence.is_finished]
         self.scheduler.abort_all()
@@ -365,13 +288,17 @@ class Engine:
             if request.group.beams is None:
                 self._update_text(request.completions[sequence.index])
         for request in requests.values():
-            if request.group.beams is None:
-                self._undelivered.append(self._output(request))
-            elif request.group.is_finished:
-                request.completions = self._completions_of_beams(request.group)
-                for completion in request.completions:
-                    self._update_text(completion)
-                self._undelivered.append(self._output(request))
+            self._deliver(request)
+
+    def _deliver(self, request: _Request) -> None:
+        """Gives out a request as far as it has come, but a beam search only when it is over."""
+        if request.group.beams is not None:
+            if not request.group.is_finished:
+                return
+            request.completions = self._completions_of_beams(request.group)
+            for completion in request.completions:
+                self._update_text(completion)
+        self._undelivered.append(self._output(request))
 
     def _keep_logprobs(
         self,
@@ -463,11 +390,6 @@ class Engine:
             num_cached_tokens=group.num_cached_tokens,
         )
 
-    def _with_seed(self, params: SamplingParams) -> SamplingParams:
-        if params.seed is not None:
-            return params
-        return dataclasses.replace(params, seed=int(self._seeds.integers(1 << 63)))
-
 
 def _candidates(found: TokenLogprobs) -> Candidates:
     return Candidates(found.top_token_ids, found.top_logprobs)
@@ -485,21 +407,3 @@ def _logprobs_of(sequence: Sequence) -> dict[str, Any]:
         "logprobs": tuple(sequence.logprobs),
         "cumulative_logprob": sum(by_token[token].logprob for token, by_token in pairs),
     }
-
-
-def _checked_token_ids(token_ids: Seq[int], vocab_size: int) -> tuple[int, ...]:
-    try:
-        ids = np.asarray(token_ids)
-    except ValueError as error:
-        raise ValueError(f"prompt_token_ids must be a flat list of integers: {error}") from error
-    if ids.size == 0:
-        raise ValueError("the prompt is empty; give it at least one token")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"prompt_token_ids must be a flat list of integers, not {token_ids!r:.80}")
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
-        raise ValueError(
-            f"prompt_token_ids holds {outside[0]}, which is outside the vocabulary of "
-            f"{vocab_size} tokens"
-        )
-    return tuple(ids.tolist())

@@ -376,11 +376,11 @@ class Scheduler:
                 continue  # its last token is in flight
             if sequence.num_dispatched == sequence.num_tokens:
                 continue  # a beam whose candidates are in flight, or wait for those of others
-            count = min(sequence.num_tokens - sequence.num_dispatched, budget)
-            if count == 0:
+            if not budget:
                 break
             # A leader comes first, and takes the budget until all that it shares is computed.
             assert _may_start(sequence, planned), "reads blocks that nobody has written"
+            count = min(sequence.num_tokens - sequence.num_dispatched, budget)
             planned[sequence] = count
             budget -= count
         return list(planned.items())

@@ -160,14 +160,14 @@ def frequent_tokens(model: Any, prompt: list[int]) -> list[int]:
     return [token for token, _ in counts.most_common()]
 
 
-def cases(model: Any, prompts: list[list[int]]) -> Iterator[dict[str, Any]]:
-    """Yields a model's cases: each combination of settings once, and some of their neighbours."""
+def cases(model: Any, prompts: list[list[int]], *, all_of_first: bool) -> Iterator[dict[str, Any]]:
+    """Yields a model's cases: each combination of settings with one prompt, or also the first."""
     grid = list(itertools.product(WIDTHS, PENALTIES, EARLY_STOPPING))
     for index, prompt in enumerate(prompts):
         frequent = frequent_tokens(model, prompt)
         for number, (width, penalty, early) in enumerate(grid):
-            if index and number % 3 != index:
-                continue  # the first prompt sees them all, the others a share
+            if (number + number // 3) % 3 != index and not (all_of_first and index == 0):
+                continue
             num_ending = (1, 1, 2, 3, 0)[number % 5]
             is_short = number // 3 % 4 == number // 12  # one penalty of each width
             yield generate(
@@ -224,7 +224,8 @@ def main() -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         model.eval()
         model.generation_config = transformers.GenerationConfig()  # no ending tokens but our own
-        recorded = list(cases(model, make_prompts(name, model, path)))
+        prompts = make_prompts(name, model, path)
+        recorded = list(cases(model, prompts, all_of_first=name == next(iter(MODELS))))
         lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in recorded)
         (folder / f"beam-search-{name}.json").write_text(f"[\n{lines}\n]\n")
         report(name, recorded)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine import LLM, BeamSearchParams, RequestOutput, SamplingParams
+from pallas_paged.engine.core import Engine
 from pallas_paged.engine.policies import always_recompute, always_swap
 from pallas_paged.models.demo import DEMO_MODEL
 from tests.engine import beam_oracle, bigram_model
 from tests.engine.serving import MIN_MARGIN, assert_idle, make_llm
+from tests.models.references import DATA
 
 NAME = "llama-gqa-llama3"
 RECORDED = Path(__file__).parent / "data"
@@ -73,16 +75,19 @@ def llm() -> LLM:
 
 
 @pytest.mark.parametrize("name", [NAME, "opt-prenorm", "demo"])
-def test_results_are_those_of_transformers(name: str) -> None:
+def test_results_are_those_of_transformers(name: str, llm: LLM) -> None:
     cases = recorded_cases(name)
-    options: dict[str, Any] = {"max_num_seqs": 64, "max_num_batched_tokens": 64, "block_size": 8}
-    options["deterministic"] = True  # few programs
-    if name == "demo":
+    if name != NAME:
         llm = LLM(
-            DEMO_MODEL, num_blocks=400, compilation_cache_dir=None, dtype="float32", **options
+            DEMO_MODEL if name == "demo" else DATA / name,
+            num_blocks=400,
+            compilation_cache_dir=None,
+            dtype="float32",
+            max_num_seqs=32,
+            max_num_batched_tokens=64,
+            block_size=8,
+            deterministic=True,  # few programs
         )
-    else:
-        llm = make_llm(name, **options)
     outputs = llm.beam_search(
         [prompt_of(case) for case in cases], [params_of(case) for case in cases], use_tqdm=False
     )
@@ -319,14 +324,26 @@ def test_one_beam_is_greedy(llm: LLM) -> None:
     assert output.outputs[0].cumulative_logprob == pytest.approx(total)
 
 
+@pytest.fixture(scope="module")
+def table() -> np.ndarray:
+    table = bigram_model.make_table(3)
+    table[:, bigram_model.EOS] += 2.0
+    table[:, 23] = -30.0
+    table[22, 23] = 9.0  # only behind 22 comes a token behind which no logits are finite
+    table[23] = np.nan
+    return table
+
+
+@pytest.fixture(scope="module")
+def engine(table: np.ndarray) -> Engine:
+    return bigram_model.make_engine(table)
+
+
 class TestBigram:
     """The model's own EOS, and logits that are not finite."""
 
     @pytest.mark.parametrize("ignore_eos", [False, True])
-    def test_eos(self, ignore_eos: bool) -> None:
-        table = bigram_model.make_table(3)
-        table[:, bigram_model.EOS] += 2.0
-        engine = bigram_model.make_engine(table)
+    def test_eos(self, engine: Engine, table: np.ndarray, ignore_eos: bool) -> None:
         logprobs = table - np.log(np.exp(table.astype(np.float64)).sum(-1, keepdims=True))
         prompts = [[1 + i, 2, 3] for i in range(6)]
         params = BeamSearchParams(3, 12, ignore_eos=ignore_eos, stop_token_ids=[9], num_return=2)
@@ -349,21 +366,13 @@ class TestBigram:
         ends = {o.outputs[0].token_ids[-1] for o in outputs}
         assert (bigram_model.EOS in ends) or ignore_eos
 
-    def test_logits_that_are_not_finite_end_the_search_alone(self) -> None:
-        table = bigram_model.make_table(3)
-        table[3, 5] = 9.0  # the best beam, whose next logits are none
-        table[5] = np.nan
-        engine = bigram_model.make_engine(table)
-        outputs = bigram_model.run(
-            engine,
-            [[1, 2, 3], [7]],
-            [BeamSearchParams(2, 12), SamplingParams(temperature=0, max_tokens=1)],
-        )
+    def test_logits_that_are_not_finite_end_the_search_alone(self, engine: Engine) -> None:
+        greedy = SamplingParams(temperature=0, max_tokens=1)
+        outputs = bigram_model.run(engine, [[1, 2, 22], [7]], [BeamSearchParams(2, 12), greedy])
+        assert len(outputs[0].outputs) == 2
         for result in outputs[0].outputs:
-            assert (result.finish_reason, result.stop_reason) == (
-                "abort",
-                "logits are not finite",
-            )
+            assert result.finish_reason == "abort"
+            assert result.stop_reason == "logits are not finite"
             assert len(result.token_ids) == 1
         assert outputs[1].outputs[0].finish_reason == "length"
 
