@@ -11,9 +11,15 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from pallas_paged import AttentionMetadata, attention_implementation, paged_attention
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.ops.attention import mosaic_gpu
-from pallas_paged.ops.attention.arg_specs import DECODE_KERNEL_SPECS, AttentionSpec, build
+from pallas_paged.ops.attention.arg_specs import (
+    DECODE_KERNEL_SPECS,
+    QUANTISED_KERNEL_SPECS,
+    AttentionSpec,
+    build,
+)
 from pallas_paged.ops.attention.config import DecodeConfig
 
+SPECS = DECODE_KERNEL_SPECS + QUANTISED_KERNEL_SPECS
 # Weights and results are rounded to the dtype, whose units at 1 are 2^-7 and 2^-10.
 TOLERANCES = {"bfloat16": 2e-2, "float16": 3e-3}
 # Two CTAs in flight, so that shares begin and end within items; or as many as there is work for.
@@ -54,9 +60,9 @@ def assert_close(results, arguments):
     np.testing.assert_allclose(lse, expected[1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("index", range(len(DECODE_KERNEL_SPECS)), ids=str)
+@pytest.mark.parametrize("index", range(len(SPECS)), ids=str)
 def test_equals_the_reference(index):
-    spec = DECODE_KERNEL_SPECS[index]
+    spec = SPECS[index]
     arguments = build(spec)
     assert_close(run(arguments, CONFIGS[index % len(CONFIGS)]), arguments)
 

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_paged.dispatch import is_interpreting, target_device, unsupported_target
-from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import mosaic_gpu_decode, mosaic_gpu_prefill
 from pallas_paged.ops.attention.config import DecodeConfig, DecodeKey, decode_config
 from pallas_paged.ops.attention.mosaic_gpu_decode import DecodeProblem
 from pallas_paged.ops.attention.prefill_config import PrefillTuning, prefill_tuning
 from pallas_paged.ops.attention.prefill_plan import plan_prefill
 from pallas_paged.ops.attention.work_list import make_work_list
+from pallas_paged.quantisation import LARGEST, is_quantised
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -50,10 +51,11 @@ def unsupported(
         return reason
     if deterministic:
         return "deterministic=True, and the work is divided by what else is in the step"
-    if q.dtype.name not in DTYPES or k_cache.dtype != q.dtype:
+    is_known = k_cache.dtype == q.dtype or is_quantised(k_cache.dtype)
+    if q.dtype.name not in DTYPES or not is_known:
         return (
-            f"q is {q.dtype} and the cache {k_cache.dtype}, both must be the same one of "
-            f"{', '.join(DTYPES)}"
+            f"q is {q.dtype} and the cache {k_cache.dtype}; q must be one of {', '.join(DTYPES)}, "
+            f"the cache the same or one of {', '.join(map(str, LARGEST))}"
         )
     for name, value, allowed in (
         ("head_dim", head_dim, HEAD_DIMS),
@@ -96,8 +98,7 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out, lse); see `api.paged_attention`. `config`, `tuning` None look one up."""
     assert not deterministic, "unsupported() refuses it"
-    assert k_scale is None, "unsupported() refuses quantised caches"
-    assert v_scale is None
+    cache = KVCache(k_cache, v_cache, k_scale, v_scale)
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_q_heads // num_kv_heads
@@ -107,6 +108,7 @@ def paged_attention(
         head_dim=head_dim,
         block_size=block_size,
         dtype=q.dtype,
+        cache_dtype=k_cache.dtype,
         max_tokens=max_decode_tokens(group, head_dim, metadata.max_query_len),
         scale=scale,
         sliding_window=sliding_window,
@@ -118,8 +120,7 @@ def paged_attention(
         config = config_for(problem)
     results = _decode_part(
         q,
-        k_cache,
-        v_cache,
+        cache,
         metadata,
         alibi_slopes,
         sinks,
@@ -131,8 +132,7 @@ def paged_attention(
         return results
     return _prefill_part(
         q,
-        k_cache,
-        v_cache,
+        cache,
         metadata,
         alibi_slopes,
         sinks,
@@ -151,7 +151,7 @@ def config_for(problem: DecodeProblem) -> DecodeConfig:
 def decode_key(problem: DecodeProblem) -> DecodeKey:
     """Returns what a measured configuration for `problem` is looked up by."""
     return DecodeKey(
-        dtype=jnp.dtype(problem.dtype).name,
+        dtype=jnp.dtype(problem.cache_dtype).name,
         head_dim=problem.head_dim,
         columns=problem.columns,
         block_size=problem.block_size,
@@ -166,8 +166,7 @@ def num_sms() -> int:
 @functools.partial(jax.jit, static_argnames=("problem", "config", "num_ctas"))
 def _decode_part(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    cache: KVCache,
     metadata: AttentionMetadata,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
@@ -188,8 +187,7 @@ def _decode_part(
     )
     return mosaic_gpu_decode.decode(
         q,
-        k_cache,
-        v_cache,
+        cache,
         metadata,
         work,
         alibi_slopes=alibi_slopes,
@@ -202,8 +200,7 @@ def _decode_part(
 @functools.partial(jax.jit, static_argnames=("problem", "tuning"))
 def _prefill_part(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    cache: KVCache,
     metadata: AttentionMetadata,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
@@ -224,8 +221,7 @@ def _prefill_part(
     )
     return mosaic_gpu_prefill.prefill(
         q,
-        k_cache,
-        v_cache,
+        cache,
         metadata.block_tables,
         plan,
         scale=problem.scale,
