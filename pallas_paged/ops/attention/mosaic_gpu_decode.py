@@ -464,7 +464,11 @@ def _decode_kernel(
                 scales = scratch["v_scales"].at[slot]
                 if scales_values(problem.dtype):
                     convert_tile(
-                        v_tiles.at[slot], v_smem.at[0], rows=rows, scales=scales, copy_rows=copy_rows
+                        v_tiles.at[slot],
+                        v_smem.at[0],
+                        rows=rows,
+                        scales=scales,
+                        copy_rows=copy_rows,
                     )
                 else:
                     convert_tile(v_tiles.at[slot], v_smem.at[0], rows=rows)
