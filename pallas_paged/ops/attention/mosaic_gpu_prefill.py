@@ -247,9 +247,13 @@ def _finish_logits(
         logits = cap * _LOG2E - (2 * cap * _LOG2E) / (power + 1.0)
     if slope is None and is_full:
         return logits
-    # Exact as floats below 2^24 tokens, and half the registers of integers beside floats.
-    key = _iota((WARPGROUP_ROWS, size), 1, _MATRIX).astype(jnp.float32)
-    distances = key + _down(distance.astype(jnp.float32), size)
+    # Exact as floats below 2^24 tokens, and half the registers of integers beside floats. A thread
+    # has the same columns of every 8: added in this order nothing but those is known before the
+    # loop over the steps, and kept in registers meanwhile.
+    key = _iota((WARPGROUP_ROWS, size), 1, _MATRIX)
+    within_8 = key & 7
+    distances = within_8.astype(jnp.float32) + _down(distance.astype(jnp.float32), size)
+    distances = distances + (key - within_8).astype(jnp.float32)
     if slope is not None:
         logits = logits + _down(slope * _LOG2E, size) * distances
     if not is_full:

@@ -55,7 +55,7 @@ def _load_queries(
         if begin > 0:
             plgpu.barrier_wait(barriers.staging_free)
 
-        @pl.loop(0, problem.group)
+        @pl.loop(0, problem.group + jnp.minimum(tile.key_end, 0))
         def _(head: Any, begin: int = begin, width: int = width) -> None:
             q = inputs.q.at[:, tile.kv_head * problem.group + head, pl.ds(begin, width)]
             plgpu.copy_gmem_to_smem(
