@@ -136,9 +136,11 @@ def _convert(
     stored, scales = tiles.stored.at[stored_slot], tiles.stored_scales.at[stored_slot]
     numbers, copy_rows = tiles.numbers.at[slot], problem.block_rows
     if tiles.scales is None:
-        convert_tile(stored, numbers, rows=rows, scales=scales, copy_rows=copy_rows)
+        convert_tile(
+            stored, numbers, rows=rows, scales=scales, copy_rows=copy_rows, unroll=False
+        )
         return
-    convert_tile(stored, numbers, rows=rows)
+    convert_tile(stored, numbers, rows=rows, unroll=False)
     factors = load_scales(scales, 0, problem.tuning.tile_keys, copy_rows, _ROW)
     tiles.scales[slot] = factors if rows is None else masked_scales(factors, 0, rows, _ROW)
 

@@ -12,6 +12,7 @@ multiples of 128 bytes, and 16 scales are 64: those of small blocks lie apart, `
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def scales_values(dtype: Any) -> bool:
     return jnp.dtype(dtype) == jnp.float16
 
 
-def load_scales(scales: Any, first: int, count: int, copy_rows: int, layout: Any) -> jax.Array:
+def load_scales(scales: Any, first: Any, count: int, copy_rows: int, layout: Any) -> jax.Array:
     """Returns f32[count], the scales of rows [first, first + count), in a layout of one per row.
 
     Args:
@@ -52,7 +53,7 @@ def load_scales(scales: Any, first: int, count: int, copy_rows: int, layout: Any
       layout: of the result.
     """
 
-    def read(gaps: int) -> jax.Array:
+    def read(gaps: Any) -> jax.Array:
         return plgpu.load(scales.at[pl.ds(first + gaps, count)], layout=layout, optimized=False)
 
     gap = scale_pitch(copy_rows) - copy_rows
@@ -68,7 +69,7 @@ def load_scales(scales: Any, first: int, count: int, copy_rows: int, layout: Any
 
 
 def masked_scales(
-    scales: jax.Array, first: int, rows: tuple[jax.Array, jax.Array], layout: Any
+    scales: jax.Array, first: Any, rows: tuple[jax.Array, jax.Array], layout: Any
 ) -> jax.Array:
     """Returns the scales of rows [first, ...), with 0 for those outside [begin, end) = `rows`.
 
@@ -85,6 +86,7 @@ def convert_tile(
     rows: tuple[jax.Array, jax.Array] | None = None,
     scales: Any = None,
     copy_rows: int = 0,
+    unroll: bool = True,
 ) -> None:
     """Writes the numbers of a tile `stored`, [T, D] bytes in shared memory, to `numbers`.
 
@@ -96,20 +98,25 @@ def convert_tile(
       rows: [begin, end): NaN outside these rows becomes 0.
       scales: as for `load_scales`; the numbers are multiplied by them.
       copy_rows: likewise.
+      unroll: False takes fewer registers.
     """
     tile, head_dim = stored.shape
     width = math.gcd(head_dim, 64)
     layout = _conversion_layout(width)
 
     def convert(kept: tuple[jax.Array, jax.Array] | None) -> None:
-        for first in range(0, tile, _PIECE_ROWS):
+        @_each(tile // _PIECE_ROWS, unroll)
+        def _(part: Any) -> None:
+            first = part * _PIECE_ROWS
             factors = None
             if scales is not None:
                 assert rows is not None
                 factors = load_scales(scales, first, _PIECE_ROWS, copy_rows, layout.reduce(1))
                 factors = masked_scales(factors, first, rows, layout.reduce(1))
-            for column in range(0, head_dim, width):
-                piece = pl.ds(first, _PIECE_ROWS), pl.ds(column, width)
+
+            @_each(head_dim // width, unroll)
+            def _(column: Any) -> None:
+                piece = pl.ds(first, _PIECE_ROWS), pl.ds(column * width, width)
                 x = plgpu.load(stored.at[piece], layout=layout, optimized=False)
                 x = _numbers(x, numbers.dtype, factors, layout)
                 if kept is not None:
@@ -124,6 +131,19 @@ def convert_tile(
         is_edge = (rows[0] > 0) | (rows[1] < tile)
         pl.when(is_edge)(lambda: convert(rows))
         pl.when(jnp.logical_not(is_edge))(lambda: convert(None))
+
+
+def _each(count: int, unroll: bool) -> Callable[[Callable[[Any], None]], None]:
+    """Returns a decorator that runs a function of 0, 1, ... count - 1, as a loop or in a row."""
+
+    def run(body: Callable[[Any], None]) -> None:
+        if unroll:
+            for i in range(count):
+                body(i)
+        else:
+            pl.loop(0, count)(body)
+
+    return run
 
 
 def _numbers(stored: jax.Array, dtype: Any, factors: jax.Array | None, layout: Any) -> jax.Array:
