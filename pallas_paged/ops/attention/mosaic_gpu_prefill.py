@@ -32,7 +32,7 @@ from pallas_paged.ops.attention.mosaic_gpu_prefill_parts import (
     scratch_types,
 )
 from pallas_paged.ops.attention.prefill_config import PrefillTuning
-from pallas_paged.ops.attention.prefill_plan import TILE_ROWS, PrefillPlan, token_unit
+from pallas_paged.ops.attention.prefill_plan import NUM_TOKENS, TILE_ROWS, PrefillPlan, token_unit
 
 _LOG2E = math.log2(math.e)
 _LOWEST = -1e30  # below any logit, yet -inf minus this is -inf and never NaN
@@ -109,20 +109,19 @@ def _per_row(per_head: jax.Array | None, problem: Problem) -> jax.Array | None:
 
 
 def _kernel(problem: Problem, inputs: Inputs, lse: Any, *, smem: Smem, barriers: Barriers) -> None:
-    tile = read_tile(problem, inputs.tiles)
     warpgroup = lax.axis_index("warpgroup")
 
-    @pl.when(tile.num_tokens > 0)
+    @pl.when(inputs.tiles[lax.axis_index("tile"), NUM_TOKENS] > 0)
     def _() -> None:
         @pl.when(warpgroup == COMPUTE_WARPGROUPS)
         def _() -> None:
             plgpu.set_max_registers(problem.registers[0], action="decrease")
-            load(problem, tile, inputs, smem, barriers)
+            load(problem, read_tile(problem, inputs.tiles), inputs, smem, barriers)
 
         @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def _() -> None:
             plgpu.set_max_registers(problem.registers[1], action="increase")
-            _compute(problem, tile, inputs, lse, smem, barriers)
+            _compute(problem, read_tile(problem, inputs.tiles), inputs, lse, smem, barriers)
 
 
 class _State(NamedTuple):
