@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 OLDEST := .venv-oldest
 OLDEST_JAX := 0.11.2
 
-.PHONY: demo test check format oldest kernels-mutate dist clean
+.PHONY: demo test check format oldest kernels-full kernels-mutate dist clean
 
 # The test tools hold JAX's CUDA plugin without CUDA's libraries: it complains unless told to rest.
 demo: $(VENV)/.base
@@ -26,11 +26,14 @@ format: $(VENV)/.test
 	$(VENV)/bin/ruff check --fix .
 
 # Kernels, block tables and a request from end to end on the oldest JAX we support.
-oldest:
-	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.test
-	@$(OLDEST)/bin/pip install --quiet jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) \
-	  jax-cuda12-plugin==$(OLDEST_JAX) jax-cuda12-pjrt==$(OLDEST_JAX)
+oldest: $(OLDEST)/.oldest
 	@$(OLDEST)/bin/python -m pytest -n 2 --dist=loadfile tests/kernels tests/engine/test_smoke.py
+
+# Compile every named program of the kernels with both JAX, as far as the committed tables are not up
+# to date; may be stopped and started again.
+kernels-full: $(VENV)/.test $(OLDEST)/.oldest
+	@JAX_PLATFORMS=cpu $(PY) -m tests.kernels.full
+	@JAX_PLATFORMS=cpu $(OLDEST)/bin/python -m tests.kernels.full
 
 # Break the decode kernel on purpose, and see its tests fail: minutes.
 kernels-mutate: $(VENV)/.test
@@ -59,6 +62,12 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo "Installing pallas-paged with its test tools into $(VENV) ..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $(VENV)/.base $@
+
+$(OLDEST)/.oldest: pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.test
+	@$(OLDEST)/bin/pip install --quiet jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) \
+	  jax-cuda12-plugin==$(OLDEST_JAX) jax-cuda12-pjrt==$(OLDEST_JAX)
+	@touch $@
 
 # The first Python >= 3.12 found; the names that most systems, pyenv (.python-version) and uv give.
 $(VENV)/bin/pip:

@@ -1,6 +1,7 @@
 """The compiled programs that copy whole blocks: all layers in one launch, a few padded sizes."""
 
 import bisect
+import functools
 from collections.abc import Callable
 
 import jax
@@ -25,11 +26,20 @@ class BlockPrograms:
       num_traces: how often each (program, number of blocks) was traced.
     """
 
-    def __init__(self, kv_caches: Caches, max_num_seqs: int, *, swaps: bool):
+    def __init__(
+        self,
+        kv_caches: Caches,
+        max_num_seqs: int,
+        *,
+        swaps: bool,
+        implementation: str | None = None,
+    ):
         """Takes shapes and dtypes from `kv_caches`; a step copies fewer than `max_num_seqs`.
 
-        `swaps` tells whether `gather` and `scatter` are compiled ahead.
+        `swaps` tells whether `gather` and `scatter` are compiled ahead; `implementation` is that of
+        all three operations.
         """
+        self._implementation = implementation
         self.num_traces: dict[tuple[str, int], int] = {}
         self._caches = jax.eval_shape(lambda: kv_caches)
         self._copy_sizes = _powers(4, max_num_seqs)
@@ -72,25 +82,35 @@ class BlockPrograms:
     def _lower(self, name: str, size: int) -> jax.stages.Lowered:
         self.num_traces[name, size] = self.num_traces.get((name, size), 0) + 1
         ids = jax.ShapeDtypeStruct((size,), jnp.int32)
+        copy, gather, scatter = (
+            functools.partial(function, implementation=self._implementation)
+            for function in (_copy, _gather, _scatter)
+        )
         if name == "copy":
-            return jax.jit(_copy, donate_argnums=0).lower(self._caches, ids, ids)
+            return jax.jit(copy, donate_argnums=0).lower(self._caches, ids, ids)
         if name == "gather":
-            return jax.jit(_gather).lower(self._caches, ids)
-        blocks = jax.eval_shape(_gather, self._caches, ids)
-        return jax.jit(_scatter, donate_argnums=0).lower(self._caches, ids, blocks)
+            return jax.jit(gather).lower(self._caches, ids)
+        blocks = jax.eval_shape(gather, self._caches, ids)
+        return jax.jit(scatter, donate_argnums=0).lower(self._caches, ids, blocks)
 
 
-def _copy(kv_caches: Caches, src: jax.Array, dst: jax.Array) -> Caches:
-    return tuple(copy_blocks(cache, src, dst) for cache in kv_caches)
+def _copy(
+    kv_caches: Caches, src: jax.Array, dst: jax.Array, *, implementation: str | None
+) -> Caches:
+    return tuple(copy_blocks(cache, src, dst, implementation=implementation) for cache in kv_caches)
 
 
-def _gather(kv_caches: Caches, block_ids: jax.Array) -> Caches:
-    return tuple(gather_blocks(cache, block_ids) for cache in kv_caches)
-
-
-def _scatter(kv_caches: Caches, block_ids: jax.Array, blocks: Caches) -> Caches:
+def _gather(kv_caches: Caches, block_ids: jax.Array, *, implementation: str | None) -> Caches:
     return tuple(
-        scatter_blocks(cache, block_ids, part)
+        gather_blocks(cache, block_ids, implementation=implementation) for cache in kv_caches
+    )
+
+
+def _scatter(
+    kv_caches: Caches, block_ids: jax.Array, blocks: Caches, *, implementation: str | None
+) -> Caches:
+    return tuple(
+        scatter_blocks(cache, block_ids, part, implementation=implementation)
         for cache, part in zip(kv_caches, blocks, strict=True)
     )
 

@@ -52,8 +52,8 @@ class EngineConfig:
       seed: where the seeds of requests that bring none are drawn from.
       max_logprobs: most log-probabilities per token that a request may ask for; -1 allows the whole
         vocabulary, which every step that returns log-probabilities then copies to the host.
-      attention_implementation: None chooses by platform; a named one is used or refused. The writes
-        and copies of KV blocks are not attention: they always choose by platform.
+      attention_implementation: None chooses by platform; a named one is used or refused.
+      cache_implementation: the same for what writes and copies KV blocks.
       async_scheduling: schedule and dispatch a step before the previous one's tokens are on the
         host.
       deterministic: run every step in one fixed shape, so that in float32 a request's tokens do
@@ -90,6 +90,7 @@ class EngineConfig:
     seed: int = 0
     max_logprobs: int = 20
     attention_implementation: str | None = None
+    cache_implementation: str | None = None
     async_scheduling: bool = True
     deterministic: bool = False
     compile_ahead: bool = False
@@ -139,12 +140,13 @@ class EngineConfig:
             "max_num_batched_tokens",
             f"must be at least max_num_seqs={self.max_num_seqs}",
         )
-        _require(
-            self.attention_implementation in (None, *KNOWN_IMPLEMENTATIONS),
-            self,
-            "attention_implementation",
-            f"must be None or one of {KNOWN_IMPLEMENTATIONS}",
-        )
+        for name in ("attention_implementation", "cache_implementation"):
+            _require(
+                getattr(self, name) in (None, *KNOWN_IMPLEMENTATIONS),
+                self,
+                name,
+                f"must be None or one of {KNOWN_IMPLEMENTATIONS}",
+            )
         for name, neutral in (("tensor_parallel_size", 1),):
             _require(
                 getattr(self, name) == neutral,

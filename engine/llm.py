@@ -39,6 +39,7 @@ from pallas_paged.engine.tokenizer import load_tokenizer, require_tokenizer
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import ModelConfig, init_model, load_eos_token_ids, load_model
 from pallas_paged.ops.attention.api import attention_implementation
+from pallas_paged.ops.kv_write.api import write_implementation
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +89,14 @@ class LLM:
         cache_dtype = resolve_kv_cache_dtype(config, dtype)
         caches = cache_shapes(network.config, 2, config.block_size, cache_dtype)
         implementation = _choose_attention(config, network.config, dtype, caches[0])
+        writes = _choose_writes(config, network.config, dtype, caches[0])
         self.buckets = Buckets.for_config(config)
         plan = plan_pool(
             config, network, self.buckets, self.max_model_len, cache_dtype, implementation
         )
-        logger.info("attention: %s on %s", implementation, target_device().device_kind)
+        logger.info(
+            "attention: %s, writes: %s, on %s", implementation, writes, target_device().device_kind
+        )
         logger.info("%s", plan)
         if plan.max_blocks_per_seq * config.block_size < self.max_model_len:
             logger.warning(
@@ -118,6 +122,7 @@ class LLM:
             buckets=self.buckets,
             max_logprobs=config.max_logprobs,
             implementation=implementation,
+            cache_implementation=config.cache_implementation,
             deterministic=config.deterministic,
             swaps=config.swap_space > 0,
         )
@@ -432,6 +437,12 @@ def _choose_attention(config: EngineConfig, shape: ModelConfig, dtype: Any, cach
     return attention_implementation(
         config.attention_implementation, q, cache.k, deterministic=config.deterministic
     )
+
+
+def _choose_writes(config: EngineConfig, shape: ModelConfig, dtype: Any, cache: KVCache) -> str:
+    """Returns what writes such a model's keys and values."""
+    k = jax.ShapeDtypeStruct((1, shape.num_kv_heads, shape.head_dim), dtype)
+    return write_implementation(config.cache_implementation, k, cache)
 
 
 def _use_compilation_cache(folder: str | None) -> None:

@@ -100,6 +100,7 @@ def plan_pool(
                 max_blocks_per_seq,
                 width_for(config.max_logprobs, shape.vocab_size),
                 implementation,
+                config.cache_implementation,
                 config.deterministic,
             )
             temporary_bytes = max(map(programs.temporary_bytes, buckets.largest()))

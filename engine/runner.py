@@ -84,6 +84,7 @@ class ModelRunner:
         buckets: Buckets,
         max_logprobs: int = 20,
         implementation: str | None = None,
+        cache_implementation: str | None = None,
         deterministic: bool = False,
         swaps: bool = False,
     ):
@@ -106,9 +107,12 @@ class ModelRunner:
             max_blocks_per_seq,
             logprobs.width_for(max_logprobs, config.vocab_size),
             implementation,
+            cache_implementation,
             deterministic,
         )
-        self.block_programs = BlockPrograms(self.kv_caches, max_num_seqs, swaps=swaps)
+        self.block_programs = BlockPrograms(
+            self.kv_caches, max_num_seqs, swaps=swaps, implementation=cache_implementation
+        )
 
     def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
         """Starts a step without waiting for its result; the caches are donated to it."""

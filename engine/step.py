@@ -74,6 +74,7 @@ def run_step(
     max_blocks_per_seq: int,
     logprobs_width: int,
     implementation: str | None,
+    cache_implementation: str | None,
     deterministic: bool,
 ) -> StepResult:
     """Computes a step's tokens, writes their keys and values, and samples.
@@ -90,6 +91,7 @@ def run_step(
       max_blocks_per_seq: M.
       logprobs_width: W, see `logprobs`.
       implementation: of paged attention.
+      cache_implementation: of the writes to the caches.
       deterministic: see `EngineConfig`.
     """
     x = batch.unpack(packed, bucket, max_blocks_per_seq)
@@ -99,7 +101,10 @@ def run_step(
 
     model = nnx.merge(graphdef, params)
     attend = functools.partial(
-        paged_attend, implementation=implementation, deterministic=deterministic
+        paged_attend,
+        implementation=implementation,
+        write_implementation=cache_implementation,
+        deterministic=deterministic,
     )
     metadata = batch.attention_metadata(x, bucket)
     hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend)
@@ -164,6 +169,7 @@ class StepPrograms:
       max_blocks_per_seq: M.
       logprobs_width: W, see `logprobs`.
       implementation: of paged attention.
+      cache_implementation: of the writes to the caches.
       deterministic: see `EngineConfig`.
       num_traces: how often each bucket was traced.
     """
@@ -174,6 +180,7 @@ class StepPrograms:
     max_blocks_per_seq: int
     logprobs_width: int
     implementation: str | None = None
+    cache_implementation: str | None = None
     deterministic: bool = False
     num_traces: dict[Bucket, int] = dataclasses.field(default_factory=dict)
 
@@ -275,6 +282,7 @@ class StepPrograms:
                 max_blocks_per_seq=self.max_blocks_per_seq,
                 logprobs_width=self.logprobs_width,
                 implementation=self.implementation,
+                cache_implementation=self.cache_implementation,
                 deterministic=self.deterministic,
             )
 

@@ -93,6 +93,7 @@ def compile_step(
         math.ceil(max_model_len / config.block_size),
         width_for(config.max_logprobs, shape.vocab_size),
         config.attention_implementation,
+        config.cache_implementation,
     )
     with jax.default_device(target_device(target)):
         compiled = programs.lower(bucket).compile()

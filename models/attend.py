@@ -17,6 +17,8 @@ def paged_attend(
     v: Float[Array, "T Hk D"],
     kv_cache: KVCache,
     metadata: AttentionMetadata,
+    *,
+    write_implementation: str | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "T Hq D"], KVCache]:
     """Writes keys and values into the paged cache, then attends to all of each sequence's.
@@ -27,12 +29,13 @@ def paged_attend(
       v: their values.
       kv_cache: the layer's cache; donated by `write_kv`.
       metadata: where the tokens stand.
+      write_implementation: of `write_kv`.
       **options: of `paged_attention`, such as `scale`, `sliding_window` or `implementation`.
 
     Returns:
       The attention's output and the updated cache.
     """
-    kv_cache = write_kv(k, v, kv_cache, metadata.slot_mapping)
+    kv_cache = write_kv(k, v, kv_cache, metadata.slot_mapping, implementation=write_implementation)
     out: Any = paged_attention(
         q,
         kv_cache.k,

@@ -31,15 +31,15 @@ class KernelResources(NamedTuple):
       name: the kernel's name.
       registers: registers per thread.
       spill_bytes: bytes per thread that did not fit into registers, stored or loaded.
-      smem_bytes: shared memory per block of threads, without its barriers; None when several
-        kernels were compiled, whose figures cannot be told apart.
+      smem_bytes: shared memory per block of threads, without its barriers; of several kernels that
+        are compiled together the most that one of them takes, for they cannot be told apart.
       warnings: what else the compiler had to say.
     """
 
     name: str
     registers: int
     spill_bytes: int
-    smem_bytes: int | None
+    smem_bytes: int
     warnings: tuple[str, ...]
 
 
@@ -125,7 +125,7 @@ def _parse(report: str) -> tuple[KernelResources, ...]:
                 name=part.partition("'")[0],
                 registers=int(registers[1]),
                 spill_bytes=sum(map(int, spills)),
-                smem_bytes=int(smem[0]) if len(smem) == 1 else None,
+                smem_bytes=max(map(int, smem)),
                 warnings=tuple(line for line in part.splitlines() if "warning" in line.lower()),
             )
         )

@@ -50,7 +50,7 @@ _NAMES = [stage.name for stage in STAGES]
 _OUT = flags.DEFINE_string("out", None, "Folder for the results.", required=True)
 _STAGES = flags.DEFINE_list("stages", _NAMES, f"Which of {', '.join(_NAMES)}.")
 _TIME_LIMIT_S = flags.DEFINE_float("time_limit_s", 590.0, "Seconds for everything.")
-_SCALE = flags.DEFINE_float("budget_scale", 1.0, "Factor of every stage's own time budget.")
+_SCALE = flags.DEFINE_float("budget_scale", 1.0, "Factor of every stage's and case's time budget.")
 _TOY = flags.DEFINE_bool("toy", False, "Without a GPU, run the speed stages at toy sizes.")
 _EXECUTABLE = flags.DEFINE_string(
     "executable", None, "A program that benchmarks.gpu_suite.executable made elsewhere, to check."
@@ -119,7 +119,8 @@ def main(argv: Sequence[str]) -> None:
             row = {"case": "all", "status": "unmeasured", "reason": "there is no GPU"}
             stages.append(folder, stage.name, row)
         else:
-            budget_s = min(stage.budget_s * _SCALE.value, left_s)
+            stage = stage.scaled(_SCALE.value)
+            budget_s = min(stage.budget_s, left_s)
             command = [sys.executable, "-m", "benchmarks.gpu_suite", f"--worker={name}", *options]
             supervise.run(stage, context, command, budget_s)
         text = report.write(folder, STAGES)

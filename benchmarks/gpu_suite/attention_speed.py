@@ -31,7 +31,7 @@ def paged(
 
     Every layer attends over blocks of its own, of one pool that is larger than the L2 cache.
     """
-    copies = timing.num_copies(shape.kv_bytes, MAX_COPIES)
+    copies = timing.num_copies(shape.kv_bytes, MAX_COPIES) if context.on_gpu else 2
     layers = min(LAYERS, copies)
     copies = copies // layers * layers
     num_blocks = 1 + copies * shape.batch * shape.blocks_per_seq

@@ -68,7 +68,7 @@ def dense(context: Context, shape: Shape) -> timing.Loop:
     """
     if 1 < shape.queries < shape.context:
         raise NotImplementedError("its causal mask has no offset, so a chunk needs a whole mask")
-    copies = timing.num_copies(shape.kv_bytes, MAX_DENSE_LAYERS)
+    copies = timing.num_copies(shape.kv_bytes, MAX_DENSE_LAYERS) if context.on_gpu else 2
 
     def make() -> tuple[Any, ...]:
         kv = shape.batch, shape.context, shape.num_kv_heads, HEAD_DIM

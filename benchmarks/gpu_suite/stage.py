@@ -70,6 +70,12 @@ class Stage(NamedTuple):
     toy: bool = True
     needs_jax: bool = True
 
+    def scaled(self, factor: float) -> "Stage":
+        """Returns the stage with `factor` times as much time."""
+        return self._replace(
+            budget_s=factor * self.budget_s, case_limit_s=factor * self.case_limit_s
+        )
+
 
 def append(folder: pathlib.Path, stage: str, row: Row) -> None:
     """Adds a line to the stage's file, at once."""

@@ -116,5 +116,9 @@ def num_turns(estimate_s: float, target_s: float = 0.02) -> int:
 
 def random(seed: int, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.Array:
     """Returns standard-normal numbers, made on the device."""
-    make = jax.jit(lambda key: jax.random.normal(key, shape, dtype))
-    return make(jax.random.key(seed))
+    return _normal(jax.random.key(seed), shape, jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jax.random.normal(key, shape, dtype)

@@ -41,6 +41,7 @@ def context(tmp_path: pathlib.Path) -> Context:
 
 def test_the_program_runs_without_a_gpu_and_says_so(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_suite", f"--out={tmp_path}"]
+    command.append("--budget_scale=4")  # a busy machine's time is not measured here
     done = subprocess.run(
         [*command, "--stages=prefill", "--toy"],
         cwd=ROOT,

@@ -218,3 +218,9 @@ def test_a_quantised_cache_from_end_to_end(name: str, kv_cache_dtype: str, dtype
     scales = np.asarray(llm.runner.kv_caches[-1].k_scale)
     assert (scales > 0).any()
     assert np.isfinite(scales[1:]).all()
+
+
+@pytest.mark.parametrize("option", ["attention_implementation", "cache_implementation"])
+def test_a_kernel_that_the_device_cannot_run_is_refused(option: str) -> None:
+    with pytest.raises(NotImplementedError, match="'mosaic_gpu' cannot do this"):
+        make_llm(ONE_PER_FAMILY[0], **{option: "mosaic_gpu"})

@@ -15,9 +15,9 @@ DECODE = Bucket(64, 64, is_decode=True)
 MIXED = Bucket(512, 64, is_decode=False)
 
 
-def report(name: str, num_layers: int, bucket: Bucket, target: str) -> StepReport:
+def report(name: str, num_layers: int, bucket: Bucket, target: str, **options: str) -> StepReport:
     shape = dataclasses.replace(SHAPES[name], num_layers=num_layers)
-    config = EngineConfig(name, dtype="bfloat16")
+    config = EngineConfig(name, dtype="bfloat16", **options)
     return compile_step(shape, config, bucket, target, num_blocks=4000, max_model_len=2048)
 
 
@@ -47,3 +47,19 @@ def test_a_step_in_place_with_few_launches(
     assert not any("while" in loop for loop in two.launches.loops), two.launches.loops
     added = two.launches.total - one.launches.total
     assert added <= most_launches, (added, two.launches)
+
+
+def test_a_named_implementation_is_what_runs() -> None:
+    names = {
+        cache: report(
+            "llama-8b",
+            1,
+            DECODE,
+            "h100",
+            attention_implementation="xla",
+            cache_implementation=cache,
+        ).launches.kernels
+        for cache in ("xla", "mosaic_gpu")
+    }
+    assert names["xla"] == ()
+    assert len(names["mosaic_gpu"]) == 1

@@ -148,19 +148,28 @@ def candidate_configs(problem: DecodeProblem) -> list[DecodeConfig]:
 
 
 def decode_cases() -> list[DecodeCase]:
-    """Returns tiles x stages x head_dim x dtype, and every group, block size and feature with them.
+    """Returns what is chosen by rule for every shape, and every other configuration.
 
-    The latter go round, so that each value of one meets each value of the others.
+    What is chosen: head_dim x dtype x block size x query tokens. The configurations: tiles x stages
+    x head_dim (80 and 96 are like 128) x dtype. Groups, options and the rest go round, so that each
+    value of one meets each value of the others.
     """
+    groups = itertools.cycle(_GROUPS)
     cases = []
-    groups, features = itertools.cycle(_GROUPS), itertools.cycle(_FEATURES)
-    for head_dim, dtype, block_size, tokens in itertools.product(
-        mosaic_gpu.HEAD_DIMS, mosaic_gpu.DTYPES, mosaic_gpu.BLOCK_SIZES, (1, 8)
+    for index, (head_dim, dtype, block_size, tokens) in enumerate(
+        itertools.product(mosaic_gpu.HEAD_DIMS, mosaic_gpu.DTYPES, mosaic_gpu.BLOCK_SIZES, (1, 8))
     ):
         group = next(groups)
+        features = _FEATURES[(index % 2 + index // 2 + index // 8) % len(_FEATURES)]
         max_tokens = mosaic_gpu.max_decode_tokens(group, head_dim, tokens)
-        chosen = make_case(group, head_dim, block_size, max_tokens, dtype, **next(features))
-        stages = {(c.tile, c.num_stages): c for c in candidate_configs(chosen.problem)}
-        cases.append(chosen)
-        cases += [DecodeCase(chosen.problem, config) for config in stages.values()]
+        cases.append(make_case(group, head_dim, block_size, max_tokens, dtype, **features))
+    for index, (head_dim, dtype) in enumerate(
+        itertools.product((64, 128, 192, 256), mosaic_gpu.DTYPES)
+    ):
+        for turn, block_size in enumerate(mosaic_gpu.BLOCK_SIZES):
+            group, features = next(groups), _FEATURES[(index + turn) % len(_FEATURES)]
+            problem = make_case(group, head_dim, block_size, 1, dtype, **features).problem
+            stages = {(c.tile, c.num_stages): c for c in candidate_configs(problem)}
+            configs = list(stages.values())[turn :: len(mosaic_gpu.BLOCK_SIZES)]
+            cases += [DecodeCase(problem, config) for config in configs]
     return list({case.name: case for case in cases}.values())

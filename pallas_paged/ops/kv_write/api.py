@@ -44,8 +44,19 @@ def write_kv(
       NotImplementedError: the named implementation does not exist or cannot do this here.
     """
     _check(k, v, kv_cache, slot_mapping)
-    name = choose_implementation("write_kv", _IMPLEMENTATIONS, implementation, k, kv_cache)
+    name = write_implementation(implementation, k, kv_cache)
     return _IMPLEMENTATIONS[name].run(k, v, kv_cache, slot_mapping)
+
+
+def write_implementation(
+    requested: str | None, k: jax.Array | jax.ShapeDtypeStruct, kv_cache: KVCache
+) -> str:
+    """Returns which implementation `write_kv` runs for such keys and caches, or their shapes.
+
+    Raises:
+      ValueError, NotImplementedError: as `write_kv`.
+    """
+    return choose_implementation("write_kv", _IMPLEMENTATIONS, requested, k, kv_cache)
 
 
 def _check(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array) -> None:
