@@ -1,6 +1,6 @@
 """Named problems of the prefill kernels, for interpret mode and for compilation."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pallas_paged.ops.attention.arg_specs import AttentionSpec
 from pallas_paged.ops.attention.prefill_config import PrefillTuning
@@ -95,4 +95,31 @@ def compile_cases() -> list[CompileCase]:
         cases.append(
             CompileCase(f"dim{head_dim}-everything", head_dim, 4, 16, "bfloat16", *everything)
         )
+    return cases + quantised_compile_cases()
+
+
+def quantised_compile_cases() -> list[CompileCase]:
+    """Every head_dim with every dtype of the cache; of queries, groups, blocks and options some."""
+    cases = []
+    groups, block_sizes, dtypes = (4, 1, 8, 7), (16, 64, 32, 128), ("bfloat16", "float16")
+    everything: dict[str, Any] = {
+        "sliding_window": 4096,
+        "logits_soft_cap": 50.0,
+        "alibi": True,
+        "sinks": True,
+    }
+    for i, head_dim in enumerate((64, 80, 96, 128, 192, 256)):
+        for j, cache_dtype in enumerate(("float8_e4m3fn", "int8")):
+            dtype, has_all = dtypes[(i // 2 + j) % 2], (i + j) % 2 == 1
+            cases.append(
+                CompileCase(
+                    f"dim{head_dim}-{cache_dtype}-{dtype}{'-everything' if has_all else ''}",
+                    head_dim,
+                    groups[(2 * i + j) % 4],
+                    block_sizes[(i + 2 * j) % 4],
+                    dtype,
+                    cache_dtype=cache_dtype,
+                    **(everything if has_all else {}),
+                )
+            )
     return cases

@@ -118,6 +118,7 @@ def shapes(dtype="bfloat16", num_q_heads=8, head_dim=64, block_size=16, cache_dt
     [
         (shapes("float32"), {}, "q is float32 and the cache float32"),
         (shapes(cache_dtype="float16"), {}, "q is bfloat16 and the cache float16"),
+        (shapes("float32", cache_dtype="int8"), {}, "q is float32 and the cache int8; q must be"),
         (shapes(head_dim=72), {}, "head_dim=72 must be among 64, 80"),
         (shapes(block_size=8), {}, "block_size=8 must be among 16, 32"),
         (shapes(num_q_heads=64), {}, "32 query heads per KV head are more than 16"),
@@ -129,6 +130,12 @@ def test_what_it_cannot_do_is_refused_with_the_reason(arguments, options, reason
         with pytest.raises(NotImplementedError, match=reason):
             attention_implementation("mosaic_gpu", *arguments, **options)
         assert attention_implementation(None, *arguments, **options) == "xla"
+
+
+@pytest.mark.parametrize("cache_dtype", ["float8_e4m3fn", "int8"])
+def test_quantised_caches_are_taken(cache_dtype):
+    with interpret_kernels():
+        assert attention_implementation(None, *shapes(cache_dtype=cache_dtype)) == "mosaic_gpu"
 
 
 def test_other_devices_are_refused():

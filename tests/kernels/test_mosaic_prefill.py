@@ -45,7 +45,7 @@ def build_poisoned(spec):
         for position in range(first):
             block, offset = divmod(position, spec.block_size)
             for cache in caches:
-                cache[tables[row, block], :, offset] = np.nan
+                cache[tables[row, block], :, offset] = 127 if spec.cache_dtype == "int8" else np.nan
             for scale in scales:
                 scale[tables[row, block], :, offset] = np.nan
         tables[row, : first // spec.block_size] = NULL_BLOCK

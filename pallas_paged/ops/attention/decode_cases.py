@@ -14,6 +14,7 @@ from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.config import SM90, DecodeConfig, fits, heuristic
 from pallas_paged.ops.attention.mosaic_gpu_decode import DecodeProblem, scratch_types
+from pallas_paged.quantisation import LARGEST
 
 _GROUPS = (1, 3, 4, 5, 7, 8, 16)
 _MAX_LOGITS = 128 * 32
@@ -172,4 +173,32 @@ def decode_cases() -> list[DecodeCase]:
             stages = {(c.tile, c.num_stages): c for c in candidate_configs(problem)}
             configs = list(stages.values())[turn :: len(mosaic_gpu.BLOCK_SIZES)]
             cases += [DecodeCase(problem, config) for config in configs]
+    cases += quantised_cases()
     return list({case.name: case for case in cases}.values())
+
+
+def quantised_cases() -> list[DecodeCase]:
+    """Returns head_dim x dtype of the cache x few or many tokens, the latter in tiles of two sizes.
+
+    Dtypes of queries, groups, block sizes and features go round.
+    """
+    cases = []
+    groups = itertools.cycle(_GROUPS)
+    for i, (head_dim, tokens, cache_dtype) in enumerate(
+        itertools.product(mosaic_gpu.HEAD_DIMS, (1, 8), map(str, LARGEST))
+    ):
+        group, turn = next(groups), i // 4
+        max_tokens = mosaic_gpu.max_decode_tokens(group, head_dim, tokens)
+        chosen = make_case(
+            group,
+            head_dim,
+            mosaic_gpu.BLOCK_SIZES[(i + turn) % 4],
+            max_tokens,
+            mosaic_gpu.DTYPES[(i + i // 2 + turn) % 2],
+            cache_dtype,
+            **_FEATURES[(i + 3 * turn // 2) % 4],
+        )
+        cases.append(chosen)
+        large = [c for c in candidate_configs(chosen.problem) if c.tile == 128]
+        cases += [DecodeCase(chosen.problem, config) for config in large[:1]]
+    return cases

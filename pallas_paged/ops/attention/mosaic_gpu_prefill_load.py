@@ -136,9 +136,7 @@ def _convert(
     stored, scales = tiles.stored.at[stored_slot], tiles.stored_scales.at[stored_slot]
     numbers, copy_rows = tiles.numbers.at[slot], problem.block_rows
     if tiles.scales is None:
-        convert_tile(
-            stored, numbers, rows=rows, scales=scales, copy_rows=copy_rows, unroll=False
-        )
+        convert_tile(stored, numbers, rows=rows, scales=scales, copy_rows=copy_rows, unroll=False)
         return
     convert_tile(stored, numbers, rows=rows, unroll=False)
     factors = load_scales(scales, 0, problem.tuning.tile_keys, copy_rows, _ROW)
