@@ -459,8 +459,8 @@ def _decode_kernel(
             if not problem.is_quantised:
                 write_weights(weights)
             plgpu.barrier_wait(v_barriers.at[slot])
-            rows = first_key - position, length - position  # those that hold values of ours
             if problem.is_quantised:
+                rows = first_key - position, length - position  # those that hold values of ours
                 scales = scratch["v_scales"].at[slot]
                 if scales_values(problem.dtype):
                     convert_tile(
@@ -478,9 +478,9 @@ def _decode_kernel(
                 write_weights(weights)
             else:
 
-                @pl.when((rows[0] > 0) | (rows[1] < tile_size))
+                @pl.when((position + tile_size > length) | (position < first_key))
                 def _() -> None:
-                    _zero_values(v_smem.at[slot], *rows)
+                    _zero_values(v_smem.at[slot], first_key - position, length - position)
 
             plgpu.commit_smem()  # weights and values, before the tensor core reads them
             new_accumulators = []
