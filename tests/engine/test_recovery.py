@@ -4,23 +4,26 @@ import dataclasses
 
 import pytest
 
-from pallas_paged.engine import LLM, SamplingParams
+from pallas_paged.engine import LLM, BeamSearchParams, SamplingParams
 from tests.engine.serving import assert_idle, make_llm, reference_requests
 
 NAME = "llama-gqa-llama3"
 BLOCK_SIZE, LENGTH = 4, 40
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, seed=3)
-KINDS = {
+KINDS: dict[str, SamplingParams | BeamSearchParams] = {
     "greedy": GREEDY,
     "sampled": SAMPLED,
     "several": dataclasses.replace(SAMPLED, n=3),
+    "beams": BeamSearchParams(3, 24, ignore_eos=True),
     "prefix": dataclasses.replace(GREEDY, max_tokens=16),
 }
 PREFIX = list(range(5, 17))
 
 
-def requests() -> tuple[list[dict[str, list[int]]], list[SamplingParams], list[str]]:
+def requests() -> tuple[
+    list[dict[str, list[int]]], list[SamplingParams | BeamSearchParams], list[str]
+]:
     """Returns prompts, parameters and kinds; some of each kind, in turn."""
     short = [p for p in reference_requests(NAME) if 5 < len(p["prompt_token_ids"]) <= 16]
     prompts = [
@@ -62,7 +65,8 @@ def test_a_tenth_of_the_memory_gives_the_same_tokens(
     unpressured: list[list[tuple[int, ...]]], mode: str
 ) -> None:
     _, params, kinds = requests()
-    needed = sum(one.n * LENGTH // BLOCK_SIZE for one in params)
+    widths = [one.n if isinstance(one, SamplingParams) else one.beam_width for one in params]
+    needed = sum(widths) * LENGTH // BLOCK_SIZE
     swaps = {"swap_space": 0.01} if mode == "swap" else {}
     tokens, llm, preempted = run(num_blocks=1 + needed // 10, preemption_mode=mode, **swaps)
     for kind in KINDS:
