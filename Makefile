@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 OLDEST := .venv-oldest
 OLDEST_JAX := 0.11.2
 
-.PHONY: demo test check format oldest kernels-full kernels-mutate dist clean
+.PHONY: demo test check format oldest kernels-full kernels-mutate sharing-mutate dist clean
 
 # The test tools hold JAX's CUDA plugin without CUDA's libraries: it complains unless told to rest.
 demo: $(VENV)/.base
@@ -39,6 +39,10 @@ kernels-full: $(VENV)/.test $(OLDEST)/.oldest
 kernels-mutate: $(VENV)/.test
 	@$(PY) -m tests.kernels.mutate_decode
 	@$(PY) -m tests.kernels.mutate_ampere
+
+# Break the sharing of blocks on purpose, and see the tests fail: some minutes.
+sharing-mutate: $(VENV)/.test
+	@$(PY) -m tests.engine.mutate_sharing
 
 # sdist -> wheel -> an empty environment -> a request, run from another directory.
 dist: $(VENV)/.test

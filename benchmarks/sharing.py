@@ -1,14 +1,16 @@
-"""How full the blocks of the KV pool are, and what sharing them saves; no model, no device.
+"""How full the blocks of the KV pool are, and what sharing them saves.
 
   python -m benchmarks.sharing
   python -m benchmarks.sharing --timeline=pool.json --plot=pool.png     # the latter: matplotlib
 
 The real scheduler and block tables run requests whose tokens are drawn at random, one step of
-which is always in flight: lengths, blocks and batches are those of an engine, times are not. Three
-questions, each beside the paper's figures (Kwon et al. 2023):
+which is always in flight: lengths, blocks and batches are those of an engine, times are not. Only
+beams need a model, and have the engine and the demo model (`beam_runs`). The questions, each beside
+the paper's figures (Kwon et al. 2023):
 
 - fill: under a full pool, which share of the slots that sequences hold has a token in it (Fig. 2);
 - parallel: which share of the blocks do n samples save by sharing the prompt's (Fig. 15);
+- beams: which share of the blocks do the beams of a search save (Fig. 15);
 - prefix: how many tokens are computed for requests that share a prefix (Fig. 16).
 """
 
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from benchmarks import tables, workloads
+from benchmarks import beam_runs, tables, workloads
 from pallas_paged.engine.kv_stats import KVStats, kv_stats
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
@@ -30,6 +32,9 @@ _NUM_REQUESTS = flags.DEFINE_integer("num_requests", 400, "Requests of each run.
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens per block.", lower_bound=1)
 _NUM_SLOTS = flags.DEFINE_integer("num_slots", 15_700, "Slots of the pool (the paper's OPT-13B).")
 _MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 256, "Sequences that run at once.")
+_BEAM_REQUESTS = flags.DEFINE_integer(
+    "beam_requests", 32, "Beam searches of each width; at most 48 beams run at once.", lower_bound=1
+)
 _PREFIX_LEN = flags.DEFINE_integer("prefix_len", 341, "Tokens of the shared prefix.")
 _PREFIX_REQUESTS = flags.DEFINE_integer("prefix_requests", 64, "Requests that share it.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of lengths and tokens.")
@@ -42,6 +47,7 @@ MAX_MODEL_LEN = 2048
 MAX_NUM_BATCHED_TOKENS = 2048
 PAPER_FILL = 0.963
 PAPER_PARALLEL = "6.1-9.8 %"
+PAPER_BEAMS = "37.6-55.2 %"
 
 
 @dataclasses.dataclass
@@ -124,10 +130,42 @@ def measure_parallel() -> list[dict[str, Any]]:
     rows = []
     for num_seqs in (2, 4, 6):
         pool = run(make_groups("alpaca", _NUM_REQUESTS.value, num_seqs)).pool
-        entries = sum(s.num_table_entries for s in pool)
-        saved = 1 - sum(s.num_allocated_blocks for s in pool) / entries
+        saved = saved_share(pool)
         rows.append({"samples": num_seqs, "blocks saved": saved, "the paper's": PAPER_PARALLEL})
     return rows
+
+
+def measure_beams() -> list[dict[str, Any]]:
+    """Returns the blocks that beams save, of those needed without, over all steps."""
+    llm = beam_runs.make_llm(_BLOCK_SIZE.value, min(48, _MAX_NUM_SEQS.value))
+    workload = workloads.draw(
+        "alpaca",
+        _BEAM_REQUESTS.value,
+        scale=1.0,
+        max_model_len=beam_runs.MAX_MODEL_LEN,
+        vocab_size=VOCAB_SIZE,
+        seed=_SEED.value,
+    )
+    print(f"beams: {workload.source}; {beam_runs.SOURCE}")
+    rows = []
+    for width in (2, 4, 6):
+        pool = beam_runs.run(llm, workload.requests, width, _SEED.value)
+        rows.append(
+            {
+                "beams": width,
+                "blocks saved": saved_share(pool),
+                "the paper's": PAPER_BEAMS,
+                "most blocks at once": max(s.num_allocated_blocks for s in pool),
+                "without sharing": max(s.num_table_entries for s in pool),
+            }
+        )
+    return rows
+
+
+def saved_share(pool: Sequence[KVStats]) -> float:
+    """Returns the share of blocks that sharing saves, of those needed without, over all steps."""
+    entries = sum(s.num_table_entries for s in pool)
+    return 1 - sum(s.num_allocated_blocks for s in pool) / entries
 
 
 def measure_prefix() -> list[dict[str, Any]]:
@@ -183,12 +221,15 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     fill, pool = measure_fill()
     parallel, prefix = measure_parallel(), measure_prefix()
+    beams = measure_beams()
     tables.show(f"fill: ShareGPT's lengths, block size {_BLOCK_SIZE.value}", [fill])
     tables.show("parallel sampling: Alpaca's lengths", parallel)
+    tables.show("beam search: Alpaca's lengths, the demo model through the engine", beams)
     tables.show(f"a prefix of {_PREFIX_LEN.value} tokens", prefix)
     if _JSON.value:
         with open(_JSON.value, "w", encoding="utf-8") as file:
-            json.dump({"fill": fill, "parallel": parallel, "prefix": prefix}, file, indent=2)
+            figures = {"fill": fill, "parallel": parallel, "beams": beams, "prefix": prefix}
+            json.dump(figures, file, indent=2)
     if _TIMELINE.value:
         with open(_TIMELINE.value, "w", encoding="utf-8") as file:
             json.dump([dataclasses.asdict(stats) for stats in pool], file)

@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from hypothesis import Phase, settings
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -28,6 +29,9 @@ _cache = tempfile.mkdtemp(prefix="pallas-paged-tests-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", _cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+# For tests/mutations.py: that a test fails is enough, nobody asks for the smallest example.
+settings.register_profile("no-shrinking", phases=[Phase.explicit, Phase.generate])
 
 LAYER_1 = ["pallas_paged.kv_cache", "pallas_paged.block_tables", "pallas_paged.ops"]
 MODELS = [f"pallas_paged.models.{name}" for name in ("attend", "decoder", "layers", "opt", "rope")]

@@ -247,9 +247,8 @@ def main(families: list[str]) -> None:
     print(
         f"jax {jax.__version__}: {len(rows)} of {len(wanted)} programs are up to date", flush=True
     )
-    failed, number = 0, 0
-    for key, future in _compile_all(missing, current):
-        number += 1
+    failed = 0
+    for number, (key, future) in enumerate(_compile_all(missing, current), 1):
         error = future.exception()
         if error is None:
             row = future.result()

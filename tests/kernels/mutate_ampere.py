@@ -6,7 +6,7 @@ python -m tests.kernels.mutate_ampere zeros ...  # some, by name
 
 import sys
 
-from tests.kernels.mutate_decode import Mutation, main
+from tests.mutations import Mutation, run
 
 _KERNEL = "pallas_paged/ops/attention/mosaic_gpu_ampere.py"
 _WORK_LIST = "pallas_paged/ops/attention/work_list.py"
@@ -14,7 +14,7 @@ _TESTS = "tests/kernels/test_mosaic_ampere.py"
 
 
 def _mutation(old: str, new: str, test: str, file: str = _KERNEL) -> Mutation:
-    return Mutation(file, old, new, f"test_equals_the_reference[{test}]")
+    return Mutation(file, old, new, f"{_TESTS}::test_equals_the_reference[{test}]")
 
 
 MUTATIONS = {
@@ -114,4 +114,4 @@ MUTATIONS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], MUTATIONS, _TESTS))
+    sys.exit(run(MUTATIONS, sys.argv[1:]))
