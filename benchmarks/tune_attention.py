@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +24,21 @@ import numpy as np
 from absl import app, flags
 
 from pallas_paged.dispatch import target_device, unsupported_target
+from pallas_paged.kv_cache import to_stored
 from pallas_paged.ops.attention import config as attention_config
 from pallas_paged.ops.attention.config import DecodeConfig, DecodeKey, format_tuned, parse_tuned
 from pallas_paged.ops.attention.decode_cases import DecodeCase, candidate_configs, make_case
 from pallas_paged.ops.attention.mosaic_gpu import decode_key
+from pallas_paged.quantisation import LARGEST, is_quantised
 
 _HEAD_DIMS = flags.DEFINE_list("head_dims", ["64", "128"], "head_dim of the cases.")
 _BLOCK_SIZES = flags.DEFINE_list("block_sizes", ["16", "32", "64"], "Block sizes of the cases.")
 _GROUPS = flags.DEFINE_list("groups", ["8"], "Query heads per KV head of the cases.")
 _DTYPE = flags.DEFINE_enum(
-    "cache_dtype", "bfloat16", ["bfloat16", "float16"], "Dtype of the cache."
+    "cache_dtype",
+    "bfloat16",
+    ["bfloat16", "float16", *map(str, LARGEST)],
+    "Dtype of the cache; queries have the same, or bfloat16 if the cache is quantised.",
 )
 _BUDGET = flags.DEFINE_float("budget_s", 540.0, "Seconds after which no more cases are begun.")
 _OUT = flags.DEFINE_string(
@@ -130,21 +135,20 @@ def _time(case: DecodeCase, num_sequences: int, length: int) -> float:
     return statistics.median(times)
 
 
-def _arguments(
-    case: DecodeCase, num_sequences: int, length: int, seed: int
-) -> tuple[jax.Array, ...]:
+def _arguments(case: DecodeCase, num_sequences: int, length: int, seed: int) -> tuple[Any, ...]:
     """Returns random arrays, the blocks in random order."""
     blocks_per_sequence = -(-length // case.problem.block_size)
     num_blocks = num_sequences * blocks_per_sequence + 1
-    q, k, v, *_, slopes, sinks = case.arguments(num_sequences, num_blocks, blocks_per_sequence)
+    q, cache, *_, slopes, sinks = case.arguments(num_sequences, num_blocks, blocks_per_sequence)
     keys = jax.random.split(jax.random.key(seed), 3)
-    random = [
-        jax.random.normal(key, array.shape, array.dtype)
-        for key, array in zip(keys, (q, k, v), strict=True)
-    ]
+    random_q, k, v = (
+        jax.random.normal(key, array.shape, q.dtype)
+        for key, array in zip(keys, (q, cache.k, cache.v), strict=True)
+    )
     tables = np.random.default_rng(seed).permutation(np.arange(1, num_blocks, dtype=np.int32))
     return (
-        *random,
+        random_q,
+        jax.jit(to_stored)(k, v, cache),
         jnp.asarray(tables.reshape(num_sequences, blocks_per_sequence)),
         jnp.full(num_sequences, length, jnp.int32),
         jnp.arange(num_sequences + 1, dtype=jnp.int32),
@@ -160,8 +164,9 @@ def main(argv: Sequence[str]) -> None:
     if reason is not None:
         sys.exit(f"tune_attention cannot measure here: {reason}")
     sizes = itertools.product(*(map(int, f.value) for f in (_GROUPS, _HEAD_DIMS, _BLOCK_SIZES)))
+    dtype = "bfloat16" if is_quantised(_DTYPE.value) else _DTYPE.value
     cases = [
-        make_case(group, head_dim, block_size, dtype=_DTYPE.value)
+        make_case(group, head_dim, block_size, dtype=dtype, cache_dtype=_DTYPE.value)
         for group, head_dim, block_size in sizes
     ]
     chosen = tune(

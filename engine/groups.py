@@ -106,6 +106,7 @@ def plan_tree(token_ids: Seq[Seq[int]], hits: Seq[Seq[int]], block_size: int) ->
     branches: list[Branch] = []
     num_new = 0
     for index, (ids, cached) in enumerate(zip(token_ids, hits, strict=True)):
+        assert len(cached) * S < len(ids), "a hit of the last token, which is to be computed"
         blocks: list[int] = []
         leader, num_shared = None, 0
         for start in range(0, len(ids), S):

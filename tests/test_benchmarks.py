@@ -32,6 +32,7 @@ SMALL = (
             "--num_requests=3 --max_num_seqs=8 --prefix_len=40 --prefix_requests=3 "
             "--beam_requests=2",
         ),
+        ("sharing", "--wall_time --random_model=tiny --prefix_len=40 --prefix_requests=3"),
         ("throughput", f"{SMALL} --baseline=static,continuous"),
         ("latency", f"{SMALL} --request_rate=40 --goodput=ttft:500 --baseline=static"),
     ],

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,6 +75,21 @@ def gpu_specs() -> list[AttentionSpec]:
         make("mixed float8", lens, queries, cache_dtype="float8_e4m3fn"),
         make("decode int8", lens, cache_dtype="int8"),
         make("mixed int8", lens, queries, cache_dtype="int8"),
+    ]
+    for i, (head_dim, cache_dtype) in enumerate(
+        itertools.product((64, 96, 192, 256), ("float8_e4m3fn", "int8"))
+    ):
+        quantised = functools.partial(
+            make,
+            head_dim=head_dim,
+            block_size=(64, 16, 128, 32)[i % 4],
+            dtype=("float16", "bfloat16")[i // 2 % 2],
+            cache_dtype=cache_dtype,
+            **options["all"],
+        )
+        specs.append(quantised(f"decode {cache_dtype} dim {head_dim}", lens))
+        specs.append(quantised(f"mixed {cache_dtype} dim {head_dim}", lens, queries))
+    specs += [
         make("decode few tokens", (500, 64, 7, 1000), (2, 4, 3, 8)),
         make("decode one long", (32768,)),
         make("decode many", tuple(range(1, 301)), num_rows=300, num_tokens=300),

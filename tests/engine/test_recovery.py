@@ -72,3 +72,32 @@ def test_a_tenth_of_the_memory_gives_the_same_tokens(
     stats = llm.kv_stats()
     assert (stats.num_swaps > 0) == (mode == "swap")
     assert stats.num_swapped_blocks == stats.num_allocated_blocks == 0
+
+
+def test_samples_that_were_swapped_out_before_they_parted() -> None:
+    """Their last block comes back, and is copied for each of them, before one step."""
+    llm = make_llm(
+        NAME,
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        block_size=BLOCK_SIZE,
+        num_blocks=9,
+        deterministic=True,
+        async_scheduling=False,
+        enable_prefix_caching=False,
+        preemption_mode="swap",
+        swap_space=0.01,
+    )
+    # Two that grow in the next step, and samples that would copy the third of their blocks then.
+    prompts = [{"prompt_token_ids": list(range(5, 5 + length))} for length in (8, 4, 6)]
+    params = [dataclasses.replace(GREEDY, max_tokens=4)] * 2
+    params.append(dataclasses.replace(SAMPLED, n=3, max_tokens=6))
+    (alone,) = llm.generate(prompts[2:], params[2:], use_tqdm=False)
+    swap_in, moves = llm.runner.block_programs.swap_in, []
+    copy, pairs = llm.runner.block_programs.copy, []
+    llm.runner.block_programs.swap_in = lambda *args: moves.append(args) or swap_in(*args)
+    llm.runner.block_programs.copy = lambda *args: pairs.append(len(moves)) or copy(*args)
+    *_, together = llm.generate(prompts, params, use_tqdm=False)
+    assert_idle(llm)
+    assert (len(moves), pairs) == (1, [1])
+    assert [c.token_ids for c in together.outputs] == [c.token_ids for c in alone.outputs]

@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 
+from benchmarks import workloads
+from pallas_paged.engine.kv_stats import kv_stats
 from pallas_paged.engine.policies import ChooseRecovery, always_recompute, always_swap
 from pallas_paged.engine.sequence import SequenceGroup, SequenceStatus
-from tests.engine.mock_model import MockEngine, generate_alone, make_engine
+from tests.engine.mock_model import VOCAB_SIZE, MockEngine, generate_alone, make_engine
 from tests.engine.sharing_oracle import check_sharing
 
 PROMPT = tuple(range(1, 11))  # two blocks of 4, and two tokens
@@ -135,3 +137,28 @@ def abort_at(turn: int, place: int, overlap: bool, recovery: ChooseRecovery) -> 
     for sequence in (s for group in groups if group is not victim for s in group.sequences):
         assert sequence.output_token_ids == generate_alone(sequence, 64)[0]
     return status
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_full_pool_holds_hardly_anything_but_tokens() -> None:
+    """Lengths as ShareGPT's, blocks of 16: the paper's Fig. 2, and its figure for paging."""
+    requests = workloads.draw(
+        "sharegpt", 40, scale=1.0, max_model_len=2048, vocab_size=VOCAB_SIZE, seed=0
+    ).requests
+    engine = make_engine(
+        num_blocks=257, block_size=16, max_num_seqs=64, max_model_len=2048, watermark_blocks=None
+    )
+    scheduler, memory = engine.scheduler, engine.runner.memory
+    for i, (prompt, num_output_tokens) in enumerate(requests):
+        scheduler.add(SequenceGroup(str(i), prompt, num_output_tokens))
+    num_tokens = num_slots = 0
+    while scheduler.has_unfinished:
+        step = scheduler.schedule()
+        stats = kv_stats(memory, scheduler)
+        if stats.num_allocated_blocks >= 0.9 * stats.num_blocks:
+            num_tokens += stats.num_token_slots
+            num_slots += stats.num_allocated_blocks * 16
+        if step is not None:
+            scheduler.commit(step, [0] * len(step.scheduled))
+    assert num_slots > 1000 * 256, "the pool was never full"
+    assert 0.963 <= num_tokens / num_slots < 1

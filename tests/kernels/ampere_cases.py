@@ -61,6 +61,7 @@ class CompileCase(NamedTuple):
             head_dim=self.head_dim,
             block_size=self.block_size,
             dtype=jnp.dtype(self.dtype),
+            cache_dtype=jnp.dtype(self.dtype),
             max_tokens=tokens_per_run(self.group, self.head_dim, self.max_query_len),
             scale=self.head_dim**-0.5,
             sliding_window=self.sliding_window,

@@ -1,4 +1,4 @@
-"""Breaks the sm_80 attention kernels on purpose, one way at a time; see `mutate_decode`.
+"""Breaks the sm_80 attention kernels on purpose, one way at a time; see `tests.mutations`.
 
 python -m tests.kernels.mutate_ampere            # all of them, about half a minute each
 python -m tests.kernels.mutate_ampere zeros ...  # some, by name

@@ -1,6 +1,6 @@
 """Named problems of the prefill kernels, for interpret mode and for compilation."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pallas_paged.ops.attention.arg_specs import AttentionSpec
 from pallas_paged.ops.attention.prefill_config import PrefillTuning
@@ -31,7 +31,7 @@ def _case(name, lens, queries, heads, head_dim, block_size, dtype, tile_keys=64,
 
 def interpret_cases() -> list[InterpretCase]:
     """Every head_dim, block size, dtype and feature; features pairwise; ragged lengths around S."""
-    bf16, fp16 = "bfloat16", "float16"
+    bf16, fp16, fp8, int8 = "bfloat16", "float16", "float8_e4m3fn", "int8"
     features = {"sliding_window": 37, "logits_soft_cap": 1.5, "alibi": True, "sinks": True}
     window, cap, alibi, sinks = ({name: value} for name, value in features.items())
     narrow = {"sliding_window": 20}
@@ -48,6 +48,11 @@ def interpret_cases() -> list[InterpretCase]:
         _case("group7", (129, 5), (3, 5), (7, 1), 128, 128, bf16, **alibi, **cap),
         _case("group2", (66, 20), (5, 1), (4, 2), 192, 16, bf16, **window, **cap),
         _case("group16", (40,), (9,), (16, 1), 256, 32, fp16, **sinks, **alibi),
+        # Quantised caches: blocks freed left of the window, and tails, poisoned with their scales.
+        _case("fp8", (150, 17), (11, 3), (4, 2), 64, 16, bf16, **window, **sinks, cache_dtype=fp8),
+        _case("int8", (70, 32), (9, 2), (3, 1), 80, 32, fp16, **alibi, cache_dtype=int8),
+        _case("int8-cap", (140,), (5,), (2, 2), 128, 128, bf16, 128, **cap, cache_dtype=int8),
+        _case("fp8-long", (200, 16), (66, 16), (1, 1), 96, 16, fp16, 128, cache_dtype=fp8),
     ]
 
 
@@ -63,6 +68,7 @@ class CompileCase(NamedTuple):
     logits_soft_cap: float | None = None
     alibi: bool = False
     sinks: bool = False
+    cache_dtype: str | None = None  # None is `dtype`
 
 
 def compile_cases() -> list[CompileCase]:
@@ -89,4 +95,31 @@ def compile_cases() -> list[CompileCase]:
         cases.append(
             CompileCase(f"dim{head_dim}-everything", head_dim, 4, 16, "bfloat16", *everything)
         )
+    return cases + quantised_compile_cases()
+
+
+def quantised_compile_cases() -> list[CompileCase]:
+    """Every head_dim with every dtype of the cache; of queries, groups, blocks and options some."""
+    cases = []
+    groups, block_sizes, dtypes = (4, 1, 8, 7), (16, 64, 32, 128), ("bfloat16", "float16")
+    everything: dict[str, Any] = {
+        "sliding_window": 4096,
+        "logits_soft_cap": 50.0,
+        "alibi": True,
+        "sinks": True,
+    }
+    for i, head_dim in enumerate((64, 80, 96, 128, 192, 256)):
+        for j, cache_dtype in enumerate(("float8_e4m3fn", "int8")):
+            dtype, has_all = dtypes[(i // 2 + j) % 2], (i + j) % 2 == 1
+            cases.append(
+                CompileCase(
+                    f"dim{head_dim}-{cache_dtype}-{dtype}{'-everything' if has_all else ''}",
+                    head_dim,
+                    groups[(2 * i + j) % 4],
+                    block_sizes[(i + 2 * j) % 4],
+                    dtype,
+                    cache_dtype=cache_dtype,
+                    **(everything if has_all else {}),
+                )
+            )
     return cases

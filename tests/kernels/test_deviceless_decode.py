@@ -28,6 +28,8 @@ CASES = (
     make_case(
         7, 192, 32, has_alibi=True, config=DecodeConfig(tile=128, num_stages=2, ctas_per_sm=1)
     ),
+    make_case(4, 128, 16, cache_dtype="float8_e4m3fn", **ALL),
+    make_case(3, 80, 32, 8, dtype="float16", cache_dtype="int8", has_alibi=True),
 )
 
 
@@ -49,7 +51,7 @@ def test_shared_memory_is_what_was_computed():
 
     def kernel(work, *arrays):
         return partial_results(
-            *arrays[:3],
+            *arrays[:2],
             case.metadata(*arrays),
             work,
             None,

@@ -88,3 +88,14 @@ def test_other_chips_are_refused(capability):
         with pytest.raises(NotImplementedError, match=reason):
             attention_implementation("mosaic_gpu", q, cache)
         assert attention_implementation(None, q, cache) == "xla"
+
+
+def test_quantised_caches_are_refused():
+    shape = jax.ShapeDtypeStruct
+    q, cache = shape((4, 4, 64), jnp.bfloat16), shape((9, 2, 16, 64), jnp.int8)
+    with interpret_kernels(compute_capability=(8, 0)):
+        with pytest.raises(NotImplementedError, match="int8, for which compute capability 8"):
+            attention_implementation("mosaic_gpu", q, cache)
+        assert attention_implementation(None, q, cache) == "xla"
+    with interpret_kernels(compute_capability=(9, 0)):
+        assert attention_implementation(None, q, cache) == "mosaic_gpu"

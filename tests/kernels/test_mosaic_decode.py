@@ -11,9 +11,15 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from pallas_paged import AttentionMetadata, attention_implementation, paged_attention
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.ops.attention import mosaic_gpu
-from pallas_paged.ops.attention.arg_specs import DECODE_KERNEL_SPECS, AttentionSpec, build
+from pallas_paged.ops.attention.arg_specs import (
+    DECODE_KERNEL_SPECS,
+    QUANTISED_KERNEL_SPECS,
+    AttentionSpec,
+    build,
+)
 from pallas_paged.ops.attention.config import DecodeConfig
 
+SPECS = DECODE_KERNEL_SPECS + QUANTISED_KERNEL_SPECS
 # Weights and results are rounded to the dtype, whose units at 1 are 2^-7 and 2^-10.
 TOLERANCES = {"bfloat16": 2e-2, "float16": 3e-3}
 # Two CTAs in flight, so that shares begin and end within items; or as many as there is work for.
@@ -54,9 +60,9 @@ def assert_close(results, arguments):
     np.testing.assert_allclose(lse, expected[1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("index", range(len(DECODE_KERNEL_SPECS)), ids=str)
+@pytest.mark.parametrize("index", range(len(SPECS)), ids=str)
 def test_equals_the_reference(index):
-    spec = DECODE_KERNEL_SPECS[index]
+    spec = SPECS[index]
     arguments = build(spec)
     assert_close(run(arguments, CONFIGS[index % len(CONFIGS)]), arguments)
 
@@ -112,6 +118,7 @@ def shapes(dtype="bfloat16", num_q_heads=8, head_dim=64, block_size=16, cache_dt
     [
         (shapes("float32"), {}, "q is float32 and the cache float32"),
         (shapes(cache_dtype="float16"), {}, "q is bfloat16 and the cache float16"),
+        (shapes("float32", cache_dtype="int8"), {}, "q is float32 and the cache int8; q must be"),
         (shapes(head_dim=72), {}, "head_dim=72 must be among 64, 80"),
         (shapes(block_size=8), {}, "block_size=8 must be among 16, 32"),
         (shapes(num_q_heads=64), {}, "32 query heads per KV head are more than 16"),
@@ -123,6 +130,12 @@ def test_what_it_cannot_do_is_refused_with_the_reason(arguments, options, reason
         with pytest.raises(NotImplementedError, match=reason):
             attention_implementation("mosaic_gpu", *arguments, **options)
         assert attention_implementation(None, *arguments, **options) == "xla"
+
+
+@pytest.mark.parametrize("cache_dtype", ["float8_e4m3fn", "int8"])
+def test_quantised_caches_are_taken(cache_dtype):
+    with interpret_kernels():
+        assert attention_implementation(None, *shapes(cache_dtype=cache_dtype)) == "mosaic_gpu"
 
 
 def test_other_devices_are_refused():

@@ -15,7 +15,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from pallas_paged import paged_attention
 from pallas_paged.dispatch import interpret_kernels
-from pallas_paged.kv_cache import NULL_BLOCK
+from pallas_paged.kv_cache import NULL_BLOCK, KVCache
 from pallas_paged.ops.attention import mosaic_gpu_prefill, reference
 from pallas_paged.ops.attention.arg_specs import AttentionSpec, build
 from pallas_paged.ops.attention.prefill_config import PrefillTuning
@@ -36,18 +36,24 @@ def build_poisoned(spec):
         return arguments
     metadata = arguments.metadata
     tables = np.array(metadata.block_tables)
+    options = dict(arguments.options)
+    names = [name for name in ("k_scale", "v_scale") if name in options]
     caches = [np.array(cache, np.float32) for cache in arguments.arrays[1:3]]
+    scales = [np.array(options[name]) for name in names]
     for row, (length, queries) in enumerate(zip(spec.seq_lens, spec.lens_of_queries, strict=True)):
         first = max(length - queries - spec.sliding_window + 1, 0)
         for position in range(first):
             block, offset = divmod(position, spec.block_size)
             for cache in caches:
-                cache[tables[row, block], :, offset] = np.nan
+                cache[tables[row, block], :, offset] = 127 if spec.cache_dtype == "int8" else np.nan
+            for scale in scales:
+                scale[tables[row, block], :, offset] = np.nan
         tables[row, : first // spec.block_size] = NULL_BLOCK
     return arguments._replace(
         k_cache=jnp.asarray(caches[0], arguments.k_cache.dtype),
         v_cache=jnp.asarray(caches[1], arguments.v_cache.dtype),
         metadata=dataclasses.replace(metadata, block_tables=jnp.asarray(tables)),
+        options=options | dict(zip(names, map(jnp.asarray, scales), strict=True)),
     )
 
 
@@ -64,7 +70,7 @@ def interpreted():
 
 def complete(spec, options):
     """The options as the implementations take them."""
-    given = {"alibi_slopes": None, "sinks": None} | options
+    given = {"alibi_slopes": None, "sinks": None, "k_scale": None, "v_scale": None} | options
     return given | {"scale": spec.head_dim**-0.5 if spec.scale is None else spec.scale}
 
 
@@ -72,7 +78,8 @@ def run(spec, tuning, into=None, **plan_options):
     """Returns (out, lse) of the interpreted kernel and of the reference."""
     arguments = build_poisoned(spec)
     options = complete(spec, arguments.options)
-    expected = reference.paged_attention(*arguments.arrays, **options, k_scale=None, v_scale=None)
+    expected = reference.paged_attention(*arguments.arrays, **options)
+    scales = options.pop("k_scale"), options.pop("v_scale")
 
     @jax.jit
     def prefill(q, k_cache, v_cache, metadata, into):
@@ -84,9 +91,9 @@ def run(spec, tuning, into=None, **plan_options):
             sliding_window=spec.sliding_window,
             **plan_options,
         )
-        tables = metadata.block_tables
+        cache, tables = KVCache(k_cache, v_cache, *scales), metadata.block_tables
         return mosaic_gpu_prefill.prefill(
-            q, k_cache, v_cache, tables, plan, tuning=tuning, into=into, **options
+            q, cache, tables, plan, tuning=tuning, into=into, **options
         )
 
     with interpreted():

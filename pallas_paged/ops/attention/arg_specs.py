@@ -330,3 +330,59 @@ def _decode_kernel_specs() -> list[AttentionSpec]:
 
 DECODE_KERNEL_SPECS: tuple[AttentionSpec, ...] = tuple(_decode_kernel_specs())
 """What the Mosaic GPU decode kernel is held against the reference on."""
+
+
+def _quantised_kernel_specs() -> list[AttentionSpec]:
+    """For the same kernel over quantised caches: both dtypes of cache with both of q, and options.
+
+    Blocks whose scales lie apart in shared memory and others, in tiles of 64 and of 128 keys.
+    """
+    fp8, int8 = "float8_e4m3fn", "int8"
+    return [
+        AttentionSpec(
+            "fp8-window-sinks-dim64-block16",
+            (150, 33, 0),
+            head_dim=64,
+            block_size=16,
+            dtype="bfloat16",
+            cache_dtype=fp8,
+            sliding_window=70,
+            sinks=True,
+        ),
+        AttentionSpec(
+            "int8-tokens-alibi-dim80-block32",
+            (97, 3, 64),
+            (3, 2, 1),
+            max_query_len=3,
+            num_q_heads=6,
+            head_dim=80,
+            block_size=32,
+            dtype="float16",
+            cache_dtype=int8,
+            alibi=True,
+        ),
+        AttentionSpec(
+            "int8-shared-dim128-block16",
+            (200, 129, 1),
+            num_shared_blocks=2,
+            head_dim=128,
+            block_size=16,
+            dtype="bfloat16",
+            cache_dtype=int8,
+        ),
+        AttentionSpec(
+            "fp8-cap-dim96-block128",
+            (140, 17),
+            num_q_heads=1,
+            num_kv_heads=1,
+            head_dim=96,
+            block_size=128,
+            dtype="float16",
+            cache_dtype=fp8,
+            logits_soft_cap=1.5,
+        ),
+    ]
+
+
+QUANTISED_KERNEL_SPECS: tuple[AttentionSpec, ...] = tuple(_quantised_kernel_specs())
+"""What it is held against the reference on, over quantised caches."""

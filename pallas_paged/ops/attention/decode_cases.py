@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.config import SM90, DecodeConfig, fits, heuristic
 from pallas_paged.ops.attention.mosaic_gpu_decode import DecodeProblem, scratch_types
+from pallas_paged.quantisation import LARGEST
 
 _GROUPS = (1, 3, 4, 5, 7, 8, 16)
 _MAX_LOGITS = 128 * 32
@@ -41,8 +42,11 @@ class DecodeCase(NamedTuple):
             "alibi": p.has_alibi,
             "sinks": p.has_sinks,
         }
+        dtypes = [jnp.dtype(p.dtype).name]
+        if p.is_quantised:
+            dtypes.append(jnp.dtype(p.cache_dtype).name)
         parts = [
-            f"decode-{jnp.dtype(p.dtype).name}-heads{p.num_q_heads}-{p.num_kv_heads}",
+            f"decode-{'-'.join(dtypes)}-heads{p.num_q_heads}-{p.num_kv_heads}",
             f"dim{p.head_dim}-block{p.block_size}-tokens{p.max_tokens}",
             *(name for name, value in options.items() if value),
             f"tile{c.tile}-stages{c.num_stages}-ctas{c.ctas_per_sm}",
@@ -51,13 +55,15 @@ class DecodeCase(NamedTuple):
 
     def function(self, *arrays: Any) -> tuple[jax.Array, jax.Array]:
         """The kernels and their planning, of arrays like `arguments`."""
-        q, k_cache, v_cache, *_, slopes, sinks = arrays
+        q, cache, *_, slopes, sinks = arrays
         p = self.problem
         return mosaic_gpu.paged_attention(
             q,
-            k_cache,
-            v_cache,
+            cache.k,
+            cache.v,
             self.metadata(*arrays),
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
             scale=p.scale,
             sliding_window=p.sliding_window,
             logits_soft_cap=p.logits_soft_cap,
@@ -68,7 +74,7 @@ class DecodeCase(NamedTuple):
 
     def metadata(self, *arrays: Any) -> AttentionMetadata:
         """The metadata that is among such arrays."""
-        q, _, _, block_tables, seq_lens, query_start_loc, *_ = arrays
+        q, _, block_tables, seq_lens, query_start_loc, *_ = arrays
         unread = jnp.zeros(q.shape[0], jnp.int32)
         return AttentionMetadata(
             positions=unread,
@@ -81,17 +87,18 @@ class DecodeCase(NamedTuple):
 
     def arguments(
         self, num_sequences: int = 64, num_blocks: int = 1024, max_blocks: int = 64
-    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+    ) -> tuple[Any, ...]:
         """Shapes and dtypes of what `function` takes."""
         p = self.problem
         num_tokens = num_sequences * p.max_tokens
-        cache = jax.ShapeDtypeStruct(
-            (num_blocks, p.num_kv_heads, p.block_size, p.head_dim), p.dtype
+        cache = jax.eval_shape(
+            lambda: KVCache.zeros(
+                num_blocks, p.num_kv_heads, p.block_size, p.head_dim, p.cache_dtype
+            )
         )
         heads = jax.ShapeDtypeStruct((p.num_q_heads,), jnp.float32)
         return (
             jax.ShapeDtypeStruct((num_tokens, p.num_q_heads, p.head_dim), p.dtype),
-            cache,
             cache,
             jax.ShapeDtypeStruct((num_sequences, max_blocks), jnp.int32),
             jax.ShapeDtypeStruct((num_sequences,), jnp.int32),
@@ -107,16 +114,21 @@ def make_case(
     block_size: int,
     max_tokens: int = 1,
     dtype: str = "bfloat16",
+    cache_dtype: str | None = None,
     config: DecodeConfig | None = None,
     **features: Any,
 ) -> DecodeCase:
-    """Returns a case of 8 KV heads; without a `config`, with what the rule chooses on sm_90a."""
+    """Returns a case of 8 KV heads; without a `config`, with what the rule chooses on sm_90a.
+
+    The cache is of `dtype` if it has no other.
+    """
     problem = DecodeProblem(
         num_q_heads=8 * group,
         num_kv_heads=8,
         head_dim=head_dim,
         block_size=block_size,
         dtype=jnp.dtype(dtype),
+        cache_dtype=jnp.dtype(cache_dtype or dtype),
         max_tokens=max_tokens,
         scale=head_dim**-0.5,
         **features,
@@ -161,4 +173,32 @@ def decode_cases() -> list[DecodeCase]:
             stages = {(c.tile, c.num_stages): c for c in candidate_configs(problem)}
             configs = list(stages.values())[turn :: len(mosaic_gpu.BLOCK_SIZES)]
             cases += [DecodeCase(problem, config) for config in configs]
+    cases += quantised_cases()
     return list({case.name: case for case in cases}.values())
+
+
+def quantised_cases() -> list[DecodeCase]:
+    """Returns head_dim x dtype of the cache x few or many tokens, the latter in tiles of two sizes.
+
+    Dtypes of queries, groups, block sizes and features go round.
+    """
+    cases = []
+    groups = itertools.cycle(_GROUPS)
+    for i, (head_dim, tokens, cache_dtype) in enumerate(
+        itertools.product(mosaic_gpu.HEAD_DIMS, (1, 8), map(str, LARGEST))
+    ):
+        group, turn = next(groups), i // 4
+        max_tokens = mosaic_gpu.max_decode_tokens(group, head_dim, tokens)
+        chosen = make_case(
+            group,
+            head_dim,
+            mosaic_gpu.BLOCK_SIZES[(i + turn) % 4],
+            max_tokens,
+            mosaic_gpu.DTYPES[(i + i // 2 + turn) % 2],
+            cache_dtype,
+            **_FEATURES[(i + 3 * turn // 2) % 4],
+        )
+        cases.append(chosen)
+        large = [c for c in candidate_configs(chosen.problem) if c.tile == 128]
+        cases += [DecodeCase(chosen.problem, config) for config in large[:1]]
+    return cases

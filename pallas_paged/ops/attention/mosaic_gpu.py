@@ -19,7 +19,7 @@ from pallas_paged.dispatch import (
     target_device,
     unsupported_target,
 )
-from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import (
     ampere_problem,
     mosaic_gpu_ampere,
@@ -32,6 +32,7 @@ from pallas_paged.ops.attention.mosaic_gpu_decode import DecodeProblem
 from pallas_paged.ops.attention.prefill_config import PrefillTuning, prefill_tuning
 from pallas_paged.ops.attention.prefill_plan import plan_prefill
 from pallas_paged.ops.attention.work_list import divide, make_work_list, split_queries
+from pallas_paged.quantisation import LARGEST, is_quantised
 
 _AMPERE, _HOPPER = (8, 0), (9, 0)
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -64,11 +65,14 @@ def unsupported(
         return reason
     if deterministic:
         return "deterministic=True, and the work is divided by what else is in the step"
-    if q.dtype.name not in DTYPES or k_cache.dtype != q.dtype:
+    is_known = k_cache.dtype == q.dtype or is_quantised(k_cache.dtype)
+    if q.dtype.name not in DTYPES or not is_known:
         return (
-            f"q is {q.dtype} and the cache {k_cache.dtype}, both must be the same one of "
-            f"{', '.join(DTYPES)}"
+            f"q is {q.dtype} and the cache {k_cache.dtype}; q must be one of {', '.join(DTYPES)}, "
+            f"the cache the same or one of {', '.join(map(str, LARGEST))}"
         )
+    if is_quantised(k_cache.dtype) and compute_capability() == _AMPERE:
+        return f"the cache is {k_cache.dtype}, for which compute capability 8.0 has no kernel yet"
     for name, value, allowed in (
         ("head_dim", head_dim, HEAD_DIMS),
         ("block_size", block_size, BLOCK_SIZES),
@@ -113,8 +117,7 @@ def paged_attention(
     `config` and `tuning` None look one up; sm_80 has no `tuning`.
     """
     assert not deterministic, "unsupported() refuses it"
-    assert k_scale is None, "unsupported() refuses quantised caches"
-    assert v_scale is None
+    cache = KVCache(k_cache, v_cache, k_scale, v_scale)
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_q_heads // num_kv_heads
@@ -126,6 +129,7 @@ def paged_attention(
         head_dim=head_dim,
         block_size=block_size,
         dtype=q.dtype,
+        cache_dtype=k_cache.dtype,
         max_tokens=most_tokens(group, head_dim, metadata.max_query_len),
         scale=scale,
         sliding_window=sliding_window,
@@ -135,7 +139,7 @@ def paged_attention(
     )
     if config is None:
         config = config_for(problem)
-    arrays = (q, k_cache, v_cache, metadata, alibi_slopes, sinks)
+    arrays = (q, cache, metadata, alibi_slopes, sinks)
     num_ctas = num_sms() * config.ctas_per_sm
     if isinstance(problem, AmpereProblem):
         assert tuning is None, "it is for sm_90a"
@@ -158,7 +162,7 @@ def config_for(problem: DecodeProblem) -> DecodeConfig:
 def decode_key(problem: DecodeProblem) -> DecodeKey:
     """Returns what a measured configuration for `problem` is looked up by."""
     return DecodeKey(
-        dtype=jnp.dtype(problem.dtype).name,
+        dtype=jnp.dtype(problem.cache_dtype).name,
         head_dim=problem.head_dim,
         columns=problem.columns,
         block_size=problem.block_size,
@@ -173,8 +177,7 @@ def num_sms() -> int:
 @functools.partial(jax.jit, static_argnames=("problem", "config", "num_ctas"))
 def _ampere_step(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    cache: KVCache,
     metadata: AttentionMetadata,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
@@ -196,8 +199,8 @@ def _ampere_step(
     )
     return mosaic_gpu_ampere.attend(
         q,
-        k_cache,
-        v_cache,
+        cache.k,
+        cache.v,
         metadata,
         runs,
         work,
@@ -211,8 +214,7 @@ def _ampere_step(
 @functools.partial(jax.jit, static_argnames=("problem", "config", "num_ctas"))
 def _decode_part(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    cache: KVCache,
     metadata: AttentionMetadata,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
@@ -233,8 +235,7 @@ def _decode_part(
     )
     return mosaic_gpu_decode.decode(
         q,
-        k_cache,
-        v_cache,
+        cache,
         metadata,
         work,
         alibi_slopes=alibi_slopes,
@@ -247,8 +248,7 @@ def _decode_part(
 @functools.partial(jax.jit, static_argnames=("problem", "tuning"))
 def _prefill_part(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    cache: KVCache,
     metadata: AttentionMetadata,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
@@ -269,8 +269,7 @@ def _prefill_part(
     )
     return mosaic_gpu_prefill.prefill(
         q,
-        k_cache,
-        v_cache,
+        cache,
         metadata.block_tables,
         plan,
         scale=problem.scale,

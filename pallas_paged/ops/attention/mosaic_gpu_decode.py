@@ -31,9 +31,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention.config import DecodeConfig
+from pallas_paged.ops.attention.mosaic_gpu_quantised import (
+    convert_tile,
+    load_scales,
+    masked_scales,
+    scale_pitch,
+    scale_slots,
+    scales_values,
+)
 from pallas_paged.ops.attention.work_list import CtaField, SequenceField, WorkList
+from pallas_paged.quantisation import is_quantised
 
 _WARPS = 4
 _LOG2E = math.log2(math.e)
@@ -45,6 +54,7 @@ _COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True)
 
 _TILE_LAYOUT = plgpu.Layout.WGMMA  # [64 * m, N]: what the tensor core leaves in registers
 _COLUMN_LAYOUT = _TILE_LAYOUT.reduce(0)  # [N]
+_ROW_LAYOUT = _TILE_LAYOUT.reduce(1)  # [T]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +63,8 @@ class DecodeProblem:
 
     Attributes:
       num_q_heads, num_kv_heads, head_dim, block_size: Hq, Hk, D, S.
-      dtype: of queries, keys, values and the output.
+      dtype: of queries and the output.
+      cache_dtype: of keys and values: the same, or a quantised one, and then they have scales.
       max_tokens: the most query tokens of a sequence that the kernel takes.
       scale, sliding_window, logits_soft_cap: options of `paged_attention`.
       has_alibi, has_sinks: whether slopes and sinks are given.
@@ -64,6 +75,7 @@ class DecodeProblem:
     head_dim: int
     block_size: int
     dtype: Any
+    cache_dtype: Any
     max_tokens: int
     scale: float
     sliding_window: int | None = None
@@ -82,6 +94,11 @@ class DecodeProblem:
         return -(-self.group * self.max_tokens // 8) * 8
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether keys and values have scales, and have to be converted."""
+        return is_quantised(self.cache_dtype)
+
+    @property
     def query_row(self) -> int:
         """The column of `WorkList.sequences` that says where a sequence's packed queries are."""
         return SequenceField.FIRST_TOKEN if self.max_tokens == 1 else SequenceField.ROW
@@ -93,7 +110,7 @@ class DecodeProblem:
 
     @property
     def swizzle(self) -> int:
-        """Bytes of the swizzle in shared memory: the largest that divides a row of the cache."""
+        """Bytes of the swizzle in shared memory: the largest that divides a row of queries."""
         row_bytes = self.head_dim * jnp.dtype(self.dtype).itemsize
         return next(swizzle for swizzle in (128, 64, 32) if row_bytes % swizzle == 0)
 
@@ -106,15 +123,16 @@ class DecodeProblem:
         """Returns the rows of one copy of values.
 
         TMA writes what is contiguous in shared memory. Where head_dim fills only a part of a row,
-        that is a row of swizzle tiles: 8 rows.
+        that is a row of swizzle tiles: 8 rows. Quantised values come as they are.
         """
-        return self.copies(tile)[1] if self.value_rows == self.head_dim else 8
+        is_contiguous = self.is_quantised or self.value_rows == self.head_dim
+        return self.copies(tile)[1] if is_contiguous else 8
 
 
 def scratch_types(problem: DecodeProblem, config: DecodeConfig) -> dict[str, Any]:
     """Returns the shared memory and the barriers of one CTA, by the kernel's parameter names."""
     columns, stages, tile = problem.columns, config.num_stages, config.tile
-    num_copies, _ = problem.copies(tile)
+    num_copies, copy_rows = problem.copies(tile)
     swizzle_elements = problem.swizzle // jnp.dtype(problem.dtype).itemsize
 
     def operand(*shape: int) -> Any:
@@ -123,19 +141,31 @@ def scratch_types(problem: DecodeProblem, config: DecodeConfig) -> dict[str, Any
         transforms = (tiling((8, swizzle_elements)), swizzle(problem.swizzle))
         return plgpu.SMEM(shape, problem.dtype, transforms=transforms)
 
-    return {
+    # Quantised tiles are in flight as bytes; the one that is computed is converted.
+    tiles = 1 if problem.is_quantised else stages
+    scratch = {
         # Each of the tiles in flight may begin an item, besides the one that is computed.
         "q_smem": operand(stages + 1, columns, problem.head_dim),
-        "k_smem": operand(stages, tile, problem.head_dim),
-        "v_smem": operand(stages, tile, problem.value_rows),
+        "k_smem": operand(tiles, tile, problem.head_dim),
+        "v_smem": operand(tiles, tile, problem.value_rows),
         "p_smem": operand(columns, tile),
         **_output_scratch(problem),
         "q_barriers": plgpu.Barrier(num_arrivals=1, num_barriers=stages + 1),
-        "k_barriers": plgpu.Barrier(num_arrivals=num_copies, num_barriers=stages),
-        "v_barriers": plgpu.Barrier(
-            num_arrivals=tile // problem.value_copy_rows(tile), num_barriers=stages
-        ),
     }
+    num_scale_copies = num_copies if problem.is_quantised else 0
+    for name, num_value_copies in (
+        ("k", num_copies),
+        ("v", tile // problem.value_copy_rows(tile)),
+    ):
+        scratch[f"{name}_barriers"] = plgpu.Barrier(
+            num_arrivals=num_value_copies + num_scale_copies, num_barriers=stages
+        )
+        if problem.is_quantised:
+            bytes_shape = (stages, tile, problem.head_dim)
+            scratch[f"{name}_stored"] = plgpu.SMEM(bytes_shape, problem.cache_dtype)
+            scales_shape = (stages, scale_slots(tile, copy_rows))
+            scratch[f"{name}_scales"] = plgpu.SMEM(scales_shape, jnp.float32)
+    return scratch
 
 
 def _output_scratch(problem: DecodeProblem) -> dict[str, Any]:
@@ -147,8 +177,7 @@ def _output_scratch(problem: DecodeProblem) -> dict[str, Any]:
 
 def decode(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    cache: KVCache,
     metadata: AttentionMetadata,
     work: WorkList,
     *,
@@ -162,7 +191,7 @@ def decode(
     Padding tokens get 0 and -inf; rows of sequences that the work list leaves out are undefined.
     """
     parts = partial_results(
-        q, k_cache, v_cache, metadata, work, alibi_slopes, sinks, problem=problem, config=config
+        q, cache, metadata, work, alibi_slopes, sinks, problem=problem, config=config
     )
     out, lse = _merge(*parts, work, sinks, problem)
     return out.reshape(q.shape), _unpack(lse, q.shape[0], metadata, problem)
@@ -170,8 +199,7 @@ def decode(
 
 def partial_results(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    cache: KVCache,
     metadata: AttentionMetadata,
     work: WorkList,
     alibi_slopes: jax.Array | None,
@@ -204,7 +232,7 @@ def partial_results(
         grid_names=("cta",),
         compiler_params=_COMPILER_PARAMS,
         kernel_name="paged_decode",
-    )(packed, k_cache, v_cache, metadata.block_tables, *work, *per_head)
+    )(packed, *jax.tree.leaves(cache), metadata.block_tables, *work, *per_head)
 
 
 def _merge(
@@ -277,12 +305,18 @@ def _decode_kernel(
     problem: DecodeProblem, config: DecodeConfig, *refs: Any, **scratch: Any
 ) -> None:
     """One CTA: its share of the line of tiles, item after item."""
-    q_ref, k_ref, v_ref, tables_ref, sequences_ref, ctas_ref, num_tokens_ref, *refs_left = refs
+    num_cache_refs = 4 if problem.is_quantised else 2
+    q_ref = refs[0]
+    cache: Any = KVCache(*refs[1 : 1 + num_cache_refs])  # of references
+    tables_ref, sequences_ref, ctas_ref, num_tokens_ref, *refs_left = refs[1 + num_cache_refs :]
     slopes_ref = refs_left.pop(0) if problem.has_alibi else None
     sinks_ref = refs_left.pop(0) if problem.has_sinks else None
     out_ref, lse_ref, parts_ref, part_lses_ref = refs_left
     q_smem, k_smem, v_smem, p_smem = (scratch[f"{name}_smem"] for name in "qkvp")
     q_barriers, k_barriers, v_barriers = (scratch[f"{name}_barriers"] for name in "qkv")
+    # Where TMA writes: the tiles themselves, or what they are converted from.
+    k_tiles = scratch["k_stored"] if problem.is_quantised else k_smem
+    v_tiles = scratch["v_stored"] if problem.is_quantised else v_smem
     out_smem, lse_smem = scratch["out_smem"], scratch["lse_smem"]
 
     stages, tile_size, columns = config.num_stages, config.tile, problem.columns
@@ -330,16 +364,28 @@ def _decode_kernel(
                     block = tables_ref[row, jnp.minimum(first_block + i, last_block)]
                     begin = part * copy_rows
                     plgpu.copy_gmem_to_smem(
-                        k_ref.at[block, head, pl.ds(begin, copy_rows)],
-                        k_smem.at[slot, pl.ds(i * copy_rows, copy_rows)],
+                        cache.k.at[block, head, pl.ds(begin, copy_rows)],
+                        k_tiles.at[slot, pl.ds(i * copy_rows, copy_rows)],
                         k_barriers.at[slot],
                     )
                     rows = problem.value_copy_rows(tile_size)
                     for first in range(0, copy_rows, rows):
                         columns_read = pl.ds(0, problem.head_dim)
                         plgpu.copy_gmem_to_smem(
-                            v_ref.at[block, head, pl.ds(begin + first, rows)],
-                            v_smem.at[slot, pl.ds(i * copy_rows + first, rows), columns_read],
+                            cache.v.at[block, head, pl.ds(begin + first, rows)],
+                            v_tiles.at[slot, pl.ds(i * copy_rows + first, rows), columns_read],
+                            v_barriers.at[slot],
+                        )
+                    if problem.is_quantised:
+                        scales_at = pl.ds(i * scale_pitch(copy_rows), copy_rows)
+                        plgpu.copy_gmem_to_smem(
+                            cache.k_scale.at[block, head, pl.ds(begin, copy_rows)],
+                            scratch["k_scales"].at[slot, scales_at],
+                            k_barriers.at[slot],
+                        )
+                        plgpu.copy_gmem_to_smem(
+                            cache.v_scale.at[block, head, pl.ds(begin, copy_rows)],
+                            scratch["v_scales"].at[slot, scales_at],
                             v_barriers.at[slot],
                         )
 
@@ -376,13 +422,28 @@ def _decode_kernel(
         q_slot = lax.rem(index, jnp.int32(stages + 1))
         plgpu.barrier_wait(q_barriers.at[q_slot])
 
+        def write_weights(weights: jax.Array) -> None:
+            p_smem.transpose((1, 0))[...] = plgpu.layout_cast(
+                weights.astype(problem.dtype), _TILE_LAYOUT
+            )
+
         def one_tile(tile: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             accumulators, maximum, denominator, step, *place = carry
             slot = lax.rem(step, jnp.int32(stages))
             position = (first_index + tile) * tile_size  # of the tile's first key
 
             plgpu.barrier_wait(k_barriers.at[slot])
-            logits = _product(k_smem.at[slot], q_smem.at[q_slot].transpose((1, 0)))  # [T, N]
+            tile_slot: Any = slot
+            if problem.is_quantised:
+                tile_slot = 0
+                convert_tile(k_tiles.at[slot], k_smem.at[0])
+                plgpu.commit_smem()
+            queries = q_smem.at[q_slot].transpose((1, 0))
+            logits = _product(k_smem.at[tile_slot], queries)  # [T, N]
+            if problem.is_quantised:
+                scales = scratch["k_scales"].at[slot]
+                scales = load_scales(scales, 0, tile_size, copy_rows, _ROW_LAYOUT)
+                logits *= _spread_rows(scales, logits.shape)
             keys = _iota(logits.shape, 0) + position
             positions = _query_positions(problem, logits.shape, first_position, length)
             logits = _transform(problem, logits, keys - positions, slopes)
@@ -396,20 +457,36 @@ def _decode_kernel(
             weights = jnp.exp2(logits - _spread(new_maximum, logits.shape))  # [T, N]
             denominator = denominator * correction + weights.sum(axis=0)
             # Every warp has been through the reductions since the last product read p_smem.
-            p_smem.transpose((1, 0))[...] = plgpu.layout_cast(
-                weights.astype(problem.dtype), _TILE_LAYOUT
-            )
-
+            if not problem.is_quantised:
+                write_weights(weights)
             plgpu.barrier_wait(v_barriers.at[slot])
+            if problem.is_quantised:
+                rows = first_key - position, length - position  # those that hold values of ours
+                scales = scratch["v_scales"].at[slot]
+                if scales_values(problem.dtype):
+                    convert_tile(
+                        v_tiles.at[slot],
+                        v_smem.at[0],
+                        rows=rows,
+                        scales=scales,
+                        copy_rows=copy_rows,
+                    )
+                else:
+                    convert_tile(v_tiles.at[slot], v_smem.at[0], rows=rows)
+                    scales = load_scales(scales, 0, tile_size, copy_rows, _ROW_LAYOUT)
+                    scales = masked_scales(scales, 0, rows, _ROW_LAYOUT)
+                    weights *= _spread_rows(scales, weights.shape)
+                write_weights(weights)
+            else:
 
-            @pl.when((position + tile_size > length) | (position < first_key))
-            def _() -> None:
-                _zero_values(v_smem.at[slot], first_key - position, length - position)
+                @pl.when((position + tile_size > length) | (position < first_key))
+                def _() -> None:
+                    _zero_values(v_smem.at[slot], first_key - position, length - position)
 
-            plgpu.commit_smem()  # weights, and zeroed values, before the tensor core reads them
+            plgpu.commit_smem()  # weights and values, before the tensor core reads them
             new_accumulators = []
             for i, accumulator in enumerate(accumulators):
-                values = v_smem.at[slot, :, pl.ds(i * chunk, chunk)].transpose((1, 0))
+                values = v_smem.at[tile_slot, :, pl.ds(i * chunk, chunk)].transpose((1, 0))
                 product = _product(values, p_smem.transpose((1, 0)))  # [D, N]
                 corrected = accumulator * _spread(correction, accumulator.shape)
                 new_accumulators.append(corrected + product)
@@ -684,6 +761,11 @@ def _as_column(vector: jax.Array) -> jax.Array:
 def _spread(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns [N] as [rows, N]. Stating layouts here keeps the compiler's search for them short."""
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [1]), _TILE_LAYOUT)
+
+
+def _spread_rows(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns [T] as [T, columns]."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, [0]), _TILE_LAYOUT)
 
 
 def _load(ref: Any, layout: Any) -> jax.Array:

@@ -8,7 +8,6 @@ the queue of keys and values full. The softmax is online (FlashAttention, arXiv 
 float32 and base 2; warp specialisation follows FlashAttention-3 (arXiv 2407.08608).
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -19,102 +18,29 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_paged.ops.attention.prefill_config import PrefillTuning
-from pallas_paged.ops.attention.prefill_plan import (
-    FIRST_POSITION,
-    FIRST_TOKEN,
-    KEY_BEGIN,
-    KEY_END,
-    NUM_TOKENS,
-    SEQUENCE,
-    TILE_ROWS,
-    PrefillPlan,
-    tile_tokens,
-    token_unit,
+from pallas_paged.kv_cache import KVCache
+from pallas_paged.ops.attention.mosaic_gpu_prefill_load import load
+from pallas_paged.ops.attention.mosaic_gpu_prefill_parts import (
+    COMPUTE_WARPGROUPS,
+    WARPGROUP_ROWS,
+    Barriers,
+    Inputs,
+    Problem,
+    Smem,
+    Tile,
+    read_tile,
+    scratch_types,
 )
+from pallas_paged.ops.attention.prefill_config import PrefillTuning
+from pallas_paged.ops.attention.prefill_plan import NUM_TOKENS, TILE_ROWS, PrefillPlan, token_unit
 
-_WARPGROUP_ROWS = 64
-_COMPUTE_WARPGROUPS = 2
-_WARPS = 4
 _LOG2E = math.log2(math.e)
 _LOWEST = -1e30  # below any logit, yet -inf minus this is -inf and never NaN
 
 
-@dataclasses.dataclass(frozen=True)
-class _Problem:
-    """What the kernel is specialised for."""
-
-    num_kv_heads: int
-    group: int
-    head_dim: int
-    block_size: int
-    dtype: Any
-    scale: float
-    sliding_window: int | None
-    logits_soft_cap: float | None
-    tuning: PrefillTuning
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a tile."""
-        return tile_tokens(self.group, self.head_dim)
-
-    @property
-    def block_rows(self) -> int:
-        """Keys that one copy brings: a block, or the part of it that fits into a step."""
-        return min(self.block_size, self.tuning.tile_keys)
-
-    @property
-    def staged_columns(self) -> tuple[tuple[int, int], ...]:
-        """(begin, width) of the parts of head_dim that lie in the staging buffer one by one."""
-        width = self.head_dim if self.head_dim <= 128 else 64
-        return tuple((begin, width) for begin in range(0, self.head_dim, width))
-
-
-class _Inputs(NamedTuple):
-    """The kernel's arguments in global memory, the result among them."""
-
-    q: Any  # [T, Hq, D]
-    k_cache: Any  # [N, Hk, S, D]
-    v_cache: Any  # [N, Hk, S, D]
-    block_tables: Any  # i32[B, M]
-    tiles: Any  # i32[X, 6]
-    slopes: Any  # f32[Hk, 128], or None
-    sinks: Any  # f32[Hk, 128], or None
-    out: Any  # [T, Hq, D], written
-
-
-class _Smem(NamedTuple):
-    """Shared memory; C keys per step, G stages of them."""
-
-    q: Any  # [128, D]
-    k: Any  # [G, C, D]
-    v: Any  # [G, C, D]
-    weights: Any  # [2, 64, C], or None
-    staging: Any  # [128, width], a part of q's columns, at the end of the result's; not swizzled,
-    # so that a copy may begin at any token
-    lse: Any  # f32[128]
-
-
-class _Barriers(NamedTuple):
-    """`k`, `v`: a stage is full; `k_consumed`, `v_consumed`: both warpgroups are done with it.
-
-    `pair` holds the two computing warpgroups together.
-    """
-
-    q: Any
-    staging_free: Any
-    k: Any
-    v: Any
-    k_consumed: Any
-    v_consumed: Any
-    pair: Any
-
-
 def prefill(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    cache: KVCache,
     block_tables: jax.Array,
     plan: PrefillPlan,
     *,
@@ -132,13 +58,14 @@ def prefill(
     it they are undefined in out and -inf in lse.
     """
     num_tokens, num_q_heads, head_dim = q.shape
-    _, num_kv_heads, block_size, _ = k_cache.shape
-    problem = _Problem(
+    _, num_kv_heads, block_size, _ = cache.k.shape
+    problem = Problem(
         num_kv_heads,
         num_q_heads // num_kv_heads,
         head_dim,
         block_size,
-        k_cache.dtype,
+        q.dtype,
+        cache.k.dtype,
         scale,
         sliding_window,
         logits_soft_cap,
@@ -152,16 +79,14 @@ def prefill(
     )
     out_ref = jax.new_ref(others[0] if others else lax.empty(q.shape, q.dtype))
     rows = functools.partial(_per_row, problem=problem)
-    inputs = _Inputs(
-        q, k_cache, v_cache, block_tables, plan.tiles, rows(alibi_slopes), rows(sinks), out_ref
-    )
+    inputs = Inputs(q, cache, block_tables, plan.tiles, rows(alibi_slopes), rows(sinks), out_ref)
     tile_lse = plgpu.kernel(
         functools.partial(_kernel, problem),
         out_type=jax.ShapeDtypeStruct((plan.tiles.shape[0], num_kv_heads, TILE_ROWS), jnp.float32),
-        scratch_types=_scratch(problem),
+        scratch_types=scratch_types(problem),
         grid=(plan.tiles.shape[0], num_kv_heads),
         grid_names=("tile", "kv_head"),
-        num_threads=_COMPUTE_WARPGROUPS + 1,
+        num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="paged_prefill",
@@ -175,7 +100,7 @@ def prefill(
     return out_ref[...][:num_tokens], lse
 
 
-def _per_row(per_head: jax.Array | None, problem: _Problem) -> jax.Array | None:
+def _per_row(per_head: jax.Array | None, problem: Problem) -> jax.Array | None:
     """Returns numbers per query head as f32[Hk, 128], one for each of a tile's rows."""
     if per_head is None:
         return None
@@ -183,170 +108,20 @@ def _per_row(per_head: jax.Array | None, problem: _Problem) -> jax.Array | None:
     return jnp.pad(rows, ((0, 0), (0, TILE_ROWS - rows.shape[1])))
 
 
-def _swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Returns shared memory whose rows of the last dimension the tensor cores can read."""
-    row_bytes = shape[-1] * jnp.dtype(dtype).itemsize
-    swizzle = next(swizzle for swizzle in (128, 64, 32) if row_bytes % swizzle == 0)
-    tile: Any = plgpu.TilingTransform  # mypy takes these two for abstract
-    swizzled: Any = plgpu.SwizzleTransform
-    transforms = (tile((8, swizzle // jnp.dtype(dtype).itemsize)), swizzled(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def _scratch(problem: _Problem) -> dict[str, Any]:
-    tuning, dim, dtype = problem.tuning, problem.head_dim, problem.dtype
-    copies = tuning.tile_keys // problem.block_rows
-    weights = None
-    if not tuning.in_registers:
-        weights = _swizzled((_COMPUTE_WARPGROUPS, _WARPGROUP_ROWS, tuning.tile_keys), dtype)
-    filled = plgpu.Barrier(num_arrivals=copies, num_barriers=tuning.stages)
-    consumed = plgpu.Barrier(num_arrivals=_COMPUTE_WARPGROUPS, num_barriers=tuning.stages)
-    return {
-        "smem": _Smem(
-            q=_swizzled((TILE_ROWS, dim), dtype),
-            k=_swizzled((tuning.stages, tuning.tile_keys, dim), dtype),
-            v=_swizzled((tuning.stages, tuning.tile_keys, dim), dtype),
-            weights=weights,
-            staging=plgpu.SMEM((TILE_ROWS, problem.staged_columns[0][1]), dtype),
-            lse=plgpu.SMEM((TILE_ROWS,), jnp.float32),
-        ),
-        "barriers": _Barriers(
-            q=plgpu.Barrier(num_arrivals=problem.group),
-            staging_free=plgpu.Barrier(num_arrivals=_COMPUTE_WARPGROUPS),
-            k=filled,
-            v=filled,
-            k_consumed=consumed,
-            v_consumed=consumed,
-            pair=plgpu.Barrier(num_arrivals=_COMPUTE_WARPGROUPS),
-        ),
-    }
-
-
-class _Tile(NamedTuple):
-    """A record of the plan, and the steps that follow from it.
-
-    Steps [begin, full_begin) and [full_end, end) have keys that some token cannot see.
-    """
-
-    kv_head: Any
-    first_token: Any
-    num_tokens: Any
-    first_position: Any
-    sequence: Any
-    key_begin: Any
-    key_end: Any
-    begin: Any
-    full_begin: Any
-    full_end: Any
-    end: Any
-
-
-def _read_tile(problem: _Problem, tiles: Any) -> _Tile:
-    tile = lax.axis_index("tile")
-    size = problem.tuning.tile_keys
-    key_begin, key_end = tiles[tile, KEY_BEGIN], tiles[tile, KEY_END]
-    first_position = tiles[tile, FIRST_POSITION]
-    begin, end = key_begin // size, pl.cdiv(key_end, size)
-    full_begin = begin
-    if problem.sliding_window is not None:
-        full_begin = pl.cdiv(jnp.maximum(key_end - problem.sliding_window, 0), size)
-        full_begin = jnp.clip(full_begin, begin, end)
-    full_end = jnp.clip((first_position + 1) // size, full_begin, end)
-    return _Tile(
-        lax.axis_index("kv_head"),
-        tiles[tile, FIRST_TOKEN],
-        tiles[tile, NUM_TOKENS],
-        first_position,
-        tiles[tile, SEQUENCE],
-        key_begin,
-        key_end,
-        begin,
-        full_begin,
-        full_end,
-        end,
-    )
-
-
-def _kernel(
-    problem: _Problem, inputs: _Inputs, lse: Any, *, smem: _Smem, barriers: _Barriers
-) -> None:
-    tile = _read_tile(problem, inputs.tiles)
+def _kernel(problem: Problem, inputs: Inputs, lse: Any, *, smem: Smem, barriers: Barriers) -> None:
     warpgroup = lax.axis_index("warpgroup")
 
-    @pl.when(tile.num_tokens > 0)
+    @pl.when(inputs.tiles[lax.axis_index("tile"), NUM_TOKENS] > 0)
     def _() -> None:
-        @pl.when(warpgroup == _COMPUTE_WARPGROUPS)
+        @pl.when(warpgroup == COMPUTE_WARPGROUPS)
         def _() -> None:
-            plgpu.set_max_registers(24, action="decrease")
-            _load(problem, tile, inputs, smem, barriers)
+            plgpu.set_max_registers(problem.registers[0], action="decrease")
+            load(problem, read_tile(problem, inputs.tiles), inputs, smem, barriers)
 
-        @pl.when(warpgroup < _COMPUTE_WARPGROUPS)
+        @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def _() -> None:
-            plgpu.set_max_registers(240, action="increase")
-            _compute(problem, tile, inputs, lse, smem, barriers)
-
-
-def _load(
-    problem: _Problem, tile: _Tile, inputs: _Inputs, smem: _Smem, barriers: _Barriers
-) -> None:
-    """Fills shared memory with q, and stage after stage with keys and values."""
-    tuning, rows, tokens = problem.tuning, problem.block_rows, problem.tokens
-    copies = tuning.tile_keys // rows
-    copies_per_block = problem.block_size // rows
-    last_block = (tile.key_end - 1) // problem.block_size
-    for begin, width in problem.staged_columns:
-        if begin > 0:
-            plgpu.barrier_wait(barriers.staging_free)
-
-        @pl.loop(0, problem.group)
-        def _(head: Any, begin: int = begin, width: int = width) -> None:
-            q = inputs.q.at[:, tile.kv_head * problem.group + head, pl.ds(begin, width)]
-            plgpu.copy_gmem_to_smem(
-                q.at[pl.ds(tile.first_token, tokens)],
-                smem.staging.at[pl.ds(head * tokens, tokens)],
-                barriers.q,
-            )
-
-    @pl.loop(tile.begin, tile.end)
-    def _(step: Any) -> None:
-        slot = lax.rem(step - tile.begin, tuning.stages)
-        for cache, buffer, filled, consumed in (
-            (inputs.k_cache, smem.k, barriers.k, barriers.k_consumed),
-            (inputs.v_cache, smem.v, barriers.v, barriers.v_consumed),
-        ):
-
-            @pl.when(step - tile.begin >= tuning.stages)
-            def _(slot: Any = slot, consumed: Any = consumed) -> None:
-                plgpu.barrier_wait(consumed.at[slot])
-
-            @plgpu.warp_map
-            def _(
-                warp: Any, cache: Any = cache, buffer: Any = buffer, filled: Any = filled
-            ) -> None:
-                def copy(i: Any) -> None:
-                    # Behind the last block the table may end: bring that one again. All keys
-                    # outside [key_begin, key_end) are masked.
-                    piece = step * copies + i
-                    block = jnp.minimum(piece // copies_per_block, last_block)
-                    page = inputs.block_tables[tile.sequence, block]
-                    begin = lax.rem(piece, copies_per_block) * rows
-                    plgpu.copy_gmem_to_smem(
-                        cache.at[page, tile.kv_head, pl.ds(begin, rows)],
-                        buffer.at[slot, pl.ds(i * rows, rows)],
-                        filled.at[slot],
-                    )
-
-                for round_begin in range(0, copies, _WARPS):
-                    is_whole = round_begin + _WARPS <= copies
-                    once = functools.partial(copy, round_begin + warp)
-                    once() if is_whole else pl.when(round_begin + warp < copies)(once)
-
-    @pl.loop(jnp.maximum(tile.begin, tile.end - tuning.stages), tile.end)
-    def _(step: Any) -> None:
-        """Hears all that the others say, so that no barrier is left in the middle of a phase."""
-        slot = lax.rem(step - tile.begin, tuning.stages)
-        plgpu.barrier_wait(barriers.k_consumed.at[slot])
-        plgpu.barrier_wait(barriers.v_consumed.at[slot])
+            plgpu.set_max_registers(problem.registers[1], action="increase")
+            _compute(problem, read_tile(problem, inputs.tiles), inputs, lse, smem, barriers)
 
 
 class _State(NamedTuple):
@@ -358,24 +133,24 @@ class _State(NamedTuple):
 
 
 def _compute(
-    problem: _Problem,
-    tile: _Tile,
-    inputs: _Inputs,
+    problem: Problem,
+    tile: Tile,
+    inputs: Inputs,
     lse: Any,
-    smem: _Smem,
-    barriers: _Barriers,
+    smem: Smem,
+    barriers: Barriers,
 ) -> None:
     """Computes one warpgroup's 64 rows of the tile and writes them."""
     warpgroup = lax.axis_index("warpgroup")
-    rows = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
-    row = _iota((_WARPGROUP_ROWS,), 0) + warpgroup * _WARPGROUP_ROWS
+    rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+    row = _iota((WARPGROUP_ROWS,), 0) + warpgroup * WARPGROUP_ROWS
     position = tile.first_position + lax.rem(row, jnp.int32(problem.tokens))  # [64]
     per_row = functools.partial(plgpu.load, layout=_ROW, optimized=False)  # from global memory
     slope = None if inputs.slopes is None else per_row(inputs.slopes.at[tile.kv_head, rows])
     state = _State(
-        plgpu.layout_cast(jnp.full((_WARPGROUP_ROWS,), _LOWEST, jnp.float32), _ROW),
-        plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS,), jnp.float32), _ROW),
-        plgpu.layout_cast(jnp.zeros((_WARPGROUP_ROWS, problem.head_dim), jnp.float32), _MATRIX),
+        plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), _LOWEST, jnp.float32), _ROW),
+        plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), _ROW),
+        plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, problem.head_dim), jnp.float32), _MATRIX),
     )
     if inputs.sinks is not None:
         # The sink is a key without a value. Padding tokens, which have no keys, have no sink.
@@ -390,23 +165,27 @@ def _compute(
             plgpu.barrier_arrive(barriers.staging_free)
 
     def step(is_full: bool, step: Any, state: _State) -> _State:
-        slot = lax.rem(step - tile.begin, problem.tuning.stages)
-        if not is_full:
+        slot = lax.rem(step - tile.begin, problem.stages)
+        masks_values = not (is_full or problem.is_quantised)  # the load has masked quantised ones
+        if masks_values:
             # Now, because the logits will need the registers that are left.
-            plgpu.barrier_wait(barriers.v.at[slot])
-            _mask_values(problem, tile, step, smem.v.at[slot], barriers.pair)
-        plgpu.barrier_wait(barriers.k.at[slot])
+            plgpu.barrier_wait(barriers.v.filled.at[slot])
+            _mask_values(problem, tile, step, smem.v.numbers.at[slot], barriers.pair)
+        plgpu.barrier_wait(barriers.k.filled.at[slot])
+        keys = smem.k.numbers.at[slot]
         logits = _product(
-            lambda: (smem.q.at[rows], smem.k.at[slot].transpose((1, 0))), problem.tuning.tile_keys
+            lambda: (smem.q.at[rows], keys.transpose((1, 0))), problem.tuning.tile_keys
         )
-        plgpu.barrier_arrive(barriers.k_consumed.at[slot])
+        if problem.is_quantised:
+            logits = _times_columns(logits, smem.k.scales.at[slot])
+        plgpu.barrier_arrive(barriers.k.consumed.at[slot])
         distance = step * problem.tuning.tile_keys - position  # of the step's first key
         logits = _finish_logits(problem, logits, distance, slope, is_full)
         state, weights = _update(state, logits)
-        if is_full:
-            plgpu.barrier_wait(barriers.v.at[slot])
+        if not masks_values:
+            plgpu.barrier_wait(barriers.v.filled.at[slot])
         numerator = _add_values(problem, state.numerator, weights, smem, slot)
-        plgpu.barrier_arrive(barriers.v_consumed.at[slot])
+        plgpu.barrier_arrive(barriers.v.consumed.at[slot])
         return state._replace(numerator=numerator)
 
     if problem.sliding_window is not None:
@@ -427,7 +206,13 @@ def _iota(shape: tuple[int, ...], axis: int, layout: Any = _ROW) -> jax.Array:
 
 def _down(row: jax.Array, width: int) -> jax.Array:
     """Returns one number per row, [64], as [64, width]."""
-    return lax.broadcast_in_dim(row, (_WARPGROUP_ROWS, width), (0,))
+    return lax.broadcast_in_dim(row, (WARPGROUP_ROWS, width), (0,))
+
+
+def _times_columns(matrix: jax.Array, factors: Any) -> jax.Array:
+    """Returns `matrix`, [64, C], times C numbers in shared memory."""
+    factors = plgpu.load(factors, layout=_COLUMN, optimized=False)
+    return matrix * plgpu.layout_cast(lax.broadcast_in_dim(factors, matrix.shape, (1,)), _MATRIX)
 
 
 def _product(operands: Any, width: int) -> jax.Array:
@@ -437,11 +222,11 @@ def _product(operands: Any, width: int) -> jax.Array:
         plgpu.wgmma(accumulator, *operands())
         return accumulator[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((_WARPGROUP_ROWS, width), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.ACC((WARPGROUP_ROWS, width), jnp.float32))
 
 
 def _finish_logits(
-    problem: _Problem,
+    problem: Problem,
     logits: jax.Array,  # [64, C]
     distance: jax.Array,  # [64]
     slope: jax.Array | None,  # [64]
@@ -461,9 +246,13 @@ def _finish_logits(
         logits = cap * _LOG2E - (2 * cap * _LOG2E) / (power + 1.0)
     if slope is None and is_full:
         return logits
-    # Exact as floats below 2^24 tokens, and half the registers of integers beside floats.
-    key = _iota((_WARPGROUP_ROWS, size), 1, _MATRIX).astype(jnp.float32)
-    distances = key + _down(distance.astype(jnp.float32), size)
+    # Exact as floats below 2^24 tokens, and half the registers of integers beside floats. A thread
+    # has the same columns of every 8: added in this order nothing but those is known before the
+    # loop over the steps, and kept in registers meanwhile.
+    key = _iota((WARPGROUP_ROWS, size), 1, _MATRIX)
+    within_8 = key & 7
+    distances = within_8.astype(jnp.float32) + _down(distance.astype(jnp.float32), size)
+    distances = distances + (key - within_8).astype(jnp.float32)
     if slope is not None:
         logits = logits + _down(slope * _LOG2E, size) * distances
     if not is_full:
@@ -486,11 +275,13 @@ def _update(state: _State, logits: jax.Array) -> tuple[_State, jax.Array]:
 
 
 def _add_values(
-    problem: _Problem, numerator: jax.Array, weights: jax.Array, smem: _Smem, slot: Any
+    problem: Problem, numerator: jax.Array, weights: jax.Array, smem: Smem, slot: Any
 ) -> jax.Array:
     """Returns the numerator with the weighted sum of a step's values."""
+    if smem.v.scales is not None:
+        weights = _times_columns(weights, smem.v.scales.at[slot])
     weights = weights.astype(problem.dtype)
-    values = smem.v.at[slot]
+    values = smem.v.numbers.at[slot]
     if problem.tuning.in_registers:
         add = pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, values))
         return add(plgpu.ACC.init(numerator))
@@ -500,7 +291,7 @@ def _add_values(
     return numerator + _product(lambda: (buffer, values), problem.head_dim)
 
 
-def _mask_values(problem: _Problem, tile: _Tile, step: Any, values: Any, pair: Any) -> None:
+def _mask_values(problem: Problem, tile: Tile, step: Any, values: Any, pair: Any) -> None:
     """Puts 0 where `values`, [C, D] in shared memory, has no value of this tile's.
 
     There may be NaN, and the weight 0 does not get rid of that.
@@ -512,12 +303,12 @@ def _mask_values(problem: _Problem, tile: _Tile, step: Any, values: Any, pair: A
     @pl.when(is_edge)
     def _() -> None:
         warpgroup = lax.axis_index("warpgroup")
-        for part in range(size // _WARPGROUP_ROWS):
+        for part in range(size // WARPGROUP_ROWS):
 
-            @pl.when(warpgroup == part % _COMPUTE_WARPGROUPS)
+            @pl.when(warpgroup == part % COMPUTE_WARPGROUPS)
             def _(part: int = part) -> None:
-                rows = pl.ds(part * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
-                key = _iota((_WARPGROUP_ROWS,), 0) + (begin + part * _WARPGROUP_ROWS)
+                rows = pl.ds(part * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                key = _iota((WARPGROUP_ROWS,), 0) + (begin + part * WARPGROUP_ROWS)
                 is_ours = (key >= tile.key_begin) & (key < tile.key_end)
                 for column, width in problem.staged_columns:  # few registers are left
                     some = values.at[rows, pl.ds(column, width)]
@@ -534,17 +325,17 @@ def _meet(pair: Any) -> None:
 
 
 def _write(
-    problem: _Problem,
-    tile: _Tile,
+    problem: Problem,
+    tile: Tile,
     state: _State,
     out: Any,
     lse: Any,
-    smem: _Smem,
-    barriers: _Barriers,
+    smem: Smem,
+    barriers: Barriers,
 ) -> None:
     """Writes the tokens that the tile has, and the lse of all its rows."""
     warpgroup = lax.axis_index("warpgroup")
-    rows = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
+    rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
     denominator = jnp.where(state.denominator > 0, state.denominator, 1.0)
     smem.lse[rows] = state.maximum * (1 / _LOG2E) + jnp.log(state.denominator)
     for begin, width in problem.staged_columns:
@@ -553,7 +344,7 @@ def _write(
         plgpu.commit_smem()
         _meet(barriers.pair)  # a head's rows may lie in both halves
 
-        @pl.loop(warpgroup, problem.group, step=_COMPUTE_WARPGROUPS)
+        @pl.loop(warpgroup, problem.group, step=COMPUTE_WARPGROUPS)
         def _(head: Any, begin: int = begin, width: int = width) -> None:
             target = out.at[:, tile.kv_head * problem.group + head, pl.ds(begin, width)]
             _write_tokens(problem, tile, smem.staging, head, target)
@@ -569,7 +360,7 @@ def _write(
             _meet(barriers.pair)
 
 
-def _write_tokens(problem: _Problem, tile: _Tile, staging: Any, head: Any, target: Any) -> None:
+def _write_tokens(problem: Problem, tile: Tile, staging: Any, head: Any, target: Any) -> None:
     """Copies a head's rows of the tokens that the tile has to `target`, [T, width].
 
     A copy has a fixed size: they leave in pieces of 64, 32, ... tokens, as their number is made up.

@@ -13,17 +13,21 @@ class PrefillTuning:
       in_registers: whether the second product reads the weights from registers and adds up in
         them. Interpret mode cannot do that: False takes the weights by way of shared memory and
         adds the product afterwards. On a GPU that costs registers, and speed.
+      converted: of a quantised cache, steps that are in shared memory as numbers of 16 bits too.
     """
 
     tile_keys: int = 128
     stages: int = 2
     in_registers: bool = True
+    converted: int = 1
 
     def __post_init__(self) -> None:
         if self.tile_keys < 64 or self.tile_keys % 64:
             raise ValueError(f"tile_keys={self.tile_keys} must be a positive multiple of 64")
         if self.stages < 2:
             raise ValueError(f"stages={self.stages} must be at least 2: one is read, one filled")
+        if self.converted < 1:
+            raise ValueError(f"converted={self.converted} must be at least 1")
 
 
 def prefill_tuning(head_dim: int, interpreted: bool = False) -> PrefillTuning:
@@ -33,6 +37,6 @@ def prefill_tuning(head_dim: int, interpreted: bool = False) -> PrefillTuning:
       head_dim: D.
       interpreted: whether it is for interpret mode.
     """
-    if head_dim <= 128:
-        return PrefillTuning(128, 4 if head_dim <= 64 else 2, not interpreted)
-    return PrefillTuning(64, 2, not interpreted)
+    if head_dim <= 64:
+        return PrefillTuning(128, 4, not interpreted, converted=2)
+    return PrefillTuning(128 if head_dim <= 128 else 64, 2, not interpreted)
