@@ -17,6 +17,8 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parent.parent.parent
 _KERNEL = "pallas_paged/ops/attention/mosaic_gpu_decode.py"
 _WORK_LIST = "pallas_paged/ops/attention/work_list.py"
+_CONVERSION = "pallas_paged/ops/attention/mosaic_gpu_quantised.py"
+_FP8, _INT8, _FP8_HALF = (f"test_equals_the_reference[{i}]" for i in (8, 10, 11))
 _DECODE, _WINDOW, _TOKENS, _LONG = (f"test_equals_the_reference[{i}]" for i in (0, 1, 3, 4))
 _TESTS = "tests/kernels/test_mosaic_decode.py"
 
@@ -43,9 +45,11 @@ MUTATIONS = {
     "a window one too wide": Mutation(
         _KERNEL, "keys > positions - window", "keys >= positions - window", _WINDOW
     ),
-    "values for keys": Mutation(_KERNEL, "k_ref.at[block, head", "v_ref.at[block, head", _DECODE),
+    "values for keys": Mutation(
+        _KERNEL, "cache.k.at[block, head", "cache.v.at[block, head", _DECODE
+    ),
     "another head's keys": Mutation(
-        _KERNEL, "k_ref.at[block, head", "k_ref.at[block, jnp.maximum(head - 1, 0)", _DECODE
+        _KERNEL, "cache.k.at[block, head", "cache.k.at[block, jnp.maximum(head - 1, 0)", _DECODE
     ),
     "no wait for the keys": Mutation(
         _KERNEL, "plgpu.barrier_wait(k_barriers.at[slot])", "pass", _DECODE
@@ -102,6 +106,48 @@ MUTATIONS = {
     ),
     "shares that overlap": Mutation(
         _WORK_LIST, "begin = jnp.minimum(ctas * share, total)", "begin = ctas * (share - 1)", _LONG
+    ),
+    "quantised: keys without their scales": Mutation(
+        _KERNEL, "logits *= _spread_rows(scales, logits.shape)", "pass", _INT8
+    ),
+    "quantised: weights without the values' scales": Mutation(
+        _KERNEL, "weights *= _spread_rows(scales, weights.shape)", "pass", _INT8
+    ),
+    "quantised: float16 values without their scales": Mutation(
+        _CONVERSION, "x *= plgpu.layout_cast", "plgpu.layout_cast", _FP8_HALF
+    ),
+    "quantised: the keys' scales for the values": Mutation(
+        _KERNEL, "cache.v_scale.at[block, head", "cache.k_scale.at[block, head", _INT8
+    ),
+    "quantised: another head's scales": Mutation(
+        _KERNEL,
+        "cache.k_scale.at[block, head",
+        "cache.k_scale.at[block, jnp.maximum(head - 1, 0)",
+        _INT8,
+    ),
+    "quantised: another block's scales": Mutation(
+        _KERNEL, "cache.v_scale.at[block, head", "cache.v_scale.at[block - 1, head", _INT8
+    ),
+    "quantised: scales one token off": Mutation(
+        _CONVERSION, "is_before = row < i * copy_rows", "is_before = row <= i * copy_rows", _INT8
+    ),
+    "quantised: bytes without a sign": Mutation(
+        _CONVERSION,
+        "stored = stored.astype(jnp.bfloat16)",
+        "stored = stored.astype(jnp.uint8).astype(jnp.bfloat16)",
+        _INT8,
+    ),
+    "quantised: no wait for bytes and scales": Mutation(
+        _KERNEL, "plgpu.barrier_wait(v_barriers.at[slot])", "pass", _INT8
+    ),
+    "quantised: NaN of a tail's scales": Mutation(
+        _CONVERSION,
+        "return jnp.where((row >= rows[0]) & (row < rows[1]), scales, 0.0)",
+        "return scales",
+        _INT8,
+    ),
+    "quantised: NaN of a tail's values": Mutation(
+        _CONVERSION, "x = jnp.where(is_kept, x, jnp.zeros_like(x))", "pass", _FP8
     ),
 }
 
