@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 OLDEST := .venv-oldest
 OLDEST_JAX := 0.11.2
 
-.PHONY: demo test check format oldest kernels-full kernels-mutate dist clean
+.PHONY: demo test check format oldest kernels-full kernels-mutate sharing-mutate dist clean
 
 # The test tools hold JAX's CUDA plugin without CUDA's libraries: it complains unless told to rest.
 demo: $(VENV)/.base
@@ -35,9 +35,14 @@ kernels-full: $(VENV)/.test $(OLDEST)/.oldest
 	@JAX_PLATFORMS=cpu $(PY) -m tests.kernels.full
 	@JAX_PLATFORMS=cpu $(OLDEST)/bin/python -m tests.kernels.full
 
-# Break the decode kernel on purpose, and see its tests fail: minutes.
+# Break the attention kernels on purpose, and see their tests fail: many minutes.
 kernels-mutate: $(VENV)/.test
 	@$(PY) -m tests.kernels.mutate_decode
+	@$(PY) -m tests.kernels.mutate_ampere
+
+# Break the sharing of blocks on purpose, and see the tests fail: some minutes.
+sharing-mutate: $(VENV)/.test
+	@$(PY) -m tests.engine.mutate_sharing
 
 # sdist -> wheel -> an empty environment -> a request, run from another directory.
 dist: $(VENV)/.test

@@ -3,11 +3,13 @@
   python -m benchmarks.recovery --block_sizes=8,16,32,64,128
   python -m benchmarks.recovery --pool_share=0.1 --random_model=100m
 
-The same requests, n completions each, run through one model with a pool of `pool_share` of what
-they need together: once computing again what was preempted, once swapping it to host memory. Both
-give the same tokens, which is checked. Only the ratio of the two columns means anything.
+Requests of several kinds (greedy, sampled with a seed, n samples, a common prefix) run together
+through one model: with memory for all of them, and with a pool of `pool_share` of that, once
+computing again what was preempted, once swapping it to host memory. All three give the same tokens,
+which is checked. Only ratios of one line mean anything.
 """
 
+import dataclasses
 import json
 import pathlib
 import tempfile
@@ -28,57 +30,115 @@ _MODEL = flags.DEFINE_enum(
 _BLOCK_SIZES = flags.DEFINE_list("block_sizes", ["8", "16", "32", "64", "128"], "Block sizes.")
 _NUM_REQUESTS = flags.DEFINE_integer("num_requests", 24, "Requests.", lower_bound=1)
 _PROMPT_LEN = flags.DEFINE_integer("prompt_len", 60, "Tokens of a prompt.", lower_bound=1)
-_OUTPUT_LEN = flags.DEFINE_integer("output_len", 60, "Tokens of an output.", lower_bound=1)
-_N = flags.DEFINE_integer("n", 2, "Completions of a prompt.", lower_bound=1)
+_OUTPUT_LEN = flags.DEFINE_integer("output_len", 100, "Tokens of an output.", lower_bound=1)
+_N = flags.DEFINE_integer("n", 2, "Samples of those requests that ask for several.", lower_bound=1)
 _POOL_SHARE = flags.DEFINE_float("pool_share", 0.1, "Pool, as a share of what all need.")
+_PREFIX_CACHING = flags.DEFINE_bool("prefix_caching", True, "Whether prefixes are cached.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 
-def run(folder: str, block_size: int, mode: str) -> tuple[float, list[RequestOutput], LLM]:
-    """Returns the seconds that all requests take, compilation left out, and their outputs."""
-    length = _PROMPT_LEN.value + _OUTPUT_LEN.value
-    needed = _NUM_REQUESTS.value * _N.value * blocks_for(length, block_size)
-    least = worst_case_blocks(_PROMPT_LEN.value, _N.value, length, block_size)
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How requests of a kind are made: their parameters, and how much of a prompt they share."""
+
+    params: SamplingParams
+    shared_prefix: float = 0.0
+
+
+def make_kinds(num_samples: int, max_tokens: int) -> dict[str, Kind]:
+    """Returns the kinds of requests, by name."""
+    greedy = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    sampled = dataclasses.replace(greedy, temperature=1.0, seed=1)
+    return {
+        "greedy": Kind(greedy),
+        "sampled": Kind(sampled),
+        "several": Kind(dataclasses.replace(sampled, n=num_samples)),
+        "prefix": Kind(greedy, shared_prefix=0.75),
+    }
+
+
+def make_requests(
+    kinds: Sequence[Kind], num_requests: int, prompt_len: int, vocab_size: int
+) -> tuple[list[dict[str, list[int]]], list[SamplingParams]]:
+    """Returns prompts and parameters, of one kind after the other."""
+    rng = np.random.default_rng(0)
+    common = rng.integers(0, vocab_size, prompt_len).tolist()
+    prompts, params = [], []
+    for i in range(num_requests):
+        kind = kinds[i % len(kinds)]
+        num_shared = int(kind.shared_prefix * prompt_len)
+        own = rng.integers(0, vocab_size, prompt_len - num_shared).tolist()
+        prompts.append({"prompt_token_ids": common[:num_shared] + own})
+        params.append(kind.params)
+    return prompts, params
+
+
+def pool_sizes(params: Sequence[SamplingParams], prompt_len: int, block_size: int) -> list[int]:
+    """Returns the blocks that all requests need together, and that the largest one needs."""
+    shapes = [(one.n, prompt_len + (one.max_tokens or 0)) for one in params]
+    needs = [n * blocks_for(length, block_size) for n, length in shapes]
+    return [
+        sum(needs),
+        max(worst_case_blocks(prompt_len, n, length, block_size) for n, length in shapes),
+    ]
+
+
+def run(
+    folder: str, block_size: int, mode: str | None
+) -> tuple[float, list[RequestOutput], LLM, int]:
+    """Runs all requests, with memory for all if `mode` is None.
+
+    Returns the seconds, compilation left out, the outputs, the engine and its pool's blocks.
+    """
+    kinds = make_kinds(_N.value, _OUTPUT_LEN.value)
+    vocab_size = random_models.CONFIGS[_MODEL.value]["vocab_size"]
+    prompts, params = make_requests(
+        list(kinds.values()), _NUM_REQUESTS.value, _PROMPT_LEN.value, vocab_size
+    )
+    everything, least = pool_sizes(params, _PROMPT_LEN.value, block_size)
+    share = everything if mode is None else max(least, round(_POOL_SHARE.value * everything))
     llm = LLM(
         folder,
         load_format="dummy",
-        max_model_len=length,
-        max_num_seqs=max(_N.value, min(32, _NUM_REQUESTS.value * _N.value)),
+        max_model_len=_PROMPT_LEN.value + _OUTPUT_LEN.value,
+        max_num_seqs=max(_N.value, min(32, sum(one.n for one in params))),
         max_num_batched_tokens=128,
         block_size=block_size,
-        num_blocks=1 + max(least, round(_POOL_SHARE.value * needed)),
-        enable_prefix_caching=False,
+        num_blocks=1 + share,
+        enable_prefix_caching=_PREFIX_CACHING.value,
         swap_space=1 if mode == "swap" else 0,
-        preemption_mode=mode,
+        preemption_mode=mode or "recompute",
         deterministic=True,  # one program
-        compile_ahead=True,
     )
-    rng = np.random.default_rng(0)
-    vocab_size = llm.model_config.vocab_size
-    prompts = [
-        {"prompt_token_ids": rng.integers(0, vocab_size, _PROMPT_LEN.value).tolist()}
-        for _ in range(_NUM_REQUESTS.value)
-    ]
-    params = SamplingParams(n=_N.value, max_tokens=_OUTPUT_LEN.value, seed=0, ignore_eos=True)
+    llm.runner.programs.compile(bucket for bucket in llm.buckets.all() if not bucket.is_full)
+    llm.runner.block_programs.compile()
     begin = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    return time.perf_counter() - begin, outputs, llm
+    return time.perf_counter() - begin, outputs, llm, share
 
 
 def compare(folder: str, block_size: int) -> dict[str, Any]:
-    """Returns a line of the table."""
-    seconds: dict[str, float] = {}
-    tokens: dict[str, Any] = {}
-    row: dict[str, Any] = {"block size": block_size}
+    """Returns a line of the table.
+
+    Raises:
+      AssertionError: a request got other tokens under pressure.
+    """
+    seconds, free, llm, _ = run(folder, block_size, None)
+    assert llm.kv_stats().num_recomputations == 0, "memory for all, and somebody lost it"
+    wanted = [[c.token_ids for c in output.outputs] for output in free]
+    num_tokens = sum(len(ids) for completions in wanted for ids in completions)
+    row: dict[str, Any] = {"block size": block_size, "unpressured: tokens/s": num_tokens / seconds}
     for mode in ("recompute", "swap"):
-        seconds[mode], outputs, llm = run(folder, block_size, mode)
-        tokens[mode] = [[c.token_ids for c in output.outputs] for output in outputs]
+        row[mode], outputs, llm, row["pool"] = run(folder, block_size, mode)
+        tokens = [[c.token_ids for c in output.outputs] for output in outputs]
+        num_equal = sum(a == b for a, b in zip(tokens, wanted, strict=True))
+        assert num_equal == len(wanted), f"{mode} kept the tokens of {num_equal} requests only"
         stats = llm.kv_stats()
         row[f"{mode}: preemptions"] = stats.num_recomputations + stats.num_swaps
-        num_tokens = sum(len(c.token_ids) for output in outputs for c in output.outputs)
-        row[f"{mode}: tokens/s"] = num_tokens / seconds[mode]
-    assert tokens["recompute"] == tokens["swap"], "recovery changed the tokens"
-    return row | {"recompute / swap, time": seconds["recompute"] / seconds["swap"]}
+        row[f"{mode}: swapped"] = stats.num_swaps
+        row[f"{mode}: tokens/s"] = num_tokens / row[mode]
+    row["recompute / swap, time"] = row.pop("recompute") / row.pop("swap")
+    return row | {"requests with equal tokens": f"{len(wanted)} of {len(wanted)}"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -88,9 +148,10 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         random_models.write_config(_MODEL.value, pathlib.Path(folder))
         rows = [compare(folder, int(size)) for size in _BLOCK_SIZES.value]
+    kinds = ", ".join(make_kinds(_N.value, _OUTPUT_LEN.value))
     tables.show(
-        f"{_NUM_REQUESTS.value} requests, n={_N.value}, {_PROMPT_LEN.value} + {_OUTPUT_LEN.value} "
-        f"tokens, pool {_POOL_SHARE.value:.0%} of the need",
+        f"{_NUM_REQUESTS.value} requests ({kinds}), {_PROMPT_LEN.value} + {_OUTPUT_LEN.value} "
+        f"tokens, n={_N.value}, pool {_POOL_SHARE.value:.0%} of the need",
         rows,
     )
     if _JSON.value:

@@ -3,10 +3,11 @@
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.llm import LLM
 from pallas_paged.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.engine.sampling_params import BeamSearchParams, SamplingParams
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
     "Logprob",

@@ -96,12 +96,12 @@ class Admission:
 
     def arrival_of(self, group: SequenceGroup, places: Places) -> Arrival | None:
         """Returns how a waiting group would come in; None if the places are too few."""
-        if len(group.live) > places.num_rows:
+        if group.num_rows > places.num_rows:
             return None
         hits = [self._hits(sequence) for sequence in sequences_to_place(group)]
         plan = plan_entry if group.swapped is None else plan_return
         entry = plan(group, hits, self.memory.block_size)
-        needed = self.memory.blocks_taken(entry.num_needed, len(group.live))
+        needed = self.memory.blocks_taken(entry.num_needed, group.num_rows)
         needed += self.memory.num_unreferenced(list(itertools.chain(*hits)))
         return Arrival(group, entry, hits, needed) if needed <= places.num_blocks else None
 

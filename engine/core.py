@@ -5,20 +5,17 @@ outputs that nobody has fetched yet. One thread at a time.
 """
 
 import dataclasses
-import itertools
 import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
-import numpy as np
-
-from pallas_paged.engine import logprobs as token_logprobs
+from pallas_paged.engine import beam_groups
+from pallas_paged.engine.beam_search import Candidates
 from pallas_paged.engine.detokenizer import Detokenizer
-from pallas_paged.engine.groups import longest_length
+from pallas_paged.engine.intake import Intake
 from pallas_paged.engine.kv_stats import KVStats, kv_stats
-from pallas_paged.engine.logit_rules import resolve
 from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.outputs import (
@@ -28,7 +25,7 @@ from pallas_paged.engine.outputs import (
     logprobs_by_token,
 )
 from pallas_paged.engine.runner import InFlight, Runner
-from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.engine.sampling_params import BeamSearchParams, SamplingParams
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
 from pallas_paged.engine.sequence import Sequence, SequenceGroup
 from pallas_paged.engine.stop import StopMatcher
@@ -61,7 +58,10 @@ class _Completion:
 
 @dataclasses.dataclass
 class _Request:
-    """A request between arrival and its last output."""
+    """A request between arrival and its last output.
+
+    The completions of a beam search are made when it ends; until then there is a first beam.
+    """
 
     group: SequenceGroup
     prompt: str | None
@@ -107,15 +107,19 @@ class Engine:
         self.num_generated_tokens = 0
         self.runner = runner
         self._vocab_size = vocab_size
-        self._max_model_len = max_model_len
-        self._eos_token_ids = frozenset(eos_token_ids)
-        self._max_logprobs = max_logprobs
+        self._intake = Intake(
+            scheduler,
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=eos_token_ids,
+            tokenizer=tokenizer,
+            seed=seed,
+            max_logprobs=max_logprobs,
+        )
         self._async_scheduling = async_scheduling
-        self._seeds = np.random.default_rng(seed)
         self._requests: dict[str, _Request] = {}
         self._in_flight: InFlight | None = None
         self._undelivered: list[RequestOutput] = []
-        self._counter = itertools.count()
 
     def check_idle(self) -> None:
         """Asserts that no request is left, and that every block is free, cached or pinned."""
@@ -130,75 +134,12 @@ class Engine:
     def make_group(
         self,
         prompt_token_ids: Seq[int],
-        params: SamplingParams,
+        params: SamplingParams | BeamSearchParams,
         request_id: str | None = None,
         cache_salt: str | None = None,
     ) -> SequenceGroup:
-        """Returns a group of `params.n` sequences that `add` accepts; queues nothing.
-
-        A request without an id or a seed draws one. Requests share cached blocks only with those
-        of the same `cache_salt`.
-
-        Raises:
-          ValueError: the prompt is empty, too long for the model, or for the pool together with
-            `max_tokens` and `n`; `n` is more than can run at once; a token id is outside the
-            vocabulary; stop strings without a tokenizer; more log-probabilities than
-            `max_logprobs`; rules for the logits that cannot be, see `logit_rules.resolve`.
-            The message names field, value and way out.
-        """
-        ids = _checked_token_ids(prompt_token_ids, self._vocab_size)
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop={params.stop!r} needs a tokenizer; use stop_token_ids")
-        for token_id in params.stop_token_ids or ():
-            if token_id >= self._vocab_size:
-                raise ValueError(
-                    f"stop_token_ids holds {token_id}, which is outside the vocabulary of "
-                    f"{self._vocab_size} tokens"
-                )
-        for field in ("logprobs", "prompt_logprobs"):
-            asked = getattr(params, field)
-            token_logprobs.check(field, asked, self._max_logprobs, self._vocab_size)
-        max_tokens = params.max_tokens
-        if max_tokens is None:
-            # No longer than the model allows, and than the pool could hold if it were alone.
-            longest = longest_length(
-                len(ids), params.n, self.memory.num_usable_blocks, self.memory.block_size
-            )
-            max_tokens = max(1, min(self._max_model_len, longest) - len(ids))
-        if params.min_tokens > max_tokens:
-            raise ValueError(
-                f"min_tokens={params.min_tokens} is more than the {max_tokens} tokens that fit "
-                "behind the prompt; lower it, or shorten the prompt"
-            )
-        eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
-        stop_token_ids = frozenset(params.stop_token_ids or ())
-        group = SequenceGroup(
-            request_id=f"request-{next(self._counter)}" if request_id is None else request_id,
-            prompt_token_ids=ids,
-            max_tokens=max_tokens,
-            eos_token_ids=eos_token_ids,
-            stop_token_ids=stop_token_ids,
-            arrival_time=time.monotonic(),
-            sampling_params=self._with_seed(params),
-            num_seqs=params.n,
-            cache_salt=cache_salt,
-            reads_cache=not params.skip_reading_prefix_cache and params.prompt_logprobs is None,
-            writes_cache=not params.skip_writing_prefix_cache,
-            logit_rules=resolve(
-                params,
-                vocab_size=self._vocab_size,
-                ending_ids=eos_token_ids | stop_token_ids,
-                tokenizer=self.tokenizer,
-            ),
-        )
-        self.scheduler.check(group)
-        if len(ids) + max_tokens > self._max_model_len:
-            raise ValueError(
-                f"the prompt's {len(ids)} tokens and max_tokens={max_tokens} are more than "
-                f"max_model_len={self._max_model_len}; shorten one of them, or pass "
-                "max_tokens=None for as many as fit"
-            )
-        return group
+        """Returns a group that `add` accepts, and queues nothing; see `Intake.make_group`."""
+        return self._intake.make_group(prompt_token_ids, params, request_id, cache_salt)
 
     def add(self, group: SequenceGroup, prompt: str | None = None) -> None:
         """Queues a group made by `make_group`; `prompt` is its text, if it came as text.
@@ -231,11 +172,18 @@ class Engine:
         """
         request = self._requests.get(request_id)
         if request is not None:
+            if request.group.beams is not None:
+                request.completions = self._completions_of_beams(request.group)
             running = [c for c in request.completions if not c.sequence.is_finished]
             self.scheduler.abort(request_id)
             for completion in running:
                 self._update_text(completion)
             self._undelivered.append(self._output(request))
+
+    def _completions_of_beams(self, group: SequenceGroup) -> list[_Completion]:
+        """Returns those of the results of a beam search, or of its beams while it runs."""
+        assert group.beams is not None
+        return [self._completion(beam) for beam in group.sequences[: group.beams.num_results]]
 
     def kv_stats(self) -> KVStats:
         """Returns what the blocks of the pool hold now."""
@@ -283,6 +231,13 @@ class Engine:
     def _fail_all(self, cause: str) -> None:
         """Leaves an empty engine; nothing in here may fail, and no text is detokenized for that."""
         self._in_flight = None
+        for request in self._requests.values():
+            search, first = request.group.beams, request.completions[0]
+            if search is not None:
+                request.completions = [
+                    _Completion(beam, first.detokenizer, first.stop)
+                    for beam in request.group.sequences[: search.num_results]
+                ]
         running = [c for r in self._requests.values() for c in r.completions]
         running = [c for c in running if not c.sequence.is_finished]
         self.scheduler.abort_all()
@@ -312,9 +267,15 @@ class Engine:
                 name = share.sequence.request_id
                 reason = NO_TOKEN_REASONS[token - self._vocab_size]
                 logger.error("request %s aborted: %s", name, reason)
-                self.scheduler.finish(share.sequence, "abort", reason)
-                changed[share.sequence] = None
-        advanced = self.scheduler.commit(in_flight.step, tokens)
+                group = share.sequence.group
+                for sequence in [share.sequence] if group.beams is None else group.live:
+                    self.scheduler.finish(sequence, "abort", reason)
+                    changed[sequence] = None
+        results = [
+            token if found is None or share.sequence.group.beams is None else _candidates(found)
+            for share, token, found in zip(in_flight.step.scheduled, tokens, logprobs, strict=True)
+        ]
+        advanced = self.scheduler.commit(in_flight.step, results)
         self._keep_logprobs(in_flight.step, logprobs, advanced)
         self.num_generated_tokens += len(advanced)
         changed |= dict.fromkeys(advanced)
@@ -324,9 +285,20 @@ class Engine:
             request = requests[sequence.request_id] = self._requests[sequence.request_id]
             if request.first_token_time_s is None and sequence.num_output_tokens:
                 request.first_token_time_s = now
-            self._update_text(request.completions[sequence.index])
+            if request.group.beams is None:
+                self._update_text(request.completions[sequence.index])
         for request in requests.values():
-            self._undelivered.append(self._output(request))
+            self._deliver(request)
+
+    def _deliver(self, request: _Request) -> None:
+        """Gives out a request as far as it has come, but a beam search only when it is over."""
+        if request.group.beams is not None:
+            if not request.group.is_finished:
+                return
+            request.completions = self._completions_of_beams(request.group)
+            for completion in request.completions:
+                self._update_text(completion)
+        self._undelivered.append(self._output(request))
 
     def _keep_logprobs(
         self,
@@ -418,14 +390,16 @@ class Engine:
             num_cached_tokens=group.num_cached_tokens,
         )
 
-    def _with_seed(self, params: SamplingParams) -> SamplingParams:
-        if params.seed is not None:
-            return params
-        return dataclasses.replace(params, seed=int(self._seeds.integers(1 << 63)))
+
+def _candidates(found: TokenLogprobs) -> Candidates:
+    return Candidates(found.top_token_ids, found.top_logprobs)
 
 
 def _logprobs_of(sequence: Sequence) -> dict[str, Any]:
     """Returns the fields of `CompletionOutput` that hold log-probabilities, if it has them."""
+    if sequence.group.beams is not None:
+        cumulative_logprob, score = beam_groups.figures(sequence)
+        return {"cumulative_logprob": cumulative_logprob, "score": score}
     if sequence.sampling_params.logprobs is None:
         return {}
     pairs = zip(sequence.output_token_ids, sequence.logprobs, strict=True)
@@ -433,21 +407,3 @@ def _logprobs_of(sequence: Sequence) -> dict[str, Any]:
         "logprobs": tuple(sequence.logprobs),
         "cumulative_logprob": sum(by_token[token].logprob for token, by_token in pairs),
     }
-
-
-def _checked_token_ids(token_ids: Seq[int], vocab_size: int) -> tuple[int, ...]:
-    try:
-        ids = np.asarray(token_ids)
-    except ValueError as error:
-        raise ValueError(f"prompt_token_ids must be a flat list of integers: {error}") from error
-    if ids.size == 0:
-        raise ValueError("the prompt is empty; give it at least one token")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"prompt_token_ids must be a flat list of integers, not {token_ids!r:.80}")
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
-        raise ValueError(
-            f"prompt_token_ids holds {outside[0]}, which is outside the vocabulary of "
-            f"{vocab_size} tokens"
-        )
-    return tuple(ids.tolist())

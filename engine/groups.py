@@ -35,6 +35,7 @@ class FullBlocks(NamedTuple):
       first: how many full blocks the row had when this was told before.
       end: how many it has.
       salt: what keeps its request's blocks apart from others', or None.
+      merges: whether the row may have other requests' equal blocks in place of its own.
     """
 
     row: int
@@ -42,6 +43,7 @@ class FullBlocks(NamedTuple):
     first: int
     end: int
     salt: str | None
+    merges: bool
 
 
 class RowPlan(NamedTuple):
@@ -104,6 +106,7 @@ def plan_tree(token_ids: Seq[Seq[int]], hits: Seq[Seq[int]], block_size: int) ->
     branches: list[Branch] = []
     num_new = 0
     for index, (ids, cached) in enumerate(zip(token_ids, hits, strict=True)):
+        assert len(cached) * S < len(ids), "a hit of the last token, which is to be computed"
         blocks: list[int] = []
         leader, num_shared = None, 0
         for start in range(0, len(ids), S):
@@ -122,6 +125,37 @@ def plan_tree(token_ids: Seq[Seq[int]], hits: Seq[Seq[int]], block_size: int) ->
             blocks.append(block)
         branches.append(Branch(tuple(blocks), leader, num_shared))
     return branches
+
+
+def repeated_blocks(placed: Seq[Sequence], tables: np.ndarray, block_size: int) -> dict[int, int]:
+    """Returns which full blocks of a group's rows repeat another one, and that one: {old: kept}.
+
+    Blocks are equal that hold the same tokens behind equal blocks. Those before the first that is
+    new since the memory was told (`num_remembered`) differ already, and one that it was told of is
+    kept rather than a new one.
+    """
+    S = block_size
+    num_full = [sequence.num_computed // S for sequence in placed]
+    is_told = [s.num_remembered >= end for s, end in zip(placed, num_full, strict=True)]
+    first = min(
+        (s.num_remembered for s, told in zip(placed, is_told, strict=True) if not told),
+        default=None,
+    )
+    kept: dict[int, int] = {}
+    if first is None or len(placed) == 1:
+        return kept
+    owners: dict[tuple[int, tuple[int, ...]], int] = {}
+    for index in sorted(range(len(placed)), key=lambda index: not is_told[index]):
+        sequence = placed[index]
+        blocks: list[int] = [0, *tables[sequence.row, : num_full[index]].tolist()]
+        parent = blocks[first] if first < len(blocks) else 0
+        for place in range(first, num_full[index]):
+            key = kept.get(parent, parent), tuple(sequence.token_ids[place * S : (place + 1) * S])
+            parent = blocks[place + 1]
+            owner = owners.setdefault(key, parent)
+            if owner != parent:
+                kept[parent] = owner
+    return kept
 
 
 class Entry(NamedTuple):
@@ -151,10 +185,10 @@ def plan_entry(group: SequenceGroup, hits: Seq[Seq[int]], block_size: int) -> En
 
     `hits` are the cached blocks for each of `sequences_to_place`.
     """
-    live, placed = group.live, sequences_to_place(group)
+    placed = sequences_to_place(group)
     branches = plan_tree([sequence.token_ids for sequence in placed], hits, block_size)
     num_new = -min(min(branch.blocks) for branch in branches)
     num_spares = 0
-    if len(placed) < len(live) and group.num_prompt_tokens % block_size:
-        num_spares = len(live) - len(placed)
+    if group.num_prompt_tokens % block_size:
+        num_spares = group.num_rows - len(placed)
     return Entry(placed, branches, num_new, num_new + num_spares)

@@ -31,7 +31,7 @@ from pallas_paged.engine.policies import (
 )
 from pallas_paged.engine.pool import PoolPlan, cache_shapes, plan_pool
 from pallas_paged.engine.runner import ModelRunner
-from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.engine.sampling_params import BeamSearchParams, SamplingParams
 from pallas_paged.engine.scheduler import Scheduler
 from pallas_paged.engine.sequence import SequenceGroup
 from pallas_paged.engine.swap import HostPool
@@ -51,6 +51,7 @@ another salt, or none.
 """
 _PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 Message = Mapping[str, Any]
+Params = SamplingParams | BeamSearchParams
 
 
 _COMPUTED_BYTES_PER_S = 200e12
@@ -163,7 +164,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Seq[Prompt],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        sampling_params: Params | Seq[Params] | None = None,
         use_tqdm: bool = True,
         priority: Seq[int] | None = None,
     ) -> list[RequestOutput]:
@@ -171,7 +172,8 @@ class LLM:
 
         Args:
           prompts: one or several of `Prompt`.
-          sampling_params: one for all, or one per prompt; None means `SamplingParams()`.
+          sampling_params: one for all, or one per prompt; None means `SamplingParams()`. Some may
+            be `BeamSearchParams`.
           use_tqdm: show progress on standard error.
           priority: one number per prompt, lower ones first; for `scheduling_policy="priority"`.
 
@@ -195,23 +197,49 @@ class LLM:
                     progress.set_postfix_str(f"{tokens / seconds:.1f} output tokens/s")
         return [done[group.request_id] for group, _ in requests]
 
+    def beam_search(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        params: BeamSearchParams | Seq[BeamSearchParams],
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Searches the most likely completions of prompts, as one batch.
+
+        Args:
+          prompts: see `generate`.
+          params: one for all, or one per prompt.
+          use_tqdm: see `generate`.
+
+        Returns:
+          One output per prompt, in the order of the prompts. Its `num_return` completions are
+          sorted by their `score`, best first.
+
+        Raises:
+          ValueError: see `generate`; or params of another kind.
+        """
+        for one in params if isinstance(params, list | tuple) else [params]:
+            if not isinstance(one, BeamSearchParams):
+                raise ValueError(f"params={one!r:.80} must be BeamSearchParams; see `generate`")
+        return self.generate(prompts, params, use_tqdm)
+
     def stream(
         self,
         prompts: Prompt | Seq[Prompt],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        sampling_params: Params | Seq[Params] | None = None,
     ) -> Iterator[RequestOutput]:
         """Completes prompts like `generate`, and yields each output whenever it has grown.
 
         The last output of a request has `finished` set. What is wrong with a prompt is raised
         before this returns; the requests run while the result is iterated over, together with
         those of other iterations. Leaving the iteration early aborts what has not finished.
+        A beam search is yielded once, when it is over.
         """
         return self._run(self._check_all(prompts, sampling_params))
 
     def chat(
         self,
         messages: Seq[Message] | Seq[Seq[Message]],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        sampling_params: Params | Seq[Params] | None = None,
         use_tqdm: bool = True,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -315,7 +343,7 @@ class LLM:
     def _check_all(
         self,
         prompts: Prompt | Seq[Prompt],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None,
+        sampling_params: Params | Seq[Params] | None,
     ) -> list[tuple[SequenceGroup, str | None]]:
         """Returns a group for each prompt, and the prompt's text; queues nothing yet."""
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
@@ -416,12 +444,10 @@ def _cache_salt(prompt: Prompt) -> str | None:
     return salt
 
 
-def _broadcast(
-    params: SamplingParams | Seq[SamplingParams] | None, count: int
-) -> list[SamplingParams]:
+def _broadcast(params: Params | Seq[Params] | None, count: int) -> list[Params]:
     if params is None:
         params = SamplingParams()
-    if isinstance(params, SamplingParams):
+    if isinstance(params, SamplingParams | BeamSearchParams):
         return [params] * count
     if len(params) != count:
         raise ValueError(

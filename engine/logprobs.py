@@ -18,7 +18,7 @@ from jax import lax
 from pallas_paged.engine.sampling import first_tokens
 
 MIN_WIDTH = 32
-"""W is at least this, whatever requests may ask for: beam search of 16 beams reads 32 tokens."""
+"""W is at least this, whatever requests may ask for: searches of up to 31 beams and one EOS."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -109,6 +109,27 @@ def check(field: str, asked: int | None, max_logprobs: int, vocab_size: int) -> 
         raise ValueError(
             f"{field}={asked} is more than the vocabulary of {vocab_size} tokens; ask for at most "
             "that"
+        )
+
+
+def check_beams(beam_width: int, num_candidates: int, max_logprobs: int, vocab_size: int) -> None:
+    """Refuses a beam search that needs more candidates per beam than the engine reports.
+
+    Raises:
+      ValueError: `num_candidates` are more than W or the vocabulary.
+    """
+    width = width_for(max_logprobs, vocab_size)
+    num_ending = num_candidates - beam_width
+    if num_candidates > vocab_size:
+        raise ValueError(
+            f"beam_width={beam_width} and {num_ending} ending tokens are more than the vocabulary "
+            f"of {vocab_size} tokens; use fewer beams"
+        )
+    if num_candidates > width:
+        raise ValueError(
+            f"beam_width={beam_width} with {num_ending} ending tokens needs the {num_candidates} "
+            f"most likely tokens of each beam, and the engine reports {width}; use fewer beams, or "
+            f"build the engine with max_logprobs={num_candidates}"
         )
 
 

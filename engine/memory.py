@@ -67,7 +67,14 @@ class Memory(Protocol):
         ...
 
     def remember(self, full: collections.abc.Sequence[FullBlocks]) -> None:
-        """Keeps full blocks for later requests that begin with the same tokens."""
+        """Keeps full blocks for later requests that begin with the same tokens.
+
+        A row that `merges` has the blocks that are kept already in place of its equal ones then.
+        """
+        ...
+
+    def replace(self, blocks: collections.abc.Mapping[int, int]) -> None:
+        """Lets every row that has one of the full blocks have the equal one that it maps to."""
         ...
 
     def admit(self, plans: collections.abc.Sequence[RowPlan]) -> list[int]:
@@ -212,16 +219,33 @@ class BlockTableMemory:
         return blocks if len(blocks) == num_full else None
 
     def remember(self, full: collections.abc.Sequence[FullBlocks]) -> None:
-        """Enters full blocks into the prefix cache and holds those that are new there."""
+        """Enters full blocks into the prefix cache, holds the new ones and replaces the others."""
         if self.prefix_cache is None:
             return
-        tables = np.asarray(self.state.tables)
         entered: list[int] = []
-        for row, token_ids, first, end, salt in full:
-            blocks = tables[row, :end].tolist()
-            entered += self.prefix_cache.enter(blocks, token_ids, first, salt)
+        replaced: dict[int, int] = {}
+        for item in full:
+            blocks = self.tables[item.row, : item.end].tolist()
+            blocks = [replaced.get(block, block) for block in blocks]
+            new, others = self.prefix_cache.enter(item, blocks)
+            entered += new
+            replaced |= others
         if entered:
             self.state = block_tables.hold(self.state, np.array(entered, np.int32))
+        self.replace(replaced)
+
+    def replace(self, blocks: collections.abc.Mapping[int, int]) -> None:
+        """Lets every row that has one of the full blocks have the equal one that it maps to.
+
+        Steps in flight read the old ones still: they have tables of their own, and whoever takes
+        the blocks next writes in a later step.
+        """
+        if not blocks:
+            return
+        old, new = (np.array(list(ids), np.int32) for ids in (blocks.keys(), blocks.values()))
+        if self.prefix_cache is not None:
+            assert not self.prefix_cache.is_cached[old].any(), f"{old} are cached"
+        self.state = block_tables.replace(self.state, old, new)
 
     def admit(self, plans: collections.abc.Sequence[RowPlan]) -> list[int]:
         """Gives each plan the lowest empty row, with its blocks."""

@@ -50,12 +50,14 @@ class CompletionOutput:
       text: the text of the tokens; None without a tokenizer or with `detokenize=False`. While
         streaming it ends before a character or a stop string that may still be under way.
       token_ids: the generated tokens, the one that ended the completion included.
-      cumulative_logprob: sum of the log-probabilities of the tokens; None unless asked for.
+      cumulative_logprob: sum of the log-probabilities of the tokens; None unless asked for, or of a
+        beam search.
       logprobs: per token, by token id: the most likely tokens in their order and the token itself;
         None unless asked for.
       finish_reason: None while it runs.
       stop_reason: the stop string or the token id of `stop_token_ids` that ended it, None when EOS
         did; what went wrong when the engine aborted it.
+      score: of a beam search, the sum with the length penalty; else None.
     """
 
     index: int
@@ -65,17 +67,21 @@ class CompletionOutput:
     logprobs: tuple[dict[int, Logprob], ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    score: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
     """A request with its completions, finished or, while streaming, as far as they have come.
 
+    A beam search has an output when it is over, its results best first. If it was aborted, they are
+    its best beams at that moment.
+
     Attributes:
       request_id: the engine's name for the request.
       prompt: the prompt's text; None when it came as tokens alone.
       prompt_token_ids: the prompt's tokens.
-      outputs: the completions, by index.
+      outputs: the completions, by index; of a beam search, best first.
       finished: all completions are.
       metrics: times and counts of this request.
       num_cached_tokens: prompt tokens whose KV came from the prefix cache.

@@ -7,7 +7,11 @@ Different salts have different starts.
 
 A sequence's block is only entered behind one of its own blocks. So whoever uses a cached block uses
 all those before it, and nothing is ever cached behind a block that is free to be evicted and in
-use itself.
+use itself. To that end a sequence whose block turns out to be cached already, because two requests
+computed the same tokens at the same time, takes the cached one in its place.
+
+Two computations of equal tokens may differ in their last bits, for they ran in batches of different
+shapes: what is found here is another batch's result, whether before the prompt or in the middle.
 """
 
 import heapq
@@ -16,7 +20,7 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from pallas_paged.engine.groups import blocks_for
+from pallas_paged.engine.groups import FullBlocks, blocks_for
 
 type Key = tuple[int, tuple[int, ...]]
 
@@ -66,39 +70,40 @@ class PrefixCache:
             found.append(parent)
         return found
 
-    def enter(
-        self, blocks: Seq[int], token_ids: Seq[int], first: int, salt: str | None
-    ) -> list[int]:
-        """Enters a sequence's full blocks from its `first` on; returns those that are new here.
+    def enter(self, full: FullBlocks, blocks: Seq[int]) -> tuple[list[int], dict[int, int]]:
+        """Enters a row's full blocks from `full.first` on; `blocks` are those before `full.end`.
 
-        Stops where the block before is not cached, because another one holds its tokens already.
-
-        Args:
-          blocks: the sequence's full blocks, from its start on.
-          token_ids: at least the tokens in them.
-          first: index of the first block to enter.
-          salt: the request's.
+        Returns the blocks that are new here, and for those whose tokens another block holds already
+        that block, for the row to take in their place. A row that does not merge keeps its own, and
+        nothing behind them is entered.
         """
         S = self.block_size
-        entered = []
-        for index in range(first, len(blocks)):
-            if index:
-                parent = int(blocks[index - 1])
-                if not self.is_cached[parent]:
+        entered: list[int] = []
+        replaced: dict[int, int] = {}
+        if full.first:
+            parent = blocks[full.first - 1]
+            if not self.is_cached[parent]:
+                assert not full.merges, "a row that merges has cached blocks only"
+                return entered, replaced
+        else:
+            parent = self._roots.setdefault(full.salt, -len(self._roots))
+        for index in range(full.first, full.end):
+            block = blocks[index]
+            key = parent, tuple(full.token_ids[index * S : (index + 1) * S])
+            cached = self._blocks.setdefault(key, block)
+            if cached != block:
+                if not full.merges:
                     break
-            else:
-                parent = self._roots.setdefault(salt, -len(self._roots))
-            key = parent, tuple(token_ids[index * S : (index + 1) * S])
-            if key not in self._blocks:
-                block = int(blocks[index])
-                self._blocks[key] = block
+                replaced[block] = cached
+            elif not self.is_cached[block]:
                 self._keys[block] = key
                 self.is_cached[block] = True
                 if parent > 0:
                     self._num_children[parent] += 1
                 entered.append(block)
+            parent = cached
         self.touch(entered)
-        return entered
+        return entered, replaced
 
     def touch(self, blocks: Iterable[int] | np.ndarray) -> None:
         """Counts the blocks, cached or not, as used now."""

@@ -1,10 +1,12 @@
-"""What a request asks of sampling: `SamplingParams`, checked when it is built."""
+"""What a request asks for: `SamplingParams` or `BeamSearchParams`, checked when they are built."""
 
 import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from pallas_paged.engine.beam_search import BeamSearch, EarlyStopping
 
 MAX_N = 16384
 MAX_SEED = 2**64 - 1
@@ -107,6 +109,86 @@ class SamplingParams:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class BeamSearchParams:
+    """A beam search for the most likely continuations, with the semantics of transformers.
+
+    See `pallas_paged.engine.beam_search` for the rule. Log-probabilities are the model's own.
+
+    Attributes:
+      beam_width: how many beams go on at each token, >= 1, and no more than the engine's
+        `max_num_seqs`. The engine reports so many tokens beside the ending ones for each beam,
+        which its `max_logprobs` bounds, unless they are at most 32.
+      max_tokens: most tokens to generate, >= 1.
+      length_penalty: a result's score is the sum of its log-probabilities divided by the number of
+        its tokens to this power; in [-10, 10]. Above 0 favours long results, below 0 short ones.
+      early_stopping: when to stop once there are `beam_width` results: True at once, False when the
+        best beam has a worse score than all of them, "never" when no beam can get a better one.
+      num_return: how many of the results to return, best first; 1 to `beam_width`, None is all.
+      temperature: 0; beams are not sampled.
+      ignore_eos: go on after an EOS token.
+      stop_token_ids: tokens that end a result besides EOS; held as a tuple.
+      detokenize: make text of the tokens. Without it `text` is None.
+      skip_special_tokens: leave special tokens out of the text.
+      skip_reading_prefix_cache: compute the whole prompt, whatever is cached.
+      skip_writing_prefix_cache: keep nothing of this request for later ones.
+
+    Raises:
+      ValueError: a field is out of its range or of the wrong type.
+    """
+
+    beam_width: int
+    max_tokens: int
+    _: dataclasses.KW_ONLY
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
+    num_return: int | None = None
+    temperature: float = 0.0
+    ignore_eos: bool = False
+    stop_token_ids: Sequence[int] | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    skip_reading_prefix_cache: bool = False
+    skip_writing_prefix_cache: bool = False
+
+    def __post_init__(self) -> None:
+        for field, check in _BEAM_CHECKS.items():
+            object.__setattr__(self, field, check(field, getattr(self, field)))
+        if self.num_return is None:
+            object.__setattr__(self, "num_return", self.beam_width)
+        if self.num_return > self.beam_width:  # type: ignore[operator]
+            raise ValueError(
+                f"num_return={self.num_return} must be at most beam_width={self.beam_width}"
+            )
+
+    def search(self, ending_ids: frozenset[int]) -> BeamSearch:
+        """Returns a search that begins, in which these tokens end a result."""
+        assert self.num_return is not None
+        return BeamSearch(
+            self.beam_width,
+            self.max_tokens,
+            ending_ids,
+            self.length_penalty,
+            self.early_stopping,
+            self.num_return,
+        )
+
+    def of_each_beam(self, num_candidates: int) -> SamplingParams:
+        """Returns what a beam asks of the steps that compute its tokens: likely next ones."""
+        return SamplingParams(
+            temperature=0,
+            logprobs=num_candidates,
+            seed=0,
+            ignore_eos=self.ignore_eos,
+            stop_token_ids=self.stop_token_ids,
+            max_tokens=self.max_tokens,
+            detokenize=self.detokenize,
+            skip_special_tokens=self.skip_special_tokens,
+            skip_reading_prefix_cache=self.skip_reading_prefix_cache,
+            skip_writing_prefix_cache=self.skip_writing_prefix_cache,
+        )
+
+
 type _Check = Callable[[str, Any], Any]
 """(field, value) -> the value as it is held; raises ValueError."""
 
@@ -207,6 +289,13 @@ def _logit_bias(field: str, value: Any) -> dict[int, float] | None:
     return held or None
 
 
+def _early_stopping(field: str, value: Any) -> EarlyStopping:
+    if not isinstance(value, bool) and value != "never":
+        raise _refuse(field, value, 'False, True or "never"')
+    result: EarlyStopping = value
+    return result
+
+
 def _clamp(value: float, limit: float) -> float:
     return max(-limit, min(limit, value))
 
@@ -239,6 +328,21 @@ _CHECKS: dict[str, _Check] = {
     "logit_bias": _logit_bias,
     "allowed_token_ids": _allowed_token_ids,
     "bad_words": _bad_words,
+    "skip_reading_prefix_cache": _flag,
+    "skip_writing_prefix_cache": _flag,
+}
+
+_BEAM_CHECKS: dict[str, _Check] = {
+    "beam_width": _integer(1, None, "use SamplingParams to sample"),
+    "max_tokens": _integer(1, None, "a search needs a length at which it ends"),
+    "length_penalty": _real(lambda x: -10 <= x <= 10, "in [-10, 10]", "use 0 for none"),
+    "early_stopping": _early_stopping,
+    "num_return": _integer(1, None, "use None for all of them", optional=True),
+    "temperature": _real(lambda x: x == 0, "that is 0", "use SamplingParams to sample"),
+    "ignore_eos": _flag,
+    "stop_token_ids": _token_ids,
+    "detokenize": _flag,
+    "skip_special_tokens": _flag,
     "skip_reading_prefix_cache": _flag,
     "skip_writing_prefix_cache": _flag,
 }

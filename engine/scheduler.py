@@ -18,8 +18,10 @@ import collections.abc
 import itertools
 from typing import TYPE_CHECKING
 
+from pallas_paged.engine import beam_groups
 from pallas_paged.engine.admission import Admission, Arrival, Places
-from pallas_paged.engine.groups import CopyPairs, FullBlocks
+from pallas_paged.engine.beam_search import Candidates
+from pallas_paged.engine.groups import CopyPairs, FullBlocks, repeated_blocks
 from pallas_paged.engine.policies import (
     ChooseRecovery,
     Order,
@@ -200,41 +202,72 @@ class Scheduler:
         self._in_flight.append(step)
         return step
 
-    def commit(self, step: ScheduledStep, tokens: collections.abc.Sequence[int]) -> list[Sequence]:
+    def commit(
+        self, step: ScheduledStep, results: collections.abc.Sequence[int | Candidates]
+    ) -> list[Sequence]:
         """Takes a step's results and returns the sequences that got a token, finished or not.
 
         Tokens for sequences that finished or were aborted after the step was scheduled are
-        dropped. A sequence that was preempted meanwhile keeps its token.
+        dropped. A sequence that was preempted meanwhile keeps its token; a beam computes its
+        candidates again. Beams go on, as new sequences, when all those of their group have theirs.
 
         Args:
           step: the earliest uncommitted step.
-          tokens: the sampled tokens, aligned with `step.scheduled`; any value where nothing is
-            sampled.
+          results: the sampled token, or a beam's candidates, aligned with `step.scheduled`; any
+            value where nothing is sampled.
         """
         oldest = self._in_flight.popleft()
         assert step is oldest, "steps are committed in order"
-        assert len(tokens) == len(step.scheduled), f"{len(tokens)} tokens for {step.scheduled}"
+        assert len(results) == len(step.scheduled), f"{len(results)} results: {step.scheduled}"
+        live = [
+            (share, result)
+            for share, result in zip(step.scheduled, results, strict=True)
+            if not share.sequence.is_finished
+        ]
+        for share in step.scheduled:
+            share.sequence.num_in_flight -= 1
+        self._take_computed([share for share, _ in live])
         extended: list[Sequence] = []
         freed_rows: list[int] = []
-        full: list[FullBlocks] = []
-        for share, token in zip(step.scheduled, tokens, strict=True):
+        searching: dict[SequenceGroup, None] = {}  # a set in order
+        for share, result in live:
             sequence = share.sequence
-            sequence.num_in_flight -= 1
-            if sequence.is_finished:
+            if not share.samples:
                 continue
-            if sequence.row is not None:
-                sequence.num_computed = share.start + share.num_tokens
-                full += self._newly_full(sequence)
-            if share.samples:
-                sequence.num_pending -= 1
-                sequence.token_ids.append(token)
-                extended.append(sequence)
-                freed_rows += self._finish_if_over(sequence)
-        if full:
-            self.memory.remember(full)
+            if isinstance(result, Candidates):
+                if sequence.row is not None:
+                    sequence.candidates = result
+                    searching[sequence.group] = None
+                continue
+            sequence.num_pending -= 1
+            sequence.token_ids.append(result)
+            extended.append(sequence)
+            freed_rows += self._finish_if_over(sequence)
+        return extended + self._advance_beams(searching, freed_rows)
+
+    def _advance_beams(
+        self, groups: collections.abc.Iterable[SequenceGroup], freed_rows: list[int]
+    ) -> list[Sequence]:
+        """Replaces the beams of groups that are ready; frees these rows and those of dead beams.
+
+        Blocks only change owners here, all at once: none is copied, and none is taken.
+        """
+        children: list[Sequence] = []
+        forks: list[tuple[int, Sequence]] = []
+        for group in filter(beam_groups.is_ready, groups):
+            dead_rows, forks_here = beam_groups.advance(group)
+            freed_rows = freed_rows + dead_rows
+            forks += forks_here
+            children += group.sequences
+            if not group.live:
+                self._end(group)
         if freed_rows:
             self.memory.free(freed_rows)
-        return extended
+        if forks:
+            rows = self.memory.fork([parent_row for parent_row, _ in forks])
+            for (_, child), row in zip(forks, rows, strict=True):
+                child.row = row
+        return children
 
     def finish(
         self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None
@@ -282,18 +315,20 @@ class Scheduler:
         queued = [*self._running, *self._waiting]
         assert {id(g) for g in queued} == {id(g) for g in self._unfinished.values()}
         assert len(queued) == len(self._unfinished)
-        assert sum(len(group.live) for group in self._running) <= self.max_num_seqs
+        assert sum(group.num_rows for group in self._running) <= self.max_num_seqs
         used: dict[int, int] = {}
         for group in queued:
             assert group.live
             for sequence in group.live:
                 self._check_counts(sequence)
+            beam_groups.check_invariants(group)
         for group in self._running:
             assert group.status is SequenceStatus.RUNNING
             rows = {s.row: s.num_reserved for s in group.placed if s.row is not None}
             assert len(rows) == len(group.placed)
             assert all(s.row is None for s in group.live if s not in group.placed)
-            assert all(s.num_dispatched < s.num_tokens for s in group.live)
+            waits = group.beams is not None
+            assert all(s.num_dispatched < s.num_tokens + waits for s in group.live)
             assert not rows.keys() & used.keys()
             used |= rows
         for group in self._waiting:
@@ -315,7 +350,8 @@ class Scheduler:
             if share.sequence is sequence
         ]
         assert sequence.num_in_flight == len(shares)
-        assert sequence.num_pending == sum(share.samples for share in shares)
+        num_samples = sum(share.samples for share in shares)
+        assert sequence.num_pending == (num_samples if sequence.group.beams is None else 0)
         assert sequence.num_tokens <= self._admission.max_length(sequence.group)
         assert sequence.num_computed <= sequence.num_dispatched <= sequence.num_reserved
 
@@ -338,11 +374,13 @@ class Scheduler:
         for sequence in group.placed:
             if sequence.num_tokens == max_length:
                 continue  # its last token is in flight
-            if not _may_start(sequence, planned):
-                continue  # what it shares is not computed yet
-            count = min(sequence.num_tokens - sequence.num_dispatched, budget)
-            if count == 0:
+            if sequence.num_dispatched == sequence.num_tokens:
+                continue  # a beam whose candidates are in flight, or wait for those of others
+            if not budget:
                 break
+            # A leader comes first, and takes the budget until all that it shares is computed.
+            assert _may_start(sequence, planned), "reads blocks that nobody has written"
+            count = min(sequence.num_tokens - sequence.num_dispatched, budget)
             planned[sequence] = count
             budget -= count
         return list(planned.items())
@@ -381,7 +419,7 @@ class Scheduler:
         groups = [*self._running, *(arrival.group for arrival in arrivals)]
         num_blocks = self.memory.num_free_blocks - sum(a.num_blocks for a in arrivals)
         return Places(
-            self.max_num_seqs - sum(len(group.live) for group in groups),
+            self.max_num_seqs - sum(group.num_rows for group in groups),
             num_blocks - (self.watermark_blocks if groups else 0),
         )
 
@@ -408,14 +446,30 @@ class Scheduler:
             arrival.group.status = SequenceStatus.RUNNING
         return arrivals, planned
 
-    def _newly_full(self, sequence: Sequence) -> list[FullBlocks]:
-        """Returns the blocks, if any, that its committed tokens have filled since the last time."""
-        first, end = sequence.num_remembered, sequence.num_computed // self.memory.block_size
-        if end <= first or sequence.row is None or not sequence.group.writes_cache:
-            return []
-        sequence.num_remembered = end
-        salt = sequence.group.cache_salt
-        return [FullBlocks(sequence.row, sequence.token_ids, first, end, salt)]
+    def _take_computed(self, shares: list[ScheduledSequence]) -> None:
+        """Counts tokens as computed, and lets the blocks that they have filled be shared."""
+        S = self.memory.block_size
+        filled: list[Sequence] = []
+        for share in shares:
+            sequence = share.sequence
+            if sequence.row is not None:
+                sequence.num_computed = share.start + share.num_tokens
+                if sequence.num_computed // S > sequence.num_remembered:
+                    filled.append(sequence)
+        if not filled:
+            return
+        repeated: dict[int, int] = {}
+        for group in dict.fromkeys(sequence.group for sequence in filled):
+            repeated |= repeated_blocks(group.placed, self.memory.tables, S)
+        self.memory.replace(repeated)
+        full: list[FullBlocks] = []
+        for sequence in filled:
+            group, row, end = sequence.group, sequence.row, sequence.num_computed // S
+            if group.writes_cache and row is not None:
+                first, ids = sequence.num_remembered, sequence.token_ids
+                full.append(FullBlocks(row, ids, first, end, group.cache_salt, group.reads_cache))
+            sequence.num_remembered = end
+        self.memory.remember(full)
 
     def _fork(self, planned: Plan) -> Plan:
         """Adds the sequences forked from those that reach the end of their group's prompt."""
@@ -460,7 +514,8 @@ class Scheduler:
         assert not share.input_on_device or num_tokens == 1
         sequence.num_dispatched = end
         sequence.num_in_flight += 1
-        sequence.num_pending += share.samples
+        if sequence.group.beams is None:
+            sequence.num_pending += share.samples
         return share
 
     def _preempt(self, group: SequenceGroup) -> SequenceGroup:
@@ -483,12 +538,10 @@ class Scheduler:
 
     def _finish_if_over(self, sequence: Sequence) -> list[int]:
         """Ends a sequence whose last token demands it; returns the rows to free."""
-        token, group = sequence.token_ids[-1], sequence.group
-        if token in group.eos_token_ids:
-            return self._retire([sequence], "stop", None)
-        if token in group.stop_token_ids:
-            return self._retire([sequence], "stop", token)
-        if len(sequence.token_ids) == self._admission.max_length(group):
+        ending = sequence.group.ending_of(sequence.token_ids[-1])
+        if ending is not None:
+            return self._retire([sequence], *ending)
+        if len(sequence.token_ids) == self._admission.max_length(sequence.group):
             return self._retire([sequence], "length", None)
         return []
 
@@ -510,16 +563,20 @@ class Scheduler:
             sequence.num_pending = 0
             sequence.give_up_blocks()
         if not group.live:
-            del self._unfinished[group.request_id]
-            if group.status is SequenceStatus.RUNNING:
-                self._running.remove(group)
-            else:
-                self._waiting.remove(group)
-            self.host_pool.give_back(group)
-            group.status = SequenceStatus.FINISHED
+            self._end(group)
         else:
             assert group.is_forked or group.status is not SequenceStatus.RUNNING
         return rows
+
+    def _end(self, group: SequenceGroup) -> None:
+        """Forgets a group of which no sequence is left."""
+        del self._unfinished[group.request_id]
+        if group.status is SequenceStatus.RUNNING:
+            self._running.remove(group)
+        else:
+            self._waiting.remove(group)
+        self.host_pool.give_back(group)
+        group.status = SequenceStatus.FINISHED
 
 
 def _may_start(sequence: Sequence, planned: dict[Sequence, int]) -> bool:

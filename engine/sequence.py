@@ -4,6 +4,8 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING, Any, Literal
 
+from pallas_paged.engine.beam_search import BeamSearch, Candidates
+
 if TYPE_CHECKING:
     from pallas_paged.engine.logit_rules import LogitRules
     from pallas_paged.engine.swap import SwappedChunk
@@ -46,7 +48,8 @@ class Sequence:
       num_computed: tokens whose keys and values a committed step computed.
       num_in_flight: uncommitted steps that hold the sequence, those before a preemption included.
       num_pending: tokens sampled by uncommitted steps: on the device, not in `token_ids` yet. 0
-        or 1 whenever a step is scheduled.
+        or 1 whenever a step is scheduled; always 0 for a beam, which waits for the host.
+      candidates: of a beam whose last token is computed, until the others' are too; else None.
       finish_reason: None until it finished.
       stop_reason: the stop token or stop string that ended it, None for any other end.
       logprobs: one entry per output token where `sampling_params` ask for them, else empty; the
@@ -68,6 +71,7 @@ class Sequence:
     num_computed: int = dataclasses.field(init=False, default=0)
     num_in_flight: int = dataclasses.field(init=False, default=0)
     num_pending: int = dataclasses.field(init=False, default=0)
+    candidates: Candidates | None = dataclasses.field(init=False, default=None)
     finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
     stop_reason: int | str | None = dataclasses.field(init=False, default=None)
     logprobs: list[Any] = dataclasses.field(init=False, default_factory=list)
@@ -127,9 +131,17 @@ class Sequence:
 
     def give_up_blocks(self) -> None:
         """Starts again, with prompt and output as the prompt; what is in flight stays counted."""
-        self.row = self.leader = None
+        self.row = self.leader = self.candidates = None
         self.num_shared = self.num_remembered = self.num_reserved = 0
         self.num_dispatched = self.num_computed = 0
+
+    def continued(self, index: int, token: int) -> "Sequence":
+        """Returns a sequence that has come as far as this one, and has one more token; no row."""
+        child = Sequence(self.group, index)
+        child.token_ids = [*self.token_ids, token]
+        child.num_reserved, child.num_remembered = self.num_reserved, self.num_remembered
+        child.num_dispatched, child.num_computed = self.num_dispatched, self.num_computed
+        return child
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -137,7 +149,9 @@ class SequenceGroup:
     """A request: `num_seqs` completions of one prompt, which run, wait and lose blocks together.
 
     The prompt is computed once, by the first sequence; when its last token is, the others are
-    forked from it, and each of them samples its own first token.
+    forked from it, and each of them samples its own first token. A beam search begins with one
+    sequence; after each token its sequences are replaced by their best continuations, and in the
+    end by the results.
 
     Attributes:
       request_id: unique among unfinished requests.
@@ -151,11 +165,12 @@ class SequenceGroup:
       logit_rules: what the request changes in its logits, None for nothing; carried like
         `sampling_params`, of which it is made.
       priority: lower ones first, where the scheduler orders by it.
-      num_seqs: how many completions.
+      num_seqs: how many completions, or beams.
       cache_salt: keeps its cached blocks apart from those of requests with another one.
       reads_cache: whether it uses cached blocks; not if each token of its prompt has to be computed
         for `prompt_logprobs`.
       writes_cache: whether its blocks are cached.
+      beams: the beam search that the sequences are the beams of, best first; None for sampling.
       sequences: all of them, by index.
       status: see `SequenceStatus`.
       arrival: counts the scheduler's groups.
@@ -182,6 +197,7 @@ class SequenceGroup:
     cache_salt: str | None = None
     reads_cache: bool = True
     writes_cache: bool = True
+    beams: BeamSearch | None = None
 
     sequences: list[Sequence] = dataclasses.field(init=False, repr=False)
     status: SequenceStatus = dataclasses.field(init=False, default=SequenceStatus.WAITING)
@@ -194,7 +210,12 @@ class SequenceGroup:
     num_prompt_logprobs: int = dataclasses.field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.sequences = [Sequence(self, index) for index in range(self.num_seqs)]
+        num_first = self.num_seqs if self.beams is None else 1
+        self.sequences = [Sequence(self, index) for index in range(num_first)]
+        if self.beams is not None:
+            ending_ids = self.eos_token_ids | self.stop_token_ids
+            mine = self.num_seqs, self.max_tokens, ending_ids
+            assert (self.beams.width, self.beams.max_tokens, self.beams.ending_ids) == mine
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -205,6 +226,17 @@ class SequenceGroup:
     def live(self) -> list[Sequence]:
         """The sequences that have not finished, by index; a new list."""
         return [sequence for sequence in self.sequences if sequence.finish_reason is None]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it takes while it runs: one per live sequence, or beam to come."""
+        return len(self.live) if self.beams is None else self.num_seqs
+
+    def ending_of(self, token: int) -> tuple[FinishReason, int | None] | None:
+        """Returns finish and stop reason of an output that the token ends; None if it goes on."""
+        if token in self.eos_token_ids:
+            return "stop", None
+        return ("stop", token) if token in self.stop_token_ids else None
 
     @property
     def placed(self) -> list[Sequence]:

@@ -82,24 +82,25 @@ class HostPool:
 def swap_out(group: SequenceGroup, tables: np.ndarray, S: int, pool: HostPool) -> BlockMove | None:
     """Gives a running group that is about to lose its blocks room for them in host memory.
 
-    Nothing past the committed tokens is kept. Each block is copied once, whoever shares it.
+    Nothing past the committed tokens is kept, and never the last token: a beam that waits for the
+    others computes it once more. Each block is copied once, whoever shares it.
 
     Returns:
       What to copy, or None where there is no room, or a sequence has nothing to keep.
     """
-    rows = [(sequence, sequence.row, sequence.num_computed) for sequence in group.placed]
-    if any(row is None or not num_computed for _, row, num_computed in rows):
+    rows = [(s, s.row, min(s.num_computed, len(s.token_ids) - 1)) for s in group.placed]
+    if any(row is None or not num_kept for _, row, num_kept in rows):
         return None
     slots: dict[int, int] = {}
-    for _, row, num_computed in rows:
-        for block in tables[row, : blocks_for(num_computed, S)].tolist():
+    for _, row, num_kept in rows:
+        for block in tables[row, : blocks_for(num_kept, S)].tolist():
             slots.setdefault(block, len(slots))
     group.swapped = pool.take(len(slots))
     if group.swapped is None:
         return None
-    for sequence, row, num_computed in rows:
-        blocks = tables[row, : blocks_for(num_computed, S)].tolist()
-        sequence.num_swapped = num_computed
+    for sequence, row, num_kept in rows:
+        blocks = tables[row, : blocks_for(num_kept, S)].tolist()
+        sequence.num_swapped = num_kept
         sequence.swapped_slots = tuple(slots[block] for block in blocks)
     return BlockMove(group.swapped, np.array(list(slots), np.int32))
 

@@ -288,6 +288,37 @@ def release(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
     refuse_outside(blocks, "blocks", N)
     ref_counts = scatter(state.ref_counts, blocks, -1, blocks != NULL_BLOCK, "add")
     refuse(ref_counts[blocks] < 0, "blocks", blocks, "is released more often than it is held")
+    return _with_fewer_references(state, ref_counts)
+
+
+def replace(state: BlockTables, old: Int[Array, "K"], new: Int[Array, "K"]) -> BlockTables:
+    """Lets every row that has block `old[k]` have `new[k]` in its place (0 in both is padding).
+
+    For full blocks of equal content. References of `hold` stay where they are; an old block that
+    nothing refers to any more becomes free.
+
+    Raises `ValueError` for an old block that comes twice, and for a new one without references or
+    that is itself replaced. In jax these are outside the contract.
+    """
+    xp = namespace(state.tables)
+    (N,) = state.ref_counts.shape
+    old, new = xp.asarray(old, xp.int32), xp.asarray(new, xp.int32)
+    refuse_outside(old, "old", N)
+    refuse_outside(new, "new", N)
+    named = old != NULL_BLOCK
+    refuse_repeated(named, "old", old)
+    becomes = scatter(xp.arange(N, dtype=xp.int32), old, new, named)
+    refuse(becomes[new] != new, "new", new, "is replaced itself")
+    refuse(named & (state.ref_counts[new] == 0), "new", new, "has no references")
+    tables = becomes[state.tables]
+    changed = tables != state.tables
+    ref_counts = scatter(state.ref_counts, state.tables, -1, changed, "add")
+    ref_counts = scatter(ref_counts, tables, 1, changed, "add")
+    return dataclasses.replace(_with_fewer_references(state, ref_counts), tables=tables)
+
+
+def _with_fewer_references(state: BlockTables, ref_counts: Int32[Array, "N"]) -> BlockTables:
+    """Returns the state with these counts; blocks whose last reference went become free."""
     freed = select((state.ref_counts > 0) & (ref_counts == 0))
     return dataclasses.replace(
         state,
@@ -295,7 +326,7 @@ def release(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
         free_blocks=scatter(
             state.free_blocks, state.num_free + freed.rank, freed.places, freed.valid
         ),
-        num_free=xp.asarray(state.num_free + total(freed.valid)),
+        num_free=namespace(ref_counts).asarray(state.num_free + total(freed.valid)),
     )
 
 

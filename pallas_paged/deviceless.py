@@ -4,6 +4,9 @@ Needs the packages `jax-cuda12-plugin` and `jax-cuda12-pjrt` of jax's own versio
 `nvidia-cuda-nvcc-cu12` (none of their dependencies), and on a machine without a GPU the environment
 variable `JAX_PLATFORMS=cpu`. A description of the GPU takes the place of the GPU; `targets/` has
 some. Matrix products are not autotuned then.
+
+JAX assembles all Mosaic GPU kernels of a process for the architecture of the first one: a process
+that looks at their machine code should compile for A100s only, or for H100s and H200s only.
 """
 
 import contextlib
@@ -100,7 +103,8 @@ def kernel_resources(
 
     Raises:
       ValueError, RuntimeError: as `target_device`; no kernel was compiled, because `function` has
-        none or this process has compiled them before (h100 and h200 share their code).
+        none or this process has compiled them before (h100 and h200 share their code); it was
+        assembled for another architecture, for which this process had compiled a kernel before.
     """
     with (
         _captured_output() as report,
@@ -110,7 +114,26 @@ def kernel_resources(
     kernels = _parse(report[0])
     if not kernels:
         raise RuntimeError("no Mosaic GPU kernel was compiled, or this process had compiled it")
+    wanted = f"sm_{target_device(target).compute_capability.replace('.', '')}"
+    assembled = set(re.findall(r"Compiling entry function '\w+' for '(\w+)'", report[0]))
+    if any(architecture.rstrip("a") != wanted for architecture in assembled):
+        raise RuntimeError(
+            f"kernels for {target} ({wanted}) were assembled for {', '.join(assembled)}, the "
+            "architecture of this process's first kernel; compile for each in its own process"
+        )
     return kernels
+
+
+def kernel_ptx(target: str, function: Callable[..., Any], *args: Any) -> str:
+    """Compiles like `compile_for`; returns the Mosaic GPU kernels in `function` as PTX.
+
+    Not for several threads at once, as `kernel_resources`, and with its errors.
+    """
+    with _captured_output() as report, _environment(MOSAIC_GPU_DUMP_PTX="1"):
+        compile_for(target, function, *args)
+    if ".entry" not in report[0]:
+        raise RuntimeError("no Mosaic GPU kernel was compiled, or this process had compiled it")
+    return report[0]
 
 
 def _parse(report: str) -> tuple[KernelResources, ...]:

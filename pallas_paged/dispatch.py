@@ -20,7 +20,8 @@ KNOWN_IMPLEMENTATIONS = ("mosaic_gpu", "xla", "reference")
 """Every name that may be asked for; an operation offers some of them."""
 
 _logger = logging.getLogger(__name__)
-_interpreting = contextvars.ContextVar("interpreting", default=False)
+# The compute capability of the GPU that is simulated; None where kernels are not interpreted.
+_interpreting = contextvars.ContextVar[tuple[int, int] | None]("interpreting", default=None)
 
 
 def _supports_everything(*args: Any, **kwargs: Any) -> None:
@@ -105,7 +106,7 @@ def target_device() -> jax.Device:
 
 def is_interpreting() -> bool:
     """Whether kernels traced now are interpreted; see `interpret_kernels`."""
-    return _interpreting.get()
+    return _interpreting.get() is not None
 
 
 def unsupported_target(capabilities: Collection[tuple[int, int]]) -> str | None:
@@ -114,40 +115,42 @@ def unsupported_target(capabilities: Collection[tuple[int, int]]) -> str | None:
     Args:
       capabilities: the CUDA compute capabilities that they are written for.
     """
-    if _interpreting.get():
-        return None
     device = target_device()
     wanted = " or ".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
-    if device.platform != "gpu":
+    if not is_interpreting() and device.platform != "gpu":
         return f"it needs an NVIDIA GPU of compute capability {wanted}, not {device.device_kind}"
     capability = compute_capability()
     if capability not in capabilities:
+        kind = "what is interpreted" if is_interpreting() else device.device_kind
         return (
-            f"it needs compute capability {wanted}, and {device.device_kind} has "
-            f"{capability[0]}.{capability[1]}"
+            f"it needs compute capability {wanted}, and {kind} has {capability[0]}.{capability[1]}"
         )
     return None
 
 
 def compute_capability() -> tuple[int, int]:
-    """Returns the target device's CUDA compute capability; (9, 0) while kernels are interpreted."""
-    if _interpreting.get():
-        return (9, 0)
+    """Returns the CUDA compute capability of the target device, or of the one simulated."""
+    simulated = _interpreting.get()
+    if simulated is not None:
+        return simulated
     major, minor = str(target_device().compute_capability).split(".")
     return int(major), int(minor)
 
 
 @contextlib.contextmanager
-def interpret_kernels(detect_races: bool = False) -> Iterator[None]:
+def interpret_kernels(
+    detect_races: bool = False, compute_capability: tuple[int, int] = (9, 0)
+) -> Iterator[None]:
     """Lets "mosaic_gpu" run on a CPU, interpreted: very slow, for tests of the kernels.
 
-    Functions traced inside simulate a GPU of compute capability 9.0: its shared memory, barriers,
-    asynchronous copies and threads, but neither layouts nor alignment nor speed.
+    Functions traced inside simulate a GPU: its shared memory, barriers, asynchronous copies and
+    threads, but neither layouts nor alignment nor speed.
 
     Args:
       detect_races: also look for races between threads, which JAX reports on standard output.
+      compute_capability: of that GPU. JAX interprets neither products nor copies as 8.0 has them.
     """
-    token = _interpreting.set(True)
+    token = _interpreting.set(compute_capability)
     try:
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)):
             yield

@@ -1,6 +1,8 @@
 """Settings of every test: two CPU devices, strict dtypes, checked shapes."""
 
 import atexit
+import concurrent.futures
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -14,6 +16,8 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
+from hypothesis import Phase, settings
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -26,6 +30,20 @@ atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", _cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
+# For tests/mutations.py: that a test fails is enough, nobody asks for the smallest example.
+settings.register_profile("no-shrinking", phases=[Phase.explicit, Phase.generate])
+
 LAYER_1 = ["pallas_paged.kv_cache", "pallas_paged.block_tables", "pallas_paged.ops"]
 MODELS = [f"pallas_paged.models.{name}" for name in ("attend", "decoder", "layers", "opt", "rope")]
 install_import_hook(LAYER_1 + MODELS, "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def in_sm80_process():
+    """Calls a function in a process that compiles kernels for sm_80 alone; see `deviceless`.
+
+    The function and its arguments must be picklable.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()

@@ -26,8 +26,13 @@ SMALL = (
         ),
         ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
         ("sampling", "--shapes=2x300 --rounds=1 --hidden=16 --layers=1 --heads=2/1 --context=4"),
-        ("recovery", "--block_sizes=8 --num_requests=3 --prompt_len=9 --output_len=9"),
-        ("sharing", "--num_requests=3 --max_num_seqs=8 --prefix_len=40 --prefix_requests=3"),
+        ("recovery", "--block_sizes=8 --num_requests=8 --prompt_len=9 --output_len=20"),
+        (
+            "sharing",
+            "--num_requests=3 --max_num_seqs=8 --prefix_len=40 --prefix_requests=3 "
+            "--beam_requests=2",
+        ),
+        ("sharing", "--wall_time --random_model=tiny --prefix_len=40 --prefix_requests=3"),
         ("throughput", f"{SMALL} --baseline=static,continuous"),
         ("latency", f"{SMALL} --request_rate=40 --goodput=ttft:500 --baseline=static"),
     ],

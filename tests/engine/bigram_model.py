@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pallas_paged.engine import SamplingParams
+from pallas_paged.engine import BeamSearchParams, SamplingParams
 from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core import Engine
@@ -98,7 +98,9 @@ def make_engine(
 
 
 def run(
-    engine: Engine, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams | BeamSearchParams],
 ) -> list[RequestOutput]:
     """Completes the prompts in one run."""
     sequences = [engine.make_group(p, one) for p, one in zip(prompts, params, strict=True)]

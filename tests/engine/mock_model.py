@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from pallas_paged import block_tables
+from pallas_paged.engine.beam_search import Candidates
 from pallas_paged.engine.groups import CopyPairs
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
-from pallas_paged.engine.sequence import Sequence
+from pallas_paged.engine.sequence import Sequence, SequenceGroup
 from pallas_paged.engine.swap import BlockMove, HostPool
+from tests.engine import beam_oracle
 
 VOCAB_SIZE = 61
 
@@ -29,8 +31,43 @@ def next_token(token_ids: list[int]) -> int:
 
 
 def sampled_token(token_ids: list[int], index: int) -> int:
-    """The token after `token_ids` in completion `index`: no two completions begin alike."""
-    return (next_token(token_ids) + 7 * index) % VOCAB_SIZE
+    """The token after `token_ids` in completion `index`.
+
+    Completions 2k and 2k + 1 draw the same ones, as if by chance, until they have a multiple of
+    11 tokens; the others begin differently.
+    """
+    parts = index % 2 and len(token_ids) % 11 == 0
+    return (next_token(token_ids) + 7 * (index // 2) + bool(parts)) % VOCAB_SIZE
+
+
+def next_logprobs(token_ids: list[int]) -> np.ndarray:
+    """What beams see after `token_ids`: every token and its place count, and no two are equal."""
+    place = sum((i + 1) * (t + 3) for i, t in enumerate(token_ids))
+    tokens = np.arange(VOCAB_SIZE)
+    near = (tokens - place) * 7 % VOCAB_SIZE
+    return -(near + (tokens * 40503 + place * 7919) % 65537 / 65537) / 8
+
+
+def best_tokens(token_ids: list[int], count: int) -> Candidates:
+    """The `count` most likely tokens after `token_ids`."""
+    logprobs = next_logprobs(token_ids)
+    order = np.argsort(-logprobs)[:count]
+    return Candidates(order.tolist(), logprobs[order].tolist())
+
+
+def search_alone(group: SequenceGroup) -> list[beam_oracle.Ended]:
+    """Returns the results of a beam search, best first."""
+    assert group.beams is not None
+    found = beam_oracle.beam_search(
+        next_logprobs,
+        group.prompt_token_ids,
+        width=group.num_seqs,
+        max_tokens=group.max_tokens,
+        ending_ids=[*group.eos_token_ids, *group.stop_token_ids],
+        length_penalty=group.beams.length_penalty,
+        early_stopping=group.beams.early_stopping,
+    )
+    return found[: group.beams.num_results]
 
 
 HostStop = Callable[[list[int]], bool]
@@ -69,6 +106,7 @@ class Batch:
     seq_lens: list[int]
     samples: list[bool]
     indices: list[int]
+    num_candidates: list[int]  # 0: a token is sampled
     swap_outs: tuple[BlockMove, ...]
     swap_ins: tuple[BlockMove, ...]
     copies: CopyPairs
@@ -107,6 +145,12 @@ class MockRunner:
             seq_lens=[share.start + share.num_tokens for share in step.scheduled],
             samples=[share.samples for share in step.scheduled],
             indices=[share.sequence.index for share in step.scheduled],
+            num_candidates=[
+                0
+                if share.sequence.group.beams is None
+                else share.sequence.group.beams.num_candidates
+                for share in step.scheduled
+            ],
             swap_outs=step.swap_outs,
             swap_ins=step.swap_ins,
             copies=step.copies,
@@ -115,7 +159,7 @@ class MockRunner:
         self.queue.append(batch)
         return batch
 
-    def collect(self, batch: Batch) -> list[int]:
+    def collect(self, batch: Batch) -> list[int | Candidates]:
         assert self.queue.popleft() is batch, "the device computes steps in order"
         for move in batch.swap_outs:
             move.chunk.data = self.cache[move.block_ids].copy()
@@ -128,17 +172,25 @@ class MockRunner:
             tokens = [self.last_tokens[row]] if input_ids is None else input_ids
             assert len(tokens) == len(slots)
             self.cache.reshape(-1)[slots] = tokens
-        sampled = []
-        for row, table, seq_len, samples, index in zip(
-            batch.rows, batch.tables, batch.seq_lens, batch.samples, batch.indices, strict=True
+        results: list[int | Candidates] = []
+        for row, table, seq_len, samples, index, num_candidates in zip(
+            batch.rows,
+            batch.tables,
+            batch.seq_lens,
+            batch.samples,
+            batch.indices,
+            batch.num_candidates,
+            strict=True,
         ):
-            if samples:
-                context = self.cache[table].reshape(-1)[:seq_len].tolist()
-                self.last_tokens[row] = sampled_token(context, index)
-                sampled.append(int(self.last_tokens[row]))
+            context = self.cache[table].reshape(-1)[:seq_len].tolist()
+            if not samples:
+                results.append(-1)  # nothing is sampled here, and nobody may look
+            elif num_candidates:
+                results.append(best_tokens(context, num_candidates))
             else:
-                sampled.append(-1)  # nothing is sampled here, and nobody may look
-        return sampled
+                self.last_tokens[row] = sampled_token(context, index)
+                results.append(int(self.last_tokens[row]))
+        return results
 
 
 class MockEngine:
@@ -175,7 +227,8 @@ class MockEngine:
     def commit(self, step: ScheduledStep, batch: Batch) -> None:
         self.events.append(f"collect {step.step_id}")
         for sequence in self.scheduler.commit(step, self.runner.collect(batch)):
-            if self.host_stop and self.host_stop(sequence.output_token_ids):
+            samples = sequence.group.beams is None
+            if samples and self.host_stop and self.host_stop(sequence.output_token_ids):
                 self.scheduler.finish(sequence, "stop", "host")
 
     def run(self, overlap: bool = True) -> None:

@@ -53,12 +53,23 @@ def test_each_request_alone_gives_the_same(llm: LLM, name: str) -> None:
     same_tokens(tokens, reference.greedy[:12], reference.margins[:12])
 
 
-def test_preemption_changes_nothing(name: str) -> None:
+@pytest.fixture(scope="module")
+def tight(name: str) -> LLM:
     """A pool that holds hardly more than the longest request: everybody is preempted, often."""
+    return make_llm(
+        name,
+        max_num_seqs=16,
+        max_num_batched_tokens=48,
+        block_size=4,
+        num_blocks=31,
+        deterministic=True,  # one program
+    )
+
+
+def test_preemption_changes_nothing(tight: LLM, name: str) -> None:
     reference, prompts = load_reference(name), reference_requests(name)
-    llm = make_llm(name, max_num_seqs=16, max_num_batched_tokens=48, block_size=4, num_blocks=31)
-    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
-    assert_idle(llm)
+    outputs = tight.generate(prompts, GREEDY, use_tqdm=False)
+    assert_idle(tight)
     assert sum(output.metrics.num_preemptions for output in outputs) > 16
     same_tokens([o.outputs[0].token_ids for o in outputs], reference.greedy, reference.margins)
 
@@ -90,12 +101,13 @@ def sampled(seeds: Sequence[int], **options) -> list[SamplingParams]:
     ]
 
 
-def test_a_seed_gives_the_same_tokens_alone_batched_and_preempted(llm: LLM, name: str) -> None:
+def test_a_seed_gives_the_same_tokens_alone_batched_and_preempted(
+    llm: LLM, tight: LLM, name: str
+) -> None:
     prompts = reference_requests(name)[:12]
     params = sampled(range(12), top_p=0.9)
     batched = generate(llm, prompts, params)
     alone = [generate(llm, [p], [one])[0] for p, one in zip(prompts, params, strict=True)]
-    tight = make_llm(name, max_num_seqs=8, max_num_batched_tokens=32, block_size=4, num_blocks=20)
     preempted = tight.generate(prompts, params, use_tqdm=False)
     assert sum(output.metrics.num_preemptions for output in preempted) > 0
     # Float32 logits differ by about 1e-6 between batches: one draw in a million may differ.
@@ -111,21 +123,13 @@ def test_different_seeds_give_different_tokens(llm: LLM, name: str) -> None:
     assert len(set(generate(llm, [prompt] * 8, unseeded))) == 8
 
 
-def test_deterministic_is_bitwise(name: str) -> None:
-    llm = make_llm(
-        name,
-        max_num_seqs=8,
-        max_num_batched_tokens=32,
-        block_size=4,
-        num_blocks=40,
-        deterministic=True,
-    )
-    assert len(llm.buckets.all()) == 2  # one shape, plain and full
+def test_deterministic_is_bitwise(tight: LLM, name: str) -> None:
+    assert len(tight.buckets.all()) == 2  # one shape, plain and full
     prompts = reference_requests(name)[:10]
     params = [GREEDY] * 5 + sampled(range(5), top_p=0.9)
-    batched = llm.generate(prompts, params, use_tqdm=False)
+    batched = tight.generate(prompts, params, use_tqdm=False)
     assert sum(output.metrics.num_preemptions for output in batched) > 0
-    alone = [generate(llm, [p], [one])[0] for p, one in zip(prompts, params, strict=True)]
+    alone = [generate(tight, [p], [one])[0] for p, one in zip(prompts, params, strict=True)]
     assert alone == [output.outputs[0].token_ids for output in batched]
 
 
@@ -184,7 +188,9 @@ def test_an_engine_goes_when_its_owner_does(name: str) -> None:
 def test_a_request_whose_logits_are_nan_ends_alone() -> None:
     """One request reads a poisoned embedding; its neighbours are well."""
     name = "llama-gqa-llama3"
-    llm = make_llm(name, max_num_seqs=4, max_num_batched_tokens=64, block_size=8, num_blocks=30)
+    llm = make_llm(
+        name, max_num_seqs=4, max_num_batched_tokens=64, num_blocks=30, deterministic=True
+    )
     reference, poisoned = load_reference(name), 77
     clean = [i for i, row in enumerate(reference.prompts) if poisoned not in row]
     clean = [i for i in clean if poisoned not in reference.greedy[i]][:12]
@@ -208,7 +214,13 @@ def test_a_request_whose_logits_are_nan_ends_alone() -> None:
 def test_a_quantised_cache_from_end_to_end(name: str, kv_cache_dtype: str, dtype: str) -> None:
     """Most requests begin with float32's token; the bounds on logits are tested with the models."""
     reference, prompts = load_reference(name), reference_requests(name)
-    llm = make_llm(name, kv_cache_dtype=kv_cache_dtype, max_num_seqs=32, max_num_batched_tokens=64)
+    llm = make_llm(
+        name,
+        kv_cache_dtype=kv_cache_dtype,
+        max_num_seqs=32,
+        max_num_batched_tokens=64,
+        deterministic=True,  # one program
+    )
     cache = llm.runner.kv_caches[0]
     assert (cache.k.dtype, cache.v.dtype) == (dtype, dtype)
     assert cache.k_scale.shape == cache.v_scale.shape == cache.k.shape[:3]

@@ -53,24 +53,6 @@ def test_batched_groups_get_the_same_tokens(llm: LLM, alone: list) -> None:
     assert tokens(llm, reference_requests(NAME)[:8], PARAMS) == alone
 
 
-@pytest.mark.parametrize("mode", ["recompute", "swap"])
-def test_preempted_groups_get_the_same_tokens(alone: list, mode: str) -> None:
-    prompts = reference_requests(NAME)[:8]
-    options: dict = {"deterministic": True, "preemption_mode": mode}
-    if mode == "swap":
-        options["swap_space"] = 0.01
-    tight = make_llm(
-        NAME, max_num_seqs=16, max_num_batched_tokens=32, block_size=4, num_blocks=40, **options
-    )
-    outputs = tight.generate(prompts, PARAMS, use_tqdm=False)
-    assert_idle(tight)
-    assert sum(output.metrics.num_preemptions for output in outputs) > 0
-    assert [[c.token_ids for c in output.outputs] for output in outputs] == alone
-    stats = tight.kv_stats()
-    assert stats.num_swapped_blocks == stats.num_allocated_blocks == 0
-    assert (stats.num_swaps > 0) == (mode == "swap")
-
-
 def test_the_prompt_is_computed_once(llm: LLM) -> None:
     prompt = {"prompt_token_ids": list(range(5, 55))}
     computed = []

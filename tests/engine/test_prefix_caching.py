@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine import SamplingParams
+from pallas_paged.engine.groups import FullBlocks
 from pallas_paged.engine.prefix_cache import PrefixCache
 from pallas_paged.engine.sequence import Sequence, SequenceGroup
 from tests.engine.mock_model import MockEngine, generate_alone, make_engine
@@ -149,8 +150,12 @@ class TestPins:
 
 
 class TestEviction:
-    def enter(self, cache: PrefixCache, blocks: list[int], tokens: list[int]) -> list[int]:
-        return cache.enter(blocks, tokens, 0, None)
+    def enter(
+        self, cache: PrefixCache, blocks: list[int], tokens: list[int], merges: bool = False
+    ) -> list[int]:
+        full = FullBlocks(0, tokens, 0, len(blocks), None, merges)
+        entered, self.replaced = cache.enter(full, blocks)
+        return entered
 
     def test_least_recently_used_first_and_leaves_before_what_they_stand_on(self) -> None:
         cache = PrefixCache(10, 2)
@@ -188,6 +193,14 @@ class TestEviction:
         assert self.enter(cache, [1, 2], [5, 6]) == [1, 2]
         assert self.enter(cache, [3, 4, 5], [5, 6, 7]) == []
         assert self.enter(cache, [1, 2, 5], [5, 6, 7]) == [5]
+        assert self.replaced == {}
+
+    def test_a_row_that_merges_takes_the_first_copy_and_goes_on_behind_it(self) -> None:
+        cache = PrefixCache(10, 1)
+        assert self.enter(cache, [1, 2], [5, 6], merges=True) == [1, 2]
+        assert self.enter(cache, [3, 4, 5], [5, 6, 7], merges=True) == [5]
+        assert self.replaced == {3: 1, 4: 2}
+        cache.check_invariants()
 
 
 def test_an_engine_finds_pins_and_reports() -> None:

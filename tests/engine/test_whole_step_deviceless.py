@@ -4,6 +4,7 @@ Two layers stand for all: layers are unrolled, and what a further one adds is wh
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 
@@ -47,6 +48,15 @@ def test_a_step_in_place_with_few_launches(
     assert not any("while" in loop for loop in two.launches.loops), two.launches.loops
     added = two.launches.total - one.launches.total
     assert added <= most_launches, (added, two.launches)
+
+
+def test_a_mixed_step_on_an_a100(in_sm80_process: Callable[..., StepReport]) -> None:
+    """In its layer the write, the attention of all sequences in one launch, and its merge."""
+    step = in_sm80_process(report, "llama-8b", 1, MIXED, "a100-40gb")
+    assert step.num_cache_copies == 0
+    assert step.in_place_bytes >= step.cache_bytes
+    assert step.temporary_bytes < 150 << 20 < step.cache_bytes
+    assert len(step.launches.kernels) == 3, step.launches.kernels
 
 
 def test_a_named_implementation_is_what_runs() -> None:

@@ -16,7 +16,7 @@ import hashlib
 import multiprocessing
 import pathlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib import util
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ import jax
 
 from pallas_paged.deviceless import KernelResources, kernel_resources
 from pallas_paged.ops.attention.decode_cases import decode_cases
+from tests.kernels import ampere_cases
 from tests.kernels.prefill_cases import compile_cases
 from tests.kernels.test_deviceless_prefill import resources as prefill_resources
 from tests.kernels.test_mosaic_cache_ops import operations, shapes
@@ -82,6 +83,17 @@ def _prefill() -> list[Program]:
     ]
 
 
+def _ampere() -> list[Program]:
+    return [
+        Program(
+            case.name,
+            "a100-40gb",
+            functools.partial(kernel_resources, "a100-40gb", case.function, *case.arguments()),
+        )
+        for case in ampere_cases.compile_cases()
+    ]
+
+
 def _cache_operations() -> list[Program]:
     """Each operation on each dtype for each chip; head_dims and KV heads go round."""
     programs = []
@@ -110,6 +122,7 @@ _OPS = "pallas_paged.ops"
 FAMILIES = {
     "decode": Family((f"{_OPS}.attention.mosaic_gpu_decode",), _decode),
     "prefill": Family((f"{_OPS}.attention.mosaic_gpu_prefill",), _prefill),
+    "ampere": Family((f"{_OPS}.attention.mosaic_gpu_ampere",), _ampere),
     "cache": Family(
         tuple(f"{_OPS}.{op}.mosaic_gpu" for op in ("kv_write", "block_copy", "block_transfer")),
         _cache_operations,
@@ -234,24 +247,35 @@ def main(families: list[str]) -> None:
     print(
         f"jax {jax.__version__}: {len(rows)} of {len(wanted)} programs are up to date", flush=True
     )
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-        compiled = {pool.submit(_compile, key, current[key[0]]): key for key in missing}
-        failed = 0
-        for number, future in enumerate(concurrent.futures.as_completed(compiled), 1):
-            error = future.exception()
-            if error is None:
-                row = future.result()
-                rows[row.key] = row
-                _write_table(rows.values())
-                result = f"{row.registers} registers, {row.spill_bytes} bytes spilled"
-            else:
-                failed += 1
-                result = f"FAILED: {type(error).__name__}: {error}"
-            print(f"{number}/{len(missing)} {'/'.join(compiled[future])}: {result}", flush=True)
+    failed = 0
+    for number, (key, future) in enumerate(_compile_all(missing, current), 1):
+        error = future.exception()
+        if error is None:
+            row = future.result()
+            rows[row.key] = row
+            _write_table(rows.values())
+            result = f"{row.registers} registers, {row.spill_bytes} bytes spilled"
+        else:
+            failed += 1
+            result = f"FAILED: {type(error).__name__}: {error}"
+        print(f"{number}/{len(missing)} {'/'.join(key)}: {result}", flush=True)
     _write_table(rows.values())
     if failed:
         sys.exit(f"{failed} programs failed to compile")
+
+
+def _compile_all(
+    keys: Collection[tuple[str, str, str]], sources: dict[str, str]
+) -> Iterator[tuple[tuple[str, str, str], concurrent.futures.Future[Row]]]:
+    """Yields every program, compiled; other processes for each target, as `deviceless` asks for."""
+    context = multiprocessing.get_context("spawn")
+    for target in sorted({key[2] for key in keys}):
+        with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+            compiled = {
+                pool.submit(_compile, key, sources[key[0]]): key for key in keys if key[2] == target
+            }
+            for future in concurrent.futures.as_completed(compiled):
+                yield compiled[future], future
 
 
 if __name__ == "__main__":

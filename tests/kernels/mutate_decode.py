@@ -1,35 +1,21 @@
 """Breaks the decode kernel on purpose, one way at a time, and sees its tests fail.
 
-Each mutation replaces one piece of source in a copy of the repository; then the interpreted tests
-that should notice run there. A mutation that no test notices, or whose source is gone, is an error.
-
-  python -m tests.kernels.mutate_decode            # all of them, about half a minute each
-  python -m tests.kernels.mutate_decode zeros ...  # some, by name
+python -m tests.kernels.mutate_decode            # all of them, about half a minute each
+python -m tests.kernels.mutate_decode zeros ...  # some, by name
 """
 
-import pathlib
-import shutil
-import subprocess
 import sys
-import tempfile
-from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
+from tests.mutations import Mutation, run
+
 _KERNEL = "pallas_paged/ops/attention/mosaic_gpu_decode.py"
 _WORK_LIST = "pallas_paged/ops/attention/work_list.py"
 _CONVERSION = "pallas_paged/ops/attention/mosaic_gpu_quantised.py"
-_FP8, _INT8, _FP8_HALF = (f"test_equals_the_reference[{i}]" for i in (8, 10, 11))
-_DECODE, _WINDOW, _TOKENS, _LONG = (f"test_equals_the_reference[{i}]" for i in (0, 1, 3, 4))
 _TESTS = "tests/kernels/test_mosaic_decode.py"
-
-
-class Mutation(NamedTuple):
-    """One way to break the kernel, and the test that notices."""
-
-    file: str
-    old: str
-    new: str
-    test: str
+_DECODE, _WINDOW, _TOKENS, _LONG = (
+    f"{_TESTS}::test_equals_the_reference[{i}]" for i in (0, 1, 3, 4)
+)
+_FP8, _INT8, _FP8_HALF = (f"{_TESTS}::test_equals_the_reference[{i}]" for i in (8, 10, 11))
 
 
 MUTATIONS = {
@@ -152,36 +138,5 @@ MUTATIONS = {
 }
 
 
-def is_noticed(mutation: Mutation) -> bool:
-    """Returns whether the test fails with the mutation applied to a copy of the repository."""
-    source = (ROOT / mutation.file).read_text()
-    assert source.count(mutation.old) == 1, f"{mutation.old!r} is not once in {mutation.file}"
-    with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder)
-        for name in ("pallas_paged", "tests"):
-            ignored = shutil.ignore_patterns("__pycache__", "data", "*.safetensors")
-            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        (copy / mutation.file).write_text(source.replace(mutation.old, mutation.new))
-        command = [sys.executable, "-m", "pytest", f"{_TESTS}::{mutation.test}", "-q"]
-        try:
-            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=300)
-        except subprocess.TimeoutExpired:
-            return True  # it hangs
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    return done.returncode == 1
-
-
-def main(names: list[str]) -> int:
-    """Returns 1 if a mutation was not noticed."""
-    chosen = {name: MUTATIONS[name] for name in names or MUTATIONS}
-    missed = []
-    for name, mutation in chosen.items():
-        noticed = is_noticed(mutation)
-        print(f"{'noticed' if noticed else 'MISSED '}  {name}", flush=True)
-        missed += [] if noticed else [name]
-    return bool(missed)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(MUTATIONS, sys.argv[1:]))

@@ -10,7 +10,17 @@ import pytest
 from pallas_paged import block_tables as bt
 
 S = 4
-_SHARED = ("append", "fork", "free", "share", "hold", "release", "truncate", "slot_mapping")
+_SHARED = (
+    "append",
+    "fork",
+    "free",
+    "share",
+    "hold",
+    "release",
+    "replace",
+    "truncate",
+    "slot_mapping",
+)
 
 
 class _Namespace:
@@ -132,6 +142,20 @@ def test_a_full_shared_block_is_never_copied(tables):
     np.testing.assert_array_equal(state.tables[:, :2], [[1, 2], [1, 3], [0, 0]])
 
 
+def test_replaced_blocks_are_free_unless_they_are_held(tables):
+    state, _ = tables.append(tables.create(), [2 * S, S, 2 * S + 1])  # 1 2, 3, 4 5 6
+    state = tables.hold(state, [3])
+    replaced = tables.replace(state, [3, 4, 0], [1, 1, 0])
+    np.testing.assert_array_equal(replaced.tables, [[1, 2, 0, 0], [1, 0, 0, 0], [1, 5, 6, 0]])
+    np.testing.assert_array_equal(replaced.ref_counts[1:5], [3, 1, 1, 0])
+    assert replaced.num_free == state.num_free + 1
+    np.testing.assert_array_equal(replaced.seq_lens, state.seq_lens)
+    bt.check_invariants(replaced, held=[3])
+    assert _equal(tables.replace(state, [0, 0], [0, 0]), state)
+    replaced = tables.replace(tables.fork(replaced, [1], [1]), [1], [5])  # all rows at once
+    assert replaced.ref_counts[1] == 0
+
+
 def test_fork_ignores_pairs_of_a_row_with_itself(tables):
     state, _ = tables.append(tables.create(), [0, 1, 0])
     padded = tables.fork(state, [1, 0, 1, 0], [0, 0, 1, 0])
@@ -235,6 +259,9 @@ def test_numpy_takes_any_integer_type_and_states_stay_int32():
         (lambda s: bt.hold(s, np.array([0, 7])), r"blocks\[1\]=7 has no references"),
         (lambda s: bt.hold(s, np.array([10])), r"blocks\[0\]=10 must be between 0 and 9"),
         (lambda s: bt.release(s, np.array([1, 1])), r"blocks\[0\]=1, blocks\[1\]=1 is released"),
+        (lambda s: bt.replace(s, np.array([1]), np.array([7])), r"new\[0\]=7 has no references"),
+        (lambda s: bt.replace(s, np.array([1, 2]), np.array([2, 3])), r"new\[0\]=2 is replaced"),
+        (lambda s: bt.replace(s, np.array([1, 1]), np.array([3, 3])), r"old repeat \[1\]"),
     ],
 )
 def test_mistakes_raise_with_the_values_in_numpy(call, message):

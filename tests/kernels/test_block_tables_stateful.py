@@ -214,6 +214,26 @@ class _Machine(RuleBasedStateMachine):
         self.model.collect(blocks)
         self.contents = {b: c for b, c in self.contents.items() if self.model.held[b]}
 
+    def replaceable(self):
+        """Returns the pairs of full blocks that no row has both of."""
+        full, rows = self.model.full_blocks(), self.model.rows
+        together = {pair for row in rows for pair in itertools.permutations(row, 2)}
+        return [pair for pair in itertools.permutations(full, 2) if pair not in together]
+
+    @precondition(lambda self: self.replaceable())
+    @rule(data=st.data())
+    def replace(self, data):
+        old, new = data.draw(st.sampled_from(self.replaceable()))
+        content = self.cache[new].tolist()
+        self.change("replace", [0, old], [0, new])
+        for blocks, tokens in zip(self.model.rows, self.tokens, strict=True):
+            if old in blocks:
+                place = blocks.index(old)
+                blocks[place] = new
+                rest = len(tokens) - place * self.S
+                tokens[place * self.S : (place + 1) * self.S] = content[:rest]
+        self.model.collect([old])
+
     @invariant()
     def namespaces_agree(self):
         self.assert_same(*self.states)

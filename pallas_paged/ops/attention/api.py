@@ -112,8 +112,8 @@ def paged_attention(
       deterministic: treat decode and prefill alike, so that a token's result does not depend, bit
         for bit, on the sequences and tokens beside it in a call of the same shapes. Decoding costs
         more then.
-      implementation: "mosaic_gpu" (GPUs of compute capability 9.0), "xla" (any platform),
-        "reference" (slow, any platform), or None for the first of them that can do it.
+      implementation: "mosaic_gpu" (GPUs of compute capability 8.0 or 9.0), "xla" (any
+        platform), "reference" (slow, any platform), or None for the first that can do it.
 
     Returns:
       out, `[T, Hq, D]` in q's dtype; with `return_lse` (out, lse), lse f32 `[T, Hq]`, natural log.

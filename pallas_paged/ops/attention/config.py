@@ -30,15 +30,21 @@ class GpuLimits:
       smem_per_cta_bytes: the most shared memory that one CTA may have.
       smem_per_sm_bytes: what the CTAs on an SM share.
       smem_reserved_bytes: what each CTA takes of it besides its own.
+      shared_stages: the tiles in flight per CTA, most first, that the rule tries for CTAs which
+        share an SM.
     """
 
     smem_per_cta_bytes: int
     smem_per_sm_bytes: int
     smem_reserved_bytes: int
+    shared_stages: tuple[int, ...]
 
 
-SM90 = GpuLimits(227 * 1024, 228 * 1024, 1024)
+SM90 = GpuLimits(227 * 1024, 228 * 1024, 1024, shared_stages=(4, 3))
 """H100, H200: compute capability 9.0."""
+
+SM80 = GpuLimits(163 * 1024, 164 * 1024, 1024, shared_stages=(4, 3, 2))
+"""A100: compute capability 8.0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +136,9 @@ def heuristic(
     Reasoned, not measured. One CTA's chain of dependent steps per tile is about half as long as the
     tile's time on the memory bus, so two CTAs per SM keep the bus busy, and three for small heads.
     """
+    shared = limits.shared_stages
     many = 3 if key.head_dim <= 64 and key.columns <= 16 else 2
-    for ctas_per_sm, stages in ((many, (4, 3)), (2, (4, 3)), (1, (4, 3, 2))):
+    for ctas_per_sm, stages in ((many, shared), (2, shared), (1, (4, 3, 2))):
         for num_stages in stages:
             config = DecodeConfig(num_stages=num_stages, ctas_per_sm=ctas_per_sm)
             if fits(config, scratch_types(config), limits):

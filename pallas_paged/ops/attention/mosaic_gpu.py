@@ -1,6 +1,8 @@
 """Paged attention in Pallas Mosaic GPU: what it refuses, how it is configured, and its parts.
 
-A step is made of parts over disjoint sequences. The decode part takes those with at most
+For sm_80 one kernel computes a whole step; see `mosaic_gpu_ampere.py`.
+
+For sm_90a a step is made of parts over disjoint sequences. The decode part takes those with at most
 `max_decode_tokens` query tokens; it writes their rows and the padding's. The prefill part takes the
 others and writes into the decode part's result; a step that can have none leaves it out. Which
 sequence belongs where is read from the metadata on the device, by each part's work list.
@@ -11,16 +13,23 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_paged.dispatch import is_interpreting, target_device, unsupported_target
+from pallas_paged.dispatch import (
+    compute_capability,
+    is_interpreting,
+    target_device,
+    unsupported_target,
+)
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
-from pallas_paged.ops.attention import mosaic_gpu_decode, mosaic_gpu_prefill
-from pallas_paged.ops.attention.config import DecodeConfig, DecodeKey, decode_config
+from pallas_paged.ops.attention import mosaic_gpu_ampere, mosaic_gpu_decode, mosaic_gpu_prefill
+from pallas_paged.ops.attention.config import SM80, SM90, DecodeConfig, DecodeKey, decode_config
+from pallas_paged.ops.attention.mosaic_gpu_ampere import AmpereProblem
 from pallas_paged.ops.attention.mosaic_gpu_decode import DecodeProblem
 from pallas_paged.ops.attention.prefill_config import PrefillTuning, prefill_tuning
 from pallas_paged.ops.attention.prefill_plan import plan_prefill
-from pallas_paged.ops.attention.work_list import make_work_list
+from pallas_paged.ops.attention.work_list import divide, make_work_list, split_queries
 from pallas_paged.quantisation import LARGEST, is_quantised
 
+_AMPERE, _HOPPER = (8, 0), (9, 0)
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_GROUP = 16
@@ -47,7 +56,7 @@ def unsupported(
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_q_heads // num_kv_heads
-    if (reason := unsupported_target([(9, 0)])) is not None:
+    if (reason := unsupported_target([_AMPERE, _HOPPER])) is not None:
         return reason
     if deterministic:
         return "deterministic=True, and the work is divided by what else is in the step"
@@ -57,6 +66,8 @@ def unsupported(
             f"q is {q.dtype} and the cache {k_cache.dtype}; q must be one of {', '.join(DTYPES)}, "
             f"the cache the same or one of {', '.join(map(str, LARGEST))}"
         )
+    if is_quantised(k_cache.dtype) and compute_capability() == _AMPERE:
+        return f"the cache is {k_cache.dtype}, for which compute capability 8.0 has no kernel yet"
     for name, value, allowed in (
         ("head_dim", head_dim, HEAD_DIMS),
         ("block_size", block_size, BLOCK_SIZES),
@@ -96,20 +107,25 @@ def paged_attention(
     config: DecodeConfig | None = None,
     tuning: PrefillTuning | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (out, lse); see `api.paged_attention`. `config`, `tuning` None look one up."""
+    """Returns (out, lse); see `api.paged_attention`.
+
+    `config` and `tuning` None look one up; sm_80 has no `tuning`.
+    """
     assert not deterministic, "unsupported() refuses it"
     cache = KVCache(k_cache, v_cache, k_scale, v_scale)
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_q_heads // num_kv_heads
-    problem = DecodeProblem(
+    is_ampere = compute_capability() == _AMPERE
+    most_tokens = mosaic_gpu_ampere.tokens_per_run if is_ampere else max_decode_tokens
+    problem = (AmpereProblem if is_ampere else DecodeProblem)(
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         block_size=block_size,
         dtype=q.dtype,
         cache_dtype=k_cache.dtype,
-        max_tokens=max_decode_tokens(group, head_dim, metadata.max_query_len),
+        max_tokens=most_tokens(group, head_dim, metadata.max_query_len),
         scale=scale,
         sliding_window=sliding_window,
         logits_soft_cap=logits_soft_cap,
@@ -118,34 +134,24 @@ def paged_attention(
     )
     if config is None:
         config = config_for(problem)
-    results = _decode_part(
-        q,
-        cache,
-        metadata,
-        alibi_slopes,
-        sinks,
-        problem=problem,
-        config=config,
-        num_ctas=num_sms() * config.ctas_per_sm,
-    )
+    arrays = (q, cache, metadata, alibi_slopes, sinks)
+    num_ctas = num_sms() * config.ctas_per_sm
+    if isinstance(problem, AmpereProblem):
+        assert tuning is None, "it is for sm_90a"
+        return _ampere_step(*arrays, problem=problem, config=config, num_ctas=num_ctas)
+    results = _decode_part(*arrays, problem=problem, config=config, num_ctas=num_ctas)
     if metadata.max_query_len <= problem.max_tokens:
         return results
-    return _prefill_part(
-        q,
-        cache,
-        metadata,
-        alibi_slopes,
-        sinks,
-        results,
-        problem=problem,
-        tuning=tuning or prefill_tuning(head_dim, is_interpreting()),
-    )
+    tuning = tuning or prefill_tuning(head_dim, is_interpreting())
+    return _prefill_part(*arrays, results, problem=problem, tuning=tuning)
 
 
 def config_for(problem: DecodeProblem) -> DecodeConfig:
-    """Returns the configuration that the decode kernel takes on the target device."""
-    scratch = functools.partial(mosaic_gpu_decode.scratch_types, problem)
-    return decode_config(decode_key(problem), target_device().device_kind, scratch)
+    """Returns the configuration that a kernel for `problem` takes on the target device."""
+    is_ampere = isinstance(problem, AmpereProblem)
+    kernels, limits = (mosaic_gpu_ampere, SM80) if is_ampere else (mosaic_gpu_decode, SM90)
+    scratch = functools.partial(kernels.scratch_types, problem)
+    return decode_config(decode_key(problem), target_device().device_kind, scratch, limits)
 
 
 def decode_key(problem: DecodeProblem) -> DecodeKey:
@@ -161,6 +167,43 @@ def decode_key(problem: DecodeProblem) -> DecodeKey:
 def num_sms() -> int:
     """Returns the number of multiprocessors of the target device; a few while interpreting."""
     return _INTERPRETED_SMS if is_interpreting() else target_device().core_count
+
+
+@functools.partial(jax.jit, static_argnames=("problem", "config", "num_ctas"))
+def _ampere_step(
+    q: jax.Array,
+    cache: KVCache,
+    metadata: AttentionMetadata,
+    alibi_slopes: jax.Array | None,
+    sinks: jax.Array | None,
+    *,
+    problem: AmpereProblem,
+    config: DecodeConfig,
+    num_ctas: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Plans and computes all sequences on sm_80."""
+    runs = split_queries(metadata, num_tokens=q.shape[0], size=problem.max_tokens)
+    work = divide(
+        runs,
+        metadata.query_start_loc[-1:],
+        num_kv_heads=problem.num_kv_heads,
+        num_ctas=num_ctas,
+        tile=config.tile,
+        sliding_window=problem.sliding_window,
+        min_tiles=config.min_tiles,
+    )
+    return mosaic_gpu_ampere.attend(
+        q,
+        cache.k,
+        cache.v,
+        metadata,
+        runs,
+        work,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        problem=problem,
+        config=config,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "config", "num_ctas"))

@@ -306,7 +306,8 @@ def _decode_kernel(
 ) -> None:
     """One CTA: its share of the line of tiles, item after item."""
     num_cache_refs = 4 if problem.is_quantised else 2
-    q_ref, cache = refs[0], KVCache(*refs[1 : 1 + num_cache_refs])
+    q_ref = refs[0]
+    cache: Any = KVCache(*refs[1 : 1 + num_cache_refs])  # of references
     tables_ref, sequences_ref, ctas_ref, num_tokens_ref, *refs_left = refs[1 + num_cache_refs :]
     slopes_ref = refs_left.pop(0) if problem.has_alibi else None
     sinks_ref = refs_left.pop(0) if problem.has_sinks else None
@@ -432,7 +433,7 @@ def _decode_kernel(
             position = (first_index + tile) * tile_size  # of the tile's first key
 
             plgpu.barrier_wait(k_barriers.at[slot])
-            tile_slot = slot
+            tile_slot: Any = slot
             if problem.is_quantised:
                 tile_slot = 0
                 convert_tile(k_tiles.at[slot], k_smem.at[0])

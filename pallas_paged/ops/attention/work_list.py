@@ -36,7 +36,9 @@ class SequenceField:
     """The first query token, a row of q."""
     NUM_TOKENS = 5
     """Query tokens."""
-    COUNT = 6
+    RUN = 6
+    """Index of the run; see `QueryRuns`."""
+    COUNT = 7
 
 
 class CtaField:
@@ -55,11 +57,28 @@ class CtaField:
     COUNT = 5
 
 
+class QueryRuns(NamedTuple):
+    """Runs of query tokens that follow each other in a sequence: what a kernel takes at a time.
+
+    Attributes:
+      rows: i32[X], rows of the block table.
+      lens: i32[X], tokens of the sequence up to the run's last one.
+      first_tokens: i32[X], rows of q.
+      num_tokens: i32[X], 0 where there is no run.
+    """
+
+    rows: Int32[Array, "X"]
+    lens: Int32[Array, "X"]
+    first_tokens: Int32[Array, "X"]
+    num_tokens: Int32[Array, "X"]
+
+
 class WorkList(NamedTuple):
     """The plan of one step; see `SequenceField` and `CtaField` for the columns.
 
     Attributes:
-      sequences: i32[B, 6], those with work first.
+      sequences: i32[X, 7], the runs, those with work first. Where no sequence is split into several
+        runs, these are the sequences.
       ctas: i32[C, 5], each CTA's share.
       num_tokens: i32[1], query tokens of the step; rows of q from there on are padding.
     """
@@ -79,7 +98,7 @@ def make_work_list(
     max_tokens: int,
     min_tiles: int = 1,
 ) -> WorkList:
-    """Returns the shares of `num_ctas` CTAs.
+    """Returns the shares of `num_ctas` CTAs, with one run for each sequence.
 
     Args:
       metadata: of the step.
@@ -90,20 +109,48 @@ def make_work_list(
       max_tokens: sequences with more query tokens than this are no work either.
       min_tiles: the fewest tiles of a share, as long as there are any.
     """
-    starts, lens = metadata.query_start_loc, metadata.seq_lens
-    num_tokens = jnp.diff(starts)
+    counts = jnp.diff(metadata.query_start_loc)
+    runs = QueryRuns(
+        rows=jnp.arange(counts.shape[0], dtype=jnp.int32),
+        lens=metadata.seq_lens,
+        first_tokens=metadata.query_start_loc[:-1],
+        num_tokens=jnp.where(counts <= max_tokens, counts, 0),
+    )
+    return divide(
+        runs,
+        metadata.query_start_loc[-1:],
+        num_kv_heads=num_kv_heads,
+        num_ctas=num_ctas,
+        tile=tile,
+        sliding_window=sliding_window,
+        min_tiles=min_tiles,
+    )
+
+
+def divide(
+    runs: QueryRuns,
+    all_tokens: jax.Array,
+    *,
+    num_kv_heads: int,
+    num_ctas: int,
+    tile: int,
+    sliding_window: int | None,
+    min_tiles: int = 1,
+) -> WorkList:
+    """Returns the shares of `num_ctas` CTAs in the runs; `all_tokens` i32[1] of the step."""
+    num_tokens, lens = runs.num_tokens, runs.lens
     first_key = jnp.zeros_like(lens)
     if sliding_window is not None:
         first_key = jnp.maximum(lens - num_tokens - (sliding_window - 1), 0)
     first_tile = first_key // tile
-    has_work = (num_tokens > 0) & (num_tokens <= max_tokens) & (lens > 0)
+    has_work = (num_tokens > 0) & (lens > 0)
     num_tiles = jnp.where(has_work, (lens + (tile - 1)) // tile - first_tile, 0)
 
-    rows = jnp.arange(lens.shape[0], dtype=jnp.int32)
-    fields = (rows, num_tiles, first_tile, lens, starts[:-1], num_tokens)
+    indices = jnp.arange(lens.shape[0], dtype=jnp.int32)
+    fields = (runs.rows, num_tiles, first_tile, lens, runs.first_tokens, num_tokens, indices)
     sequences = jnp.stack(fields, axis=1)[_compact(has_work)]
-    # What _compact puts behind the sequences with work repeats one of them.
-    is_real = rows < jnp.sum(has_work, dtype=jnp.int32)
+    # What _compact puts behind the runs with work repeats one of them.
+    is_real = indices < jnp.sum(has_work, dtype=jnp.int32)
     tiles = jnp.where(is_real, sequences[:, SequenceField.NUM_TILES], 0)
 
     ends = _running_sum(tiles * num_kv_heads)
@@ -125,7 +172,52 @@ def make_work_list(
         size,
         jnp.where(is_begun_here, (last_end - 1) // share, -1),
     )
-    return WorkList(sequences, jnp.stack(cta_fields, axis=1), starts[-1:])
+    return WorkList(sequences, jnp.stack(cta_fields, axis=1), all_tokens)
+
+
+def split_queries(metadata: AttentionMetadata, *, num_tokens: int, size: int) -> QueryRuns:
+    """Returns the runs of at most `size` tokens that the sequences' queries are cut into.
+
+    Args:
+      metadata: of the step.
+      num_tokens: T, the padding included.
+      size: tokens per run; every run but a sequence's last one has so many.
+    """
+    starts, lens = metadata.query_start_loc, metadata.seq_lens
+    counts = jnp.diff(starts)
+    if metadata.max_query_len <= size:
+        rows = jnp.arange(counts.shape[0], dtype=jnp.int32)
+        return QueryRuns(rows, lens, starts[:-1], counts)
+    ends = _running_sum(_num_runs(counts, size))
+    num_runs = min(num_tokens, (num_tokens + counts.shape[0] * (size - 1)) // size)
+    runs = jnp.arange(num_runs, dtype=jnp.int32)
+    rows = jnp.minimum(_count(ends[None, :] <= runs[:, None]), ends.shape[0] - 1)
+    offsets = (runs - ends[rows] + _num_runs(counts, size)[rows]) * size
+    tokens = jnp.clip(counts[rows] - offsets, 0, size)
+    lens = lens[rows] - counts[rows] + offsets + tokens
+    return QueryRuns(rows, lens, starts[rows] + offsets, tokens)
+
+
+def find_tokens(
+    metadata: AttentionMetadata, *, num_tokens: int, size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns for every token its run, as `split_queries` makes them, and its place there.
+
+    Padding tokens get some run and place that exist.
+    """
+    starts = metadata.query_start_loc
+    tokens = jnp.minimum(jnp.arange(num_tokens, dtype=jnp.int32), starts[-1] - 1)
+    sequences = _count(starts[None, 1:-1] <= tokens[:, None])
+    offsets = jnp.maximum(tokens - starts[sequences], 0)
+    if metadata.max_query_len <= size:
+        return sequences, offsets
+    runs = _num_runs(jnp.diff(starts), size)
+    begins = _running_sum(runs) - runs
+    return begins[sequences] + offsets // size, offsets % size
+
+
+def _num_runs(counts: jax.Array, size: int) -> jax.Array:
+    return (counts + (size - 1)) // size
 
 
 def _compact(mask: jax.Array) -> jax.Array:

@@ -1,0 +1,165 @@
+"""From what a caller asks for to a group of sequences; whatever cannot be is refused here."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from pallas_paged.engine import logprobs
+from pallas_paged.engine.beam_search import BeamSearch
+from pallas_paged.engine.groups import longest_length
+from pallas_paged.engine.logit_rules import resolve
+from pallas_paged.engine.sampling_params import BeamSearchParams, SamplingParams
+from pallas_paged.engine.scheduler import Scheduler
+from pallas_paged.engine.sequence import SequenceGroup
+from pallas_paged.engine.tokenizer import Tokenizer
+
+
+class Intake:
+    """Knows the limits of an engine, and none of its requests.
+
+    Args:
+      scheduler: asked whether it could run a group; nothing is queued.
+      vocab_size: V; token ids are below it.
+      max_model_len: most tokens of a sequence.
+      eos_token_ids: tokens that end an output unless `ignore_eos`.
+      tokenizer: None serves token prompts only, and outputs have no text.
+      seed: where the seeds of requests that bring none are drawn from.
+      max_logprobs: see `EngineConfig`.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        eos_token_ids: Seq[int],
+        tokenizer: Tokenizer | None,
+        seed: int,
+        max_logprobs: int,
+    ):
+        self._scheduler = scheduler
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._tokenizer = tokenizer
+        self._seeds = np.random.default_rng(seed)
+        self._max_logprobs = max_logprobs
+        self._counter = itertools.count()
+
+    def make_group(
+        self,
+        prompt_token_ids: Seq[int],
+        params: SamplingParams | BeamSearchParams,
+        request_id: str | None = None,
+        cache_salt: str | None = None,
+    ) -> SequenceGroup:
+        """Returns a group of `n` sequences, or beams, that `add` accepts; queues nothing.
+
+        A request without an id or a seed draws one. Requests share cached blocks only with those
+        of the same `cache_salt`.
+
+        Raises:
+          ValueError: the prompt is empty, too long for the model, or for the pool together with
+            `max_tokens` and `n`; `n`, or the beams, are more than can run at once; a token id is
+            outside the vocabulary; stop strings without a tokenizer; more log-probabilities than
+            `max_logprobs`; rules for the logits that cannot be, see `logit_rules.resolve`.
+            The message names field, value and way out.
+        """
+        ids = _token_ids(prompt_token_ids, self._vocab_size)
+        for token_id in params.stop_token_ids or ():
+            if token_id >= self._vocab_size:
+                raise ValueError(
+                    f"stop_token_ids holds {token_id}, which is outside the vocabulary of "
+                    f"{self._vocab_size} tokens"
+                )
+        eos_token_ids = frozenset() if params.ignore_eos else self._eos_token_ids
+        stop_token_ids = frozenset(params.stop_token_ids or ())
+        params, beams = self._checked_params(params, eos_token_ids | stop_token_ids)
+        num_seqs = params.n if beams is None else beams.width
+        max_tokens = params.max_tokens
+        if max_tokens is None:
+            # No longer than the model allows, and than the pool could hold if it were alone.
+            longest = longest_length(
+                len(ids),
+                num_seqs,
+                self._scheduler.memory.num_usable_blocks,
+                self._scheduler.memory.block_size,
+            )
+            max_tokens = max(1, min(self._max_model_len, longest) - len(ids))
+        if params.min_tokens > max_tokens:
+            raise ValueError(
+                f"min_tokens={params.min_tokens} is more than the {max_tokens} tokens that fit "
+                "behind the prompt; lower it, or shorten the prompt"
+            )
+        group = SequenceGroup(
+            request_id=f"request-{next(self._counter)}" if request_id is None else request_id,
+            prompt_token_ids=ids,
+            max_tokens=max_tokens,
+            eos_token_ids=eos_token_ids,
+            stop_token_ids=stop_token_ids,
+            arrival_time=time.monotonic(),
+            sampling_params=self._with_seed(params),
+            num_seqs=num_seqs,
+            beams=beams,
+            cache_salt=cache_salt,
+            reads_cache=not params.skip_reading_prefix_cache and params.prompt_logprobs is None,
+            writes_cache=not params.skip_writing_prefix_cache,
+            logit_rules=resolve(
+                params,
+                vocab_size=self._vocab_size,
+                ending_ids=eos_token_ids | stop_token_ids,
+                tokenizer=self._tokenizer,
+            ),
+        )
+        self._scheduler.check(group)
+        if len(ids) + max_tokens > self._max_model_len:
+            fitting = "" if beams is not None else ", or pass max_tokens=None for as many as fit"
+            raise ValueError(
+                f"the prompt's {len(ids)} tokens and max_tokens={max_tokens} are more than "
+                f"max_model_len={self._max_model_len}; shorten one of them{fitting}"
+            )
+        return group
+
+    def _checked_params(
+        self, params: SamplingParams | BeamSearchParams, ending_ids: frozenset[int]
+    ) -> tuple[SamplingParams, BeamSearch | None]:
+        """Returns what each sequence asks of its steps, and the search whose beams they are."""
+        if isinstance(params, BeamSearchParams):
+            beams = params.search(ending_ids)
+            logprobs.check_beams(
+                beams.width, beams.num_candidates, self._max_logprobs, self._vocab_size
+            )
+            return params.of_each_beam(beams.num_candidates), beams
+        if params.stop and self._tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer; use stop_token_ids")
+        for field in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, field)
+            logprobs.check(field, asked, self._max_logprobs, self._vocab_size)
+        return params, None
+
+    def _with_seed(self, params: SamplingParams) -> SamplingParams:
+        if params.seed is not None:
+            return params
+        return dataclasses.replace(params, seed=int(self._seeds.integers(1 << 63)))
+
+
+def _token_ids(token_ids: Seq[int], vocab_size: int) -> tuple[int, ...]:
+    try:
+        ids = np.asarray(token_ids)
+    except ValueError as error:
+        raise ValueError(f"prompt_token_ids must be a flat list of integers: {error}") from error
+    if ids.size == 0:
+        raise ValueError("the prompt is empty; give it at least one token")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"prompt_token_ids must be a flat list of integers, not {token_ids!r:.80}")
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise ValueError(
+            f"prompt_token_ids holds {outside[0]}, which is outside the vocabulary of "
+            f"{vocab_size} tokens"
+        )
+    return tuple(ids.tolist())

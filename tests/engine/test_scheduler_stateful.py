@@ -1,0 +1,361 @@
+"""Random lives of a scheduler over the block tables and the mock model, checked at every step.
+
+Requests of all kinds arrive, are aborted, preempted, recomputed and swapped, prefixes are pinned,
+in pools down to the smallest that admits the request at all. After every step the scheduler's, the
+memory's and the block tables' invariants hold, and sharing is what `sharing_oracle` makes of the
+tokens. When no more requests come, all of them end within a bounded number of steps, each with the
+tokens that it gets alone, and every block is back.
+
+TRACES=3000 runs that many lives, new ones every time, instead of the same few.
+"""
+
+import collections
+import dataclasses
+import os
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from pallas_paged.engine.groups import longest_length, worst_case_blocks
+from pallas_paged.engine.policies import (
+    ChooseRecovery,
+    Order,
+    PriorityOrder,
+    Recovery,
+    always_recompute,
+    always_swap,
+)
+from pallas_paged.engine.scheduled import ScheduledStep
+from pallas_paged.engine.sequence import SequenceGroup, SequenceStatus
+from tests.engine.mock_model import VOCAB_SIZE, generate_alone, make_engine
+from tests.engine.sharing_oracle import check_sharing
+
+NUM_TRACES = int(os.environ.get("TRACES", "0"))
+
+
+def host_stop(output_token_ids: list[int]) -> bool:
+    """A "stop string" of two tokens."""
+    return len(output_token_ids) >= 2 and sum(output_token_ids[-2:]) % 29 == 0
+
+
+def mixed_recovery(group: SequenceGroup) -> Recovery:
+    """Some of each."""
+    return "swap" if sum(s.num_computed for s in group.live) % 3 else "recompute"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """An engine, and how large a request it has just room for."""
+
+    block_size: int
+    largest: tuple[int, int]  # tokens, sequences
+    spare_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    watermark_blocks: int
+    enable_prefix_caching: bool
+    num_host_blocks: int
+    recovery: ChooseRecovery
+    urgent: bool
+
+    @property
+    def num_usable_blocks(self) -> int:
+        """Just what the largest request takes, without a prompt in common, and the spare ones."""
+        length, num_seqs = self.largest
+        return num_seqs * -(-length // self.block_size) + self.spare_blocks
+
+
+SETTINGS = st.builds(
+    Setting,
+    block_size=st.sampled_from([1, 2, 3, 4, 4, 8]),
+    largest=st.tuples(st.integers(8, 24), st.sampled_from([1, 1, 2])),
+    spare_blocks=st.sampled_from([0, 0, 1, 2]),
+    max_num_seqs=st.integers(3, 6),
+    max_num_batched_tokens=st.sampled_from([64, 64, 16, 8, 5, 3, 1]),
+    watermark_blocks=st.sampled_from([0, 0, 1, 3]),
+    enable_prefix_caching=st.sampled_from([True, True, True, False]),
+    num_host_blocks=st.sampled_from([40, 8, 0]),
+    recovery=st.sampled_from([always_recompute, always_swap, mixed_recovery]),
+    urgent=st.sampled_from([False, False, True]),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A request but for its tokens: a prefix that others have too, and a tail of its own."""
+
+    num_common: int
+    num_own: int
+    max_tokens: int
+    num_seqs: int
+    priority: int
+    salt: str | None
+    reads_cache: bool
+    writes_cache: bool
+    num_ending: int  # tokens of the vocabulary that end it
+    is_bold: bool  # asks for `max_tokens`, whether there is room or not
+
+
+REQUESTS = st.builds(
+    Request,
+    num_common=st.one_of(st.just(0), st.integers(1, 12)),
+    num_own=st.sampled_from([0, 0, 1, 2, 5]),
+    max_tokens=st.integers(6, 24),
+    num_seqs=st.sampled_from([1, 1, 2, 2, 3, 6]),
+    priority=st.integers(0, 2),
+    salt=st.sampled_from([None, None, None, "a"]),
+    reads_cache=st.sampled_from([True, True, True, False]),
+    writes_cache=st.sampled_from([True, True, True, False]),
+    num_ending=st.sampled_from([0, 0, 0, 1, 3]),
+    is_bold=st.sampled_from([False, False, False, True]),
+)
+OVERLAPS = st.lists(st.sampled_from([True, True, True, False]), max_size=10)
+PREFIX = tuple((7 * i * i + 3) % VOCAB_SIZE for i in range(12))
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """One life; what happened in all of them is counted in `seen`."""
+
+    seen: collections.Counter[str]
+
+    @initialize(setting=SETTINGS)
+    def start(self, setting: Setting) -> None:
+        self.setting = setting
+        self.engine = make_engine(
+            num_blocks=setting.num_usable_blocks + 1,
+            block_size=setting.block_size,
+            max_num_seqs=setting.max_num_seqs,
+            max_num_batched_tokens=setting.max_num_batched_tokens,
+            max_model_len=32,
+            watermark_blocks=setting.watermark_blocks,
+            host_stop=host_stop,
+            enable_prefix_caching=setting.enable_prefix_caching,
+            num_host_blocks=setting.num_host_blocks,
+            order=PriorityOrder() if setting.urgent else Order(),
+            choose_recovery=setting.recovery,
+        )
+        self.scheduler = self.engine.scheduler
+        self.arrived: list[SequenceGroup] = []
+        self.pinned: list[tuple[int, ...]] = []
+
+    @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4), overlaps=OVERLAPS)
+    def arrive(self, requests: list[Request], overlaps: list[bool]) -> None:
+        for request in requests:
+            group = self.make_group(request)
+            length = min(group.num_prompt_tokens + group.max_tokens, 32)
+            needed = worst_case_blocks(
+                group.num_prompt_tokens, group.num_seqs, length, self.setting.block_size
+            )
+            fits = needed <= self.setting.num_usable_blocks
+            fits &= group.num_seqs <= self.setting.max_num_seqs
+            if not fits:
+                with pytest.raises(ValueError, match=r"blocks|sequences run together"):
+                    self.scheduler.add(group)
+                self.seen["refused"] += 1
+                continue
+            try:
+                self.scheduler.add(group)
+            except ValueError:  # it does not fit beside the pins; alone it does
+                self.seen["refused beside pins"] += 1
+                while self.pinned:
+                    self.unpin()
+                self.scheduler.add(group)
+            self.arrived.append(group)
+        self.step(overlaps)
+
+    def make_group(self, request: Request) -> SequenceGroup:
+        number = len(self.arrived)
+        own = tuple((5 * number + 11 * i) % VOCAB_SIZE for i in range(request.num_own))
+        ending = [(13 * number + 17 * i) % VOCAB_SIZE for i in range(request.num_ending)]
+        prompt = (PREFIX[: request.num_common] + own) or (number % VOCAB_SIZE,)
+        num_seqs, max_tokens = request.num_seqs, request.max_tokens
+        if not request.is_bold:  # takes what just fits
+            if self.longest(len(prompt), num_seqs) <= len(prompt):
+                num_seqs = 1
+            max_tokens = min(max_tokens, max(1, self.longest(len(prompt), num_seqs) - len(prompt)))
+        return SequenceGroup(
+            f"request-{number}",
+            prompt,
+            max_tokens,
+            stop_token_ids=frozenset(ending[1:]),
+            eos_token_ids=frozenset(ending[:1]),
+            cache_salt=request.salt,
+            reads_cache=request.reads_cache,
+            writes_cache=request.writes_cache,
+            priority=request.priority,
+            num_seqs=num_seqs,
+        )
+
+    def longest(self, prompt_len: int, num_seqs: int) -> int:
+        """Returns the tokens of a sequence up to which the request fits."""
+        usable, S = self.setting.num_usable_blocks, self.setting.block_size
+        return longest_length(prompt_len, num_seqs, usable, S)
+
+    @precondition(lambda self: self.scheduler.has_unfinished)
+    @rule(overlaps=OVERLAPS)
+    def step(self, overlaps: list[bool]) -> None:
+        for overlap in overlaps:
+            self.turn(overlap)
+
+    @precondition(lambda self: self.scheduler.has_unfinished)
+    @rule(place=st.integers(0, 5))
+    def abort(self, place: int) -> None:
+        live = [group for group in self.arrived if place == 0 or not group.is_finished]
+        group = live[place % len(live)]
+        self.seen[f"abort while {group.status.name}"] += 1
+        self.seen["abort in flight"] += any(s.num_in_flight for s in group.live)
+        for _ in range(2):
+            self.scheduler.abort(group.request_id)
+        assert group.is_finished
+
+    @precondition(lambda self: self.setting.enable_prefix_caching)
+    @rule(num_blocks=st.integers(1, 3))
+    def pin(self, num_blocks: int) -> None:
+        tokens = PREFIX[: num_blocks * self.setting.block_size]
+        try:
+            if self.scheduler.pin(tokens, None):
+                self.pinned.append(tokens)
+                self.seen["pin"] += 1
+        except ValueError:
+            self.seen["pin refused"] += 1
+
+    @precondition(lambda self: self.pinned)
+    @rule()
+    def unpin(self) -> None:
+        assert self.scheduler.unpin(self.pinned.pop(), None)
+
+    @invariant()
+    def everything_agrees(self) -> None:
+        self.scheduler.check_invariants()
+        self.seen["blocks saved"] += check_sharing(self.scheduler, self.arrived)
+
+    def turn(self, overlap: bool) -> None:
+        """Turns the engine's loop once."""
+        held = self.engine.in_flight[0].scheduled if self.engine.in_flight else ()
+        step = self.engine.step(overlap)
+        self.everything_agrees()
+        if not self.setting.urgent:
+            states = [g.status is SequenceStatus.RUNNING for g in self.arrived if not g.is_finished]
+            assert states == sorted(states, reverse=True), "somebody overtook"
+        if step is not None:
+            self.count(step, {share.sequence.group for share in held})
+
+    def count(self, step: ScheduledStep, in_flight: set[SequenceGroup]) -> None:
+        """Checks a step's size, and counts what is special about it."""
+        assert 0 < step.num_tokens <= self.setting.max_num_batched_tokens
+        assert len(step.scheduled) <= self.setting.max_num_seqs
+        seen = self.seen
+        for share in step.scheduled:
+            seen["late token"] += share.sequence.is_finished
+            seen["forked"] += share.num_tokens == 0
+            seen["chunk"] += not share.samples
+            seen["input on device"] += share.input_on_device
+            seen["recomputed tree"] += share.sequence.leader is not None
+        preempted_in_flight = in_flight & set(step.preempted)
+        seen["preempted in flight"] += len(preempted_in_flight)
+        seen["finished while preempted"] += sum(
+            s.is_finished for g in preempted_in_flight for s in g.sequences
+        )
+        seen["preemption"] += len(step.preempted)
+        seen["several preempted"] += len(step.preempted) > 1
+        seen["swapped out"] += len(step.swap_outs)
+        seen["swapped in"] += len(step.swap_ins)
+        seen["copy on write"] += len(step.copies.src)
+
+    def max_turns(self) -> int:
+        """A bound on the turns that are left: the earliest request makes progress in each of them.
+
+        Once it is the earliest it is never preempted again. It is computed from the start at most
+        once, then token by token; a turn more passes while its earlier life's step is in flight,
+        and one while its last token is.
+        """
+        budget = self.setting.max_num_batched_tokens
+        left = [group for group in self.arrived if not group.is_finished]
+        return (len(left) if self.setting.urgent else 1) * sum(
+            g.num_seqs * -(-(g.num_prompt_tokens + g.max_tokens) // budget)
+            + g.max_tokens * -(-g.num_seqs // budget)
+            + 2
+            for g in left
+        )
+
+    def teardown(self) -> None:
+        """No more arrivals: everybody finishes."""
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(self.max_turns()):
+            if not self.scheduler.has_unfinished:
+                break
+            self.turn(overlap=True)
+        assert not self.scheduler.has_unfinished, "livelock"
+        self.engine.drain()
+        for tokens in self.pinned:
+            assert self.scheduler.unpin(tokens, None)
+        self.scheduler.check_invariants()
+        memory = self.scheduler.memory
+        assert self.scheduler.num_waiting == self.scheduler.num_running == 0
+        assert memory.num_free_blocks == memory.num_usable_blocks
+        assert self.scheduler.host_pool.num_used == 0
+        self.seen["prefix hit"] += sum(g.num_cached_tokens > 0 for g in self.arrived)
+        for sequence in (s for group in self.arrived for s in group.sequences):
+            self.seen[f"finish by {sequence.finish_reason}"] += 1
+            tokens, *ending = generate_alone(sequence, 32, host_stop)
+            if sequence.finish_reason == "abort":
+                assert tokens[: sequence.num_output_tokens] == sequence.output_token_ids
+                assert sequence.num_output_tokens < len(tokens)
+            else:
+                assert tokens == sequence.output_token_ids
+                assert ending == [sequence.finish_reason, sequence.stop_reason]
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_random_lives() -> None:
+    seen: collections.Counter[str] = collections.Counter()
+    run_state_machine_as_test(
+        type("Machine", (SchedulerMachine,), {"seen": seen}),
+        settings=settings(
+            max_examples=NUM_TRACES or 150,
+            stateful_step_count=15,
+            deadline=None,
+            derandomize=not NUM_TRACES,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    for event in (
+        "chunk",
+        "forked",
+        "blocks saved",
+        "prefix hit",
+        "pin",
+        "pin refused",
+        "refused",
+        "refused beside pins",
+        "swapped out",
+        "swapped in",
+        "abort while SWAPPED",
+        "copy on write",
+        "recomputed tree",
+        "input on device",
+        "late token",
+        "preemption",
+        "several preempted",
+        "preempted in flight",
+        "finished while preempted",
+        "abort while WAITING",
+        "abort while RUNNING",
+        "abort while FINISHED",
+        "abort in flight",
+        "finish by stop",
+        "finish by length",
+        "finish by abort",
+    ):
+        assert seen[event], f"the lives do not test {event!r}: {seen}"

@@ -1,0 +1,147 @@
+"""Named programs of the sm_80 attention kernels, to compile without a GPU."""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.ops.attention import mosaic_gpu, mosaic_gpu_ampere
+from pallas_paged.ops.attention.config import SM80, DecodeConfig, fits, heuristic
+from pallas_paged.ops.attention.mosaic_gpu_ampere import AmpereProblem, tokens_per_run
+
+NUM_KV_HEADS = 2
+FEATURES: tuple[dict[str, Any], ...] = (
+    {},
+    {"sliding_window": 300, "sinks": True},
+    {"logits_soft_cap": 30.0, "alibi": True},
+    {"sliding_window": 300, "logits_soft_cap": 30.0, "alibi": True, "sinks": True},
+)
+
+
+class CompileCase(NamedTuple):
+    """A program: `max_query_len` 1 is a decode step, few speculation, many a mixed step.
+
+    Without a `config`, it has the one that is chosen for an A100.
+    """
+
+    group: int
+    head_dim: int
+    block_size: int
+    max_query_len: int
+    dtype: str = "bfloat16"
+    sliding_window: int | None = None
+    logits_soft_cap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+    config: DecodeConfig | None = None
+
+    @property
+    def name(self) -> str:
+        """What tables call it; every field that can differ between cases is in it."""
+        options = ("sliding_window", "logits_soft_cap", "alibi", "sinks")
+        chosen = self.config
+        return "-".join(
+            [
+                f"dim{self.head_dim}-group{self.group}-block{self.block_size}-{self.dtype}",
+                f"queries{self.max_query_len}",
+                *(option for option in options if getattr(self, option)),
+                *([f"tile{chosen.tile}-stages{chosen.num_stages}"] if chosen else []),
+            ]
+        )
+
+    @property
+    def problem(self) -> AmpereProblem:
+        """What the kernel is specialised for."""
+        return AmpereProblem(
+            num_q_heads=NUM_KV_HEADS * self.group,
+            num_kv_heads=NUM_KV_HEADS,
+            head_dim=self.head_dim,
+            block_size=self.block_size,
+            dtype=jnp.dtype(self.dtype),
+            cache_dtype=jnp.dtype(self.dtype),
+            max_tokens=tokens_per_run(self.group, self.head_dim, self.max_query_len),
+            scale=self.head_dim**-0.5,
+            sliding_window=self.sliding_window,
+            logits_soft_cap=self.logits_soft_cap,
+            has_alibi=self.alibi,
+            has_sinks=self.sinks,
+        )
+
+    @property
+    def chosen_config(self) -> DecodeConfig:
+        """The configuration given, or what the rule says for an A100."""
+        problem = self.problem
+        scratch = functools.partial(mosaic_gpu_ampere.scratch_types, problem)
+        return self.config or heuristic(mosaic_gpu.decode_key(problem), scratch, SM80)
+
+    def function(self, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+        """The kernels and their planning, of arrays like `arguments`."""
+        q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, slopes, sinks = arrays
+        unread = jnp.zeros(q.shape[0], jnp.int32)
+        metadata = AttentionMetadata(
+            unread, unread, block_tables, seq_lens, query_start_loc, self.max_query_len
+        )
+        return mosaic_gpu.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            metadata,
+            scale=self.problem.scale,
+            sliding_window=self.sliding_window,
+            logits_soft_cap=self.logits_soft_cap,
+            alibi_slopes=slopes if self.alibi else None,
+            sinks=sinks if self.sinks else None,
+            config=self.chosen_config,
+        )
+
+    def arguments(
+        self, num_tokens: int = 256, num_sequences: int = 16, num_blocks: int = 500
+    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shapes and dtypes of what `function` takes."""
+        num_q_heads = NUM_KV_HEADS * self.group
+        cache = (num_blocks, NUM_KV_HEADS, self.block_size, self.head_dim)
+        shapes = (
+            ((num_tokens, num_q_heads, self.head_dim), self.dtype),
+            (cache, self.dtype),
+            (cache, self.dtype),
+            ((num_sequences, 64), "int32"),
+            ((num_sequences,), "int32"),
+            ((num_sequences + 1,), "int32"),
+            ((num_q_heads,), "float32"),
+            ((num_q_heads,), "float32"),
+        )
+        return tuple(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes)
+
+
+def candidate_configs(problem: AmpereProblem) -> list[DecodeConfig]:
+    """Returns the configurations that fit the chip: tiles and stages.
+
+    With more logits in registers than this, some spill.
+    """
+    tiles = [tile for tile in (64, 128) if tile * problem.rows <= 64 * 64]
+    configs = [DecodeConfig(tile, stages, 1) for tile in tiles for stages in (2, 3, 4)]
+    scratch = functools.partial(mosaic_gpu_ampere.scratch_types, problem)
+    return [config for config in configs if fits(config, scratch(config), SM80)]
+
+
+def compile_cases() -> list[CompileCase]:
+    """Returns what is chosen for every shape of step and cache, and every other configuration.
+
+    Groups and options go round, so that each value of one meets each value of the others.
+    """
+    groups = itertools.cycle((4, 1, 7, 8, 3, 16, 5))
+    cases = []
+    for index, (head_dim, block_size, max_query_len) in enumerate(
+        itertools.product(mosaic_gpu.HEAD_DIMS, mosaic_gpu.BLOCK_SIZES, (1, 3, 256))
+    ):
+        dtype = mosaic_gpu.DTYPES[(index // 3) % 2]
+        features = FEATURES[(index + index // 3) % len(FEATURES)]
+        case = CompileCase(next(groups), head_dim, block_size, max_query_len, dtype, **features)
+        cases.append(case)
+    for head_dim, max_query_len in itertools.product(mosaic_gpu.HEAD_DIMS, (1, 256)):
+        case = CompileCase(next(groups), head_dim, 16, max_query_len, **FEATURES[3])
+        cases += [case._replace(config=c) for c in candidate_configs(case.problem)]
+    return cases

@@ -1,0 +1,94 @@
+"""The sm_80 attention kernels' machine code: no spills, no warnings, memory, launches and waits."""
+
+import collections
+import re
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_paged.deviceless import (
+    KernelResources,
+    compile_for,
+    kernel_ptx,
+    kernel_resources,
+)
+from pallas_paged.ops.attention.config import SM80, DecodeConfig, shared_memory_bytes
+from pallas_paged.ops.attention.mosaic_gpu_ampere import scratch_types
+from tests.kernels.ampere_cases import FEATURES, CompileCase
+
+TARGET = "a100-40gb"
+ALL = FEATURES[3]
+# Decode and mixed steps; each number of rows, and what needs the most registers.
+CASES = (
+    CompileCase(16, 80, 16, 1, **FEATURES[1]),
+    CompileCase(7, 128, 128, 256, "float16", **ALL),
+    CompileCase(3, 256, 64, 256, **ALL),
+)
+
+
+def resources(case: CompileCase) -> tuple[KernelResources, ...]:
+    """Returns what the kernels of `case` take."""
+    return kernel_resources(TARGET, case.function, *case.arguments())
+
+
+def ptx(case: CompileCase) -> str:
+    """Returns the kernels of `case`."""
+    return kernel_ptx(TARGET, case.function, *case.arguments())
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_no_spills_and_enough_shared_memory(case, in_sm80_process):
+    kernels = in_sm80_process(resources, case)
+    assert [kernel.name for kernel in kernels] == [
+        "paged_attention_sm80_mosaic_gpu_kernel",
+        "paged_attention_sm80_merge_mosaic_gpu_kernel",
+    ]
+    for kernel in kernels:
+        assert kernel.spill_bytes == 0
+        assert kernel.warnings == ()
+    computed = shared_memory_bytes(scratch_types(case.problem, case.chosen_config))
+    assert kernels[0].smem_bytes == computed <= SM80.smem_per_cta_bytes
+    # 65,536 registers per SM and 128 threads per CTA, given out by 8 a thread.
+    assert case.chosen_config.ctas_per_sm * -(-kernels[0].registers // 8) * 8 * 128 <= 65536
+
+
+def test_every_copy_is_a_group_and_waits_count_them(in_sm80_process):
+    """The order of copies in which the interpreted tests believe is that of the machine code."""
+    case = CompileCase(4, 64, 32, 1, config=DecodeConfig(num_stages=3, ctas_per_sm=2))
+    program = in_sm80_process(ptx, case)
+    copies = 2  # of keys per tile, and as many of values
+    groups = program.count("cp.async.commit_group")
+    assert groups == 2 * 2 * copies  # before the loop over tiles, and in it
+    assert len(re.findall(r"cp\.async\.c[ag]\.shared\.global", program)) % groups == 0
+    in_flight = 2 * 2 * copies  # of the two tiles behind the one that is read
+    waits = re.findall(r"cp\.async\.wait_group\s+(\d+)", program)
+    assert sorted(map(int, waits)) == [0, 0, in_flight, in_flight + copies]
+    assert "mma.sync.aligned.m16n8k16" in program
+
+
+def two_layers() -> tuple[str, int]:
+    """Returns the program of two layers of decode, and the bytes of its temporaries."""
+    case = CompileCase(4, 128, 16, 1)
+
+    def step(q, *rest):
+        for _ in range(2):
+            out, _ = case.function(q, *rest)
+            q = out * jnp.bfloat16(0.5)
+        return q
+
+    compiled = compile_for(TARGET, step, *case.arguments(num_tokens=16, num_blocks=4000))
+    return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_a_step_plans_once_and_copies_no_cache(in_sm80_process):
+    """Two layers: the plan once, then per layer the padding of q, two kernels and the result."""
+    program, temporary_bytes = in_sm80_process(two_layers)
+    entry = program[program.index("\nENTRY") :]
+    instructions = re.findall(r" = .*? ([a-z-]+)\(", entry)
+    free = {"parameter", "get-tuple-element", "bitcast", "tuple", "constant"}
+    launches = collections.Counter(name for name in instructions if name not in free)
+    assert launches["custom-call"] == 4
+    assert launches["fusion"] <= 8 + 3  # the plan; q, q between the layers, the result
+    assert set(launches) == {"custom-call", "fusion"}
+    cache_bytes = 4000 * 2 * 16 * 128 * 2
+    assert temporary_bytes < cache_bytes
