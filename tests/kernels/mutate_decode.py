@@ -9,6 +9,8 @@ import sys
 from tests.mutations import Mutation, run
 
 _KERNEL = "pallas_paged/ops/attention/mosaic_gpu_decode.py"
+_PARTS = "pallas_paged/ops/attention/mosaic_gpu_decode_parts.py"
+_MERGE = "pallas_paged/ops/attention/mosaic_gpu_decode_merge.py"
 _WORK_LIST = "pallas_paged/ops/attention/work_list.py"
 _CONVERSION = "pallas_paged/ops/attention/mosaic_gpu_quantised.py"
 _TESTS = "tests/kernels/test_mosaic_decode.py"
@@ -49,46 +51,46 @@ MUTATIONS = {
         "lambda: load(step + stages - 1, *place)",
         _DECODE,
     ),
-    "a wrong scale": Mutation(_KERNEL, "(problem.scale * _LOG2E)", "(problem.scale)", _DECODE),
-    "a wrong cap": Mutation(_KERNEL, "(2 * cap * _LOG2E)", "(cap * _LOG2E)", _LONG),
+    "a wrong scale": Mutation(_KERNEL, "(problem.scale * LOG2E)", "(problem.scale)", _DECODE),
+    "a wrong cap": Mutation(_KERNEL, "(2 * cap * LOG2E)", "(cap * LOG2E)", _LONG),
     "slopes of the wrong sign": Mutation(
-        _KERNEL, "logits += _spread(slopes", "logits -= _spread(slopes", _TOKENS
+        _KERNEL, "logits += spread(slopes", "logits -= spread(slopes", _TOKENS
     ),
     "no sink in the merge": Mutation(
-        _KERNEL,
+        _MERGE,
         "maximum, denominator, sinks_ref, head),\n            sequence,",
         "maximum, denominator, None, head),\n            sequence,",
         _LONG,
     ),
     "the sink in every part": Mutation(
         _KERNEL,
-        "_finish(problem, accumulators, maximum, denominator, None, head)\n",
-        "_finish(problem, accumulators, maximum, denominator, sinks_ref, head)\n",
+        "finish(problem, accumulators, maximum, denominator, None, head)\n",
+        "finish(problem, accumulators, maximum, denominator, sinks_ref, head)\n",
         _LONG,
     ),
     "zeros": Mutation(
-        _KERNEL,
-        "_spread(factor, a.shape) for a in",
-        "_spread(factor * 0, a.shape) for a in",
+        _PARTS,
+        "spread(factor, a.shape) for a in",
+        "spread(factor * 0, a.shape) for a in",
         _DECODE,
     ),
     "no correction": Mutation(
         _KERNEL,
-        "corrected = accumulator * _spread(correction, accumulator.shape)",
+        "corrected = accumulator * spread(correction, accumulator.shape)",
         "corrected = accumulator",
         _DECODE,
     ),
     "equal weights in the merge": Mutation(
-        _KERNEL, "weight = jnp.exp2(lse - new_maximum)", "weight = jnp.exp2(lse - lse)", _LONG
+        _MERGE, "weight = jnp.exp2(lse - new_maximum)", "weight = jnp.exp2(lse - lse)", _LONG
     ),
     "a part left out of the merge": Mutation(
-        _KERNEL, "num_parts = last_part - cta + 1", "num_parts = last_part - cta", _LONG
+        _MERGE, "num_parts = last_part - cta + 1", "num_parts = last_part - cta", _LONG
     ),
     "NaN of a tail in the values": Mutation(
         _KERNEL, "(position + tile_size > length)", "(position > length)", _DECODE
     ),
     "padding not written": Mutation(
-        _KERNEL, "_write_padding(problem, num_tokens_ref[0]", "(lambda *_: 0)(0", _DECODE
+        _KERNEL, "write_padding(problem, num_tokens_ref[0]", "(lambda *_: 0)(0", _DECODE
     ),
     "shares that overlap": Mutation(
         _WORK_LIST, "begin = jnp.minimum(ctas * share, total)", "begin = ctas * (share - 1)", _LONG
