@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_paged.ops.attention.config import DecodeConfig
-from pallas_paged.ops.attention.mosaic_gpu_decode import DecodeProblem
+from pallas_paged.ops.attention.decode_problem import DecodeProblem
 from pallas_paged.ops.attention.work_list import SequenceField
 
 PIECE_KEYS = 32

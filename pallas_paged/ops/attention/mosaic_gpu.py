@@ -22,13 +22,14 @@ from pallas_paged.dispatch import (
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import (
     ampere_problem,
+    decode_problem,
     mosaic_gpu_ampere,
     mosaic_gpu_decode,
     mosaic_gpu_prefill,
 )
 from pallas_paged.ops.attention.ampere_problem import AmpereProblem
 from pallas_paged.ops.attention.config import SM80, SM90, DecodeConfig, DecodeKey, decode_config
-from pallas_paged.ops.attention.mosaic_gpu_decode import DecodeProblem
+from pallas_paged.ops.attention.decode_problem import DecodeProblem
 from pallas_paged.ops.attention.prefill_config import PrefillTuning, prefill_tuning
 from pallas_paged.ops.attention.prefill_plan import plan_prefill
 from pallas_paged.ops.attention.work_list import divide, make_work_list, split_queries
@@ -154,8 +155,8 @@ def paged_attention(
 def config_for(problem: DecodeProblem) -> DecodeConfig:
     """Returns the configuration that a kernel for `problem` takes on the target device."""
     is_ampere = isinstance(problem, AmpereProblem)
-    kernels, limits = (ampere_problem, SM80) if is_ampere else (mosaic_gpu_decode, SM90)
-    scratch = functools.partial(kernels.scratch_types, problem)
+    module, limits = (ampere_problem, SM80) if is_ampere else (decode_problem, SM90)
+    scratch = functools.partial(module.scratch_types, problem)
     return decode_config(decode_key(problem), target_device().device_kind, scratch, limits)
 
 
