@@ -9,11 +9,15 @@ import sys
 from tests.mutations import Mutation, run
 
 _KERNEL = "pallas_paged/ops/attention/mosaic_gpu_decode.py"
+_PARTS = "pallas_paged/ops/attention/mosaic_gpu_decode_parts.py"
+_MERGE = "pallas_paged/ops/attention/mosaic_gpu_decode_merge.py"
 _WORK_LIST = "pallas_paged/ops/attention/work_list.py"
+_CONVERSION = "pallas_paged/ops/attention/mosaic_gpu_quantised.py"
 _TESTS = "tests/kernels/test_mosaic_decode.py"
 _DECODE, _WINDOW, _TOKENS, _LONG = (
     f"{_TESTS}::test_equals_the_reference[{i}]" for i in (0, 1, 3, 4)
 )
+_FP8, _INT8, _FP8_HALF = (f"{_TESTS}::test_equals_the_reference[{i}]" for i in (8, 10, 11))
 
 
 MUTATIONS = {
@@ -29,9 +33,11 @@ MUTATIONS = {
     "a window one too wide": Mutation(
         _KERNEL, "keys > positions - window", "keys >= positions - window", _WINDOW
     ),
-    "values for keys": Mutation(_KERNEL, "k_ref.at[block, head", "v_ref.at[block, head", _DECODE),
+    "values for keys": Mutation(
+        _KERNEL, "cache.k.at[block, head", "cache.v.at[block, head", _DECODE
+    ),
     "another head's keys": Mutation(
-        _KERNEL, "k_ref.at[block, head", "k_ref.at[block, jnp.maximum(head - 1, 0)", _DECODE
+        _KERNEL, "cache.k.at[block, head", "cache.k.at[block, jnp.maximum(head - 1, 0)", _DECODE
     ),
     "no wait for the keys": Mutation(
         _KERNEL, "plgpu.barrier_wait(k_barriers.at[slot])", "pass", _DECODE
@@ -45,49 +51,91 @@ MUTATIONS = {
         "lambda: load(step + stages - 1, *place)",
         _DECODE,
     ),
-    "a wrong scale": Mutation(_KERNEL, "(problem.scale * _LOG2E)", "(problem.scale)", _DECODE),
-    "a wrong cap": Mutation(_KERNEL, "(2 * cap * _LOG2E)", "(cap * _LOG2E)", _LONG),
+    "a wrong scale": Mutation(_KERNEL, "(problem.scale * LOG2E)", "(problem.scale)", _DECODE),
+    "a wrong cap": Mutation(_KERNEL, "(2 * cap * LOG2E)", "(cap * LOG2E)", _LONG),
     "slopes of the wrong sign": Mutation(
-        _KERNEL, "logits += _spread(slopes", "logits -= _spread(slopes", _TOKENS
+        _KERNEL, "logits += spread(slopes", "logits -= spread(slopes", _TOKENS
     ),
     "no sink in the merge": Mutation(
-        _KERNEL,
+        _MERGE,
         "maximum, denominator, sinks_ref, head),\n            sequence,",
         "maximum, denominator, None, head),\n            sequence,",
         _LONG,
     ),
     "the sink in every part": Mutation(
         _KERNEL,
-        "_finish(problem, accumulators, maximum, denominator, None, head)\n",
-        "_finish(problem, accumulators, maximum, denominator, sinks_ref, head)\n",
+        "finish(problem, accumulators, maximum, denominator, None, head)\n",
+        "finish(problem, accumulators, maximum, denominator, sinks_ref, head)\n",
         _LONG,
     ),
     "zeros": Mutation(
-        _KERNEL,
-        "_spread(factor, a.shape) for a in",
-        "_spread(factor * 0, a.shape) for a in",
+        _PARTS,
+        "spread(factor, a.shape) for a in",
+        "spread(factor * 0, a.shape) for a in",
         _DECODE,
     ),
     "no correction": Mutation(
         _KERNEL,
-        "corrected = accumulator * _spread(correction, accumulator.shape)",
+        "corrected = accumulator * spread(correction, accumulator.shape)",
         "corrected = accumulator",
         _DECODE,
     ),
     "equal weights in the merge": Mutation(
-        _KERNEL, "weight = jnp.exp2(lse - new_maximum)", "weight = jnp.exp2(lse - lse)", _LONG
+        _MERGE, "weight = jnp.exp2(lse - new_maximum)", "weight = jnp.exp2(lse - lse)", _LONG
     ),
     "a part left out of the merge": Mutation(
-        _KERNEL, "num_parts = last_part - cta + 1", "num_parts = last_part - cta", _LONG
+        _MERGE, "num_parts = last_part - cta + 1", "num_parts = last_part - cta", _LONG
     ),
     "NaN of a tail in the values": Mutation(
         _KERNEL, "(position + tile_size > length)", "(position > length)", _DECODE
     ),
     "padding not written": Mutation(
-        _KERNEL, "_write_padding(problem, num_tokens_ref[0]", "(lambda *_: 0)(0", _DECODE
+        _KERNEL, "write_padding(problem, num_tokens_ref[0]", "(lambda *_: 0)(0", _DECODE
     ),
     "shares that overlap": Mutation(
         _WORK_LIST, "begin = jnp.minimum(ctas * share, total)", "begin = ctas * (share - 1)", _LONG
+    ),
+    "quantised: keys without their scales": Mutation(
+        _KERNEL, "logits *= _spread_rows(scales, logits.shape)", "pass", _INT8
+    ),
+    "quantised: weights without the values' scales": Mutation(
+        _KERNEL, "weights *= _spread_rows(scales, weights.shape)", "pass", _INT8
+    ),
+    "quantised: float16 values without their scales": Mutation(
+        _CONVERSION, "x *= plgpu.layout_cast", "plgpu.layout_cast", _FP8_HALF
+    ),
+    "quantised: the keys' scales for the values": Mutation(
+        _KERNEL, "cache.v_scale.at[block, head", "cache.k_scale.at[block, head", _INT8
+    ),
+    "quantised: another head's scales": Mutation(
+        _KERNEL,
+        "cache.k_scale.at[block, head",
+        "cache.k_scale.at[block, jnp.maximum(head - 1, 0)",
+        _INT8,
+    ),
+    "quantised: another block's scales": Mutation(
+        _KERNEL, "cache.v_scale.at[block, head", "cache.v_scale.at[block - 1, head", _INT8
+    ),
+    "quantised: scales one token off": Mutation(
+        _CONVERSION, "is_before = row < i * copy_rows", "is_before = row <= i * copy_rows", _INT8
+    ),
+    "quantised: bytes without a sign": Mutation(
+        _CONVERSION,
+        "stored = stored.astype(jnp.bfloat16)",
+        "stored = stored.astype(jnp.uint8).astype(jnp.bfloat16)",
+        _INT8,
+    ),
+    "quantised: no wait for bytes and scales": Mutation(
+        _KERNEL, "plgpu.barrier_wait(v_barriers.at[slot])", "pass", _INT8
+    ),
+    "quantised: NaN of a tail's scales": Mutation(
+        _CONVERSION,
+        "return jnp.where((row >= rows[0]) & (row < rows[1]), scales, 0.0)",
+        "return scales",
+        _INT8,
+    ),
+    "quantised: NaN of a tail's values": Mutation(
+        _CONVERSION, "x = jnp.where(is_kept, x, jnp.zeros_like(x))", "pass", _FP8
     ),
 }
 

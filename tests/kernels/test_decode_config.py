@@ -20,8 +20,8 @@ from pallas_paged.ops.attention.config import (
     tuned_file_name,
 )
 from pallas_paged.ops.attention.decode_cases import candidate_configs, decode_cases, make_case
+from pallas_paged.ops.attention.decode_problem import scratch_types
 from pallas_paged.ops.attention.mosaic_gpu import HEAD_DIMS, decode_key
-from pallas_paged.ops.attention.mosaic_gpu_decode import scratch_types
 
 CASE = make_case(4, 128, 16)
 SCRATCH = functools.partial(scratch_types, CASE.problem)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.config import SM90, DecodeConfig, fits, heuristic
-from pallas_paged.ops.attention.mosaic_gpu_decode import DecodeProblem, scratch_types
+from pallas_paged.ops.attention.decode_problem import DecodeProblem, scratch_types
 from pallas_paged.quantisation import LARGEST
 
 _GROUPS = (1, 3, 4, 5, 7, 8, 16)
