@@ -84,4 +84,4 @@ def test_large_tiles_are_for_few_columns():
 
 def test_names_of_cases_are_unique():
     names = [case.name for case in decode_cases()]
-    assert len(set(names)) == len(names) > 100
+    assert len(set(names)) == len(names) > 90

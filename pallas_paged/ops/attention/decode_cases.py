@@ -151,24 +151,22 @@ def candidate_configs(problem: DecodeProblem) -> list[DecodeConfig]:
 def decode_cases() -> list[DecodeCase]:
     """Returns what is chosen by rule for every shape, and every other configuration.
 
-    What is chosen: head_dim x dtype x block size x query tokens. The configurations: tiles x stages
-    x head_dim (80 and 96 are like 128) x dtype. Groups, options and the rest go round, so that each
-    value of one meets each value of the others.
+    What is chosen: head_dim x dtype x block size. The configurations: tiles x stages x head_dim (80
+    and 96 are like 128). Query tokens, groups, options and the rest go round with different periods.
     """
     groups = itertools.cycle(_GROUPS)
     cases = []
-    for index, (head_dim, dtype, block_size, tokens) in enumerate(
-        itertools.product(mosaic_gpu.HEAD_DIMS, mosaic_gpu.DTYPES, mosaic_gpu.BLOCK_SIZES, (1, 8))
+    for index, (head_dim, dtype, block_size) in enumerate(
+        itertools.product(mosaic_gpu.HEAD_DIMS, mosaic_gpu.DTYPES, mosaic_gpu.BLOCK_SIZES)
     ):
-        group = next(groups)
-        features = _FEATURES[(index % 2 + index // 2 + index // 8) % len(_FEATURES)]
+        group, tokens = next(groups), (1, 8)[(index + index // 4) % 2]
+        features = _FEATURES[(index + index // 4 + index // 8) % len(_FEATURES)]
         max_tokens = mosaic_gpu.max_decode_tokens(group, head_dim, tokens)
         cases.append(make_case(group, head_dim, block_size, max_tokens, dtype, **features))
-    for index, (head_dim, dtype) in enumerate(
-        itertools.product((64, 128, 192, 256), mosaic_gpu.DTYPES)
-    ):
+    for index, head_dim in enumerate((64, 128, 192, 256)):
         for turn, block_size in enumerate(mosaic_gpu.BLOCK_SIZES):
             group, features = next(groups), _FEATURES[(index + turn) % len(_FEATURES)]
+            dtype = mosaic_gpu.DTYPES[(index + turn) % 2]
             problem = make_case(group, head_dim, block_size, 1, dtype, **features).problem
             stages = {(c.tile, c.num_stages): c for c in candidate_configs(problem)}
             configs = list(stages.values())[turn :: len(mosaic_gpu.BLOCK_SIZES)]
@@ -199,6 +197,6 @@ def quantised_cases() -> list[DecodeCase]:
             **_FEATURES[(i + 3 * turn // 2) % 4],
         )
         cases.append(chosen)
-        large = [c for c in candidate_configs(chosen.problem) if c.tile == 128]
+        large = [c for c in candidate_configs(chosen.problem) if c.tile == 128 and (i + i // 2) % 2]
         cases += [DecodeCase(chosen.problem, config) for config in large[:1]]
     return cases
