@@ -152,7 +152,8 @@ def decode_cases() -> list[DecodeCase]:
     """Returns what is chosen by rule for every shape, and every other configuration.
 
     What is chosen: head_dim x dtype x block size. The configurations: tiles x stages x head_dim (80
-    and 96 are like 128). Query tokens, groups, options and the rest go round with different periods.
+    and 96 are like 128). Query tokens, groups, options and the rest go round with periods of
+    their own.
     """
     groups = itertools.cycle(_GROUPS)
     cases = []
