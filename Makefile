@@ -40,9 +40,10 @@ kernels-mutate: $(VENV)/.test
 	@$(PY) -m tests.kernels.mutate_decode
 	@$(PY) -m tests.kernels.mutate_ampere
 
-# Break the sharing of blocks on purpose, and see the tests fail: some minutes.
+# Break the sharing of blocks and beam search on purpose, and see the tests fail: some minutes.
 sharing-mutate: $(VENV)/.test
 	@$(PY) -m tests.engine.mutate_sharing
+	@$(PY) -m tests.engine.mutate_beams
 
 # sdist -> wheel -> an empty environment -> a request, run from another directory.
 dist: $(VENV)/.test

@@ -3,10 +3,10 @@
   python -m benchmarks.recovery --block_sizes=8,16,32,64,128
   python -m benchmarks.recovery --pool_share=0.1 --random_model=100m
 
-Requests of several kinds (greedy, sampled with a seed, n samples, a common prefix) run together
-through one model: with memory for all of them, and with a pool of `pool_share` of that, once
-computing again what was preempted, once swapping it to host memory. All three give the same tokens,
-which is checked. Only ratios of one line mean anything.
+Requests of several kinds (greedy, sampled with a seed, n samples, beams, a common prefix) run
+together through one model: with memory for all of them, and with a pool of `pool_share` of that,
+once computing again what was preempted, once swapping it to host memory. All three give the same
+tokens, which is checked. Only ratios of one line mean anything.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import random_models, tables
-from pallas_paged.engine import LLM, RequestOutput, SamplingParams
+from pallas_paged.engine import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from pallas_paged.engine.groups import blocks_for, worst_case_blocks
 
 _MODEL = flags.DEFINE_enum(
@@ -31,17 +31,22 @@ _BLOCK_SIZES = flags.DEFINE_list("block_sizes", ["8", "16", "32", "64", "128"], 
 _NUM_REQUESTS = flags.DEFINE_integer("num_requests", 24, "Requests.", lower_bound=1)
 _PROMPT_LEN = flags.DEFINE_integer("prompt_len", 60, "Tokens of a prompt.", lower_bound=1)
 _OUTPUT_LEN = flags.DEFINE_integer("output_len", 100, "Tokens of an output.", lower_bound=1)
-_N = flags.DEFINE_integer("n", 2, "Samples of those requests that ask for several.", lower_bound=1)
+_N = flags.DEFINE_integer(
+    "n", 2, "Samples, or beams, of those requests that have several.", lower_bound=1
+)
 _POOL_SHARE = flags.DEFINE_float("pool_share", 0.1, "Pool, as a share of what all need.")
 _PREFIX_CACHING = flags.DEFINE_bool("prefix_caching", True, "Whether prefixes are cached.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+
+
+Params = SamplingParams | BeamSearchParams
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """How requests of a kind are made: their parameters, and how much of a prompt they share."""
 
-    params: SamplingParams
+    params: Params
     shared_prefix: float = 0.0
 
 
@@ -53,13 +58,14 @@ def make_kinds(num_samples: int, max_tokens: int) -> dict[str, Kind]:
         "greedy": Kind(greedy),
         "sampled": Kind(sampled),
         "several": Kind(dataclasses.replace(sampled, n=num_samples)),
+        "beams": Kind(BeamSearchParams(num_samples, max_tokens, ignore_eos=True)),
         "prefix": Kind(greedy, shared_prefix=0.75),
     }
 
 
 def make_requests(
     kinds: Sequence[Kind], num_requests: int, prompt_len: int, vocab_size: int
-) -> tuple[list[dict[str, list[int]]], list[SamplingParams]]:
+) -> tuple[list[dict[str, list[int]]], list[Params]]:
     """Returns prompts and parameters, of one kind after the other."""
     rng = np.random.default_rng(0)
     common = rng.integers(0, vocab_size, prompt_len).tolist()
@@ -73,9 +79,14 @@ def make_requests(
     return prompts, params
 
 
-def pool_sizes(params: Sequence[SamplingParams], prompt_len: int, block_size: int) -> list[int]:
+def num_seqs(params: Params) -> int:
+    """Returns how many sequences of a request run together."""
+    return params.beam_width if isinstance(params, BeamSearchParams) else params.n
+
+
+def pool_sizes(params: Sequence[Params], prompt_len: int, block_size: int) -> list[int]:
     """Returns the blocks that all requests need together, and that the largest one needs."""
-    shapes = [(one.n, prompt_len + (one.max_tokens or 0)) for one in params]
+    shapes = [(num_seqs(one), prompt_len + (one.max_tokens or 0)) for one in params]
     needs = [n * blocks_for(length, block_size) for n, length in shapes]
     return [
         sum(needs),
@@ -101,17 +112,16 @@ def run(
         folder,
         load_format="dummy",
         max_model_len=_PROMPT_LEN.value + _OUTPUT_LEN.value,
-        max_num_seqs=max(_N.value, min(32, sum(one.n for one in params))),
+        max_num_seqs=max(_N.value, min(32, sum(map(num_seqs, params)))),
         max_num_batched_tokens=128,
         block_size=block_size,
         num_blocks=1 + share,
         enable_prefix_caching=_PREFIX_CACHING.value,
         swap_space=1 if mode == "swap" else 0,
         preemption_mode=mode or "recompute",
-        deterministic=True,  # one program
+        deterministic=True,  # one shape
+        compile_ahead=True,
     )
-    llm.runner.programs.compile(bucket for bucket in llm.buckets.all() if not bucket.is_full)
-    llm.runner.block_programs.compile()
     begin = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return time.perf_counter() - begin, outputs, llm, share

@@ -126,7 +126,7 @@ MUTATIONS = {
     ),
     "host memory kept after an abort": Mutation(
         _SCHEDULER,
-        "self._waiting.remove(group)\n            self.host_pool.give_back(group)",
+        "self._waiting.remove(group)\n        self.host_pool.give_back(group)",
         "self._waiting.remove(group)",
         _UNIT,
     ),
@@ -195,7 +195,7 @@ MUTATIONS = {
     ),
     "a part of a group admitted": Mutation(
         _ADMISSION,
-        "if len(group.live) > places.num_rows:\n            return None",
+        "if group.num_rows > places.num_rows:\n            return None",
         "pass",
         f"{_UNIT} {_LIVES}",
     ),
@@ -206,7 +206,7 @@ MUTATIONS = {
         _UNIT,
     ),
     "no blocks kept free for copies": Mutation(
-        _GROUPS, "num_spares = len(live) - len(placed)", "num_spares = 0", _UNIT
+        _GROUPS, "num_spares = group.num_rows - len(placed)", "num_spares = 0", _UNIT
     ),
     "cached tokens counted wrong": Mutation(
         _ADMISSION,

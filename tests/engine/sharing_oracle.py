@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from pallas_paged.engine.groups import blocks_for
+from pallas_paged.engine.groups import blocks_for, worst_case_blocks
 from pallas_paged.engine.kv_stats import kv_stats
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.scheduler import Scheduler
@@ -68,6 +68,10 @@ def _full_blocks(
 def _num_partial(group: SequenceGroup, memory: BlockTableMemory, full: set[int]) -> int:
     """Returns how many blocks the group has beside those that are full and known."""
     S = memory.block_size
+    rows = [sequence.row for sequence in group.placed]
+    length = min(group.num_prompt_tokens + group.max_tokens, memory.tables.shape[1] * S)
+    most = worst_case_blocks(group.num_prompt_tokens, group.num_seqs, length, S)
+    assert np.count_nonzero(np.unique(memory.tables[rows])) <= most
     users: dict[tuple[int, int], list[Sequence]] = {}
     for sequence in group.placed:
         for index, block in enumerate(memory.tables[sequence.row].tolist()):
@@ -79,6 +83,8 @@ def _num_partial(group: SequenceGroup, memory: BlockTableMemory, full: set[int])
             known = min(a.num_dispatched, b.num_dispatched, (index + 1) * S)
             known = min(len(a.token_ids), len(b.token_ids), known)
             assert a.token_ids[:known] == b.token_ids[:known], "a block of two contents"
+        if group.beams is not None:
+            continue  # beams inherit blocks that others have written, and copy them to go on
         # Whoever writes behind what it began with is alone, but for those that begin behind it.
         end = (index + 1) * S
         writers = [
@@ -87,7 +93,7 @@ def _num_partial(group: SequenceGroup, memory: BlockTableMemory, full: set[int])
         readers = [s for s in sequences if s.num_shared >= end]
         assert not writers or len(writers) + len(readers) == len(sequences), "written and shared"
         assert len(writers) <= 1, "written by several"
-    if not group.num_preemptions:
+    if group.beams is None and not group.num_preemptions:
         _check_lineage(group, S, users, full, memory)
     return len(users)
 

@@ -11,7 +11,6 @@ import pytest
 
 from pallas_paged.engine import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from pallas_paged.engine.core import Engine
-from pallas_paged.engine.policies import always_recompute, always_swap
 from pallas_paged.models.demo import DEMO_MODEL
 from tests.engine import beam_oracle, bigram_model
 from tests.engine.serving import MIN_MARGIN, assert_idle, make_llm
@@ -173,32 +172,6 @@ def test_others_go_on_while_beams_wait(llm: LLM) -> None:
         del llm.runner.dispatch
     assert [counts[0] for counts in dispatched[:12]] == [1] * 12
     assert [counts[1] for counts in dispatched[:12]] == [1, 0, 3, 0, 3, 0, 3, 0, 3, 0, 0, 0]
-
-
-def test_preempted_beams_get_the_same_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [c for c in recorded_cases(NAME) if len(c["prompt"]) == 5 and c["width"] in (4, 6)]
-    tight = make_llm(
-        NAME,
-        max_num_seqs=32,
-        max_num_batched_tokens=32,
-        block_size=4,
-        num_blocks=38,  # the least for 6 beams of 25 tokens
-        deterministic=True,
-        enable_prefix_caching=False,
-        swap_space=0.01,
-    )
-    with pytest.raises(ValueError, match=r"in each of 6 sequences, 43 blocks, .* has 37"):
-        tight.beam_search(prompt_of(cases[0]), BeamSearchParams(6, 24, ignore_eos=True))
-    for recover in (always_recompute, always_swap):
-        monkeypatch.setattr(tight.engine.scheduler, "_choose_recovery", recover)
-        before = tight.kv_stats()
-        outputs = tight.beam_search(
-            [prompt_of(case) for case in cases], [params_of(case) for case in cases], use_tqdm=False
-        )
-        assert_idle(tight)
-        assert sum(output.metrics.num_preemptions for output in outputs) > 3
-        assert (tight.kv_stats().num_swaps > before.num_swaps) == (recover is always_swap)
-        assert not check_as_recorded(outputs, cases)
 
 
 def test_an_abort_at_any_step_returns_every_block(llm: LLM) -> None:
@@ -410,6 +383,8 @@ def test_what_the_engine_cannot_do_is_refused_by_name(llm: LLM) -> None:
         search(31, 5)  # the model has two ending tokens
     with pytest.raises(ValueError, match="beam_width=159 and 2 ending tokens are more than the"):
         search(159, 5)
+    with pytest.raises(ValueError, match=r"in each of 16 sequences, 497 blocks, .* has 399"):
+        search(16, 123, ignore_eos=True)
     with pytest.raises(ValueError, match="max_tokens=200 are more than max_model_len=128"):
         search(2, 200)
     with pytest.raises(ValueError, match="stop_token_ids holds 999, which is outside"):

@@ -96,6 +96,22 @@ class TestHits:
         group = run(engine, PROMPT[:5])  # 8 tokens; the last was never committed
         assert len(engine.scheduler.memory.prefix_cache) == 1
 
+    def test_what_a_preempted_request_finds_again_is_not_counted(self) -> None:
+        engine = cached_engine(num_blocks=8)
+        groups = [SequenceGroup(str(i), tuple(range(i, i + 9)), 8) for i in (1, 20)]
+        for group in groups:
+            engine.scheduler.add(group)
+        starts = []
+        while engine.scheduler.has_unfinished:
+            step = engine.step()
+            shares = step.scheduled if step is not None else ()
+            starts += [s.start for s in shares if s.sequence.group is groups[1]]
+        assert groups[1].num_preemptions == 1
+        assert sorted(starts) != starts  # it began again, and not from the first token
+        assert starts.count(0) == 1
+        assert [group.num_cached_tokens for group in groups] == [0, 0]
+        assert engine.scheduler.memory.prefix_cache.num_queried_tokens == 18
+
     def test_an_error_forgets_everything(self) -> None:
         engine = cached_engine()
         run(engine)

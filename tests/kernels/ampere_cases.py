@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_paged.kv_cache import AttentionMetadata
-from pallas_paged.ops.attention import mosaic_gpu, mosaic_gpu_ampere
+from pallas_paged.ops.attention import mosaic_gpu
+from pallas_paged.ops.attention.ampere_problem import AmpereProblem, scratch_types, tokens_per_run
 from pallas_paged.ops.attention.config import SM80, DecodeConfig, fits, heuristic
-from pallas_paged.ops.attention.mosaic_gpu_ampere import AmpereProblem, tokens_per_run
 
 NUM_KV_HEADS = 2
 FEATURES: tuple[dict[str, Any], ...] = (
@@ -74,7 +74,7 @@ class CompileCase(NamedTuple):
     def chosen_config(self) -> DecodeConfig:
         """The configuration given, or what the rule says for an A100."""
         problem = self.problem
-        scratch = functools.partial(mosaic_gpu_ampere.scratch_types, problem)
+        scratch = functools.partial(scratch_types, problem)
         return self.config or heuristic(mosaic_gpu.decode_key(problem), scratch, SM80)
 
     def function(self, *arrays: Any) -> tuple[jax.Array, jax.Array]:
@@ -123,7 +123,7 @@ def candidate_configs(problem: AmpereProblem) -> list[DecodeConfig]:
     """
     tiles = [tile for tile in (64, 128) if tile * problem.rows <= 64 * 64]
     configs = [DecodeConfig(tile, stages, 1) for tile in tiles for stages in (2, 3, 4)]
-    scratch = functools.partial(mosaic_gpu_ampere.scratch_types, problem)
+    scratch = functools.partial(scratch_types, problem)
     return [config for config in configs if fits(config, scratch(config), SM80)]
 
 

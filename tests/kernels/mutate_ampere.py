@@ -8,7 +8,8 @@ import sys
 
 from tests.mutations import Mutation, run
 
-_KERNEL = "pallas_paged/ops/attention/mosaic_gpu_ampere.py"
+_KERNEL = "pallas_paged/ops/attention/mosaic_gpu_ampere_kernel.py"
+_WRAPPER = "pallas_paged/ops/attention/mosaic_gpu_ampere.py"
 _WORK_LIST = "pallas_paged/ops/attention/work_list.py"
 _TESTS = "tests/kernels/test_mosaic_ampere.py"
 
@@ -64,6 +65,7 @@ MUTATIONS = {
         "jnp.tile(per_head.reshape(problem.num_kv_heads, -1), (1, problem.max_tokens))",
         "jnp.repeat(per_head.reshape(problem.num_kv_heads, -1), problem.max_tokens, axis=1)",
         "tokens-early",
+        _WRAPPER,
     ),
     "no sinks": _mutation("    if sink is not None:", "    if False:", "split-late"),
     "no sink in the merge": _mutation(
@@ -97,7 +99,7 @@ MUTATIONS = {
         "| (position < first_key)", "", "prefill-early"
     ),
     "padding not zeroed": _mutation(
-        "jnp.where(mask, heads,", "jnp.where(mask | True, heads,", "mixed-late"
+        "jnp.where(mask, heads,", "jnp.where(mask | True, heads,", "mixed-late", _WRAPPER
     ),
     "runs that overlap": _mutation(
         "QueryRuns(rows, lens, starts[rows] + offsets, tokens)",

@@ -12,8 +12,8 @@ from pallas_paged.deviceless import (
     kernel_ptx,
     kernel_resources,
 )
+from pallas_paged.ops.attention.ampere_problem import scratch_types
 from pallas_paged.ops.attention.config import SM80, DecodeConfig, shared_memory_bytes
-from pallas_paged.ops.attention.mosaic_gpu_ampere import scratch_types
 from tests.kernels.ampere_cases import FEATURES, CompileCase
 
 TARGET = "a100-40gb"
@@ -59,6 +59,9 @@ def test_every_copy_is_a_group_and_waits_count_them(in_sm80_process):
     copies = 2  # of keys per tile, and as many of values
     groups = program.count("cp.async.commit_group")
     assert groups == 2 * 2 * copies  # before the loop over tiles, and in it
+    # No copy is started before every warp has read what was there.
+    for before in program.split("cp.async.commit_group")[:-1]:
+        assert "bar.sync" in re.split(r"cp\.async\.c[ag]", before)[0]
     assert len(re.findall(r"cp\.async\.c[ag]\.shared\.global", program)) % groups == 0
     in_flight = 2 * 2 * copies  # of the two tiles behind the one that is read
     waits = re.findall(r"cp\.async\.wait_group\s+(\d+)", program)

@@ -1,6 +1,6 @@
 """Paged attention in Pallas Mosaic GPU: what it refuses, how it is configured, and its parts.
 
-For sm_80 one kernel computes a whole step; see `mosaic_gpu_ampere.py`.
+For sm_80 one kernel computes a whole step; see `mosaic_gpu_ampere_kernel.py`.
 
 For sm_90a a step is made of parts over disjoint sequences. The decode part takes those with at most
 `max_decode_tokens` query tokens; it writes their rows and the padding's. The prefill part takes the
@@ -21,14 +21,15 @@ from pallas_paged.dispatch import (
 )
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import (
+    ampere_problem,
     decode_problem,
     mosaic_gpu_ampere,
     mosaic_gpu_decode,
     mosaic_gpu_prefill,
 )
+from pallas_paged.ops.attention.ampere_problem import AmpereProblem
 from pallas_paged.ops.attention.config import SM80, SM90, DecodeConfig, DecodeKey, decode_config
 from pallas_paged.ops.attention.decode_problem import DecodeProblem
-from pallas_paged.ops.attention.mosaic_gpu_ampere import AmpereProblem
 from pallas_paged.ops.attention.prefill_config import PrefillTuning, prefill_tuning
 from pallas_paged.ops.attention.prefill_plan import plan_prefill
 from pallas_paged.ops.attention.work_list import divide, make_work_list, split_queries
@@ -127,7 +128,7 @@ def paged_attention(
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_q_heads // num_kv_heads
     is_ampere = compute_capability() == _AMPERE
-    most_tokens = mosaic_gpu_ampere.tokens_per_run
+    most_tokens = ampere_problem.tokens_per_run
     if not is_ampere:
         most_tokens = functools.partial(max_decode_tokens, quantised=is_quantised(k_cache.dtype))
     problem = (AmpereProblem if is_ampere else DecodeProblem)(
@@ -161,7 +162,7 @@ def paged_attention(
 def config_for(problem: DecodeProblem) -> DecodeConfig:
     """Returns the configuration that a kernel for `problem` takes on the target device."""
     is_ampere = isinstance(problem, AmpereProblem)
-    module, limits = (mosaic_gpu_ampere, SM80) if is_ampere else (decode_problem, SM90)
+    module, limits = (ampere_problem, SM80) if is_ampere else (decode_problem, SM90)
     scratch = functools.partial(module.scratch_types, problem)
     return decode_config(decode_key(problem), target_device().device_kind, scratch, limits)
 
