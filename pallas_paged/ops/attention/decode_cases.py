@@ -142,7 +142,8 @@ def candidate_configs(problem: DecodeProblem) -> list[DecodeConfig]:
 
     Logits of more columns than these would not fit into registers.
     """
-    tiles = [tile for tile in (64, 128) if tile * problem.columns <= _MAX_LOGITS]
+    most = _MAX_LOGITS // 2 if problem.is_quantised else _MAX_LOGITS
+    tiles = [tile for tile in (64, 128) if tile == 64 or tile * problem.columns <= most]
     candidates = itertools.product(tiles, (2, 3, 4, 6), (1, 2, 3))
     configs = [DecodeConfig(*values) for values in candidates]
     return [config for config in configs if fits(config, scratch_types(problem, config), SM90)]
@@ -187,7 +188,7 @@ def quantised_cases() -> list[DecodeCase]:
         itertools.product(mosaic_gpu.HEAD_DIMS, (1, 8), map(str, LARGEST))
     ):
         group, turn = next(groups), i // 4
-        max_tokens = mosaic_gpu.max_decode_tokens(group, head_dim, tokens)
+        max_tokens = mosaic_gpu.max_decode_tokens(group, head_dim, tokens, quantised=True)
         chosen = make_case(
             group,
             head_dim,

@@ -43,6 +43,7 @@ DTYPES = ("bfloat16", "float16")
 _MAX_DECODE_TOKENS = 8
 # The most query columns by head_dim, padded to 64: with more, and all features, registers spill.
 _MAX_COLUMNS = {64: 64, 128: 32, 192: 32, 256: 24}
+_MAX_COLUMNS_QUANTISED = {64: 40, 128: 24, 192: 16, 256: 16}
 _INTERPRETED_SMS = 2
 
 
@@ -85,14 +86,18 @@ def unsupported(
     return None
 
 
-def max_decode_tokens(group: int, head_dim: int, max_query_len: int) -> int:
+def max_decode_tokens(
+    group: int, head_dim: int, max_query_len: int, quantised: bool = False
+) -> int:
     """Returns the most query tokens of a sequence that belongs to the decode part.
 
     All of them in a step with few tokens per sequence (speculation), else one: the kernel computes
-    as many columns for each sequence as for the largest.
+    as many columns for each sequence as for the largest. Conversion of quantised tiles takes
+    registers, and leaves fewer for columns.
     """
     columns = -(-group * max_query_len // 8) * 8
-    few = columns <= _MAX_COLUMNS[-(-head_dim // 64) * 64]
+    most = _MAX_COLUMNS_QUANTISED if quantised else _MAX_COLUMNS
+    few = columns <= most[-(-head_dim // 64) * 64]
     return max_query_len if few and max_query_len <= _MAX_DECODE_TOKENS else 1
 
 
@@ -123,7 +128,9 @@ def paged_attention(
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_q_heads // num_kv_heads
     is_ampere = compute_capability() == _AMPERE
-    most_tokens = ampere_problem.tokens_per_run if is_ampere else max_decode_tokens
+    most_tokens = ampere_problem.tokens_per_run
+    if not is_ampere:
+        most_tokens = functools.partial(max_decode_tokens, quantised=is_quantised(k_cache.dtype))
     problem = (AmpereProblem if is_ampere else DecodeProblem)(
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,

@@ -177,6 +177,7 @@ def _decode_kernel(
     value_rows, window = problem.value_rows, problem.sliding_window
     # Rows of O^T per product: all of them, as long as they leave registers for the rest.
     chunk = value_rows if value_rows * columns <= 4096 else 64
+    unroll = columns <= 16  # many columns leave few registers for conversion
     num_copies, copy_rows = problem.copies(tile_size)
     cta, num_ctas = lax.axis_index("cta"), lax.axis_size("cta")
     first_item, num_items, first_tile, num_tiles = (
@@ -290,7 +291,7 @@ def _decode_kernel(
             tile_slot: Any = slot
             if problem.is_quantised:
                 tile_slot = 0
-                convert_tile(k_tiles.at[slot], k_smem.at[0])
+                convert_tile(k_tiles.at[slot], k_smem.at[0], unroll=unroll)
                 plgpu.commit_smem()
             queries = q_smem.at[q_slot].transpose((1, 0))
             logits = _product(k_smem.at[tile_slot], queries)  # [T, N]
@@ -324,9 +325,10 @@ def _decode_kernel(
                         rows=rows,
                         scales=scales,
                         copy_rows=copy_rows,
+                        unroll=unroll,
                     )
                 else:
-                    convert_tile(v_tiles.at[slot], v_smem.at[0], rows=rows)
+                    convert_tile(v_tiles.at[slot], v_smem.at[0], rows=rows, unroll=unroll)
                     scales = load_scales(scales, 0, tile_size, copy_rows, _ROW_LAYOUT)
                     scales = masked_scales(scales, 0, rows, _ROW_LAYOUT)
                     weights *= _spread_rows(scales, weights.shape)

@@ -55,7 +55,7 @@ class Problem:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers per thread of the loading warpgroup and of each computing one."""
-        return 40, 232
+        return (56, 224) if self.is_quantised and self.head_dim == 192 else (40, 232)
 
     @property
     def tokens(self) -> int:
