@@ -96,7 +96,7 @@ MUTATIONS = {
         "(position + tile_size > item.length)", "(position > item.length)", "decode-late"
     ),
     "NaN left of the window in the values": _mutation(
-        "| (position < first_key)", "", "prefill-early"
+        "| (position < first_key)", "", "tokens-early"
     ),
     "padding not zeroed": _mutation(
         "jnp.where(mask, heads,", "jnp.where(mask | True, heads,", "mixed-late", _WRAPPER
