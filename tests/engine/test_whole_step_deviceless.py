@@ -16,8 +16,17 @@ DECODE = Bucket(64, 64, is_decode=True)
 MIXED = Bucket(512, 64, is_decode=False)
 
 
-def report(name: str, num_layers: int, bucket: Bucket, target: str, **options: str) -> StepReport:
+def report(
+    name: str,
+    num_layers: int,
+    bucket: Bucket,
+    target: str,
+    vocab_size: int | None = None,
+    **options: str,
+) -> StepReport:
     shape = dataclasses.replace(SHAPES[name], num_layers=num_layers)
+    if vocab_size is not None:
+        shape = dataclasses.replace(shape, vocab_size=vocab_size)
     config = EngineConfig(name, dtype="bfloat16", **options)
     return compile_step(shape, config, bucket, target, num_blocks=4000, max_model_len=2048)
 
@@ -64,8 +73,9 @@ def test_a_named_implementation_is_what_runs() -> None:
         cache: report(
             "llama-8b",
             1,
-            DECODE,
+            Bucket(8, 8, is_decode=True),
             "h100",
+            vocab_size=256,
             attention_implementation="xla",
             cache_implementation=cache,
         ).launches.kernels

@@ -31,6 +31,8 @@ def sequence_and_head(problem: DecodeProblem, item: jax.Array) -> tuple[jax.Arra
 
 def per_column(problem: DecodeProblem, per_head: Any, kv_head: jax.Array) -> jax.Array:
     """Returns f32[N]: the number of each column's query head."""
+    if problem.group == 1:  # what follows would keep the compiler searching for its layouts
+        return as_column(jnp.full((problem.columns,), per_head[kv_head]))
     head = lax.rem(_column_iota(problem.columns), jnp.int32(problem.group))
     numbers = as_column(jnp.zeros((problem.columns,), jnp.float32))
     for i in range(problem.group):
