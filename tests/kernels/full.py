@@ -25,7 +25,7 @@ import jax
 from pallas_paged.deviceless import KernelResources, kernel_resources
 from pallas_paged.ops.attention.decode_cases import decode_cases
 from tests.kernels import ampere_cases
-from tests.kernels.prefill_cases import compile_cases
+from tests.kernels.prefill_cases import CompileCase, compile_cases
 from tests.kernels.test_deviceless_prefill import resources as prefill_resources
 from tests.kernels.test_mosaic_cache_ops import operations, shapes
 
@@ -78,9 +78,13 @@ def _decode() -> list[Program]:
 
 def _prefill() -> list[Program]:
     return [
-        Program(case.name, "h100", functools.partial(prefill_resources, case, "h100"))
+        Program(case.name, "h100", functools.partial(_prefill_kernel, case))
         for case in compile_cases()
     ]
+
+
+def _prefill_kernel(case: CompileCase) -> tuple[KernelResources, ...]:
+    return (prefill_resources(case, "h100"),)
 
 
 def _ampere() -> list[Program]:
