@@ -79,16 +79,14 @@ class Scheduler:
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
         self.memory = memory
-        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_model_len = max_model_len
         if watermark_blocks is None:
             watermark_blocks = max(1, memory.num_usable_blocks // 100)
         self.watermark_blocks = watermark_blocks
         self.num_preemptions = 0
         self._unfinished: dict[str, SequenceGroup] = {}
         self.host_pool = HostPool(0, memory.num_usable_blocks) if host_pool is None else host_pool
-        self._admission = Admission(memory, self.host_pool, max_num_seqs, max_model_len)
+        self.admission = Admission(memory, self.host_pool, max_num_seqs, max_model_len)
         self._order = Order() if order is None else order
         self._choose_recovery = choose_recovery
         self._arrivals = itertools.count()
@@ -140,7 +138,7 @@ class Scheduler:
             raise ValueError(
                 f"request_id={group.request_id!r} is taken by an unfinished request; use another"
             )
-        self._admission.check(group)
+        self.admission.check(group)
 
     def pin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
         """Keeps the full blocks of a prefix, until `unpin`, however little memory there is.
@@ -154,7 +152,7 @@ class Scheduler:
         if not self.memory.pin(token_ids, salt):
             return False
         for group in self._unfinished.values():
-            if not self._admission.fits_beside_pins(group):
+            if not self.admission.fits_beside_pins(group):
                 self.memory.unpin(token_ids, salt)
                 raise ValueError(
                     f"pinning {num_blocks} blocks would leave too few of "
@@ -184,7 +182,7 @@ class Scheduler:
         arrivals, first = self._admit(
             self.max_num_batched_tokens - sum(count for _, count in planned)
         )
-        swap_ins, more_copies = self._admission.give_blocks(arrivals)
+        swap_ins, more_copies = self.admission.give_blocks(arrivals)
         planned = self._fork(planned + first)
         if not planned:
             assert self._in_flight or not self._unfinished, "nothing to wait for, nothing to do"
@@ -315,7 +313,7 @@ class Scheduler:
         queued = [*self._running, *self._waiting]
         assert {id(g) for g in queued} == {id(g) for g in self._unfinished.values()}
         assert len(queued) == len(self._unfinished)
-        assert sum(group.num_rows for group in self._running) <= self.max_num_seqs
+        assert sum(group.num_rows for group in self._running) <= self.admission.max_num_seqs
         used: dict[int, int] = {}
         for group in queued:
             assert group.live
@@ -352,7 +350,7 @@ class Scheduler:
         assert sequence.num_in_flight == len(shares)
         num_samples = sum(share.samples for share in shares)
         assert sequence.num_pending == (num_samples if sequence.group.beams is None else 0)
-        assert sequence.num_tokens <= self._admission.max_length(sequence.group)
+        assert sequence.num_tokens <= self.admission.max_length(sequence.group)
         assert sequence.num_computed <= sequence.num_dispatched <= sequence.num_reserved
 
     def _plan_running(self) -> Plan:
@@ -370,7 +368,7 @@ class Scheduler:
     def _plan(self, group: SequenceGroup, budget: int) -> Plan:
         """Returns what a group's sequences compute next, in their order, within the budget."""
         planned: dict[Sequence, int] = {}
-        max_length = self._admission.max_length(group)
+        max_length = self.admission.max_length(group)
         for sequence in group.placed:
             if sequence.num_tokens == max_length:
                 continue  # its last token is in flight
@@ -409,7 +407,7 @@ class Scheduler:
             head, victim = next_to_admit(self._waiting), choose_victim(self._running)
             if not self._order.may_displace(head, victim) or _is_in_flight(head):
                 break
-            if self._admission.arrival_of(head, self._places()) is not None:
+            if self.admission.arrival_of(head, self._places()) is not None:
                 break
             displaced.append(self._preempt(victim))
         return displaced
@@ -419,7 +417,7 @@ class Scheduler:
         groups = [*self._running, *(arrival.group for arrival in arrivals)]
         num_blocks = self.memory.num_free_blocks - sum(a.num_blocks for a in arrivals)
         return Places(
-            self.max_num_seqs - sum(group.num_rows for group in groups),
+            self.admission.max_num_seqs - sum(group.num_rows for group in groups),
             num_blocks - (self.watermark_blocks if groups else 0),
         )
 
@@ -430,11 +428,11 @@ class Scheduler:
         for group in tuple(self._waiting) if budget else ():
             if _is_in_flight(group):
                 break  # what a preempted group still has in flight belongs to its earlier life
-            arrival = self._admission.arrival_of(group, self._places(arrivals))
+            arrival = self.admission.arrival_of(group, self._places(arrivals))
             if arrival is None:
                 break
             arrivals.append(arrival)
-            self._admission.enter(arrival)
+            self.admission.enter(arrival)
             planned_here = self._plan(group, budget)
             planned += planned_here
             budget -= sum(count for _, count in planned_here)
@@ -541,7 +539,7 @@ class Scheduler:
         ending = sequence.group.ending_of(sequence.token_ids[-1])
         if ending is not None:
             return self._retire([sequence], *ending)
-        if len(sequence.token_ids) == self._admission.max_length(sequence.group):
+        if len(sequence.token_ids) == self.admission.max_length(sequence.group):
             return self._retire([sequence], "length", None)
         return []
 

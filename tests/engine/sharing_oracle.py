@@ -143,6 +143,11 @@ def _check_stats(
     assert stats.num_shared_blocks == sum(count > 1 for count in users.values())
     assert stats.num_token_slots == sum(tokens.values())
     assert stats.num_wasted_slots == num_blocks * S - sum(tokens.values())
+    slots = num_blocks * S
+    assert stats.token_share == (sum(tokens.values()) / slots if slots else 1)
+    asked = stats.num_queried_tokens
+    assert stats.hit_rate == (stats.num_hit_tokens / asked if asked else 0)
+    assert 0 <= stats.hit_rate <= 1
     assert stats.saved_share == (1 - num_blocks / num_entries if num_entries else 0)
     assert stats.num_free_blocks == np.count_nonzero(memory.state.ref_counts[1:] == 0)
     cached = () if memory.prefix_cache is None else np.flatnonzero(memory.prefix_cache.is_cached)

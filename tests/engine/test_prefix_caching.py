@@ -31,7 +31,7 @@ def run(engine: MockEngine, prompt: tuple[int, ...] = PROMPT, **options) -> Sequ
 
 def assert_cold(engine: MockEngine, sequence: Sequence) -> None:
     actual = sequence.output_token_ids, sequence.finish_reason, sequence.stop_reason
-    assert actual == generate_alone(sequence, engine.scheduler.max_model_len)
+    assert actual == generate_alone(sequence, engine.scheduler.admission.max_model_len)
 
 
 def cached_engine(**options) -> MockEngine:

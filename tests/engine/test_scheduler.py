@@ -50,7 +50,7 @@ def assert_as_if_alone(engine: MockEngine, *sequences: Sequence) -> None:
     engine.scheduler.check_invariants()
     assert blocks_in_use(engine) == 0
     for s in sequences:
-        expected = generate_alone(s, engine.scheduler.max_model_len, engine.host_stop)
+        expected = generate_alone(s, engine.scheduler.admission.max_model_len, engine.host_stop)
         assert (s.output_token_ids, s.finish_reason, s.stop_reason) == expected
 
 

@@ -37,7 +37,7 @@ def run(engine: MockEngine, *groups: SequenceGroup) -> list[int]:
     engine.scheduler.check_invariants()
     for sequence in (s for group in groups for s in group.sequences):
         actual = sequence.output_token_ids, sequence.finish_reason, sequence.stop_reason
-        assert actual == generate_alone(sequence, engine.scheduler.max_model_len)
+        assert actual == generate_alone(sequence, engine.scheduler.admission.max_model_len)
     return used
 
 

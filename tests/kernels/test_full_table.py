@@ -1,4 +1,7 @@
-"""What `make kernels-full` compiled: every named program, from today's sources, without spills."""
+"""What `make kernels-full` compiled: every named program, from today's sources.
+
+None spills registers but those of `KNOWN_SPILLS`.
+"""
 
 import pytest
 
@@ -40,9 +43,9 @@ def test_no_program_is_left_over(rows):
     }
 
 
-def test_nothing_spills_and_everything_fits(rows):
+def test_nothing_else_spills_and_everything_fits(rows):
+    assert {row.program: row.spill_bytes for row in rows if row.spill_bytes} == KNOWN_SPILLS
     for row in rows:
-        assert row.spill_bytes <= KNOWN_SPILLS.get(row.program, 0), row
         assert row.warnings == "", row
         assert row.registers <= 255, row
         assert row.smem_bytes <= MOST_SMEM_BYTES[row.target], row

@@ -1,0 +1,16 @@
+"""The mutations are sources by text: each must still be there, once, to be broken."""
+
+import pytest
+
+from tests.engine import mutate_beams, mutate_sharing
+from tests.kernels import mutate_ampere, mutate_decode
+from tests.mutations import ROOT
+
+PROGRAMS = (mutate_sharing, mutate_beams, mutate_decode, mutate_ampere)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_every_source_is_there_once(program):
+    for name, mutation in program.MUTATIONS.items():
+        assert (ROOT / mutation.file).read_text().count(mutation.old) == 1, name
+        assert mutation.old != mutation.new, name
