@@ -11,11 +11,9 @@ from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.arg_specs import DECODE_KERNEL_SPECS, AttentionSpec
 from pallas_paged.ops.attention.config import DecodeConfig
 from tests.kernels.interpret_sm80 import interpret_sm80
+from tests.kernels.interpreting import TOLERANCES, build_poisoned
 from tests.kernels.prefill_cases import interpret_cases
-from tests.kernels.test_mosaic_prefill import build_poisoned
 
-# Weights and results are rounded to the dtype, whose units at 1 are 2^-7 and 2^-10.
-TOLERANCES = {"bfloat16": 2e-2, "float16": 3e-3}
 FEW = DecodeConfig(num_stages=2, ctas_per_sm=1)
 MORE = DecodeConfig(num_stages=3, ctas_per_sm=2)
 WIDE = DecodeConfig(tile=128, num_stages=2, ctas_per_sm=2, min_tiles=2)
