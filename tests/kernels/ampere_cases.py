@@ -125,9 +125,10 @@ class CompileCase(NamedTuple):
 def candidate_configs(problem: AmpereProblem) -> list[DecodeConfig]:
     """Returns the configurations that fit the chip: tiles and stages.
 
-    With more logits in registers than this, some spill.
+    With more logits in registers than this, some spill; scales take some too.
     """
-    tiles = [tile for tile in (64, 128) if tile * problem.rows <= 64 * 64]
+    most = 64 * (32 if problem.is_quantised and problem.head_dim > 128 else 64)
+    tiles = [tile for tile in (64, 128) if tile * problem.rows <= most]
     configs = [DecodeConfig(tile, stages, 1) for tile in tiles for stages in (2, 3, 4)]
     scratch = functools.partial(scratch_types, problem)
     return [config for config in configs if fits(config, scratch(config), SM80)]
@@ -176,6 +177,7 @@ def _quantised_cases(groups: Iterator[int]) -> list[CompileCase]:
         cache_dtype, dtype = list(LARGEST)[index % 2].name, mosaic_gpu.DTYPES[index % 2]
         case = CompileCase(next(groups), head_dim, 16, 256, dtype, cache_dtype, **FEATURES[3])
         cases.append(case)
-        wide = case._replace(max_query_len=1, config=DecodeConfig(128, num_stages=2, ctas_per_sm=1))
-        cases.append(wide)
+        decode = case._replace(max_query_len=1)
+        configs = candidate_configs(decode.problem)
+        cases += [decode._replace(config=c) for c in configs if (c.tile, c.num_stages) == (128, 2)]
     return cases

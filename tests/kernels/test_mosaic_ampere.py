@@ -19,7 +19,7 @@ from pallas_paged.ops.attention.arg_specs import (
 from pallas_paged.ops.attention.config import DecodeConfig
 from pallas_paged.ops.attention.mosaic_gpu_ampere_quantised import to_numbers
 from tests.kernels.interpret_sm80 import interpret_sm80
-from tests.kernels.interpreting import TOLERANCES, build_poisoned
+from tests.kernels.interpreting import TOLERANCES, build_poisoned, complete
 from tests.kernels.prefill_cases import interpret_cases
 
 FEW = DecodeConfig(num_stages=2, ctas_per_sm=1)
@@ -72,20 +72,15 @@ LANDINGS += ("prefill-early", "blocks-late", "mixed-late")
 LANDINGS += ("fp8-late", "int8-early", "shared-early", "wide-late", "flat-late")
 
 
-def run(arguments, config, landing):
+def run(spec, arguments, config, landing):
     """Returns (out, lse) of the interpreted kernels."""
-    scales = {"k_scale": None, "v_scale": None}
-    options = {"alibi_slopes": None, "sinks": None, **scales} | arguments.options
-    if options["scale"] is None:
-        options["scale"] = arguments.q.shape[2] ** -0.5
+    options = complete(spec, arguments.options)
 
-    scales = {name: options.pop(name) for name in scales}
-
-    def attention(scales, *arrays):
-        return mosaic_gpu.paged_attention(*arrays, **scales, **options, config=config)
+    def attention(*arrays):
+        return mosaic_gpu.paged_attention(*arrays, **options, config=config)
 
     with interpret_sm80(landing):
-        return jax.block_until_ready(jax.jit(attention)(scales, *arguments.arrays))
+        return jax.block_until_ready(jax.jit(attention)(*arguments.arrays))
 
 
 @pytest.mark.parametrize("name", LANDINGS)
@@ -93,7 +88,7 @@ def test_equals_the_reference(name):
     case, landing = name.split("-")
     spec, config = CASES[case]
     arguments = build_poisoned(spec)
-    out, lse = run(arguments, config, landing)
+    out, lse = run(spec, arguments, config, landing)
     expected, expected_lse = paged_attention(
         *arguments.arrays, **arguments.options, return_lse=True, implementation="reference"
     )
