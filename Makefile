@@ -31,8 +31,8 @@ oldest: $(OLDEST)/.oldest
 	@$(OLDEST)/bin/python -m pytest -n 2 --dist=loadfile --ignore-glob='*stateful*' \
 	  tests/kernels tests/engine/test_smoke.py
 
-# Compile every named program of the kernels with both JAX, as far as the committed tables are not up
-# to date; may be stopped and started again.
+# Compile every named program of the kernels and interpret every named case with both JAX, as far as
+# the committed tables are not up to date; may be stopped and started again.
 kernels-full: $(VENV)/.test $(OLDEST)/.oldest
 	@JAX_PLATFORMS=cpu $(PY) -m tests.kernels.full
 	@JAX_PLATFORMS=cpu $(OLDEST)/bin/python -m tests.kernels.full

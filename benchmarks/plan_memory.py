@@ -19,7 +19,7 @@ from absl import app, flags
 from pallas_paged.deviceless import TARGETS
 from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.config import KV_CACHE_DTYPES, EngineConfig, round_num_blocks
-from pallas_paged.engine.step_report import SHAPES, compile_step
+from pallas_paged.engine.step_report import SHAPES, StepReport, compile_step
 from pallas_paged.models import load_config
 
 _MODEL = flags.DEFINE_string("model", "llama-8b", "llama-8b, opt-13b, or a folder.")
@@ -64,8 +64,9 @@ def main(_: list[str]) -> None:
     max_model_len = min(_MAX_MODEL_LEN.value, shape.max_position_embeddings)
     num_blocks = 1024  # neither launches nor temporaries depend on it
     buckets = [dataclasses.replace(b, is_full=False) for b in Buckets.for_config(config).largest()]
-    reports, shallow = (
-        [
+
+    def compiled(num_layers: int) -> list[StepReport]:
+        return [
             compile_step(
                 dataclasses.replace(shape, num_layers=num_layers),
                 config,
@@ -76,8 +77,10 @@ def main(_: list[str]) -> None:
             )
             for bucket in buckets
         ]
-        for num_layers in (shape.num_layers, max(1, shape.num_layers - 1))
-    )
+
+    reports = compiled(shape.num_layers)
+    # What a layer launches shows beside a model with one layer less.
+    shallow = compiled(shape.num_layers - 1) if shape.num_layers > 1 else [None] * len(reports)
     block_bytes = reports[0].cache_bytes // num_blocks
     usable = int(memory_bytes(_TARGET.value) * _SHARE.value)
     temporaries = max(report.temporary_bytes for report in reports)
@@ -103,11 +106,14 @@ def main(_: list[str]) -> None:
     )
     for report, one_less in zip(reports, shallow, strict=True):
         bucket, counts = report.bucket, report.launches
+        of_a_layer = ""
+        if one_less is not None:
+            of_a_layer = f" of which the last layer {counts.total - one_less.launches.total},"
         print(
             f"{'decode' if bucket.is_decode else 'mixed'} {bucket.num_tokens}x{bucket.num_seqs}: "
             f"{counts.total} launches ({len(counts.kernels)} kernels, {len(counts.products)} "
-            f"matrix products, {len(counts.others)} others), of which the last layer "
-            f"{counts.total - one_less.launches.total}, and {len(counts.loops)} loops; temporaries "
+            f"matrix products, {len(counts.others)} others),{of_a_layer} and "
+            f"{len(counts.loops)} loops; temporaries "
             f"{_gib(report.temporary_bytes)}, copies of a cache: {report.num_cache_copies}"
         )
     if _JSON.value:

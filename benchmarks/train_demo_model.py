@@ -29,6 +29,7 @@ from safetensors.flax import save_file
 from benchmarks import demo_corpus, demo_score
 from pallas_paged.models.decoder import Decoder
 from pallas_paged.models.llama import LlamaConfig
+from pallas_paged.models.tensors import tensors_of, with_tensors
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write the model to.", required=True)
 _CHECKPOINT = flags.DEFINE_string(
@@ -82,20 +83,6 @@ class Progress(NamedTuple):
 
     step: int = 0
     elapsed_s: float = 0.0
-
-
-def named_parameters(model: nnx.Module) -> dict[str, jax.Array]:
-    """Returns the parameters by their names in a Hugging Face checkpoint."""
-    leaves = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): leaf[...] for path, leaf in leaves}
-
-
-def _merge(graph: nnx.GraphDef, template: nnx.State, params: Params) -> Decoder:
-    flat = [
-        (path, leaf.replace(params[".".join(map(str, path))]))
-        for path, leaf in nnx.to_flat_state(template)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def make_optimizer() -> optax.GradientTransformation:
@@ -167,14 +154,16 @@ def train(model: Decoder, documents: Sequence[demo_corpus.TokenizedDocument], bo
         state: TrainState, rows: jax.Array, rate: jax.Array
     ) -> tuple[TrainState, jax.Array]:
         def loss_of(params: Params) -> jax.Array:
-            return demo_score.token_losses(_merge(graph, template, params), rows).mean()
+            return demo_score.token_losses(
+                nnx.merge(graph, with_tensors(template, params)), rows
+            ).mean()
 
         loss, grads = jax.value_and_grad(loss_of)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: rate * u, updates)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), loss
 
-    params = jax.tree.map(jnp.copy, named_parameters(model))
+    params = jax.tree.map(jnp.copy, tensors_of(template))
     state, progress = TrainState(params, optimizer.init(params)), Progress()
     checkpoint, budget_s = pathlib.Path(_CHECKPOINT.value), 60 * _MINUTES.value
     if checkpoint.exists():
@@ -207,7 +196,7 @@ def train(model: Decoder, documents: Sequence[demo_corpus.TokenizedDocument], bo
             saved = time.monotonic()
         if over:
             break
-    return _merge(graph, template, state.params)
+    return nnx.merge(graph, with_tensors(template, state.params))
 
 
 def save_model(folder: pathlib.Path, model: Decoder, tokenizer: Any) -> None:
@@ -257,7 +246,8 @@ def save_model(folder: pathlib.Path, model: Decoder, tokenizer: Any) -> None:
     for name, content in documents.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    weights = {k: v.astype(jnp.bfloat16) for k, v in named_parameters(model).items()}
+    tensors = tensors_of(nnx.state(model))
+    weights = {name: value.astype(jnp.bfloat16) for name, value in tensors.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -284,7 +274,7 @@ def main(argv: Sequence[str]) -> None:
         sum(d.num_bytes for d in held_out) / 1e6,
     )
     model = Decoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(_SEED.value))
-    logging.info("%.2fM parameters", sum(p.size for p in named_parameters(model).values()) / 1e6)
+    logging.info("%.2fM parameters", sum(p.size for p in jax.tree.leaves(nnx.state(model))) / 1e6)
     model = train(model, tokenized, bos)
     save_model(pathlib.Path(_OUTPUT.value), model, tokenizer)
     print(f"held-out bits per byte: {demo_score.bits_per_byte(model, held_out, bos):.3f}")

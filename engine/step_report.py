@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_paged.deviceless import target_device
+from pallas_paged.deviceless import target_device, without_compilation_cache
 from pallas_paged.engine.buckets import Bucket
 from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype
 from pallas_paged.engine.logprobs import width_for
@@ -95,7 +95,7 @@ def compile_step(
         config.attention_implementation,
         config.cache_implementation,
     )
-    with jax.default_device(target_device(target)):
+    with without_compilation_cache(), jax.default_device(target_device(target)):
         compiled = programs.lower(bucket).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None

@@ -1,7 +1,8 @@
 """The decoder that Llama, Qwen and Mistral are; a family's file says which options it uses.
 
 RMS norms before each part, rotary positions, grouped query heads, SwiGLU. The modules have the
-names of Hugging Face's, so that the path of a parameter is the name of its tensor.
+names of Hugging Face's, so that the path of a parameter is the name of its tensor; but `qkv_proj`
+is three of those modules and `gate_up_proj` two (see `pallas_paged.models.tensors`).
 """
 
 import dataclasses
@@ -22,7 +23,14 @@ from pallas_paged.models.config import (
     head_dim_from_hidden,
 )
 from pallas_paged.models.interface import Attend, CheckpointNames
-from pallas_paged.models.layers import Embedding, Linear, RMSNorm, logits
+from pallas_paged.models.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    gate_up_projection,
+    logits,
+    qkv_projection,
+)
 from pallas_paged.models.rope import Rope, rope_from_hf, rotate, rotation
 
 
@@ -108,19 +116,15 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
         self.qk_norm = config.qk_norm
         self.sliding_window = config.sliding_window(layer)
-        q_features = config.num_q_heads * config.head_dim
-        kv_features = config.num_kv_heads * config.head_dim
-
-        def linear(
-            in_features: int, out_features: int, axes: tuple[str, str], bias: bool
-        ) -> Linear:
-            return Linear(in_features, out_features, axes=axes, bias=bias, dtype=dtype, rngs=rngs)
-
-        hidden_size, qkv_bias = config.hidden_size, config.qkv_bias
-        self.q_proj = linear(hidden_size, q_features, ("heads", "embed"), qkv_bias)
-        self.k_proj = linear(hidden_size, kv_features, ("kv_heads", "embed"), qkv_bias)
-        self.v_proj = linear(hidden_size, kv_features, ("kv_heads", "embed"), qkv_bias)
-        self.o_proj = linear(q_features, hidden_size, ("embed", "heads"), config.output_bias)
+        self.qkv_proj = qkv_projection(config, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(
+            config.num_q_heads * config.head_dim,
+            config.hidden_size,
+            axes=("embed", "heads"),
+            bias=config.output_bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
         if config.qk_norm:
             self.q_norm, self.k_norm = (
                 RMSNorm(config.head_dim, eps=config.rms_norm_eps, axis="head_dim", dtype=dtype)
@@ -136,10 +140,7 @@ class Attention(nnx.Module):
         attend: Attend,
     ) -> tuple[Float[Array, "T E"], KVCache | None]:
         """Returns the attention's output and the layer's updated cache."""
-        q, k, v = (
-            proj(x).reshape(x.shape[0], -1, self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in self.qkv_proj(x))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
@@ -153,17 +154,16 @@ class MLP(nnx.Module):
     """SwiGLU (Shazeer, 2020)."""
 
     def __init__(self, config: DecoderConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
-        def linear(in_features: int, out_features: int, axes: tuple[str, str]) -> Linear:
-            bias = config.mlp_bias
-            return Linear(in_features, out_features, axes=axes, bias=bias, dtype=dtype, rngs=rngs)
-
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
-        self.up_proj = linear(config.hidden_size, config.intermediate_size, ("mlp", "embed"))
-        self.down_proj = linear(config.intermediate_size, config.hidden_size, ("embed", "mlp"))
+        sizes, bias = (config.hidden_size, config.intermediate_size), config.mlp_bias
+        self.gate_up_proj = gate_up_projection(*sizes, bias=bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(
+            *sizes[::-1], axes=("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
         """Returns `down(silu(gate(x)) * up(x))`."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class DecoderLayer(nnx.Module):

@@ -74,7 +74,7 @@ class BuildModel(Protocol):
 class CheckpointNames:
     """How a family's checkpoints name tensors that the model's own modules name otherwise.
 
-    A tensor's name is the path of its parameter, joined with dots, unless this says otherwise.
+    A tensor's name is the one in `pallas_paged.models.tensors`, unless this says otherwise.
 
     Attributes:
       embedding: the input embedding, which is the output embedding too where those are tied.

@@ -1,23 +1,44 @@
 """The layers all families share, with the parameter names and layouts of Hugging Face checkpoints.
 
-Parameters carry logical axis names as Flax's `out_sharding` metadata, so that
-`flax.nnx.get_partition_spec` under `flax.core.spmd.logical_axis_rules` gives their sharding; on one
-device the names mean nothing, and no mesh is needed. The precision of float32 products follows
+Those of `MergedLinear` hold several tensors of a checkpoint; all others are one each. Parameters
+carry logical axis names as Flax's `out_sharding` metadata, so that `flax.nnx.get_partition_spec`
+under `flax.core.spmd.logical_axis_rules` gives their sharding; on one device the names mean
+nothing, and no mesh is needed. The precision of float32 products follows
 `jax.default_matmul_precision`.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from pallas_paged.models.config import ModelConfig
+
 INIT_STD = 0.02
 """Standard deviation of freshly initialised weights, before truncation at two of them."""
 
 
-def parameter(value: Array, axes: tuple[str, ...]) -> nnx.Param:
-    """Returns a parameter whose dimensions carry the logical names `axes`."""
-    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+class Part(NamedTuple):
+    """A module of a checkpoint that is a part of a merged one here.
+
+    Attributes:
+      module: its name in the checkpoint, where the merged one's is in our path.
+      slices: of its features in the first two axes of the merged parameters. A checkpoint's tensor
+        has one axis for them, in the order of these two.
+    """
+
+    module: str
+    slices: tuple[slice, slice]
+
+
+def parameter(value: Array, axes: tuple[str, ...], parts: tuple[Part, ...] = ()) -> nnx.Param:
+    """Returns a parameter whose dimensions carry the logical names `axes`.
+
+    With `parts` it holds that many tensors of a checkpoint, see `pallas_paged.models.tensors`.
+    """
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False, parts=parts)
 
 
 def _random(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
@@ -44,6 +65,83 @@ class Linear(nnx.Module):
         """Returns the projection of `x`, in its dtype."""
         y = jnp.einsum("...i,oi->...o", x, self.weight[...])
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+
+
+class MergedLinear(nnx.Module):
+    """Several projections of one input as one product: fewer launches than one for each.
+
+    `weight` is `[outer, inner, in_features]`, `bias` `[outer, inner]`, and each projection's
+    features are a rectangle of the first two axes. These are such that sharding the one of them
+    that has a name to shard by leaves every device with its share of every projection.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        features: tuple[int, int],
+        parts: tuple[Part, ...],
+        *,
+        axes: tuple[str, str, str],
+        bias: bool = False,
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        weight = _random(rngs, (*features, in_features), dtype)
+        self.weight = parameter(weight, axes, parts)
+        self.bias = parameter(jnp.zeros(features, dtype), axes[:2], parts) if bias else None
+
+    def __call__(self, x: Float[Array, "*n in"]) -> tuple[Float[Array, "*n _"], ...]:
+        """Returns the projections of `x` in the order of the parts, in its dtype."""
+        y = jnp.einsum("...k,mnk->...mn", x, self.weight[...])
+        if self.bias is not None:
+            y = y + jnp.broadcast_to(self.bias[...], y.shape)
+        parts = self.weight.parts
+        return tuple(y[(..., *part.slices)].reshape(*x.shape[:-1], -1) for part in parts)
+
+
+def qkv_projection(
+    config: ModelConfig, *, bias: bool, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+) -> MergedLinear:
+    """Returns the projections to queries, keys and values: by KV head, each with its queries."""
+    size = config.head_dim
+    end = config.num_q_heads // config.num_kv_heads * size
+    rows = {
+        "q_proj": slice(0, end),
+        "k_proj": slice(end, end + size),
+        "v_proj": slice(end + size, end + 2 * size),
+    }
+    return MergedLinear(
+        config.hidden_size,
+        (config.num_kv_heads, end + 2 * size),
+        tuple(Part(module, (slice(None), inner)) for module, inner in rows.items()),
+        axes=("kv_heads", "qkv", "embed"),
+        bias=bias,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def gate_up_projection(
+    hidden_size: int,
+    intermediate_size: int,
+    *,
+    bias: bool,
+    dtype: jax.typing.DTypeLike,
+    rngs: nnx.Rngs,
+) -> MergedLinear:
+    """Returns the projections to a gated MLP's gate and to what it lets through."""
+    return MergedLinear(
+        hidden_size,
+        (2, intermediate_size),
+        tuple(
+            Part(module, (slice(outer, outer + 1), slice(None)))
+            for outer, module in enumerate(("gate_proj", "up_proj"))
+        ),
+        axes=("gate_up", "mlp", "embed"),
+        bias=bias,
+        dtype=dtype,
+        rngs=rngs,
+    )
 
 
 class Embedding(nnx.Module):

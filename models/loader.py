@@ -5,6 +5,7 @@ A folder is a Hugging Face one, with `config.json` and safetensors files, or one
 error that names it.
 """
 
+import collections
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from pallas_paged.models.config import DTYPES, ModelConfig
 from pallas_paged.models.interface import CausalLM, CheckpointNames
 from pallas_paged.models.ported import PortedCheckpoint, is_ported
 from pallas_paged.models.registry import FAMILIES, config_from_hf
+from pallas_paged.models.tensors import places
 
 ShardingOf = Callable[[tuple[str, ...]], jax.sharding.Sharding]
 """From the logical names of a parameter's axes to where it goes."""
@@ -78,8 +80,9 @@ def load_model(
 ) -> CausalLM:
     """Returns the model in the folder `path`, its weights where `sharding` puts them.
 
-    Tensors are read and placed one after the other; the host holds none but the one in hand. A
-    ported folder's are held against their checksums.
+    Tensors are read and placed one after the other; the host holds none but the one in hand, and
+    of a merged parameter those that were read before. A ported folder's are held against their
+    checksums.
 
     Args:
       path: a folder with `config.json` and either `model.safetensors`, or
@@ -100,16 +103,29 @@ def load_model(
     tensors = parameters(path, checkpoint, config)
     param_dtype = _param_dtype(dtype, config, tensors)
     graph, abstract = _abstract(config, param_dtype)
-    params = {tensors[name].name: (keys, param) for name, (keys, param) in abstract.items()}
+    params = dict(nnx.to_flat_state(abstract))
+    where = {tensors[name].name: place for name, place in places(abstract).items()}
+    missing = collections.Counter(place.path for place in where.values())
+    begun: dict[tuple[Any, ...], np.ndarray] = {}
     loaded = []
 
-    def place(name: str, value: np.ndarray) -> None:
-        keys, param = params[name]
+    def put(name: str, value: np.ndarray) -> None:
+        path, slices, _ = where[name]
+        param = params[path]
         value = cast(name, value, param_dtype)
-        where = None if sharding is None else sharding(param.out_sharding)
-        loaded.append((keys, param.replace(jnp.asarray(value, device=where))))
+        if slices:
+            if path not in begun:
+                begun[path] = np.empty(param.shape, param_dtype)
+            merged = begun[path]
+            merged[slices] = value.reshape(merged[slices].shape)
+            value = merged
+        missing[path] -= 1
+        if not missing[path]:
+            begun.pop(path, None)
+            device = None if sharding is None else sharding(param.out_sharding)
+            loaded.append((path, param.replace(jnp.asarray(value, device=device))))
 
-    checkpoint.read(list(params), place)
+    checkpoint.read(list(where), put)
     return nnx.merge(graph, nnx.from_flat_state(loaded))
 
 
@@ -138,7 +154,7 @@ def init_model(
 def parameters(
     path: str | os.PathLike[str], checkpoint: Checkpoint, config: ModelConfig
 ) -> dict[str, Tensor]:
-    """Returns the checkpoint's tensors by the names of the model's parameters: one for each.
+    """Returns the checkpoint's tensors by the names that the model has for its own: one for each.
 
     Raises:
       ValueError: tensors are missing, unused or misshapen, all listed under the name `path`, or of
@@ -146,7 +162,7 @@ def parameters(
     """
     tensors = _by_parameter(checkpoint, FAMILIES[config.architecture].names, config)
     _, abstract = _abstract(config, jnp.float32)
-    _check(path, tensors, {name: param.shape for name, (_, param) in abstract.items()})
+    _check(path, tensors, {name: place.shape for name, place in places(abstract).items()})
     unsupported = [f"{t.name} ({t.dtype})" for t in tensors.values() if t.dtype not in DTYPES]
     if unsupported:
         raise ValueError(
@@ -182,20 +198,16 @@ def numpy_dtype(name: str) -> np.dtype:
     return np.dtype(jnp.dtype(name))
 
 
-def _abstract(config: ModelConfig, dtype: jax.typing.DTypeLike) -> tuple[Any, dict[str, Any]]:
-    """Returns a model's graph and by name, without any values, (path, parameter) pairs."""
+def _abstract(config: ModelConfig, dtype: jax.typing.DTypeLike) -> tuple[Any, nnx.State]:
+    """Returns a model's graph and its parameters, without any values."""
     build = FAMILIES[config.architecture].model
-    graph, abstract = nnx.split(
-        nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    )
-    flat = nnx.to_flat_state(abstract)
-    return graph, {".".join(map(str, keys)): (keys, param) for keys, param in flat}
+    return nnx.split(nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 def _by_parameter(
     checkpoint: Checkpoint, names: CheckpointNames, config: ModelConfig
 ) -> dict[str, Tensor]:
-    """Returns the tensors by the names of their parameters, without those that are none."""
+    """Returns the tensors by our names for them, without those that are no parameters."""
     found: dict[str, Tensor] = {}
     for tensor in checkpoint.tensors.values():
         if tensor.name.endswith(names.derived):

@@ -19,7 +19,7 @@ from pallas_paged.models.config import (
     head_dim_from_hidden,
 )
 from pallas_paged.models.interface import Attend, CheckpointNames, Family
-from pallas_paged.models.layers import Embedding, LayerNorm, Linear, logits
+from pallas_paged.models.layers import Embedding, LayerNorm, Linear, logits, qkv_projection
 
 POSITION_OFFSET = 2
 """Position 0 has row 2 of the table of positions: the first two were padding in training."""
@@ -98,15 +98,11 @@ class OPTAttention(nnx.Module):
 
     def __init__(self, config: OPTConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
-
-        def linear(axes: tuple[str, str]) -> Linear:
-            size, bias = config.hidden_size, config.enable_bias
-            return Linear(size, size, axes=axes, bias=bias, dtype=dtype, rngs=rngs)
-
-        self.q_proj = linear(("heads", "embed"))
-        self.k_proj = linear(("kv_heads", "embed"))
-        self.v_proj = linear(("kv_heads", "embed"))
-        self.out_proj = linear(("embed", "heads"))
+        size, bias = config.hidden_size, config.enable_bias
+        self.qkv_proj = qkv_projection(config, bias=bias, dtype=dtype, rngs=rngs)
+        self.out_proj = Linear(
+            size, size, axes=("embed", "heads"), bias=bias, dtype=dtype, rngs=rngs
+        )
 
     def __call__(
         self,
@@ -116,10 +112,7 @@ class OPTAttention(nnx.Module):
         attend: Attend,
     ) -> tuple[Float[Array, "T E"], KVCache | None]:
         """Returns the attention's output and the layer's updated cache."""
-        q, k, v = (
-            proj(x).reshape(x.shape[0], -1, self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in self.qkv_proj(x))
         out, kv_cache = attend(q, k, v, kv_cache, metadata)
         return self.out_proj(out.reshape(x.shape[0], -1)), kv_cache
 

@@ -11,8 +11,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # An interpreted kernel blocks one of the CPU client's threads for each of its own that waits at a
 # barrier; with as many threads as two cores give, it would wait forever.
 os.environ.setdefault("NPROC", "16")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+# Most of the time goes into compiling small CPU programs: LLVM need not make them fast.
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=2",
+        "--xla_backend_optimization_level=0",
+    )
 )
 
 import jax
@@ -24,11 +29,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Many tests build the same small engine: what one of them compiled the next one finds. One folder
-# for each process, for JAX writes its files in place.
+# for each of the test processes, for JAX writes its files in place.
 _cache = tempfile.mkdtemp(prefix="pallas-paged-tests-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", _cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# And the programs that this process runs, one after the other.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 # For tests/mutations.py: that a test fails is enough, nobody asks for the smallest example.
 settings.register_profile("no-shrinking", phases=[Phase.explicit, Phase.generate])

@@ -104,7 +104,13 @@ def interpreted_specs() -> list[AttentionSpec]:
         AttentionSpec, num_q_heads=4, num_kv_heads=2, head_dim=64, block_size=16, dtype="bfloat16"
     )
     lens = (17, 0, 33)
-    return [make("decode", lens), make("mixed", lens, (1, 0, 20)), make("prefill", (20,), (20,))]
+    return [
+        make("decode", lens),
+        make("mixed", lens, (1, 0, 20)),
+        make("prefill", (20,), (20,)),
+        make("float8", lens, cache_dtype="float8_e4m3fn", sinks=True),
+        make("int8", lens, (1, 0, 20), cache_dtype="int8", sliding_window=9),
+    ]
 
 
 def check_attention(arguments: AttentionArguments, out: jax.Array, lse: jax.Array) -> Row:

@@ -18,7 +18,7 @@ from benchmarks.gpu_suite.shapes import (
     decode_shapes,
     prefill_shapes,
 )
-from benchmarks.gpu_suite.stage import Case, Context, Row, Stage
+from benchmarks.gpu_suite.stage import Case, Context, Row, Stage, results
 
 L2_BYTES = 60 * 2**20
 PAGE_SIZE = 128
@@ -125,12 +125,23 @@ def run(shape: Shape, context: Context) -> Row:
     """Times both; either may fail alone."""
     torch = _torch(context)
     row: Row = {"torch": torch.__version__, "device": "cuda" if context.on_gpu else "cpu"}
+    ours = ours_us(context, shape)
     for name, measure in (("sdpa", sdpa_us), ("flex_paged", flex_us)):
         try:
-            row[f"{name}_us"] = measure(context, shape)
+            us = measure(context, shape)
         except Exception as error:
             row |= {f"{name}_us": None, f"{name}_reason": f"{type(error).__name__}: {error}"[:500]}
+            continue
+        row[f"{name}_us"] = us
+        if us is not None and ours is not None:
+            row[f"{name}/ours"] = us / ours
     return row
+
+
+def ours_us(context: Context, shape: Shape) -> float | None:
+    """Returns what the earlier stages of this run measured for us, or None."""
+    stage = "decode" if shape.queries == 1 else "prefill"
+    return results(context.results, stage).get(shape.name, {}).get("us")
 
 
 def _cases(context: Context) -> list[Case]:
@@ -148,4 +159,11 @@ def _cases(context: Context) -> list[Case]:
     return [Case(shape.name, functools.partial(run, shape)) for shape in shapes]
 
 
-STAGE = Stage("torch", 50, 45, _cases, ("sdpa_us", "flex_paged_us"), needs_jax=False)
+STAGE = Stage(
+    "torch",
+    50,
+    45,
+    _cases,
+    ("sdpa_us", "flex_paged_us", "sdpa/ours", "flex_paged/ours"),
+    needs_jax=False,
+)

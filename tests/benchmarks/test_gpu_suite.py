@@ -87,9 +87,20 @@ def test_cases_of_other_stages_run(case, context):
     assert row["status"] == "ok" or "torch is not installed" in row["reason"], row
 
 
+def test_torch_is_compared_with_what_earlier_stages_measured(context, monkeypatch):
+    decode, prefill = torch_peer.STAGE.cases(context)
+    for stage, case, us in (("decode", decode, 2.0), ("prefill", prefill, 5.0)):
+        stages.append(context.results, stage, {"case": case.name, "status": "ok", "us": us})
+    monkeypatch.setattr(torch_peer, "_torch", lambda context: np)  # it has a version too
+    monkeypatch.setattr(torch_peer, "sdpa_us", lambda context, shape: 10.0)
+    monkeypatch.setattr(torch_peer, "flex_us", lambda context, shape: None)
+    assert [case.run(context)["sdpa/ours"] for case in (decode, prefill)] == [5.0, 2.0]
+    assert "flex_paged/ours" not in decode.run(context)
+
+
 def test_xla_passes_the_checks_of_correctness(context):
     cases = [case for case in correctness.STAGE.cases(context) if case.name.startswith("xla: ")]
-    assert len(cases) == 3 + 4 * 4
+    assert len(cases) == 5 + 4 * 4
     some = ("mixed", "bfloat16", "write_kv int8", "gather_blocks float8_e4m3fn")
     cases = [case for case in cases if case.name.endswith(some)]
     for case in cases:

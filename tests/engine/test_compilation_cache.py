@@ -1,5 +1,6 @@
 """What one start compiled, the next one finds, also with a little less free memory."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -32,12 +33,16 @@ print(len(hits), len(misses), llm.engine.memory.num_usable_blocks)
 """
 
 
+CACHE_SETTINGS = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+
+
 def start(folder: pathlib.Path, pool_bytes: int) -> tuple[int, int, int]:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, DATA / "llama-mha-tied", folder, str(pool_bytes)],
         check=True,
         capture_output=True,
         text=True,
+        env={name: value for name, value in os.environ.items() if name not in CACHE_SETTINGS},
     )
     hits, misses, blocks = map(int, done.stdout.split()[-3:])
     return hits, misses, blocks

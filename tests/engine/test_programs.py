@@ -1,6 +1,7 @@
 """The command line as a user meets it: prompts from everywhere, and what is wrong said clearly."""
 
 import functools
+import os
 import pathlib
 import subprocess
 import sys
@@ -26,7 +27,13 @@ def run(
         input=text,
         capture_output=True,
         text=True,
-        env={"HOME": str(home), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin", "COLUMNS": "100"},
+        env={
+            "HOME": str(home),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": os.environ["XLA_FLAGS"],
+            "PATH": "/usr/bin:/bin",
+            "COLUMNS": "100",
+        },
         timeout=300,
     )
 

@@ -2,15 +2,17 @@
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.ampere_problem import AmpereProblem, scratch_types, tokens_per_run
 from pallas_paged.ops.attention.config import SM80, DecodeConfig, fits, heuristic
+from pallas_paged.quantisation import LARGEST
 
 NUM_KV_HEADS = 2
 FEATURES: tuple[dict[str, Any], ...] = (
@@ -32,6 +34,7 @@ class CompileCase(NamedTuple):
     block_size: int
     max_query_len: int
     dtype: str = "bfloat16"
+    cache_dtype: str | None = None
     sliding_window: int | None = None
     logits_soft_cap: float | None = None
     alibi: bool = False
@@ -47,6 +50,7 @@ class CompileCase(NamedTuple):
             [
                 f"dim{self.head_dim}-group{self.group}-block{self.block_size}-{self.dtype}",
                 f"queries{self.max_query_len}",
+                *([f"cache-{self.cache_dtype}"] if self.cache_dtype else []),
                 *(option for option in options if getattr(self, option)),
                 *([f"tile{chosen.tile}-stages{chosen.num_stages}"] if chosen else []),
             ]
@@ -61,7 +65,7 @@ class CompileCase(NamedTuple):
             head_dim=self.head_dim,
             block_size=self.block_size,
             dtype=jnp.dtype(self.dtype),
-            cache_dtype=jnp.dtype(self.dtype),
+            cache_dtype=jnp.dtype(self.cache_dtype or self.dtype),
             max_tokens=tokens_per_run(self.group, self.head_dim, self.max_query_len),
             scale=self.head_dim**-0.5,
             sliding_window=self.sliding_window,
@@ -79,16 +83,18 @@ class CompileCase(NamedTuple):
 
     def function(self, *arrays: Any) -> tuple[jax.Array, jax.Array]:
         """The kernels and their planning, of arrays like `arguments`."""
-        q, k_cache, v_cache, block_tables, seq_lens, query_start_loc, slopes, sinks = arrays
+        q, cache, block_tables, seq_lens, query_start_loc, slopes, sinks = arrays
         unread = jnp.zeros(q.shape[0], jnp.int32)
         metadata = AttentionMetadata(
             unread, unread, block_tables, seq_lens, query_start_loc, self.max_query_len
         )
         return mosaic_gpu.paged_attention(
             q,
-            k_cache,
-            v_cache,
+            cache.k,
+            cache.v,
             metadata,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
             scale=self.problem.scale,
             sliding_window=self.sliding_window,
             logits_soft_cap=self.logits_soft_cap,
@@ -99,29 +105,30 @@ class CompileCase(NamedTuple):
 
     def arguments(
         self, num_tokens: int = 256, num_sequences: int = 16, num_blocks: int = 500
-    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+    ) -> tuple[Any, ...]:
         """Shapes and dtypes of what `function` takes."""
+        shape = jax.ShapeDtypeStruct
         num_q_heads = NUM_KV_HEADS * self.group
-        cache = (num_blocks, NUM_KV_HEADS, self.block_size, self.head_dim)
-        shapes = (
-            ((num_tokens, num_q_heads, self.head_dim), self.dtype),
-            (cache, self.dtype),
-            (cache, self.dtype),
-            ((num_sequences, 64), "int32"),
-            ((num_sequences,), "int32"),
-            ((num_sequences + 1,), "int32"),
-            ((num_q_heads,), "float32"),
-            ((num_q_heads,), "float32"),
+        cache_dtype = self.cache_dtype or self.dtype
+        cache = KVCache.zeros(2, NUM_KV_HEADS, self.block_size, self.head_dim, cache_dtype)
+        return (
+            shape((num_tokens, num_q_heads, self.head_dim), jnp.dtype(self.dtype)),
+            jax.tree.map(lambda x: shape((num_blocks, *x.shape[1:]), x.dtype), cache),
+            shape((num_sequences, 64), jnp.int32),
+            shape((num_sequences,), jnp.int32),
+            shape((num_sequences + 1,), jnp.int32),
+            shape((num_q_heads,), jnp.float32),
+            shape((num_q_heads,), jnp.float32),
         )
-        return tuple(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes)
 
 
 def candidate_configs(problem: AmpereProblem) -> list[DecodeConfig]:
     """Returns the configurations that fit the chip: tiles and stages.
 
-    With more logits in registers than this, some spill.
+    With more logits in registers than this, some spill; scales take some too.
     """
-    tiles = [tile for tile in (64, 128) if tile * problem.rows <= 64 * 64]
+    most = 64 * (32 if problem.is_quantised and problem.head_dim > 128 else 64)
+    tiles = [tile for tile in (64, 128) if tile * problem.rows <= most]
     configs = [DecodeConfig(tile, stages, 1) for tile in tiles for stages in (2, 3, 4)]
     scratch = functools.partial(scratch_types, problem)
     return [config for config in configs if fits(config, scratch(config), SM80)]
@@ -147,4 +154,30 @@ def compile_cases() -> list[CompileCase]:
         max_query_len = (1, 256)[index % 2]
         case = CompileCase(next(groups), head_dim, 16, max_query_len, **FEATURES[3])
         cases += [case._replace(config=c) for c in candidate_configs(case.problem)]
+    return cases + _quantised_cases(groups)
+
+
+def _quantised_cases(groups: Iterator[int]) -> list[CompileCase]:
+    """Every head_dim with both quantised dtypes; and tiles of 128, which take the most registers.
+
+    What else differs goes round.
+    """
+    cases = []
+    for index, (head_dim, cache_dtype, max_query_len) in enumerate(
+        itertools.product(mosaic_gpu.HEAD_DIMS, map(str, LARGEST), (1, 256))
+    ):
+        block_size = mosaic_gpu.BLOCK_SIZES[(index // 2 + index // 8) % 4]
+        dtype = mosaic_gpu.DTYPES[(index // 2 + index // 4) % 2]
+        features = FEATURES[(index + index // 4) % len(FEATURES)]
+        case = CompileCase(
+            next(groups), head_dim, block_size, max_query_len, dtype, cache_dtype, **features
+        )
+        cases.append(case)
+    for index, head_dim in enumerate((80, 128, 192)):
+        cache_dtype, dtype = list(LARGEST)[index % 2].name, mosaic_gpu.DTYPES[index % 2]
+        case = CompileCase(next(groups), head_dim, 16, 256, dtype, cache_dtype, **FEATURES[3])
+        cases.append(case)
+        decode = case._replace(max_query_len=1)
+        configs = candidate_configs(decode.problem)
+        cases += [decode._replace(config=c) for c in configs if (c.tile, c.num_stages) == (128, 2)]
     return cases

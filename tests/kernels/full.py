@@ -1,53 +1,40 @@
-"""Compiles every named program of the Mosaic GPU kernels, and keeps what the compiler said.
+"""Compiles every named program of the Mosaic GPU kernels, interprets every named case, keeps both.
 
-Takes what the table of this JAX lacks, or what was compiled from other sources than today's, two
-programs at a time, and writes after each; so it can be stopped and started again. What the tables
-hold is checked by `test_full_table.py`.
+There are two tables for each JAX: in `compiled/` what the compiler said of each program, in
+`interpreted/` the largest error of each case, in units of what is tolerated. Takes what the tables
+of this JAX lack, or what was made from other sources than today's, two at a time, and writes after
+each; so it can be stopped and started again. What fails is not written. What the tables hold is
+checked by `test_full_table.py`.
 
-  python -m tests.kernels.full                 # all that is missing
-  python -m tests.kernels.full decode prefill  # of these families only
+  python -m tests.kernels.full                             # all that is missing
+  python -m tests.kernels.full decode interpreted-decode   # of these families only
 """
 
-import ast
 import concurrent.futures
 import csv
 import functools
-import hashlib
 import multiprocessing
+import os
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from importlib import util
 from typing import Any, NamedTuple
 
 import jax
 
 from pallas_paged.deviceless import KernelResources, kernel_resources
 from pallas_paged.ops.attention.decode_cases import decode_cases
-from tests.kernels import ampere_cases
+from tests.kernels import ampere_cases, interpreted_cases
+from tests.kernels.fingerprint import fingerprint
 from tests.kernels.prefill_cases import CompileCase, compile_cases
 from tests.kernels.test_deviceless_prefill import resources as prefill_resources
 from tests.kernels.test_mosaic_cache_ops import operations, shapes
 
-FOLDER = pathlib.Path(__file__).parent / "compiled"
+FOLDER = pathlib.Path(__file__).parent
 
 
-class Program(NamedTuple):
-    """What is compiled: `compile` returns what its kernels take."""
-
-    name: str
-    target: str
-    compile: Callable[[], tuple[KernelResources, ...]]
-
-
-class Family(NamedTuple):
-    """Programs that depend on the same sources: `modules`, and what they import of `ops`."""
-
-    modules: tuple[str, ...]
-    programs: Callable[[], list[Program]]
-
-
-class Row(NamedTuple):
+class CompiledRow(NamedTuple):
     """A line of a table; `sources` is the fingerprint of what was compiled."""
 
     family: str
@@ -59,26 +46,76 @@ class Row(NamedTuple):
     smem_bytes: int
     warnings: str
 
+
+class InterpretedRow(NamedTuple):
+    """A line of a table; `sources` is the fingerprint of kernels and checks, `error` relative."""
+
+    family: str
+    program: str
+    target: str
+    sources: str
+    error: float
+
+
+Row = CompiledRow | InterpretedRow
+Key = tuple[str, str, str]
+TABLES: dict[str, type[Row]] = {"compiled": CompiledRow, "interpreted": InterpretedRow}
+
+
+class Program(NamedTuple):
+    """What a row is of: `measure` returns its columns behind `sources`."""
+
+    name: str
+    target: str
+    measure: Callable[[], tuple[Any, ...]]
+
+
+class Family(NamedTuple):
+    """Programs of a table that depend on the same sources.
+
+    `modules`, and what they import of `ops`; and what is done with them, the code of `checks`.
+    """
+
+    table: str
+    modules: tuple[str, ...]
+    programs: Callable[[], list[Program]]
+    checks: tuple[str, ...] = ()
+
     @property
-    def key(self) -> tuple[str, str, str]:
-        """What there is one line of."""
-        return self.family, self.program, self.target
+    def fingerprint(self) -> str:
+        """A hash of the sources."""
+        return fingerprint(self.modules, self.checks)
+
+
+def _compiled(compile_: Callable[[], tuple[KernelResources, ...]]) -> tuple[Any, ...]:
+    kernels = compile_()
+    warnings = sorted({line for kernel in kernels for line in kernel.warnings})
+    return (
+        kernels[0].registers,
+        sum(kernel.spill_bytes for kernel in kernels),
+        max(kernel.smem_bytes for kernel in kernels),
+        "; ".join(warnings),
+    )
+
+
+def _compile(name: str, target: str, function: Callable[..., Any], *args: Any) -> Program:
+    measure = functools.partial(kernel_resources, target, function, *args)
+    return Program(name, target, functools.partial(_compiled, measure))
 
 
 def _decode() -> list[Program]:
     return [
-        Program(
-            case.name,
-            "h100",
-            functools.partial(kernel_resources, "h100", case.function, *case.arguments()),
-        )
-        for case in decode_cases()
+        _compile(case.name, "h100", case.function, *case.arguments()) for case in decode_cases()
     ]
 
 
 def _prefill() -> list[Program]:
     return [
-        Program(case.name, "h100", functools.partial(_prefill_kernel, case))
+        Program(
+            case.name,
+            "h100",
+            functools.partial(_compiled, functools.partial(_prefill_kernel, case)),
+        )
         for case in compile_cases()
     ]
 
@@ -89,11 +126,7 @@ def _prefill_kernel(case: CompileCase) -> tuple[KernelResources, ...]:
 
 def _ampere() -> list[Program]:
     return [
-        Program(
-            case.name,
-            "a100-40gb",
-            functools.partial(kernel_resources, "a100-40gb", case.function, *case.arguments()),
-        )
+        _compile(case.name, "a100-40gb", case.function, *case.arguments())
         for case in ampere_cases.compile_cases()
     ]
 
@@ -110,176 +143,170 @@ def _cache_operations() -> list[Program]:
                     continue  # this chip does not convert to it
                 cache = *size, dtype
                 programs += [
-                    Program(
+                    _compile(
                         f"{name}-heads{size[0]}-block{size[1]}-dim{size[2]}-{dtype}",
                         target,
-                        functools.partial(
-                            kernel_resources, target, operation, shapes(50, *cache), *arguments
-                        ),
+                        operation,
+                        shapes(50, *cache),
+                        *arguments,
                     )
                     for name, (operation, arguments) in operations(cache).items()
                 ]
     return programs
 
 
+def _interpreted(kernel: str) -> list[Program]:
+    return [
+        Program(case.name, "interpreted", functools.partial(_checked, case))
+        for case in interpreted_cases.cases(kernel)
+    ]
+
+
+def _checked(case: interpreted_cases.Case) -> tuple[float]:
+    return (round(interpreted_cases.check(case), 3),)
+
+
+_ATTENTION = "pallas_paged.ops.attention"
 _OPS = "pallas_paged.ops"
+_KERNELS = {
+    "decode": (f"{_ATTENTION}.mosaic_gpu_decode",),
+    "prefill": (f"{_ATTENTION}.mosaic_gpu_prefill",),
+    "ampere": (f"{_ATTENTION}.mosaic_gpu_ampere",),
+}
+_CHECKS = (
+    f"{_ATTENTION}.mosaic_gpu",
+    f"{_ATTENTION}.reference",
+    f"{_ATTENTION}.arg_specs",
+    *(f"tests.kernels.{name}" for name in ("interpreted_cases", "interpreting", "covering")),
+)
 FAMILIES = {
-    "decode": Family((f"{_OPS}.attention.mosaic_gpu_decode",), _decode),
-    "prefill": Family((f"{_OPS}.attention.mosaic_gpu_prefill",), _prefill),
-    "ampere": Family((f"{_OPS}.attention.mosaic_gpu_ampere",), _ampere),
+    "decode": Family("compiled", _KERNELS["decode"], _decode),
+    "prefill": Family("compiled", _KERNELS["prefill"], _prefill),
+    "ampere": Family("compiled", _KERNELS["ampere"], _ampere),
     "cache": Family(
+        "compiled",
         tuple(f"{_OPS}.{op}.mosaic_gpu" for op in ("kv_write", "block_copy", "block_transfer")),
         _cache_operations,
+    ),
+    "interpreted-decode": Family(
+        "interpreted",
+        _KERNELS["decode"],
+        functools.partial(_interpreted, "decode"),
+        _CHECKS,
+    ),
+    "interpreted-prefill": Family(
+        "interpreted",
+        (*_KERNELS["decode"], *_KERNELS["prefill"]),  # a step with few rows of decode
+        functools.partial(_interpreted, "prefill"),
+        _CHECKS,
+    ),
+    "interpreted-ampere": Family(
+        "interpreted",
+        _KERNELS["ampere"],
+        functools.partial(_interpreted, "ampere"),
+        (*_CHECKS, "tests.kernels.interpret_sm80"),
     ),
 }
 
 
-def fingerprint(modules: Iterable[str]) -> str:
-    """Returns a hash of the modules' code, and of what they import of `ops`: no comments, no docs.
-
-    Formatting and docstrings may change without compiling anything again.
-    """
-    sources = sources_of(modules)
-    text = "\n".join(f"{name}: {sources[name]}" for name in sorted(sources))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def table_file(table: str, jax_version: str) -> pathlib.Path:
+    """Returns where a table of a JAX is kept."""
+    return FOLDER / table / f"jax-{jax_version}.csv"
 
 
-def sources_of(modules: Iterable[str]) -> dict[str, str]:
-    """Returns the code of the modules and of what they import of `ops`, by name."""
-    sources: dict[str, str] = {}
-    todo = list(modules)
-    while todo:
-        name = todo.pop()
-        if name not in sources:
-            sources[name], imported = code_of(name)
-            todo += imported
-    return sources
-
-
-def code_of(module: str) -> tuple[str, list[str]]:
-    """Returns a module's code without comments and docstrings, and its imports of `ops`."""
-    spec = util.find_spec(module)
-    assert spec is not None, module
-    assert spec.origin is not None, module
-    tree = ast.parse(pathlib.Path(spec.origin).read_text())
-    imported: list[str] = []
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and _is_docstring(body[0]):
-            body[:1] = [] if len(body) > 1 else [ast.Pass()]
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(_OPS):
-            imported += [node.module, *_submodules(node)]
-    return ast.unparse(tree), imported
-
-
-def _is_docstring(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
-
-
-def _submodules(node: ast.ImportFrom) -> list[str]:
-    """Returns the modules among the names that are imported."""
-    names = [f"{node.module}.{alias.name}" for alias in node.names]
-    parent = util.find_spec(node.module or "")
-    if parent is None or parent.submodule_search_locations is None:
-        return []
-    return [name for name in names if util.find_spec(name) is not None]
-
-
-def table_file(jax_version: str) -> pathlib.Path:
-    """Returns where the table of a JAX is kept."""
-    return FOLDER / f"jax-{jax_version}.csv"
-
-
-def read_table(jax_version: str) -> list[Row]:
+def read_table(table: str, jax_version: str) -> list[Row]:
     """Returns the rows of a table; none if there is no file."""
-    file = table_file(jax_version)
+    file, row_type = table_file(table, jax_version), TABLES[table]
     if not file.exists():
         return []
+    types = row_type.__annotations__.values()
     with file.open(newline="") as lines:
         return [
-            Row(*line[:4], *map(int, line[4:7]), line[7]) for line in list(csv.reader(lines))[1:]
+            row_type(*(convert(value) for convert, value in zip(types, line, strict=True)))
+            for line in list(csv.reader(lines))[1:]
         ]
 
 
-def _write_table(rows: Iterable[Row]) -> None:
-    file = table_file(jax.__version__)
+def _write_table(table: str, rows: Iterable[Row]) -> None:
+    file = table_file(table, jax.__version__)
     file.parent.mkdir(exist_ok=True)
     partial = file.with_suffix(".part")
     with partial.open("w", newline="") as lines:
         writer = csv.writer(lines, lineterminator="\n")
-        writer.writerow(Row._fields)
+        writer.writerow(TABLES[table]._fields)
         writer.writerows(sorted(rows))
     partial.replace(file)
 
 
+def key_of(row: Row) -> Key:
+    """Returns what there is one line of."""
+    return row.family, row.program, row.target
+
+
 @functools.cache
-def _programs(family: str) -> dict[tuple[str, str, str], Program]:
+def _programs(family: str) -> dict[Key, Program]:
     return {(family, p.name, p.target): p for p in FAMILIES[family].programs()}
 
 
-def _compile(key: tuple[str, str, str], sources: str) -> Row:
-    kernels = _programs(key[0])[key].compile()
-    warnings = sorted({line for kernel in kernels for line in kernel.warnings})
-    smem_bytes: list[Any] = [kernel.smem_bytes for kernel in kernels]
-    return Row(
-        *key,
-        sources,
-        registers=kernels[0].registers,
-        spill_bytes=sum(kernel.spill_bytes for kernel in kernels),
-        smem_bytes=max(smem_bytes),
-        warnings="; ".join(warnings),
-    )
+def _measure(key: Key, sources: str) -> Row:
+    family = FAMILIES[key[0]]
+    return TABLES[family.table](*key, sources, *_programs(key[0])[key].measure())
 
 
 def main(families: list[str]) -> None:
-    """Brings the table of this JAX up to date."""
+    """Brings the tables of this JAX up to date."""
     for name in families:
         if name not in FAMILIES:
             sys.exit(f"family {name!r} is unknown; use some of {', '.join(FAMILIES)}")
-    current = {name: fingerprint(family.modules) for name, family in FAMILIES.items()}
-    wanted = {key for name in FAMILIES for key in _programs(name)}
+    # What interprets kernels needs more threads than two cores give; see tests/conftest.py.
+    os.environ.setdefault("NPROC", "16")
+    failed = sum(_bring_up_to_date(table, families or list(FAMILIES)) for table in TABLES)
+    if failed:
+        sys.exit(f"{failed} programs failed")
+
+
+def _bring_up_to_date(table: str, families: Collection[str]) -> int:
+    """Makes the missing rows of some families; returns how many failed."""
+    started = time.perf_counter()
+    current = {n: family.fingerprint for n, family in FAMILIES.items() if family.table == table}
+    wanted = {key for name in current for key in _programs(name)}
     rows = {
-        row.key: row
-        for row in read_table(jax.__version__)
-        if row.key in wanted and row.sources == current[row.family]
+        key_of(row): row
+        for row in read_table(table, jax.__version__)
+        if key_of(row) in wanted and row.sources == current[row.family]
     }
-    missing = sorted(k for k in wanted if k[0] in (families or FAMILIES) and k not in rows)
-    print(
-        f"jax {jax.__version__}: {len(rows)} of {len(wanted)} programs are up to date", flush=True
-    )
+    missing = sorted(key for key in wanted if key[0] in families and key not in rows)
+    print(f"jax {jax.__version__}: {len(rows)} of {len(wanted)} programs are {table}", flush=True)
     failed = 0
-    for number, (key, future) in enumerate(_compile_all(missing, current), 1):
+    for number, (key, future) in enumerate(_measure_all(missing, current), 1):
         error = future.exception()
         if error is None:
             row = future.result()
-            rows[row.key] = row
-            _write_table(rows.values())
-            result = f"{row.registers} registers, {row.spill_bytes} bytes spilled"
+            rows[key] = row
+            _write_table(table, rows.values())
+            result = " ".join(f"{name}={value}" for name, value in row._asdict().items())
+            result = result.partition("sources=")[2].partition(" ")[2]
         else:
             failed += 1
             result = f"FAILED: {type(error).__name__}: {error}"
         print(f"{number}/{len(missing)} {'/'.join(key)}: {result}", flush=True)
-    _write_table(rows.values())
-    if failed:
-        sys.exit(f"{failed} programs failed to compile")
+    _write_table(table, rows.values())
+    print(f"{len(missing)} took {time.perf_counter() - started:.0f} s", flush=True)
+    return failed
 
 
-def _compile_all(
-    keys: Collection[tuple[str, str, str]], sources: dict[str, str]
-) -> Iterator[tuple[tuple[str, str, str], concurrent.futures.Future[Row]]]:
-    """Yields every program, compiled; other processes for each target, as `deviceless` asks for."""
+def _measure_all(
+    keys: Collection[Key], sources: dict[str, str]
+) -> Iterator[tuple[Key, concurrent.futures.Future[Row]]]:
+    """Yields every program, done; other processes for each target, as `deviceless` asks for."""
     context = multiprocessing.get_context("spawn")
     for target in sorted({key[2] for key in keys}):
         with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
-            compiled = {
-                pool.submit(_compile, key, sources[key[0]]): key for key in keys if key[2] == target
+            done = {
+                pool.submit(_measure, key, sources[key[0]]): key for key in keys if key[2] == target
             }
-            for future in concurrent.futures.as_completed(compiled):
-                yield compiled[future], future
+            for future in concurrent.futures.as_completed(done):
+                yield done[future], future
 
 
 if __name__ == "__main__":

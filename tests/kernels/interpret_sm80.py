@@ -14,7 +14,9 @@ interpreter takes for one thread.
 
 import collections
 import contextlib
+import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 from unittest import mock
@@ -26,6 +28,7 @@ from jax._src.interpreters import mlir
 from jax._src.pallas.mosaic_gpu import primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 from jax._src.pallas.mosaic_gpu.interpret.jaxpr_interpret import JaxprInterpreter
+from jax._src.state.types import ReshapeTransform
 
 from pallas_paged.dispatch import interpret_kernels
 
@@ -61,6 +64,26 @@ class _Copies:
                 copy(0)
 
 
+def _accesses(memory: Any, keys: list[Any], places: list[Any]) -> list[tuple[Any, Any]]:
+    """Returns what a copy reads and writes, where its target may be rows of another length."""
+    source, (*outer, last) = places
+    if not any(isinstance(transform, ReshapeTransform) for transform in outer):
+        return [(memory.access(keys[0], source), memory.access(keys[1], places[1]))]
+    (*tile, reshape), (rows, _) = outer, last.indices
+    accesses = memory.access(keys[0], source), memory.access(keys[1], tile)
+    (*block, block_rows, columns), (slot, _, row) = (access.range for access in accesses)
+    width = math.gcd(columns.stop, row.stop)
+    pairs = []
+    for number in range(0, rows.size * columns.stop, width):
+        y, x = divmod(number, columns.stop)
+        one = *block, block_rows.start + y, slice(x, x + width, 1)
+        y, x = divmod(rows.start * reshape.shape[-1] + number, row.stop)
+        other = slot, y, slice(x, x + width, 1)
+        pair = zip(accesses, (one, other), strict=True)
+        pairs.append(tuple(dataclasses.replace(access, range=place) for access, place in pair))
+    return pairs
+
+
 @contextlib.contextmanager
 def interpret_sm80(landing: Literal["early", "late"]) -> Iterator[None]:
     """Interprets kernels as on sm_80; fails if their threads race or a copy is never waited for."""
@@ -72,14 +95,15 @@ def interpret_sm80(landing: Literal["early", "late"]) -> Iterator[None]:
     def start(token, mesh_location, thread, source, source_at, target, target_at):
         memory = gpu_callbacks._get_shared_memory()
         keys = [gpu_callbacks.HostAllocationKey.from_array(key) for key in (source, target)]
-        places = [
-            memory.access(key, jax.tree.map(int, gpu_callbacks._remove_noop_transforms(at)))
-            for key, at in zip(keys, (source_at, target_at), strict=True)
+        ats = [
+            jax.tree.map(int, gpu_callbacks._remove_noop_transforms(at))
+            for at in (source_at, target_at)
         ]
-        copy = gpu_callbacks.AsyncCopyTask(
-            mesh_location, thread, keys[0], places[0], keys[1], places[1]
-        )
-        copies.start(name_of(mesh_location), copy)
+        tasks = [
+            gpu_callbacks.AsyncCopyTask(mesh_location, thread, keys[0], one, keys[1], other)
+            for one, other in _accesses(memory, keys, ats)
+        ]
+        copies.start(name_of(mesh_location), lambda tma: [task(tma) for task in tasks])
         return token
 
     def wait(token, mesh_location, thread, *, allowed):

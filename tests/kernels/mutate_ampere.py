@@ -9,6 +9,8 @@ import sys
 from tests.mutations import Mutation, run
 
 _KERNEL = "pallas_paged/ops/attention/mosaic_gpu_ampere_kernel.py"
+_PARTS = "pallas_paged/ops/attention/mosaic_gpu_ampere_parts.py"
+_QUANTISED = "pallas_paged/ops/attention/mosaic_gpu_ampere_quantised.py"
 _WRAPPER = "pallas_paged/ops/attention/mosaic_gpu_ampere.py"
 _WORK_LIST = "pallas_paged/ops/attention/work_list.py"
 _TESTS = "tests/kernels/test_mosaic_ampere.py"
@@ -25,25 +27,26 @@ MUTATIONS = {
         "decode-late",
     ),
     "a query position one too far": _mutation(
-        "visible = distances <= 0", "visible = distances <= 1", "decode-late"
+        "visible = distances <= 0", "visible = distances <= 1", "decode-late", _PARTS
     ),
     "a window one too wide": _mutation(
         "distances > -problem.sliding_window",
         "distances >= -problem.sliding_window",
         "prefill-early",
+        _PARTS,
     ),
     "values for keys": _mutation("((k_cache, k_smem)", "((v_cache, k_smem)", "decode-late"),
     "keys for values": _mutation("(v_cache, v_smem))", "(k_cache, v_smem))", "decode-late"),
     "another head's keys": _mutation(
-        "cache.at[block, item.head, ",
-        "cache.at[block, jnp.maximum(item.head - 1, 0), ",
+        "cache.at[block, item.head], begin",
+        "cache.at[block, jnp.maximum(item.head - 1, 0)], begin",
         "decode-late",
     ),
-    "no wait for the keys": _mutation("wait(step, num_copies)", "pass", "decode-late"),
+    "no wait for the keys": _mutation("wait(step, copies_of_tile)", "pass", "decode-late"),
     "no wait for the values": _mutation("wait(step, 0)", "pass", "decode-late"),
     "a wait one copy short": _mutation(
-        "started_since += (stages - 1) * 2 * num_copies",
-        "started_since += (stages - 1) * 2 * num_copies + 1",
+        "started_since += (stages - 1) * 2 * copies_of_tile",
+        "started_since += (stages - 1) * 2 * copies_of_tile + 1",
         "decode-late",
     ),
     "no wait at the end of a share": _mutation(
@@ -54,12 +57,12 @@ MUTATIONS = {
         "lambda: start_copies(step + stages - 1, *place)",
         "decode-early",
     ),
-    "a wrong scale": _mutation("(problem.scale * _LOG2E)", "(problem.scale)", "decode-late"),
-    "no cap": _mutation("    if cap is None:", "    if True:", "split-late"),
-    "a wrong cap": _mutation("(2 * cap * _LOG2E)", "(cap * _LOG2E)", "split-late"),
-    "no slopes": _mutation("if slope is not None:", "if False:", "tokens-early"),
+    "a wrong scale": _mutation("LOG2E * (1.0 if", "(1.0 if", "decode-late", _PARTS),
+    "no cap": _mutation("    if cap is None:", "    if True:", "split-late", _PARTS),
+    "a wrong cap": _mutation("(2 * cap * LOG2E)", "(cap * LOG2E)", "split-late", _PARTS),
+    "no slopes": _mutation("if slope is not None:", "if False:", "tokens-early", _PARTS),
     "slopes of the wrong sign": _mutation(
-        "logits += _across(slope", "logits -= _across(slope", "tokens-early"
+        "logits += across(slope", "logits -= across(slope", "tokens-early", _PARTS
     ),
     "slopes of other rows": _mutation(
         "jnp.tile(per_head.reshape(problem.num_kv_heads, -1), (1, problem.max_tokens))",
@@ -67,22 +70,22 @@ MUTATIONS = {
         "tokens-early",
         _WRAPPER,
     ),
-    "no sinks": _mutation("    if sink is not None:", "    if False:", "split-late"),
+    "no sinks": _mutation("    if sink is not None:", "    if False:", "split-late", _PARTS),
     "no sink in the merge": _mutation(
         "sink = None if sinks is None else", "sink = None if True else", "split-late"
     ),
-    "the sink in every part": _mutation(
-        "_finish(state, None)", "_finish(state, sink)", "split-late"
-    ),
+    "the sink in every part": _mutation("finish(state, None)", "finish(state, sink)", "split-late"),
     "zeros": _mutation(
-        "_across(factor, some.shape) for some",
-        "_across(factor * 0, some.shape) for some",
+        "across(factor, some.shape) for some",
+        "across(factor * 0, some.shape) for some",
         "mixed-late",
+        _PARTS,
     ),
     "no correction": _mutation(
-        "some * _across(correction, some.shape) for some in",
+        "some * across(correction, some.shape) for some in",
         "some * 1.0 for some in",
         "decode-late",
+        _PARTS,
     ),
     "equal weights in the merge": _mutation(
         "weight = jnp.exp2(part_lse - maximum)",
@@ -112,6 +115,56 @@ MUTATIONS = {
         "lens = lens[rows]",
         "prefill-early",
         _WORK_LIST,
+    ),
+    "no scales of keys": _mutation(
+        "along(scales * factor", "along(scales / scales * factor", "fp8-late", _PARTS
+    ),
+    "scales of keys in another unit": _mutation(
+        "problem.scale / problem.unit", "problem.scale", "int8-early", _PARTS
+    ),
+    "scales of values in another unit": _mutation(
+        "scales * (1.0 / problem.unit)", "scales", "wide-late", _QUANTISED
+    ),
+    "scales of keys for values": _mutation(
+        "tile_scales(all_v_scales, item, position) if has_registers",
+        "tile_scales(all_k_scales, item, position) if has_registers",
+        "fp8-late",
+    ),
+    "scales of another block": _mutation(
+        "blocks[p.start // copy_rows]", "blocks[0]", "shared-early"
+    ),
+    "scales of other tokens": _mutation("begin + p.start % copy_rows", "begin", "wide-late"),
+    "scales of another head": _mutation(
+        "scales.at[block, item.head]",
+        "scales.at[block, jnp.maximum(item.head - 1, 0)]",
+        "shared-early",
+    ),
+    "NaN of a tail in the scales": _mutation(
+        " & (keys < valid[1])", "", "shared-early", _QUANTISED
+    ),
+    "NaN left of the window in the scales": _mutation(
+        "(keys >= valid[0]) & ", "", "fp8-late", _QUANTISED
+    ),
+    "converted keys for values": _mutation(
+        "convert_tile(problem, v_smem", "convert_tile(problem, k_smem", "int8-early"
+    ),
+    "a tile not converted": _mutation(
+        "if numbers_smem is not None:\n                convert_tile(problem, k_smem",
+        "if False:\n                convert_tile(problem, k_smem",
+        "int8-early",
+    ),
+    "int8 without its sign": _mutation(
+        "^ _bits(0x4C80)", "^ _bits(0x4C00)", "int8-early", _QUANTISED
+    ),
+    "float8 with its sign twice": _mutation(
+        "_bits(0xBFFF)", "_bits(0xFFFF)", "wide-late", _QUANTISED
+    ),
+    "the end of a flat copy missing": _mutation("for i in (0, 1)", "for i in (0, 0)", "flat-late"),
+    "a flat copy to another block's place": _mutation(
+        "flat.at[pl.ds(first + i, ", "flat.at[pl.ds(i, ", "flat-late"
+    ),
+    "a wait for half of the flat copies": _mutation(
+        "wait(step, copies_of_tile)", "wait(step, copies_of_tile + num_copies)", "flat-late"
     ),
 }
 

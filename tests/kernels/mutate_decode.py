@@ -18,6 +18,8 @@ _DECODE, _WINDOW, _TOKENS, _LONG = (
     f"{_TESTS}::test_equals_the_reference[{i}]" for i in (0, 1, 3, 4)
 )
 _FP8, _INT8, _FP8_HALF = (f"{_TESTS}::test_equals_the_reference[{i}]" for i in (8, 10, 11))
+_FENCES = "tests/kernels/test_fences.py::test_decode"
+_NUMBERS, _QUANTISED = f"{_FENCES}[numbers]", f"{_FENCES}[quantised]"
 
 
 MUTATIONS = {
@@ -136,6 +138,45 @@ MUTATIONS = {
     ),
     "quantised: NaN of a tail's values": Mutation(
         _CONVERSION, "x = jnp.where(is_kept, x, jnp.zeros_like(x))", "pass", _FP8
+    ),
+    "fences: weights and values not committed": Mutation(
+        _KERNEL, "plgpu.commit_smem()  # weights and values", "pass  # weights and values", _NUMBERS
+    ),
+    "fences: converted keys not committed": Mutation(
+        _KERNEL,
+        "k_smem.at[0], unroll=unroll)\n                plgpu.commit_smem()",
+        "k_smem.at[0], unroll=unroll)",
+        _QUANTISED,
+    ),
+    "fences: staged results not committed": Mutation(
+        _PARTS,
+        "store(lse_smem, as_column(lse * _LN2))\n    plgpu.commit_smem()",
+        "store(lse_smem, as_column(lse * _LN2))",
+        _NUMBERS,
+    ),
+    "fences: staged zeros not committed": Mutation(
+        _PARTS,
+        "plgpu.layout_cast(zeros, TILE_LAYOUT))\n        plgpu.commit_smem()",
+        "plgpu.layout_cast(zeros, TILE_LAYOUT))",
+        _NUMBERS,
+    ),
+    "fences: a result staged over one that is sent": Mutation(
+        _PARTS,
+        "plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was there",
+        "pass  # what was there",
+        _NUMBERS,
+    ),
+    "fences: zeros staged over a result that is sent": Mutation(
+        _PARTS,
+        "plgpu.wait_smem_to_gmem(0, wait_read_only=True)\n        zeros",
+        "zeros",
+        _NUMBERS,
+    ),
+    "fences: the kernel ends before its copies": Mutation(
+        _KERNEL, "plgpu.wait_smem_to_gmem(0)", "pass", _NUMBERS
+    ),
+    "fences: the merge ends before its copies": Mutation(
+        _MERGE, "plgpu.wait_smem_to_gmem(0)", "pass", _NUMBERS
     ),
 }
 

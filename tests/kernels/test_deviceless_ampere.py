@@ -23,6 +23,7 @@ CASES = (
     CompileCase(16, 80, 16, 1, **FEATURES[1]),
     CompileCase(7, 128, 128, 256, "float16", **ALL),
     CompileCase(3, 256, 64, 256, **ALL),
+    CompileCase(1, 128, 16, 256, "float16", "float8_e4m3fn", **ALL),
 )
 
 
@@ -69,9 +70,12 @@ def test_every_copy_is_a_group_and_waits_count_them(in_sm80_process):
     assert "mma.sync.aligned.m16n8k16" in program
 
 
-def two_layers() -> tuple[str, int]:
+# The second one's blocks are copied flat, as rows of another length than they have.
+LAYERS = (CompileCase(4, 128, 16, 1), CompileCase(4, 80, 16, 1, cache_dtype="float8_e4m3fn"))
+
+
+def two_layers(case: CompileCase) -> tuple[str, int]:
     """Returns the program of two layers of decode, and the bytes of its temporaries."""
-    case = CompileCase(4, 128, 16, 1)
 
     def step(q, *rest):
         for _ in range(2):
@@ -83,9 +87,10 @@ def two_layers() -> tuple[str, int]:
     return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_a_step_plans_once_and_copies_no_cache(in_sm80_process):
+@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.name)
+def test_a_step_plans_once_and_copies_no_cache(case, in_sm80_process):
     """Two layers: the plan once, then per layer the padding of q, two kernels and the result."""
-    program, temporary_bytes = in_sm80_process(two_layers)
+    program, temporary_bytes = in_sm80_process(two_layers, case)
     entry = program[program.index("\nENTRY") :]
     instructions = re.findall(r" = .*? ([a-z-]+)\(", entry)
     free = {"parameter", "get-tuple-element", "bitcast", "tuple", "constant"}
@@ -93,5 +98,5 @@ def test_a_step_plans_once_and_copies_no_cache(in_sm80_process):
     assert launches["custom-call"] == 4
     assert launches["fusion"] <= 8 + 3  # the plan; q, q between the layers, the result
     assert set(launches) == {"custom-call", "fusion"}
-    cache_bytes = 4000 * 2 * 16 * 128 * 2
+    cache_bytes = 4000 * 2 * 16 * case.head_dim * case.problem.cache_dtype.itemsize
     assert temporary_bytes < cache_bytes

@@ -1,14 +1,19 @@
-"""What `make kernels-full` compiled: every named program, from today's sources.
+"""What `make kernels-full` made: every named program compiled and every named case interpreted.
 
-None spills registers but those of `KNOWN_SPILLS`.
+From today's sources, with each JAX of `JAX_VERSIONS`. None spills registers but those of
+`KNOWN_SPILLS`.
 """
+
+import itertools
 
 import pytest
 
 from pallas_paged.ops.attention.config import SM80, SM90
-from tests.kernels import full
+from tests.kernels import full, interpreted_cases
+from tests.kernels.covering import covering, pairs
+from tests.kernels.fingerprint import code_of, sources_of
 
-JAX_VERSION = "0.12.0.1"
+JAX_VERSIONS = ("0.11.2", "0.12.0.1")  # the oldest that we support, and the newest
 MOST_SMEM_BYTES = {
     "h100": SM90.smem_per_cta_bytes,
     "a100-40gb": SM80.smem_per_cta_bytes,
@@ -20,30 +25,32 @@ KNOWN_SPILLS: dict[str, int] = {
     "dim256-int8-float16": 144,
 }
 
-
-@pytest.fixture(scope="module")
-def rows():
-    return full.read_table(JAX_VERSION)
+each_version = pytest.mark.parametrize("version", JAX_VERSIONS)
 
 
+@each_version
 @pytest.mark.parametrize("family", full.FAMILIES)
-def test_every_program_was_compiled_from_these_sources(rows, family):
-    expected = {(family, program.name, program.target) for program in programs(family)}
-    sources = full.fingerprint(full.FAMILIES[family].modules)
-    stale = expected - {row.key for row in rows if row.sources == sources}
-    assert not stale, f"{len(stale)} programs changed or are new: run make kernels-full"
-    assert len(expected) == len(programs(family)), "two programs of one name"
-
-
-def test_no_program_is_left_over(rows):
-    assert {row.key for row in rows} == {
-        (family, program.name, program.target)
-        for family in full.FAMILIES
-        for program in programs(family)
+def test_every_program_is_there_from_these_sources(version, family):
+    table, sources = full.FAMILIES[family].table, full.FAMILIES[family].fingerprint
+    up_to_date = {
+        full.key_of(row) for row in full.read_table(table, version) if row.sources == sources
     }
+    stale = keys(family) - up_to_date
+    assert not stale, f"{len(stale)} programs changed or are new: run make kernels-full"
+    assert len(keys(family)) == len(full.FAMILIES[family].programs()), "two programs of one name"
 
 
-def test_nothing_else_spills_and_everything_fits(rows):
+@each_version
+@pytest.mark.parametrize("table", full.TABLES)
+def test_no_program_is_left_over(version, table):
+    families = [name for name, family in full.FAMILIES.items() if family.table == table]
+    rows = full.read_table(table, version)
+    assert {full.key_of(row) for row in rows} == set().union(*map(keys, families))
+
+
+@each_version
+def test_nothing_else_spills_and_everything_fits(version):
+    rows = full.read_table("compiled", version)
     assert {row.program: row.spill_bytes for row in rows if row.spill_bytes} == KNOWN_SPILLS
     for row in rows:
         assert row.warnings == "", row
@@ -51,8 +58,13 @@ def test_nothing_else_spills_and_everything_fits(rows):
         assert row.smem_bytes <= MOST_SMEM_BYTES[row.target], row
 
 
-def programs(family):
-    return full.FAMILIES[family].programs()
+@each_version
+def test_every_error_is_tolerated(version):
+    assert all(0 < row.error <= 1 for row in full.read_table("interpreted", version))
+
+
+def keys(family):
+    return {(family, program.name, program.target) for program in full.FAMILIES[family].programs()}
 
 
 def test_the_fingerprint_is_of_code_alone(tmp_path, monkeypatch):
@@ -64,10 +76,38 @@ def test_the_fingerprint_is_of_code_alone(tmp_path, monkeypatch):
     }
     for name, text in texts.items():
         (tmp_path / f"fingerprinted_{name}.py").write_text(text)
-    found = {name: full.code_of(f"fingerprinted_{name}")[0] for name in texts}
+    found = {name: code_of(f"fingerprinted_{name}")[0] for name in texts}
     assert found["one"] == found["two"] != found["other"]
 
 
 def test_the_fingerprint_follows_imports():
-    names = full.sources_of(["pallas_paged.ops.attention.mosaic_gpu_decode"])
+    names = sources_of(["pallas_paged.ops.attention.mosaic_gpu_decode"])
     assert {name.rpartition(".")[2] for name in names} >= {"config", "work_list"}
+
+
+def test_every_two_values_of_the_interpreted_cases_meet():
+    """But those that the decode kernel leaves to the prefill kernel: many columns."""
+    for kernel, factors in interpreted_cases.FACTORS.items():
+        met = set().union(*(pairs(case.values) for case in interpreted_cases.cases(kernel)))
+        every = set().union(*map(pairs, product_of_two(factors)))
+        missing = [dict(pair) for pair in every - met]
+        if kernel == "decode":
+            assert all(pair["queries"] == 8 for pair in missing)
+            assert sorted(pair["group"] for pair in missing) == [7, 8, 16]
+        else:
+            assert not missing
+
+
+def product_of_two(factors):
+    for one, other in itertools.combinations(factors, 2):
+        for values in itertools.product(factors[one], factors[other]):
+            yield dict(zip((one, other), values, strict=True))
+
+
+def test_rows_that_are_not_allowed_are_left_out():
+    factors = {"a": (1, 2, 3), "b": (1, 2), "c": (1, 2)}
+    rows = covering(factors, lambda row: row["a"] != 3 or row["b"] == 1)
+    assert rows == covering(factors, lambda row: row["a"] != 3 or row["b"] == 1)
+    met = set().union(*map(pairs, rows))
+    every = set().union(*map(pairs, product_of_two(factors)))
+    assert every - met == {frozenset({("a", 3), ("b", 2)})}

@@ -1,5 +1,7 @@
 """Attention for sm_80, interpreted, against the reference; see `interpret_sm80` for how."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +10,18 @@ import pytest
 from pallas_paged import attention_implementation, paged_attention
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.ops.attention import mosaic_gpu
-from pallas_paged.ops.attention.arg_specs import DECODE_KERNEL_SPECS, AttentionSpec
+from pallas_paged.ops.attention.ampere_problem import AmpereProblem
+from pallas_paged.ops.attention.arg_specs import (
+    DECODE_KERNEL_SPECS,
+    QUANTISED_KERNEL_SPECS,
+    AttentionSpec,
+)
 from pallas_paged.ops.attention.config import DecodeConfig
+from pallas_paged.ops.attention.mosaic_gpu_ampere_quantised import to_numbers
 from tests.kernels.interpret_sm80 import interpret_sm80
+from tests.kernels.interpreting import TOLERANCES, build_poisoned, complete
 from tests.kernels.prefill_cases import interpret_cases
-from tests.kernels.test_mosaic_prefill import build_poisoned
 
-# Weights and results are rounded to the dtype, whose units at 1 are 2^-7 and 2^-10.
-TOLERANCES = {"bfloat16": 2e-2, "float16": 3e-3}
 FEW = DecodeConfig(num_stages=2, ctas_per_sm=1)
 MORE = DecodeConfig(num_stages=3, ctas_per_sm=2)
 WIDE = DecodeConfig(tile=128, num_stages=2, ctas_per_sm=2, min_tiles=2)
@@ -29,6 +35,23 @@ MIXED = AttentionSpec(
     block_size=16,
     dtype="bfloat16",
 )
+# Copies that overlap, rows of several tokens, and all options over a quantised cache.
+FLAT = AttentionSpec(
+    "flat",
+    (20, 70, 9),
+    (1, 5, 9),
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=80,
+    block_size=16,
+    dtype="bfloat16",
+    cache_dtype="float8_e4m3fn",
+    max_query_len=9,
+    sliding_window=30,
+    logits_soft_cap=1.5,
+    alibi=True,
+    sinks=True,
+)
 PREFILL_SPECS = [case.spec for case in interpret_cases()]
 # Every head_dim, block size, dtype, option and number of rows, and shares that divide items.
 CASES = {
@@ -38,16 +61,20 @@ CASES = {
     "prefill": (PREFILL_SPECS[1], FEW),
     "blocks": (PREFILL_SPECS[5], MORE),
     "mixed": (MIXED, FEW),
+    "fp8": (QUANTISED_KERNEL_SPECS[0], FEW),
+    "int8": (QUANTISED_KERNEL_SPECS[1], WIDE),
+    "shared": (QUANTISED_KERNEL_SPECS[2], FEW),
+    "wide": (QUANTISED_KERNEL_SPECS[3], FEW),
+    "flat": (FLAT, FEW),
 }
 LANDINGS = ("decode-early", "decode-late", "tokens-early", "split-late")
 LANDINGS += ("prefill-early", "blocks-late", "mixed-late")
+LANDINGS += ("fp8-late", "int8-early", "shared-early", "wide-late", "flat-late")
 
 
-def run(arguments, config, landing):
+def run(spec, arguments, config, landing):
     """Returns (out, lse) of the interpreted kernels."""
-    options = {"alibi_slopes": None, "sinks": None} | arguments.options
-    if options["scale"] is None:
-        options["scale"] = arguments.q.shape[2] ** -0.5
+    options = complete(spec, arguments.options)
 
     def attention(*arrays):
         return mosaic_gpu.paged_attention(*arrays, **options, config=config)
@@ -61,7 +88,7 @@ def test_equals_the_reference(name):
     case, landing = name.split("-")
     spec, config = CASES[case]
     arguments = build_poisoned(spec)
-    out, lse = run(arguments, config, landing)
+    out, lse = run(spec, arguments, config, landing)
     expected, expected_lse = paged_attention(
         *arguments.arrays, **arguments.options, return_lse=True, implementation="reference"
     )
@@ -90,12 +117,32 @@ def test_other_chips_are_refused(capability):
         assert attention_implementation(None, q, cache) == "xla"
 
 
-def test_quantised_caches_are_refused():
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
+def test_it_is_chosen_for_quantised_caches(cache_dtype):
     shape = jax.ShapeDtypeStruct
-    q, cache = shape((4, 4, 64), jnp.bfloat16), shape((9, 2, 16, 64), jnp.int8)
-    with interpret_kernels(compute_capability=(8, 0)):
-        with pytest.raises(NotImplementedError, match="int8, for which compute capability 8"):
-            attention_implementation("mosaic_gpu", q, cache)
-        assert attention_implementation(None, q, cache) == "xla"
-    with interpret_kernels(compute_capability=(9, 0)):
-        assert attention_implementation(None, q, cache) == "mosaic_gpu"
+    for head_dim, block_size in itertools.product(mosaic_gpu.HEAD_DIMS, mosaic_gpu.BLOCK_SIZES):
+        cache = shape((9, 2, block_size, head_dim), jnp.dtype(cache_dtype))
+        with interpret_kernels(compute_capability=(8, 0)):
+            for dtype, name in (("bfloat16", "mosaic_gpu"), ("float32", "xla")):
+                q = shape((4, 4, head_dim), jnp.dtype(dtype))
+                assert attention_implementation(None, q, cache) == name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
+def test_every_code_is_converted_exactly(cache_dtype, dtype):
+    codes = jnp.arange(-128, 128, dtype=jnp.int8)
+    stored = jax.lax.bitcast_convert_type(codes, jnp.dtype(cache_dtype))
+    problem = AmpereProblem(4, 2, 64, 16, jnp.dtype(dtype), stored.dtype, 1, 1.0)
+    numbers = np.asarray(to_numbers(stored, problem.dtype).astype(jnp.float32))
+    exact = np.asarray(stored, np.float32) * problem.unit
+    assert numbers.dtype == np.float32
+    is_nan = np.isnan(exact)
+    assert is_nan.sum() == (2 if cache_dtype == "float8_e4m3fn" else 0)
+    assert np.isfinite(numbers).all()
+    if (cache_dtype, dtype) == ("float8_e4m3fn", "bfloat16"):
+        # On their way they are bfloat16 numbers below the smallest normal one, which CPUs flush.
+        is_flushed = np.abs(exact) < 2.0**-6
+        assert is_flushed.sum() == 16
+        exact = np.where(is_flushed, 0, exact)
+    np.testing.assert_array_equal(numbers[~is_nan], exact[~is_nan])

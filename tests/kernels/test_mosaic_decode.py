@@ -18,10 +18,9 @@ from pallas_paged.ops.attention.arg_specs import (
     build,
 )
 from pallas_paged.ops.attention.config import DecodeConfig
+from tests.kernels.interpreting import TOLERANCES
 
 SPECS = DECODE_KERNEL_SPECS + QUANTISED_KERNEL_SPECS
-# Weights and results are rounded to the dtype, whose units at 1 are 2^-7 and 2^-10.
-TOLERANCES = {"bfloat16": 2e-2, "float16": 3e-3}
 # Two CTAs in flight, so that shares begin and end within items; or as many as there is work for.
 CONFIGS = (
     DecodeConfig(num_stages=2, ctas_per_sm=1),

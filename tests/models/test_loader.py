@@ -14,6 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from pallas_paged.models import init_model, load_config, load_eos_token_ids, load_model
+from pallas_paged.models.tensors import tensors_of
 from tests.models.references import REFERENCES, load_reference
 
 TIED, SHARDED = "llama-mha-tied", "llama-gqa-llama3"
@@ -41,8 +42,7 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, np.ndarray]], object]) 
 
 
 def params_of(model: Any) -> dict[str, np.ndarray]:
-    flat = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): np.asarray(param[...]) for path, param in flat}
+    return {name: np.asarray(value) for name, value in tensors_of(nnx.state(model)).items()}
 
 
 def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:

@@ -303,7 +303,12 @@ def test_parameters_go_where_their_axes_say(ported):
 
     for folder in (ported, path_of(TIED)):
         model: Any = load_model(folder, sharding=sharding)
-        weight = model.model.layers[0].self_attn.q_proj.weight[...]
-        assert [shard.data.shape for shard in weight.addressable_shards] == [(16, 32)] * 2
+        layer = model.model.layers[0]
+        for weight, shape in (
+            (layer.self_attn.qkv_proj.weight[...], (2, 24, 32)),
+            (layer.mlp.gate_up_proj.weight[...], (2, 32, 32)),
+            (layer.self_attn.o_proj.weight[...], (32, 16)),
+        ):
+            assert [shard.data.shape for shard in weight.addressable_shards] == [shape] * 2
         assert len(model.model.norm.weight[...].sharding.device_set) == 2
         assert_same(params_of(model), params_of(load_model(path_of(TIED))))

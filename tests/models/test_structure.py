@@ -10,10 +10,12 @@ from flax import nnx
 
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import load_model
+from pallas_paged.models.tensors import tensors_of, with_tensors
 from tests.models.paged_run import BLOCK_SIZE, step
 from tests.models.references import REFERENCES, load_reference
 
 AXES = {"vocab", "embed", "heads", "kv_heads", "mlp", "positions", "word_embed", "head_dim"}
+AXES |= {"qkv", "gate_up"}
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -24,19 +26,50 @@ def test_every_parameter_has_the_names_of_its_axes(name):
         assert set(param.out_sharding) <= AXES, path
     by_name = {".".join(map(str, path)): p for path, p in nnx.to_flat_state(nnx.state(model))}
     for name, param in by_name.items():
-        for part, axes in (("k_proj.weight", ("kv_heads", "embed")), ("embed_tokens", ("vocab",))):
+        for part, axes in (("qkv_proj.bias", ("kv_heads", "qkv")), ("embed_tokens", ("vocab",))):
             if part in name:
                 assert param.out_sharding[: len(axes)] == axes, name
+
+
+def test_a_device_that_has_a_kv_head_has_all_that_belongs_to_it():
+    """The first half of a merged parameter's sharded axis is the first half of each tensor."""
+    path = load_reference("llama-gqa-llama3").path
+    state = nnx.state(load_model(path))
+    tensors = tensors_of(state)
+    for name in ("self_attn.qkv_proj.weight", "self_attn.qkv_proj.bias", "mlp.gate_up_proj.weight"):
+        merged = state["model"]["layers"][1]
+        for key in name.split("."):
+            merged = merged[key]
+        axis = merged.out_sharding.index("mlp" if "gate" in name else "kv_heads")
+        half = jnp.split(merged[...], 2, axis)[0]
+        held = np.sort(np.asarray(half).reshape(-1))
+        *parents, _, leaf = ("model.layers.1." + name).split(".")
+        parts = [
+            np.asarray(tensors[".".join((*parents, part.module, leaf))]) for part in merged.parts
+        ]
+        assert sum(part.size for part in parts) == merged[...].size
+        halves = np.concatenate([part[: len(part) // 2].reshape(-1) for part in parts])
+        np.testing.assert_array_equal(held, np.sort(halves))
+
+
+def test_tensors_go_back_to_where_they_were():
+    state = nnx.state(load_model(load_reference("opt-prenorm").path))
+    tensors = {name: 2 * value for name, value in tensors_of(state).items()}
+    doubled = with_tensors(state, tensors)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(doubled), strict=True):
+        np.testing.assert_array_equal(2 * before, after)
 
 
 def test_axis_names_become_a_sharding():
     state = nnx.state(load_model(load_reference("llama-gqa-llama3").path))
     rules = (("heads", "tensor"), ("kv_heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"))
-    rules += (("embed", None),)
+    rules += (("embed", None), ("qkv", None), ("gate_up", None))
     with nnx.logical_axis_rules(rules):
         spec = nnx.get_partition_spec(state)
     layer = spec["model"]["layers"][0]
-    assert layer["self_attn"]["q_proj"]["weight"].get_value() == jax.P("tensor", None)
+    qkv = layer["self_attn"]["qkv_proj"]["weight"]
+    assert qkv.get_value() == jax.P("tensor", None, None)
     assert layer["self_attn"]["o_proj"]["weight"].get_value() == jax.P(None, "tensor")
     assert layer["mlp"]["down_proj"]["bias"].get_value() == jax.P(None)
 

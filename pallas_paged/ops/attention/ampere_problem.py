@@ -13,6 +13,11 @@ from pallas_paged.ops.attention.work_list import SequenceField
 PIECE_KEYS = 32
 """Keys of a tile that are multiplied at a time; with more of them registers spill."""
 
+FLAT_ROW = 256
+"""Bytes of a row in what is copied flat; see `AmpereProblem.is_flat`."""
+
+_SMALLEST_TILE = 64
+
 
 class AmpereProblem(DecodeProblem):
     """What the kernel is specialised for; `max_tokens` are the tokens of a run."""
@@ -20,7 +25,7 @@ class AmpereProblem(DecodeProblem):
     @property
     def rows(self) -> int:
         """M: the query rows of a run on one KV head, padded to what the tensor cores multiply."""
-        fewest = 16 if self.head_dim % 32 == 0 else 32
+        fewest = 16 if self.head_dim % 32 == 0 and self.piece_keys == PIECE_KEYS else 32
         return max(fewest, 1 << (self.group * self.max_tokens - 1).bit_length())
 
     @property
@@ -29,10 +34,38 @@ class AmpereProblem(DecodeProblem):
         return self.rows
 
     @property
+    def piece_keys(self) -> int:
+        """Keys that are multiplied at a time. Those that have scales are in one block."""
+        return min(PIECE_KEYS, self.block_size) if self.is_quantised else PIECE_KEYS
+
+    @property
+    def unit(self) -> float:
+        """What stored numbers are multiplied by as they are converted; the scales make up for it.
+
+        A power of two. Such products are float16 numbers without any operation of their own.
+        """
+        if not self.is_quantised or jnp.dtype(self.dtype) != jnp.float16:
+            return 1.0
+        return 2.0**-6 if jnp.dtype(self.cache_dtype) == jnp.int8 else 2.0**-8
+
+    @property
     def chunks(self) -> tuple[Any, ...]:
         """Slices of head_dim: what is loaded and multiplied at a time, to need few registers."""
         width = next(w for w in (64, 32, 16) if self.head_dim % w == 0)
         return tuple(pl.ds(begin, width) for begin in range(0, self.head_dim, width))
+
+    @property
+    def number_swizzle(self) -> int:
+        """Bytes of a row of the tiles in which converted numbers lie: a chunk's."""
+        return int(self.chunks[0].size) * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether four warps cannot share what a copy brings: 16 rows of 80 bytes.
+
+        Then rows of `FLAT_ROW` bytes are copied, all but the last of them and all but the first.
+        """
+        return _swizzle_bytes(self, self.copies(_SMALLEST_TILE)[1]) is None
 
     @property
     def query_field(self) -> int:
@@ -59,13 +92,19 @@ def scratch_types(problem: DecodeProblem, config: DecodeConfig) -> dict[str, Any
     """Returns the shared memory of one CTA, by the kernel's parameter names."""
     assert isinstance(problem, AmpereProblem)
     _, copy_rows = problem.copies(config.tile)
-    tiles = (config.num_stages, config.tile, problem.head_dim)
-    swizzle = swizzle_bytes(problem, copy_rows)
-    return {
-        "p_smem": _operand((problem.rows, config.tile), problem.dtype, 2 * PIECE_KEYS),
-        "k_smem": _operand(tiles, problem.dtype, swizzle),
-        "v_smem": _operand(tiles, problem.dtype, swizzle),
+    tile = (config.tile, problem.head_dim)
+    swizzle = _swizzle_bytes(problem, copy_rows)
+    ring: Any = plgpu.SMEM((config.num_stages, *tile), problem.cache_dtype)
+    if swizzle is not None:
+        ring = _operand(ring.shape, problem.cache_dtype, swizzle)
+    scratch = {
+        "p_smem": _operand((problem.rows, config.tile), problem.dtype, 2 * problem.piece_keys),
+        "k_smem": ring,
+        "v_smem": ring,
     }
+    if problem.is_quantised:  # of keys first, then of values
+        scratch["numbers_smem"] = _operand(tile, problem.dtype, problem.number_swizzle)
+    return scratch
 
 
 def _operand(shape: tuple[int, ...], dtype: Any, swizzle: int) -> Any:
@@ -79,7 +118,16 @@ def _operand(shape: tuple[int, ...], dtype: Any, swizzle: int) -> Any:
 
 
 def swizzle_bytes(problem: AmpereProblem, copy_rows: int) -> int:
-    """Returns the bytes of a tile's row: the most with which four warps share a copy's tiles."""
-    row_bytes = problem.head_dim * jnp.dtype(problem.dtype).itemsize
+    """Returns the bytes of a row of the tiles that copies bring; not if they are flat."""
+    swizzle = _swizzle_bytes(problem, copy_rows)
+    assert swizzle is not None
+    return swizzle
+
+
+def _swizzle_bytes(problem: AmpereProblem, copy_rows: int) -> int | None:
+    """Returns the most bytes of a tile's row with which four warps share a copy's tiles, if any."""
+    row_bytes = problem.head_dim * jnp.dtype(problem.cache_dtype).itemsize
     least = 1 if copy_rows % 32 == 0 else 32 // copy_rows  # tiles beside each other
-    return next(swizzle for swizzle in (128, 64, 32, 16) if row_bytes % (swizzle * least) == 0)
+    # A chunk of quantised numbers, which are read at a time, is not less than a tile.
+    sizes = (64, 32, 16) if problem.is_quantised else (128, 64, 32, 16)
+    return next((size for size in sizes if row_bytes % (size * least) == 0), None)

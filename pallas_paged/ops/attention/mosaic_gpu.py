@@ -73,8 +73,6 @@ def unsupported(
             f"q is {q.dtype} and the cache {k_cache.dtype}; q must be one of {', '.join(DTYPES)}, "
             f"the cache the same or one of {', '.join(map(str, LARGEST))}"
         )
-    if is_quantised(k_cache.dtype) and compute_capability() == _AMPERE:
-        return f"the cache is {k_cache.dtype}, for which compute capability 8.0 has no kernel yet"
     for name, value, allowed in (
         ("head_dim", head_dim, HEAD_DIMS),
         ("block_size", block_size, BLOCK_SIZES),
@@ -207,8 +205,7 @@ def _ampere_step(
     )
     return mosaic_gpu_ampere.attend(
         q,
-        cache.k,
-        cache.v,
+        cache,
         metadata,
         runs,
         work,

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_paged.kv_cache import AttentionMetadata
-from pallas_paged.ops.attention.ampere_problem import AmpereProblem, scratch_types
+from pallas_paged.kv_cache import AttentionMetadata, KVCache
+from pallas_paged.ops.attention.ampere_problem import FLAT_ROW, AmpereProblem, scratch_types
 from pallas_paged.ops.attention.config import DecodeConfig
 from pallas_paged.ops.attention.mosaic_gpu_ampere_kernel import attend_kernel, merge_kernel
 from pallas_paged.ops.attention.work_list import QueryRuns, WorkList, find_tokens
@@ -20,8 +20,7 @@ _COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True)
 
 def attend(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    cache: KVCache,
     metadata: AttentionMetadata,
     runs: QueryRuns,
     work: WorkList,
@@ -37,7 +36,8 @@ def attend(
     slopes, sinks = (_per_row(numbers, problem) for numbers in (alibi_slopes, sinks))
     # The token of each row, so that no kernel has to divide by the group.
     tokens = jnp.arange(problem.rows, dtype=jnp.int32) // problem.group
-    arrays = (packed, k_cache, v_cache, metadata.block_tables, tokens)
+    arrays = (packed, *_stored(cache, problem), metadata.block_tables, tokens)
+    scales = (cache.k_scale, cache.v_scale) if problem.is_quantised else None
     kernel = functools.partial(
         plgpu.kernel, grid=(num_ctas,), grid_names=("cta",), compiler_params=_COMPILER_PARAMS
     )
@@ -51,7 +51,7 @@ def attend(
         ),
         scratch_types=scratch_types(problem, config),
         kernel_name="paged_attention_sm80",
-    )(arrays, work.sequences, work.ctas, slopes, sinks)
+    )(arrays, scales, work.sequences, work.ctas, slopes, sinks)
     out_ref, lse_ref = jax.new_ref(out), jax.new_ref(lse)
     kernel(
         functools.partial(merge_kernel, problem),
@@ -59,6 +59,14 @@ def attend(
         kernel_name="paged_attention_sm80_merge",
     )(parts, part_lses, work.sequences, work.ctas, sinks, out_ref, lse_ref)
     return _unpack(out_ref[...], lse_ref[...], q, metadata, problem)
+
+
+def _stored(cache: KVCache, problem: AmpereProblem) -> tuple[jax.Array, jax.Array]:
+    """Returns keys and values as they are copied."""
+    if not problem.is_flat:
+        return cache.k, cache.v
+    flat_shape = (*cache.k.shape[:2], -1, FLAT_ROW)
+    return cache.k.reshape(flat_shape), cache.v.reshape(flat_shape)
 
 
 def _pack(q: jax.Array, runs: QueryRuns, problem: AmpereProblem) -> jax.Array:

@@ -18,11 +18,12 @@ Copies complete in the order in which they were started, and the hardware counts
 still be in flight: `wait` says how many, and the number is a constant of the program. Waiting for
 copies is also a barrier of the CTA's warps; so is each write to shared memory, before and after,
 and the start of each copy. Mosaic GPU puts them there (`auto_barriers`).
+
+A quantised cache is in flight as it is stored. Before each product its tile is converted into one
+more tile in shared memory, that of keys and then that of values (`mosaic_gpu_ampere_quantised.py`).
 """
 
-import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,55 +31,35 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_paged.ops.attention.ampere_problem import PIECE_KEYS, AmpereProblem, swizzle_bytes
+from pallas_paged.ops.attention.ampere_problem import FLAT_ROW, AmpereProblem, swizzle_bytes
 from pallas_paged.ops.attention.config import DecodeConfig
-from pallas_paged.ops.attention.work_list import CtaField, SequenceField
+from pallas_paged.ops.attention.mosaic_gpu_ampere_parts import (
+    Item,
+    State,
+    across,
+    along,
+    empty,
+    finish,
+    finish_logits,
+    read_item,
+    update,
+    write,
+    zeros,
+)
+from pallas_paged.ops.attention.mosaic_gpu_ampere_quantised import (
+    convert_tile,
+    load_scales,
+    value_factors,
+)
+from pallas_paged.ops.attention.work_list import CtaField
 from pallas_paged.ops.mosaic_gpu import load, store
-
-_LOG2E = math.log2(math.e)
-_LN2 = math.log(2)
-# Below any logit and finite: exp2(-inf - _LOWEST) is 0 where exp2(-inf + inf) would be NaN.
-_LOWEST = -1e30
-
-
-class _State(NamedTuple):
-    """Online softmax over the keys so far; logits are to the base 2."""
-
-    numerator: tuple[jax.Array, ...]  # chunks of f32[M, D]
-    maximum: jax.Array  # f32[M]
-    denominator: jax.Array  # f32[M]
-
-
-class _Item(NamedTuple):
-    """A run on one KV head: a record of the work list, read."""
-
-    run: jax.Array  # of the packed queries
-    head: jax.Array
-    row: jax.Array  # of the block table
-    num_tiles: jax.Array
-    first_tile: jax.Array
-    length: jax.Array
-    num_tokens: jax.Array
-
-
-def _read_item(problem: AmpereProblem, sequences: Any, item: jax.Array) -> _Item:
-    heads = jnp.int32(problem.num_kv_heads)
-    index = lax.div(item, heads)
-    return _Item(
-        run=sequences[index, problem.query_field],
-        head=lax.rem(item, heads),
-        row=sequences[index, SequenceField.ROW],
-        num_tiles=sequences[index, SequenceField.NUM_TILES],
-        first_tile=sequences[index, SequenceField.FIRST_TILE],
-        length=sequences[index, SequenceField.LENGTH],
-        num_tokens=sequences[index, SequenceField.NUM_TOKENS],
-    )
 
 
 def attend_kernel(
     problem: AmpereProblem,
     config: DecodeConfig,
     arrays: tuple[Any, ...],
+    scales: Any,
     sequences: Any,
     ctas: Any,
     slopes: Any,
@@ -91,34 +72,42 @@ def attend_kernel(
     p_smem: Any,
     k_smem: Any,
     v_smem: Any,
+    numbers_smem: Any = None,
 ) -> None:
     """One CTA: its share of the line of tiles, item after item."""
     queries, k_cache, v_cache, tables, tokens = arrays
     stages, tile_size, window = config.num_stages, config.tile, problem.sliding_window
     num_copies, copy_rows = problem.copies(tile_size)
-    pieces = [pl.ds(begin, PIECE_KEYS) for begin in range(0, tile_size, PIECE_KEYS)]
+    all_k_scales, all_v_scales = scales if problem.is_quantised else (None, None)
+    has_registers = problem.rows <= 32
+    piece_keys = problem.piece_keys
+    pieces = [pl.ds(begin, piece_keys) for begin in range(0, tile_size, piece_keys)]
+    copies_of_tile = num_copies * (2 if problem.is_flat else 1)  # of keys, and as many of values
     cta, num_ctas = lax.axis_index("cta"), lax.axis_size("cta")
     first_item = ctas[cta, CtaField.FIRST_ITEM]
     first_tile = ctas[cta, CtaField.FIRST_TILE]
     num_tiles = ctas[cta, CtaField.NUM_TILES]
 
-    def start_copies(step: jax.Array, index: jax.Array, tile: jax.Array) -> tuple[jax.Array, ...]:
-        """Starts the copies of the share's tile number `step`; returns the place after it."""
-        slot = lax.rem(step, jnp.int32(stages))
-        item = _read_item(problem, sequences, index)
-        position = (item.first_tile + tile) * tile_size
+    def find_blocks(item: Item, position: jax.Array) -> tuple[list[jax.Array], Any]:
+        """Returns the blocks of the tile that begins at `position`, and where in the first."""
         first_block = lax.div(position, jnp.int32(problem.block_size))
         last_block = lax.div(item.length - 1, jnp.int32(problem.block_size))
         begin = lax.rem(position, jnp.int32(problem.block_size)) if num_copies == 1 else 0
+        # Behind the last block the same one again: masked, but never out of bounds.
+        blocks = [
+            tables[item.row, jnp.minimum(first_block + i, last_block)] for i in range(num_copies)
+        ]
+        return blocks, begin
+
+    def start_copies(step: jax.Array, index: jax.Array, tile: jax.Array) -> tuple[jax.Array, ...]:
+        """Starts the copies of the share's tile number `step`; returns the place after it."""
+        slot = lax.rem(step, jnp.int32(stages))
+        item = read_item(problem, sequences, index)
+        blocks, begin = find_blocks(item, (item.first_tile + tile) * tile_size)
         for cache, buffer in ((k_cache, k_smem), (v_cache, v_smem)):
-            for i in range(num_copies):
-                # Behind the last block the same one again: masked, but never out of bounds.
-                block = tables[item.row, jnp.minimum(first_block + i, last_block)]
-                plgpu.copy_gmem_to_smem(
-                    cache.at[block, item.head, pl.ds(begin, copy_rows)],
-                    buffer.at[slot, pl.ds(i * copy_rows, copy_rows)],
-                    oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
-                )
+            for i, block in enumerate(blocks):
+                rows = i * copy_rows, copy_rows
+                _start_copy(problem, cache.at[block, item.head], begin, buffer.at[slot], rows)
         is_last = tile + 1 == item.num_tiles
         return jnp.where(is_last, index + 1, index), jnp.where(is_last, 0, tile + 1)
 
@@ -134,14 +123,22 @@ def attend_kernel(
 
         Near the end of the share fewer tiles have been started since, and all must have landed.
         """
-        started_since += (stages - 1) * 2 * num_copies
+        started_since += (stages - 1) * 2 * copies_of_tile
         are_started = step + (stages - 1) < num_tiles
         pl.when(are_started)(lambda: plgpu.wait_gmem_to_smem(started_since))
         pl.when(jnp.logical_not(are_started))(lambda: plgpu.wait_gmem_to_smem(0))
 
+    def tile_scales(scales: Any, item: Item, position: jax.Array) -> list[Any]:
+        """Returns the scales of each piece of the tile that begins at `position`, or Nones."""
+        if scales is None:
+            return [None] * len(pieces)
+        blocks, begin = find_blocks(item, position)
+        places = [(blocks[p.start // copy_rows], begin + p.start % copy_rows) for p in pieces]
+        return [load_scales(problem, scales.at[block, item.head], first) for block, first in places]
+
     def one_item(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         item_step, *place = carry
-        item = _read_item(problem, sequences, first_item + number)
+        item = read_item(problem, sequences, first_item + number)
         begin = jnp.where(number == 0, first_tile, 0)
         end = jnp.minimum(item.num_tiles, begin + num_tiles - item_step)
         first_position = item.length - item.num_tokens  # of the first query token
@@ -163,32 +160,48 @@ def attend_kernel(
             slot = lax.rem(step, jnp.int32(stages))
             position = (item.first_tile + tile) * tile_size  # of the tile's first key
 
-            wait(step, num_copies)
+            valid = first_key - position, item.length - position
+            # The loads are under way while the copies are, if registers suffice.
+            k_scales = tile_scales(all_k_scales, item, position) if has_registers else []
+            v_scales = tile_scales(all_v_scales, item, position) if has_registers else []
+            keys, values = (
+                buffer.at[slot] if numbers_smem is None else numbers_smem
+                for buffer in (k_smem, v_smem)
+            )
+
+            wait(step, copies_of_tile)
+            if numbers_smem is not None:
+                convert_tile(problem, k_smem.at[slot], numbers_smem)
+            k_scales = k_scales or tile_scales(all_k_scales, item, position)
             logits = []
-            for piece in pieces:
-                products = _zeros(problem, PIECE_KEYS)
+            for piece, some_scales in zip(pieces, k_scales, strict=True):
+                products = zeros(problem, piece_keys)
                 for some_q, chunk in zip(q, problem.chunks, strict=True):
-                    keys = k_smem.at[slot, piece, chunk].transpose((1, 0))
-                    products = _add_product(problem, products, some_q, keys)
+                    some_keys = keys.at[piece, chunk].transpose((1, 0))
+                    products = _add_product(problem, products, some_q, some_keys)
                 last_key = query_position - (position + piece.start)
-                logits.append(_finish_logits(problem, products, last_key, slope))
-            state, weights = _update(state, logits)
-            for piece, some_weights in zip(pieces, weights, strict=True):
+                logits.append(finish_logits(problem, products, some_scales, last_key, slope))
+            v_scales = v_scales or tile_scales(all_v_scales, item, position)
+            state, weights = update(state, logits)
+            for piece, some_weights, some_scales in zip(pieces, weights, v_scales, strict=True):
+                if some_scales is not None:
+                    factors = value_factors(problem, some_scales, piece.start, valid)
+                    some_weights *= along(factors, some_weights.shape)
                 p_smem[:, piece] = some_weights.astype(problem.dtype)
 
             wait(step, 0)
-
-            @pl.when((position + tile_size > item.length) | (position < first_key))
-            def _() -> None:
-                begin, end = first_key - position, item.length - position
-                _zero_values(problem, v_smem.at[slot], begin, end)
+            if numbers_smem is not None:
+                convert_tile(problem, v_smem.at[slot], numbers_smem)
+            else:
+                is_edge = (position + tile_size > item.length) | (position < first_key)
+                pl.when(is_edge)(lambda: _zero_values(problem, values, *valid))
 
             numerator = list(state.numerator)
             for piece in pieces:
                 p = plgpu.load(p_smem.at[:, piece], layout=problem.layout("LHS"))
                 for i, chunk in enumerate(problem.chunks):
-                    values = v_smem.at[slot, piece, chunk]
-                    numerator[i] = _add_product(problem, numerator[i], p, values)
+                    some_values = values.at[piece, chunk]
+                    numerator[i] = _add_product(problem, numerator[i], p, some_values)
             place = lax.cond(
                 step + stages < num_tiles,
                 lambda: start_copies(step + stages, *place),
@@ -197,18 +210,18 @@ def attend_kernel(
             return state._replace(numerator=tuple(numerator)), step + 1, *place
 
         state, step, *place = lax.fori_loop(
-            begin, end, one_tile, (_empty(problem), item_step, *place)
+            begin, end, one_tile, (empty(problem), item_step, *place)
         )
         is_whole = (begin == 0) & (end == item.num_tiles)
 
         @pl.when(is_whole)
         def _() -> None:
-            _write(problem, state, sink, item, out, lse)
+            write(problem, state, sink, item, out, lse)
 
         @pl.when(jnp.logical_not(is_whole))
         def _() -> None:
             part = cta + jnp.where(begin == 0, num_ctas, 0)
-            values, part_lse = _finish(state, None)
+            values, part_lse = finish(state, None)
             for some, chunk in zip(values, problem.chunks, strict=True):
                 store(parts.at[part, :, chunk], some)
             store(part_lses.at[part], part_lse)
@@ -235,9 +248,9 @@ def merge_kernel(
     @pl.when(last_part >= 0)
     def _() -> None:
         index = ctas[cta, CtaField.FIRST_ITEM] + ctas[cta, CtaField.NUM_ITEMS] - 1
-        item = _read_item(problem, sequences, index)
+        item = read_item(problem, sequences, index)
 
-        def one_part(part: jax.Array, state: _State) -> _State:
+        def one_part(part: jax.Array, state: State) -> State:
             place = jnp.where(part == cta, num_ctas + cta, part)
             part_lse = load(part_lses.at[place], problem.row_layout)
             maximum = jnp.maximum(state.maximum, part_lse)
@@ -246,59 +259,35 @@ def merge_kernel(
             numerator = []
             for some, chunk in zip(state.numerator, problem.chunks, strict=True):
                 values = load(parts.at[place, :, chunk], problem.layout("ACC"))
-                some = some * _across(correction, some.shape)
-                numerator.append(some + values * _across(weight, values.shape))
-            return _State(tuple(numerator), maximum, state.denominator * correction + weight)
+                some = some * across(correction, some.shape)
+                numerator.append(some + values * across(weight, values.shape))
+            return State(tuple(numerator), maximum, state.denominator * correction + weight)
 
-        state = lax.fori_loop(cta, last_part + 1, one_part, _empty(problem))
+        state = lax.fori_loop(cta, last_part + 1, one_part, empty(problem))
         sink = None if sinks is None else load(sinks.at[item.head], problem.row_layout)
-        _write(problem, state, sink, item, out, lse)
+        write(problem, state, sink, item, out, lse)
+
+
+def _start_copy(
+    problem: AmpereProblem, source: Any, begin: Any, tile: Any, rows: tuple[int, int]
+) -> None:
+    """Starts to copy what begins at row `begin` of a block to (first, number of) rows of a tile."""
+    first, count = rows
+    if not problem.is_flat:
+        places = [(source.at[pl.ds(begin, count)], tile.at[pl.ds(first, count)])]
+    else:
+        first, count = (n * problem.head_dim // FLAT_ROW for n in rows)
+        flat = tile.reshape(-1, FLAT_ROW)
+        places = [
+            (source.at[pl.ds(i, count - 1)], flat.at[pl.ds(first + i, count - 1)]) for i in (0, 1)
+        ]
+    for place in places:
+        plgpu.copy_gmem_to_smem(*place, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
 def _add_product(problem: AmpereProblem, sums: jax.Array, left: jax.Array, right: Any) -> jax.Array:
     """Returns sums + left @ right, `right` in shared memory."""
     return plgpu.mma(sums, left, plgpu.load(right, layout=problem.layout("RHS")))
-
-
-def _finish_logits(
-    problem: AmpereProblem, products: jax.Array, last_key: jax.Array, slope: jax.Array | None
-) -> jax.Array:
-    """Scales, caps, slopes and masks; returns the logits of a tile times log2(e).
-
-    `last_key` is each row's own position, counted from the tile's first key.
-    """
-    shape = products.shape
-    cap = problem.logits_soft_cap
-    if cap is None:
-        logits = products * (problem.scale * _LOG2E)
-    else:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1); the hardware's own tanh has 11 bits.
-        power = jnp.exp2(products * (2 * _LOG2E * problem.scale / cap))
-        logits = cap * _LOG2E - (2 * cap * _LOG2E) / (power + 1.0)
-    # A vector first: the compiler keeps these numbers in registers.
-    columns = problem.layout("ACC").reduce(0)
-    keys = plgpu.broadcasted_iota(jnp.int32, shape[1:], 0, layout=columns)
-    distances = lax.broadcast_in_dim(keys, shape, (1,)) - _across(last_key, shape)
-    if slope is not None:
-        logits += _across(slope * _LOG2E, shape) * distances.astype(jnp.float32)
-    visible = distances <= 0
-    if problem.sliding_window is not None:
-        visible &= distances > -problem.sliding_window
-    return jnp.where(visible, logits, -jnp.inf)
-
-
-def _update(state: _State, logits: list[jax.Array]) -> tuple[_State, list[jax.Array]]:
-    """Returns the state rescaled to the new maximum, and the weights [M, T] of the new keys.
-
-    Logits and weights are in pieces of some keys.
-    """
-    largest = functools.reduce(jnp.maximum, logits).max(axis=1)
-    maximum = jnp.maximum(state.maximum, largest)
-    correction = jnp.exp2(state.maximum - maximum)
-    weights = [jnp.exp2(some - _across(maximum, some.shape)) for some in logits]
-    total = functools.reduce(jnp.add, weights).sum(axis=1)
-    numerator = tuple(some * _across(correction, some.shape) for some in state.numerator)
-    return _State(numerator, maximum, state.denominator * correction + total), weights
 
 
 def _zero_values(problem: AmpereProblem, values: Any, begin: jax.Array, end: jax.Array) -> None:
@@ -314,51 +303,3 @@ def _zero_values(problem: AmpereProblem, values: Any, begin: jax.Array, end: jax
             old = plgpu.load(piece, layout=layout)
             rows = plgpu.broadcasted_iota(jnp.int32, old.shape, 0, layout=layout) + row
             piece[...] = jnp.where((rows >= begin) & (rows < end), old, jnp.zeros_like(old))
-
-
-def _zeros(problem: AmpereProblem, width: int) -> jax.Array:
-    zeros = jnp.zeros((problem.rows, width), jnp.float32)
-    return plgpu.layout_cast(zeros, problem.layout("ACC"))
-
-
-def _empty(problem: AmpereProblem) -> _State:
-    """Returns the state before the first key."""
-    maximum = jnp.full((problem.rows,), _LOWEST, jnp.float32)
-    denominator = jnp.zeros((problem.rows,), jnp.float32)
-    return _State(
-        tuple(_zeros(problem, chunk.size) for chunk in problem.chunks),
-        plgpu.layout_cast(maximum, problem.row_layout),
-        plgpu.layout_cast(denominator, problem.row_layout),
-    )
-
-
-def _finish(state: _State, sink: jax.Array | None) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Returns (O divided by the denominator, in chunks, lse to the base 2), the sink included.
-
-    Without any visible key they are 0 and -inf.
-    """
-    numerator, maximum, denominator = state
-    factor: Any = 1.0
-    if sink is not None:
-        new_maximum = jnp.maximum(maximum, sink * _LOG2E)
-        factor = jnp.exp2(maximum - new_maximum)
-        denominator = denominator * factor + jnp.exp2(sink * _LOG2E - new_maximum)
-        maximum = new_maximum
-    is_seen = denominator > 0
-    factor = jnp.where(is_seen, factor / denominator, 0.0)
-    lse = jnp.where(is_seen, maximum + jnp.log2(denominator), -jnp.inf)
-    return tuple(some * _across(factor, some.shape) for some in numerator), lse
-
-
-def _write(
-    problem: AmpereProblem, state: _State, sink: jax.Array | None, item: _Item, out: Any, lse: Any
-) -> None:
-    values, item_lse = _finish(state, sink)
-    for some, chunk in zip(values, problem.chunks, strict=True):
-        store(out.at[item.run, item.head, :, chunk], some.astype(problem.dtype))
-    store(lse.at[item.run, item.head], item_lse * _LN2)
-
-
-def _across(per_row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns [M] as [M, width]."""
-    return lax.broadcast_in_dim(per_row, shape, (0,))

@@ -1,0 +1,70 @@
+"""The tensors of a checkpoint in the parameters of a model: which is where.
+
+A tensor's name is the path of its parameter, joined with dots. A parameter with `parts` (see
+`pallas_paged.models.layers.MergedLinear`) holds several tensors; in the name of each stands its own
+module instead of the merged one.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Place(NamedTuple):
+    """Where a tensor is in a model's state.
+
+    Attributes:
+      path: of the parameter.
+      slices: of the tensor in the parameter; empty where that is the tensor.
+      shape: of the tensor.
+    """
+
+    path: tuple[Any, ...]
+    slices: tuple[slice, ...]
+    shape: tuple[int, ...]
+
+
+def places(params: nnx.State) -> dict[str, Place]:
+    """Returns where each tensor is in parameters, whose values are not needed, by its name."""
+    found: dict[str, Place] = {}
+    for path, param in nnx.to_flat_state(params):
+        *parents, module, leaf = path
+        for part in param.parts:
+            sides = (len(range(n)[rows]) for n, rows in zip(param.shape, part.slices, strict=False))
+            shape = (math.prod(sides), *param.shape[2:])
+            found[_name(*parents, part.module, leaf)] = Place(path, part.slices, shape)
+        if not param.parts:
+            found[_name(*parents, module, leaf)] = Place(path, (), param.shape)
+    return found
+
+
+def tensors_of(params: nnx.State) -> dict[str, jax.Array]:
+    """Returns the tensors in a model's parameters by their names."""
+    values = {path: param[...] for path, param in nnx.to_flat_state(params)}
+    return {
+        name: values[place.path][place.slices].reshape(place.shape)
+        for name, place in places(params).items()
+    }
+
+
+def with_tensors(params: nnx.State, tensors: Mapping[str, jax.Array]) -> nnx.State:
+    """Returns parameters like `params` that hold the `tensors`, all of them, instead."""
+    flat = dict(nnx.to_flat_state(params))
+    values: dict[tuple[Any, ...], jax.Array] = {}
+    for name, place in places(params).items():
+        value = tensors[name]
+        if place.slices:
+            merged = values.get(place.path, jnp.zeros(flat[place.path].shape, value.dtype))
+            value = merged.at[place.slices].set(value.reshape(merged[place.slices].shape))
+        values[place.path] = value
+    return nnx.from_flat_state(
+        [(path, flat[path].replace(value)) for path, value in values.items()]
+    )
+
+
+def _name(*path: Any) -> str:
+    return ".".join(map(str, path))
