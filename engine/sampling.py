@@ -82,9 +82,10 @@ def sample(logits: Float[Array, "B V"], inputs: SamplingInputs) -> Int32[Array, 
     greedy = tile * TILE + _first(_take_tile(tiles, tile) == top[:, None])
     # A temperature that the device may flush to zero is zero.
     drawn = inputs.temperature >= SMALLEST
+    words = _words(inputs)
     tokens = lax.cond(
         jnp.any(drawn),
-        lambda: jnp.where(drawn, _draw_filtered(tiles, top, drawn, inputs), greedy),
+        lambda: jnp.where(drawn, _draw_filtered(tiles, top, drawn, _from_words(words)), greedy),
         lambda: greedy,
     )
     return jnp.minimum(tokens, logits.shape[1] - 1)  # a row of NaN may end up in the padding
@@ -93,6 +94,31 @@ def sample(logits: Float[Array, "B V"], inputs: SamplingInputs) -> Int32[Array, 
 def first_tokens(logits: Float[Array, "B V"], k: int) -> tuple[Array, Array]:
     """Returns values and ids [B, k] of the k first tokens in order, k at most V."""
     return _candidates(_tiles(logits), k)
+
+
+def _words(inputs: SamplingInputs) -> Array:
+    """Returns the inputs as one array, i32[8, B].
+
+    A branch takes its operands from memory: each of the inputs would be a launch to put it there.
+    """
+    rows = [inputs.seeds[:, 0], inputs.seeds[:, 1], *(x for x in inputs if x.ndim == 1)]
+    words = jnp.stack([lax.bitcast_convert_type(row, jnp.int32) for row in rows])
+    return lax.optimization_barrier(words)
+
+
+def _from_words(words: Array) -> SamplingInputs:
+    """Returns the inputs that `_words` put into one array."""
+    seeds = lax.bitcast_convert_type(words[:2], jnp.uint32).T
+    floats = lax.bitcast_convert_type(words, jnp.float32)
+    return SamplingInputs(
+        temperature=floats[2],
+        top_k=words[3],
+        top_p=floats[4],
+        min_p=floats[5],
+        seeds=seeds,
+        sample_index=words[6],
+        positions=words[7],
+    )
 
 
 class _Place(NamedTuple):

@@ -110,9 +110,7 @@ def run_step(
     hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend)
     logits = model.compute_logits(hidden[x.logits_indices])
 
-    # Not by the maximum: on a CPU it may leave out a NaN.
-    wrong = jnp.any(jnp.isnan(logits) | (logits == jnp.inf), axis=-1)
-    wrong |= jnp.all(logits == -jnp.inf, axis=-1)
+    wrong = cannot_sample(logits)
     if x.full is None or row_state is None:
         tokens = sample(logits, batch.sampling_inputs(x))
         last_tokens = last_tokens.at[x.sample_rows].set(tokens)
@@ -133,6 +131,13 @@ def run_step(
     )
     kept = None if bucket.is_decode else hidden
     return StepResult(kv_caches, last_tokens, tokens, found, counts, kept)
+
+
+def cannot_sample(logits: jax.Array) -> jax.Array:
+    """Returns which rows of logits [B, V] have a NaN, an infinity, or nothing but -infinities."""
+    # Not by the maximum of the logits: on a CPU it may leave out a NaN.
+    grades = jnp.where(logits == -jnp.inf, 0, jnp.where(logits < jnp.inf, 1, 2))
+    return jnp.max(grades, axis=-1) != 1
 
 
 def prompt_logprobs(

@@ -59,7 +59,7 @@ class StepReport:
       in_place_bytes: of the arguments that the step overwrites.
       temporary_bytes: of everything beside its arguments and results.
       launches: what it launches.
-      num_cache_copies: instructions that copy an array of a cache's shape.
+      num_cache_copies: instructions that copy an array of the shape of one of a cache's.
     """
 
     bucket: Bucket
@@ -100,7 +100,7 @@ def compile_step(
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
     assert memory is not None, "XLA gave no memory analysis of a compiled program"
-    cache_shape = ",".join(map(str, caches[0].k.shape))
+    of_cache = "|".join({",".join(map(str, x.shape)) for x in jax.tree.leaves(caches)})
     return StepReport(
         bucket,
         weight_bytes=_bytes(nnx.state(model)),
@@ -108,7 +108,7 @@ def compile_step(
         in_place_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         launches=launches(text),
-        num_cache_copies=len(re.findall(rf"= \w+\[{cache_shape}\]\S* copy\(", text)),
+        num_cache_copies=len(re.findall(rf"= \w+\[(?:{of_cache})\]\S* copy\(", text)),
     )
 
 

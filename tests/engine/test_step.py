@@ -1,11 +1,17 @@
-"""What the compiled steps hold: the caches in place, and temporaries that do not grow with them."""
+"""What the compiled steps hold: the caches in place, and temporaries that do not grow with them.
+
+And which logits they refuse.
+"""
 
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_paged.engine.buckets import Bucket
+from pallas_paged.engine.step import cannot_sample
 from tests.engine.serving import make_llm
 
 DECODE = Bucket(4, 4, is_decode=True)
@@ -44,3 +50,14 @@ def test_the_programs_keep_no_cache_alive() -> None:
     kept = jax.tree.leaves(llm.runner.programs.kv_caches)
     assert len(kept) == 2 * llm.model_config.num_layers
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in kept)
+
+
+@pytest.mark.parametrize("size", [3, 300])
+def test_rows_that_cannot_be_sampled(size: int) -> None:
+    inf = np.inf
+    ends = [(0, 0), (0, -inf), (-inf, -3e38), (0, np.nan), (-inf, np.nan), (0, inf), (inf, -inf)]
+    rows = np.full((8, size), -inf, np.float32)
+    for row, (first, last) in zip(rows, ends, strict=False):
+        row[0], row[-1] = first, last
+    refused = np.asarray(jax.jit(cannot_sample)(jnp.asarray(rows)))
+    assert refused.tolist() == [False] * 3 + [True] * 5
