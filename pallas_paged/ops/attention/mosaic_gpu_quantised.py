@@ -58,7 +58,7 @@ def load_scales(scales: Any, first: Any, count: int, copy_rows: int, layout: Any
     gap = scale_pitch(copy_rows) - copy_rows
     first_copy = first // copy_rows
     numbers = read(first_copy * gap)
-    if gap:
+    if gap and count > copy_rows:
         # Each copy is read at a place that is right for its rows: no number changes its thread.
         row = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
         for i in range(1, count // copy_rows):
