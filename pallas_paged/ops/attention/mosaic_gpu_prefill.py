@@ -153,7 +153,7 @@ def _compute(
     )
     if inputs.sinks is not None:
         # The sink is a key without a value. Padding tokens, which have no keys, have no sink.
-        sink = per_row(inputs.sinks.at[tile.kv_head, rows]) * LOG2E
+        sink = jnp.maximum(per_row(inputs.sinks.at[tile.kv_head, rows]) * LOG2E, _LOWEST)
         has_keys = jnp.where(tile.key_end > 0, 1.0, 0.0)
         state = state._replace(maximum=sink, denominator=state.denominator + has_keys)
     for begin, width in problem.staged_columns:
@@ -337,10 +337,10 @@ def _write(
     """Writes the tokens that the tile has, and the lse of all its rows."""
     warpgroup = lax.axis_index("warpgroup")
     rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-    denominator = jnp.where(state.denominator > 0, state.denominator, 1.0)
+    factor = 1.0 / jnp.where(state.denominator > 0, state.denominator, 1.0)
     smem.lse[rows] = state.maximum * (1 / LOG2E) + jnp.log(state.denominator)
     for begin, width in problem.staged_columns:
-        part = state.numerator[:, begin : begin + width] / _down(denominator, width)
+        part = state.numerator[:, begin : begin + width] * _down(factor, width)
         smem.staging[rows] = part.astype(problem.dtype)
         plgpu.commit_smem()
         _meet(barriers.pair)  # a head's rows may lie in both halves
