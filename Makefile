@@ -26,10 +26,10 @@ format: $(VENV)/.test
 	$(VENV)/bin/ruff check --fix .
 
 # Kernels, block tables and a request from end to end on the oldest JAX we support; random operations
-# on block tables are the newest JAX's.
+# on block tables are the newest JAX's, and what kernels spill is in this JAX's table.
 oldest: $(OLDEST)/.oldest
 	@$(OLDEST)/bin/python -m pytest -n 2 --dist=loadfile --ignore-glob='*stateful*' \
-	  tests/kernels tests/engine/test_smoke.py
+	  -k 'not no_spills' tests/kernels tests/engine/test_smoke.py
 
 # Compile every named program of the kernels and interpret every named case with both JAX, as far as
 # the committed tables are not up to date; may be stopped and started again.
@@ -41,6 +41,7 @@ kernels-full: $(VENV)/.test $(OLDEST)/.oldest
 kernels-mutate: $(VENV)/.test
 	@$(PY) -m tests.kernels.mutate_decode
 	@$(PY) -m tests.kernels.mutate_ampere
+	@$(PY) -m tests.kernels.mutate_fences
 
 # Break the sharing of blocks and beam search on purpose, and see the tests fail: some minutes.
 sharing-mutate: $(VENV)/.test

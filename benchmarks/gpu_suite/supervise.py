@@ -5,7 +5,6 @@ import pathlib
 import subprocess
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from benchmarks.gpu_suite import stage as stages
 from benchmarks.gpu_suite.stage import Context, Stage
@@ -48,7 +47,12 @@ def _pending(stage: Stage, context: Context) -> list[str]:
 def _run_process(stage: Stage, context: Context, command: Sequence[str], deadline: float) -> int:
     """Starts a process for the stage; returns its exit status, after killing it if need be."""
     log = context.results / f"{stage.name}.log"
-    environment: dict[str, Any] = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | dict(os.environ)
+    defaults = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+    if not context.on_gpu:
+        # An interpreted kernel blocks one of JAX's threads for each of its own that waits; with as
+        # many as two cores give, it would wait forever.
+        defaults["NPROC"] = "16"
+    environment = defaults | dict(os.environ)
     with log.open("ab") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT

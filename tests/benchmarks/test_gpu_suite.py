@@ -232,6 +232,13 @@ def test_a_process_that_dies_takes_one_case_with_it(context, tmp_path):
     assert "exit status" in stages.results(tmp_path, "fake")["b"]["reason"]
 
 
+def test_what_interprets_kernels_has_enough_threads(context, tmp_path, monkeypatch):
+    monkeypatch.delenv("NPROC", raising=False)
+    stage, command = worker(tmp_path, 'print(os.environ.get("NPROC"))')
+    supervise.run(stage, context, command, 60)
+    assert (tmp_path / "fake.log").read_text().split() == ["16"] * 4
+
+
 def test_a_case_that_hangs_is_given_up(context, tmp_path):
     stage, command = worker(tmp_path, 'if name == "c": time.sleep(60)')
     begin = time.monotonic()

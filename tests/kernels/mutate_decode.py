@@ -132,8 +132,8 @@ MUTATIONS = {
     ),
     "quantised: NaN of a tail's scales": Mutation(
         _CONVERSION,
-        "return jnp.where((row >= rows[0]) & (row < rows[1]), scales, 0.0)",
-        "return scales",
+        ", scales, 0.0)",
+        ", scales, scales)",
         _INT8,
     ),
     "quantised: NaN of a tail's values": Mutation(

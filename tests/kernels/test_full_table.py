@@ -91,6 +91,13 @@ def test_every_two_values_of_the_interpreted_cases_meet():
             assert not missing
 
 
+def test_every_window_leaves_something_out():
+    for kernel in interpreted_cases.FACTORS:
+        for case in interpreted_cases.cases(kernel):
+            window = case.spec.sliding_window
+            assert window is None or 1 < window < max(case.spec.seq_lens), case.name
+
+
 def product_of_two(factors):
     for one, other in itertools.combinations(factors, 2):
         for values in itertools.product(factors[one], factors[other]):
