@@ -44,6 +44,8 @@ def interpret_cases() -> list[InterpretCase]:
         _case("group5", (17, 64), (9, 3), (5, 1), 96, 16, fp16, **cap, **sinks),
         # More tokens than a warpgroup has rows; blocks freed left of the window.
         _case("group1", (200, 16), (70, 16), (1, 1), 128, 64, bf16, 128, **window, **sinks),
+        # A step between the edges of all tokens' windows.
+        _case("wide", (300,), (3,), (1, 1), 64, 64, bf16, sliding_window=150),
         # Blocks of two steps each.
         _case("group7", (129, 5), (3, 5), (7, 1), 128, 128, bf16, **alibi, **cap),
         _case("group2", (66, 20), (5, 1), (4, 2), 192, 16, bf16, **window, **cap),

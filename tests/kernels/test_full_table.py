@@ -1,7 +1,6 @@
 """What `make kernels-full` made: every named program compiled and every named case interpreted.
 
-From today's sources, with each JAX of `JAX_VERSIONS`. None spills registers but those of
-`KNOWN_SPILLS`.
+From today's sources, with each JAX of `JAX_VERSIONS`. None spills registers.
 """
 
 import itertools
@@ -18,11 +17,6 @@ MOST_SMEM_BYTES = {
     "h100": SM90.smem_per_cta_bytes,
     "a100-40gb": SM80.smem_per_cta_bytes,
     "a100-80gb": SM80.smem_per_cta_bytes,
-}
-# Known, and in pallas_paged/README.md: bytes that the conversion of a quantised cache spills.
-KNOWN_SPILLS: dict[str, int] = {
-    "dim256-float8_e4m3fn-bfloat16-everything": 184,
-    "dim256-int8-float16": 144,
 }
 
 each_version = pytest.mark.parametrize("version", JAX_VERSIONS)
@@ -49,10 +43,9 @@ def test_no_program_is_left_over(version, table):
 
 
 @each_version
-def test_nothing_else_spills_and_everything_fits(version):
-    rows = full.read_table("compiled", version)
-    assert {row.program: row.spill_bytes for row in rows if row.spill_bytes} == KNOWN_SPILLS
-    for row in rows:
+def test_nothing_spills_and_everything_fits(version):
+    for row in full.read_table("compiled", version):
+        assert row.spill_bytes == 0, row
         assert row.warnings == "", row
         assert row.registers <= 255, row
         assert row.smem_bytes <= MOST_SMEM_BYTES[row.target], row

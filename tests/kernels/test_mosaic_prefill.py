@@ -22,10 +22,12 @@ from tests.kernels.prefill_cases import interpret_cases
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
-def run(spec, tuning, into=None, **plan_options):
+def run(spec, tuning, into=None, sinks=None, **plan_options):
     """Returns (out, lse) of the interpreted kernel and of the reference."""
     arguments = build_poisoned(spec)
     options = complete(spec, arguments.options)
+    if sinks is not None:
+        options["sinks"] = sinks
     expected = reference.paged_attention(*arguments.arrays, **options)
     scales = options.pop("k_scale"), options.pop("v_scale")
 
@@ -79,6 +81,28 @@ def test_rows_of_others_stay():
         array, other, right = (np.asarray(x, np.float32) for x in (array, other, right))
         np.testing.assert_array_equal(array[~is_ours], other[~is_ours])
         np.testing.assert_allclose(array[is_ours], right[is_ours], rtol=2e-2, atol=2e-2)
+
+
+def test_a_sink_of_minus_infinity_is_none():
+    """The last tokens see no key of the first step: nothing but the sink is known of them then."""
+    spec = AttentionSpec(
+        "late",
+        (80,),
+        (40,),
+        num_q_heads=1,
+        num_kv_heads=1,
+        head_dim=64,
+        block_size=64,
+        dtype="bfloat16",
+        num_rows=1,
+        num_tokens=40,
+        sliding_window=5,
+    )
+    tuning = PrefillTuning(64, 2, in_registers=False)
+    (out, lse), (expected, expected_lse) = run(spec, tuning, sinks=jnp.full(1, -jnp.inf))
+    out, expected = (np.asarray(array, np.float32) for array in (out, expected))
+    np.testing.assert_allclose(out, expected, rtol=2e-2, atol=2e-2)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
 def test_tuning_is_checked():

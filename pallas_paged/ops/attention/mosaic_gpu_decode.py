@@ -325,6 +325,7 @@ def _decode_kernel(
                         rows=rows,
                         scales=scales,
                         copy_rows=copy_rows,
+                        scaled_rows=rows,
                         unroll=unroll,
                     )
                 else:

@@ -9,7 +9,6 @@ float32 and base 2; warp specialisation follows FlashAttention-3 (arXiv 2407.086
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from pallas_paged.kv_cache import KVCache
 from pallas_paged.ops.attention.mosaic_gpu_prefill_load import load
 from pallas_paged.ops.attention.mosaic_gpu_prefill_parts import (
     COMPUTE_WARPGROUPS,
+    LOG2E,
     WARPGROUP_ROWS,
     Barriers,
     Inputs,
@@ -34,7 +34,6 @@ from pallas_paged.ops.attention.mosaic_gpu_prefill_parts import (
 from pallas_paged.ops.attention.prefill_config import PrefillTuning
 from pallas_paged.ops.attention.prefill_plan import NUM_TOKENS, TILE_ROWS, PrefillPlan, token_unit
 
-_LOG2E = math.log2(math.e)
 _LOWEST = -1e30  # below any logit, yet -inf minus this is -inf and never NaN
 
 
@@ -154,7 +153,7 @@ def _compute(
     )
     if inputs.sinks is not None:
         # The sink is a key without a value. Padding tokens, which have no keys, have no sink.
-        sink = per_row(inputs.sinks.at[tile.kv_head, rows]) * _LOG2E
+        sink = jnp.maximum(per_row(inputs.sinks.at[tile.kv_head, rows]) * LOG2E, _LOWEST)
         has_keys = jnp.where(tile.key_end > 0, 1.0, 0.0)
         state = state._replace(maximum=sink, denominator=state.denominator + has_keys)
     for begin, width in problem.staged_columns:
@@ -165,27 +164,30 @@ def _compute(
             plgpu.barrier_arrive(barriers.staging_free)
 
     def step(is_full: bool, step: Any, state: _State) -> _State:
-        slot = lax.rem(step - tile.begin, problem.stages)
+        k_slot = 2 * lax.rem(step - tile.begin, problem.stages)
+        v_slot = k_slot + 1
         masks_values = not (is_full or problem.is_quantised)  # the load has masked quantised ones
         if masks_values:
             # Now, because the logits will need the registers that are left.
-            plgpu.barrier_wait(barriers.v.filled.at[slot])
-            _mask_values(problem, tile, step, smem.v.numbers.at[slot], barriers.pair)
-        plgpu.barrier_wait(barriers.k.filled.at[slot])
-        keys = smem.k.numbers.at[slot]
+            plgpu.barrier_wait(barriers.tiles.filled.at[v_slot])
+            _mask_values(problem, tile, step, smem.tiles.numbers.at[v_slot], barriers.pair)
+        plgpu.barrier_wait(barriers.tiles.filled.at[k_slot])
+        keys = smem.tiles.numbers.at[k_slot]
         logits = _product(
             lambda: (smem.q.at[rows], keys.transpose((1, 0))), problem.tuning.tile_keys
         )
         if problem.is_quantised:
-            logits = _times_columns(logits, smem.k.scales.at[slot])
-        plgpu.barrier_arrive(barriers.k.consumed.at[slot])
+            logits = _times_columns(logits, smem.tiles.scales.at[k_slot])
+        else:
+            logits = logits * problem.logits_factor
+        plgpu.barrier_arrive(barriers.tiles.consumed.at[k_slot])
         distance = step * problem.tuning.tile_keys - position  # of the step's first key
         logits = _finish_logits(problem, logits, distance, slope, is_full)
         state, weights = _update(state, logits)
         if not masks_values:
-            plgpu.barrier_wait(barriers.v.filled.at[slot])
-        numerator = _add_values(problem, state.numerator, weights, smem, slot)
-        plgpu.barrier_arrive(barriers.v.consumed.at[slot])
+            plgpu.barrier_wait(barriers.tiles.filled.at[v_slot])
+        numerator = _add_values(problem, state.numerator, weights, smem, v_slot)
+        plgpu.barrier_arrive(barriers.tiles.consumed.at[v_slot])
         return state._replace(numerator=numerator)
 
     if problem.sliding_window is not None:
@@ -232,18 +234,17 @@ def _finish_logits(
     slope: jax.Array | None,  # [64]
     is_full: bool,
 ) -> jax.Array:
-    """Scales, caps, slopes and masks; returns the logits in base 2.
+    """Caps, slopes and masks logits times `logits_factor`; returns them in base 2.
 
     `distance` is that from each row's query to the first of the C keys.
     """
     size = problem.tuning.tile_keys
     cap = problem.logits_soft_cap
-    if cap is None:
-        logits = logits * (problem.scale * _LOG2E)
-    else:
-        # cap * tanh(x / cap), by way of exp2: the hardware's tanh has 11 bits only
-        power = jnp.exp2(logits * (problem.scale * 2 * _LOG2E / cap))
-        logits = cap * _LOG2E - (2 * cap * _LOG2E) / (power + 1.0)
+    if cap is not None:
+        # cap * tanh(x / cap), by way of exp2: the hardware's tanh has 11 bits only. A root's
+        # reciprocal is one instruction, that of a number some, with registers of their own.
+        root = lax.rsqrt(jnp.exp2(logits) + 1.0)
+        logits = cap * LOG2E - (2 * cap * LOG2E) * (root * root)
     if slope is None and is_full:
         return logits
     # Exact as floats below 2^24 tokens, and half the registers of integers beside floats. A thread
@@ -254,7 +255,7 @@ def _finish_logits(
     distances = within_8.astype(jnp.float32) + _down(distance.astype(jnp.float32), size)
     distances = distances + (key - within_8).astype(jnp.float32)
     if slope is not None:
-        logits = logits + _down(slope * _LOG2E, size) * distances
+        logits = logits + _down(slope * LOG2E, size) * distances
     if not is_full:
         visible = distances <= 0
         if problem.sliding_window is not None:
@@ -278,10 +279,10 @@ def _add_values(
     problem: Problem, numerator: jax.Array, weights: jax.Array, smem: Smem, slot: Any
 ) -> jax.Array:
     """Returns the numerator with the weighted sum of a step's values."""
-    if smem.v.scales is not None:
-        weights = _times_columns(weights, smem.v.scales.at[slot])
+    if problem.is_quantised and not problem.scales_values:
+        weights = _times_columns(weights, smem.tiles.scales.at[slot])
     weights = weights.astype(problem.dtype)
-    values = smem.v.numbers.at[slot]
+    values = smem.tiles.numbers.at[slot]
     if problem.tuning.in_registers:
         add = pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, values))
         return add(plgpu.ACC.init(numerator))
@@ -336,10 +337,10 @@ def _write(
     """Writes the tokens that the tile has, and the lse of all its rows."""
     warpgroup = lax.axis_index("warpgroup")
     rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-    denominator = jnp.where(state.denominator > 0, state.denominator, 1.0)
-    smem.lse[rows] = state.maximum * (1 / _LOG2E) + jnp.log(state.denominator)
+    factor = 1.0 / jnp.where(state.denominator > 0, state.denominator, 1.0)
+    smem.lse[rows] = state.maximum * (1 / LOG2E) + jnp.log(state.denominator)
     for begin, width in problem.staged_columns:
-        part = state.numerator[:, begin : begin + width] / _down(denominator, width)
+        part = state.numerator[:, begin : begin + width] * _down(factor, width)
         smem.staging[rows] = part.astype(problem.dtype)
         plgpu.commit_smem()
         _meet(barriers.pair)  # a head's rows may lie in both halves

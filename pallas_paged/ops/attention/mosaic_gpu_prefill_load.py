@@ -19,6 +19,7 @@ from pallas_paged.ops.attention.mosaic_gpu_prefill_parts import (
     Smem,
     Tile,
     Tiles,
+    TilesBarriers,
 )
 from pallas_paged.ops.attention.mosaic_gpu_quantised import (
     convert_tile,
@@ -35,16 +36,14 @@ def load(problem: Problem, tile: Tile, inputs: Inputs, smem: Smem, barriers: Bar
     """Fills shared memory with q, and stage after stage with keys and values."""
     _load_queries(problem, tile, inputs, smem, barriers)
     if problem.is_quantised:
-        _load_and_convert(problem, tile, inputs, smem, barriers)
+        _load_and_convert(problem, tile, inputs, smem.tiles, barriers.tiles)
     else:
-        _load_numbers(problem, tile, inputs, smem, barriers)
+        _load_numbers(problem, tile, inputs, smem.tiles, barriers.tiles)
 
-    @pl.loop(jnp.maximum(tile.begin, tile.end - problem.stages), tile.end)
-    def _(step: Any) -> None:
+    @pl.loop(jnp.maximum(tile.turns - 2 * problem.stages, 0), tile.turns)
+    def _(turn: Any) -> None:
         """Hears all that the others say, so that no barrier is left in the middle of a phase."""
-        slot = lax.rem(step - tile.begin, problem.stages)
-        plgpu.barrier_wait(barriers.k.consumed.at[slot])
-        plgpu.barrier_wait(barriers.v.consumed.at[slot])
+        plgpu.barrier_wait(barriers.tiles.consumed.at[lax.rem(turn, 2 * problem.stages)])
 
 
 def _load_queries(
@@ -66,89 +65,97 @@ def _load_queries(
 
 
 def _load_numbers(
-    problem: Problem, tile: Tile, inputs: Inputs, smem: Smem, barriers: Barriers
+    problem: Problem, tile: Tile, inputs: Inputs, tiles: Tiles, barriers: TilesBarriers
 ) -> None:
     rows = problem.block_rows
 
     @pl.loop(tile.begin, tile.end)
     def _(step: Any) -> None:
-        slot = lax.rem(step - tile.begin, problem.stages)
-        for cache, tiles, said in (
-            (inputs.cache.k, smem.k, barriers.k),
-            (inputs.cache.v, smem.v, barriers.v),
-        ):
-            _wait_until_consumed(problem, tile, step, said.consumed)
+        for what, cache in enumerate((inputs.cache.k, inputs.cache.v)):
+            turn = 2 * (step - tile.begin) + what
+            slot = lax.rem(turn, 2 * problem.stages)
+            _wait_until_consumed(problem, turn, barriers)
             copies = ((cache, tiles.numbers.at[slot], rows),)
-            _copy_blocks(problem, tile, inputs, step, copies, said.filled.at[slot])
+            _copy_blocks(problem, tile, inputs, step, copies, barriers.filled.at[slot])
 
 
 def _load_and_convert(
-    problem: Problem, tile: Tile, inputs: Inputs, smem: Smem, barriers: Barriers
+    problem: Problem, tile: Tile, inputs: Inputs, tiles: Tiles, barriers: TilesBarriers
 ) -> None:
-    size, rows, stages = problem.tuning.tile_keys, problem.block_rows, problem.tuning.stages
+    """One loop takes keys and values in turn: two sets of addresses are too many registers."""
+    rows, slots = problem.block_rows, 2 * problem.tuning.stages
     cache = inputs.cache
-    queues = (
-        (cache.k, cache.k_scale, smem.k, barriers.k),
-        (cache.v, cache.v_scale, smem.v, barriers.v),
-    )
 
-    def request(step: Any, stored: Any, scales: Any, tiles: Tiles, arrived: Any) -> None:
-        slot = lax.rem(step - tile.begin, stages)
-        copies = (
-            (stored, tiles.stored.at[slot], rows),
-            (scales, tiles.stored_scales.at[slot], scale_pitch(rows)),
-        )
-        _copy_blocks(problem, tile, inputs, step, copies, arrived.at[slot])
+    def request(turn: Any) -> None:
+        slot = lax.rem(turn, slots)
+        for what, (stored, scales) in enumerate(
+            ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+        ):
+            copies = (
+                (stored, tiles.stored.at[slot], rows),
+                (scales, tiles.stored_scales.at[slot], scale_pitch(rows)),
+            )
+            pl.when(lax.rem(turn, 2) == what)(
+                functools.partial(
+                    _copy_blocks,
+                    problem,
+                    tile,
+                    inputs,
+                    tile.begin + turn // 2,
+                    copies,
+                    barriers.arrived.at[slot],
+                )
+            )
 
-    @pl.loop(tile.begin, jnp.minimum(tile.begin + stages, tile.end))
-    def _(step: Any) -> None:
-        for stored, scales, tiles, said in queues:
-            request(step, stored, scales, tiles, said.arrived)
+    pl.loop(0, jnp.minimum(slots, tile.turns))(request)
 
-    @pl.loop(tile.begin, tile.end)
-    def _(step: Any) -> None:
-        stored_slot = lax.rem(step - tile.begin, stages)
-        slot = lax.rem(step - tile.begin, problem.stages)
-        first_key = step * size
-        ours = tile.key_begin - first_key, tile.key_end - first_key
-        for (stored, scales, tiles, said), wanted in zip(queues, (None, ours), strict=True):
-            plgpu.barrier_wait(said.arrived.at[stored_slot])
-            _wait_until_consumed(problem, tile, step, said.consumed)
-            _convert(problem, tiles, stored_slot, slot, wanted)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(said.filled.at[slot])
-
-            @pl.when(step + stages < tile.end)
-            def _(
-                stored: Any = stored, scales: Any = scales, tiles: Tiles = tiles, said: Any = said
-            ) -> None:
-                request(step + stages, stored, scales, tiles, said.arrived)
+    @pl.loop(0, tile.turns)
+    def _(turn: Any) -> None:
+        plgpu.barrier_wait(barriers.arrived.at[lax.rem(turn, slots)])
+        _wait_until_consumed(problem, turn, barriers)
+        _convert(problem, tile, tiles, turn)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(barriers.filled.at[lax.rem(turn, 2 * problem.stages)])
+        pl.when(turn + slots < tile.turns)(lambda: request(turn + slots))
 
 
-def _convert(
-    problem: Problem, tiles: Tiles, stored_slot: Any, slot: Any, rows: tuple[Any, Any] | None
-) -> None:
-    """Makes the numbers and the scales of a step that are multiplied.
+def _convert(problem: Problem, tile: Tile, tiles: Tiles, turn: Any) -> None:
+    """Makes the numbers and the scales of a turn that are multiplied.
 
-    Those of values outside [begin, end) = `rows` become 0. Of keys, None, nothing does: what comes
-    of a key that no token sees is masked.
+    Those of values that are not the tile's become 0. Of keys nothing does: what comes of a key that
+    no token sees is masked.
     """
+    slot, stored_slot = lax.rem(turn, 2 * problem.stages), lax.rem(turn, 2 * problem.tuning.stages)
     stored, scales = tiles.stored.at[stored_slot], tiles.stored_scales.at[stored_slot]
-    numbers, copy_rows = tiles.numbers.at[slot], problem.block_rows
-    if tiles.scales is None:
-        convert_tile(stored, numbers, rows=rows, scales=scales, copy_rows=copy_rows, unroll=False)
-        return
-    convert_tile(stored, numbers, rows=rows, unroll=False)
-    factors = load_scales(scales, 0, problem.tuning.tile_keys, copy_rows, _ROW)
-    tiles.scales[slot] = factors if rows is None else masked_scales(factors, 0, rows, _ROW)
+    numbers, copy_rows, size = tiles.numbers.at[slot], problem.block_rows, problem.tuning.tile_keys
+    first_key = (tile.begin + turn // 2) * size
+    is_key = lax.rem(turn, 2) == 0
+    rows = (
+        jnp.where(is_key, 0, tile.key_begin - first_key),
+        jnp.where(is_key, size, tile.key_end - first_key),
+    )
+    convert_tile(
+        stored,
+        numbers,
+        rows=rows,
+        scales=scales if problem.scales_values else None,
+        copy_rows=copy_rows,
+        scaled_rows=(rows[0], jnp.where(is_key, 0, rows[1])),
+        piece_rows=64 if problem.head_dim <= 128 else 32,
+        unroll=False,
+    )
+    factors = load_scales(scales, 0, size, copy_rows, _ROW)
+    factors *= jnp.where(is_key, problem.logits_factor, 1.0)
+    tiles.scales[slot] = masked_scales(factors, 0, rows, _ROW)
 
 
-def _wait_until_consumed(problem: Problem, tile: Tile, step: Any, consumed: Any) -> None:
-    """Waits for the step that had the slot of `step` before."""
+def _wait_until_consumed(problem: Problem, turn: Any, barriers: TilesBarriers) -> None:
+    """Waits for the turn that had the slot of `turn` before."""
+    slots = 2 * problem.stages
 
-    @pl.when(step - tile.begin >= problem.stages)
+    @pl.when(turn >= slots)
     def _() -> None:
-        plgpu.barrier_wait(consumed.at[lax.rem(step - tile.begin, problem.stages)])
+        plgpu.barrier_wait(barriers.consumed.at[lax.rem(turn, slots)])
 
 
 def _copy_blocks(

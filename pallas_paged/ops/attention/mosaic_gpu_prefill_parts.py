@@ -1,6 +1,7 @@
 """What the warpgroups of the sm_90a prefill kernel share: the problem, memory, barriers, tile."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from pallas_paged.ops.attention.prefill_plan import (
 )
 from pallas_paged.quantisation import is_quantised
 
+LOG2E = math.log2(math.e)
 WARPGROUP_ROWS = 64
 COMPUTE_WARPGROUPS = 2
 
@@ -53,9 +55,27 @@ class Problem:
         return self.tuning.converted if self.is_quantised else self.tuning.stages
 
     @property
+    def logits_factor(self) -> float:
+        """What products of queries and keys are multiplied by, for `exp2`: also the soft cap's."""
+        if self.logits_soft_cap is None:
+            return self.scale * LOG2E
+        return self.scale * 2 * LOG2E / self.logits_soft_cap
+
+    @property
     def registers(self) -> tuple[int, int]:
-        """Registers per thread of the loading warpgroup and of each computing one."""
-        return (56, 224) if self.is_quantised and self.head_dim == 192 else (40, 232)
+        """Registers per thread of the loading warpgroup and of each computing one.
+
+        Together no more than the 504 that the warpgroups begin with: an increase waits for them.
+        """
+        return (56, 224) if self.is_quantised else (40, 232)
+
+    @property
+    def scales_values(self) -> bool:
+        """Whether quantised values are scaled as they are converted, else the weights are.
+
+        At large head_dims the computing warpgroups have no registers for that.
+        """
+        return scales_values(self.dtype) or self.head_dim > 128
 
     @property
     def tokens(self) -> int:
@@ -87,20 +107,22 @@ class Inputs(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Keys or values of some steps, C each, in shared memory; the last three if quantised."""
+    """Of some steps C keys, C values, C keys and so on, in shared memory.
 
-    numbers: Any  # [stages, C, D], what is multiplied
-    scales: Any  # f32[stages, C]; None where the numbers have been scaled
-    stored: Any  # [tuning.stages, C, D], as they come from the cache
-    stored_scales: Any  # f32[tuning.stages, scale_slots]
+    The last three if they are quantised.
+    """
+
+    numbers: Any  # [2 * stages, C, D], what is multiplied
+    scales: Any  # f32[2 * stages, C]; of values of no use where the numbers have been scaled
+    stored: Any  # [2 * tuning.stages, C, D], as they come from the cache
+    stored_scales: Any  # f32[2 * tuning.stages, scale_slots]
 
 
 class Smem(NamedTuple):
     """Shared memory."""
 
     q: Any  # [128, D]
-    k: Tiles
-    v: Tiles
+    tiles: Tiles
     weights: Any  # [2, 64, C], or None
     staging: Any  # [128, width], a part of q's columns, at the end of the result's; not swizzled,
     # so that a copy may begin at any token
@@ -108,7 +130,7 @@ class Smem(NamedTuple):
 
 
 class TilesBarriers(NamedTuple):
-    """What is said about keys or values, for each stage."""
+    """What is said about each of the places in `Tiles`."""
 
     arrived: Any  # the stored ones are there; None unless quantised
     filled: Any  # the numbers are there
@@ -120,8 +142,7 @@ class Barriers(NamedTuple):
 
     q: Any
     staging_free: Any
-    k: TilesBarriers
-    v: TilesBarriers
+    tiles: TilesBarriers
     pair: Any
 
 
@@ -141,12 +162,10 @@ def scratch_types(problem: Problem) -> dict[str, Any]:
     weights = None
     if not tuning.in_registers:
         weights = _swizzled((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, tuning.tile_keys), dtype)
-    barriers = _tiles_barriers(problem)
     return {
         "smem": Smem(
             q=_swizzled((TILE_ROWS, dim), dtype),
-            k=_tiles(problem, has_scales=True),
-            v=_tiles(problem, has_scales=not scales_values(dtype)),
+            tiles=_tiles(problem),
             weights=weights,
             staging=plgpu.SMEM((TILE_ROWS, problem.staged_columns[0][1]), dtype),
             lse=plgpu.SMEM((TILE_ROWS,), jnp.float32),
@@ -154,35 +173,33 @@ def scratch_types(problem: Problem) -> dict[str, Any]:
         "barriers": Barriers(
             q=plgpu.Barrier(num_arrivals=problem.group),
             staging_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-            k=barriers,
-            v=barriers,
+            tiles=_tiles_barriers(problem),
             pair=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
         ),
     }
 
 
-def _tiles(problem: Problem, has_scales: bool) -> Tiles:
-    size, dim, stages = problem.tuning.tile_keys, problem.head_dim, problem.tuning.stages
-    numbers = _swizzled((problem.stages, size, dim), problem.dtype)
+def _tiles(problem: Problem) -> Tiles:
+    size, dim, slots = problem.tuning.tile_keys, problem.head_dim, 2 * problem.tuning.stages
+    numbers = _swizzled((2 * problem.stages, size, dim), problem.dtype)
     if not problem.is_quantised:
         return Tiles(numbers, None, None, None)
-    slots = scale_slots(size, problem.block_rows)
     return Tiles(
         numbers,
-        plgpu.SMEM((problem.stages, size), jnp.float32) if has_scales else None,
-        plgpu.SMEM((stages, size, dim), problem.cache_dtype),
-        plgpu.SMEM((stages, slots), jnp.float32),
+        plgpu.SMEM((2 * problem.stages, size), jnp.float32),
+        plgpu.SMEM((slots, size, dim), problem.cache_dtype),
+        plgpu.SMEM((slots, scale_slots(size, problem.block_rows)), jnp.float32),
     )
 
 
 def _tiles_barriers(problem: Problem) -> TilesBarriers:
-    copies = problem.tuning.tile_keys // problem.block_rows
-    consumed = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=problem.stages)
+    copies, slots = problem.tuning.tile_keys // problem.block_rows, 2 * problem.stages
+    consumed = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=slots)
     if not problem.is_quantised:
-        filled = plgpu.Barrier(num_arrivals=copies, num_barriers=problem.stages)
+        filled = plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
         return TilesBarriers(None, filled, consumed)
-    arrived = plgpu.Barrier(num_arrivals=2 * copies, num_barriers=problem.tuning.stages)
-    return TilesBarriers(arrived, plgpu.Barrier(num_barriers=problem.stages), consumed)
+    arrived = plgpu.Barrier(num_arrivals=2 * copies, num_barriers=2 * problem.tuning.stages)
+    return TilesBarriers(arrived, plgpu.Barrier(num_barriers=slots), consumed)
 
 
 class Tile(NamedTuple):
@@ -202,6 +219,11 @@ class Tile(NamedTuple):
     full_begin: Any
     full_end: Any
     end: Any
+
+    @property
+    def turns(self) -> Any:
+        """How often keys or values are brought: both for each step."""
+        return 2 * (self.end - self.begin)
 
 
 def read_tile(problem: Problem, tiles: Any) -> Tile:

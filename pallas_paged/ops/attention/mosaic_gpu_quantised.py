@@ -23,7 +23,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 _WARPS = 4
 _LANES = 32
 _VECTOR = 8  # neighbouring numbers in one thread: 8 bytes are read, 16 written
-_PIECE_ROWS = 64
 _ALIGNED_SCALES = 32  # 128 bytes
 
 
@@ -47,7 +46,7 @@ def load_scales(scales: Any, first: Any, count: int, copy_rows: int, layout: Any
 
     Args:
       scales: f32[scale_slots], shared memory.
-      first: a multiple of `copy_rows` and of 64, as `count` is.
+      first: a multiple of `copy_rows`, or of `count`, whichever is less.
       count: of rows.
       copy_rows: rows whose scales lie together.
       layout: of the result.
@@ -59,7 +58,7 @@ def load_scales(scales: Any, first: Any, count: int, copy_rows: int, layout: Any
     gap = scale_pitch(copy_rows) - copy_rows
     first_copy = first // copy_rows
     numbers = read(first_copy * gap)
-    if gap:
+    if gap and count > copy_rows:
         # Each copy is read at a place that is right for its rows: no number changes its thread.
         row = plgpu.broadcasted_iota(jnp.int32, (count,), 0, layout=layout)
         for i in range(1, count // copy_rows):
@@ -75,8 +74,14 @@ def masked_scales(
 
     There may be NaN, which a weight of 0 does not get rid of.
     """
-    row = plgpu.broadcasted_iota(jnp.int32, scales.shape, 0, layout=layout) + first
-    return jnp.where((row >= rows[0]) & (row < rows[1]), scales, 0.0)
+    return jnp.where(_is_within(scales.shape, first, rows, layout), scales, 0.0)
+
+
+def _is_within(
+    shape: tuple[int, ...], first: Any, rows: tuple[jax.Array, jax.Array], layout: Any
+) -> jax.Array:
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout) + first
+    return (row >= rows[0]) & (row < rows[1])
 
 
 def convert_tile(
@@ -86,6 +91,8 @@ def convert_tile(
     rows: tuple[jax.Array, jax.Array] | None = None,
     scales: Any = None,
     copy_rows: int = 0,
+    scaled_rows: tuple[jax.Array, jax.Array] | None = None,
+    piece_rows: int = 64,
     unroll: bool = True,
 ) -> None:
     """Writes the numbers of a tile `stored`, [T, D] bytes in shared memory, to `numbers`.
@@ -98,6 +105,8 @@ def convert_tile(
       rows: [begin, end): NaN outside these rows becomes 0.
       scales: as for `load_scales`; the numbers are multiplied by them.
       copy_rows: likewise.
+      scaled_rows: [begin, end) of those that are.
+      piece_rows: rows that are converted at a time, at least 16; fewer take fewer registers.
       unroll: False takes fewer registers.
     """
     tile, head_dim = stored.shape
@@ -105,23 +114,24 @@ def convert_tile(
     layout = _conversion_layout(width)
 
     def convert(kept: tuple[jax.Array, jax.Array] | None) -> None:
-        @_each(tile // _PIECE_ROWS, unroll)
+        @_each(tile // piece_rows, unroll)
         def _(part: Any) -> None:
-            first = part * _PIECE_ROWS
+            first = part * piece_rows
             factors = None
             if scales is not None:
-                assert rows is not None
-                factors = load_scales(scales, first, _PIECE_ROWS, copy_rows, layout.reduce(1))
-                factors = masked_scales(factors, first, rows, layout.reduce(1))
+                assert scaled_rows is not None
+                row_layout = layout.reduce(1)
+                factors = load_scales(scales, first, piece_rows, copy_rows, row_layout)
+                is_scaled = _is_within(factors.shape, first, scaled_rows, row_layout)
+                factors = jnp.where(is_scaled, factors, 1.0)
 
             @_each(head_dim // width, unroll)
             def _(column: Any) -> None:
-                piece = pl.ds(first, _PIECE_ROWS), pl.ds(column * width, width)
+                piece = pl.ds(first, piece_rows), pl.ds(column * width, width)
                 x = plgpu.load(stored.at[piece], layout=layout, optimized=False)
                 x = _numbers(x, numbers.dtype, factors, layout)
                 if kept is not None:
-                    row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout) + first
-                    is_kept = (row >= kept[0]) & (row < kept[1])
+                    is_kept = _is_within(x.shape, first, kept, layout)
                     x = jnp.where(is_kept, x, jnp.zeros_like(x))
                 numbers[piece] = x
 
