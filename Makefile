@@ -40,6 +40,7 @@ kernels-full: $(VENV)/.test $(OLDEST)/.oldest
 # Break the attention kernels on purpose, and see their tests fail: many minutes.
 kernels-mutate: $(VENV)/.test
 	@$(PY) -m tests.kernels.mutate_decode
+	@$(PY) -m tests.kernels.mutate_prefill
 	@$(PY) -m tests.kernels.mutate_ampere
 	@$(PY) -m tests.kernels.mutate_fences
 

@@ -3,10 +3,17 @@
 import pytest
 
 from tests.engine import mutate_beams, mutate_sharing
-from tests.kernels import mutate_ampere, mutate_decode, mutate_fences
+from tests.kernels import mutate_ampere, mutate_decode, mutate_fences, mutate_prefill
 from tests.mutations import ROOT
 
-PROGRAMS = (mutate_sharing, mutate_beams, mutate_decode, mutate_ampere, mutate_fences)
+PROGRAMS = (
+    mutate_sharing,
+    mutate_beams,
+    mutate_decode,
+    mutate_prefill,
+    mutate_ampere,
+    mutate_fences,
+)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)

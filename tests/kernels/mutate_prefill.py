@@ -1,0 +1,210 @@
+"""Breaks the sm_90a prefill kernel on purpose, one way at a time; see `tests.mutations`.
+
+Its fences are `mutate_fences`'.
+
+python -m tests.kernels.mutate_prefill            # all of them, about a quarter of a minute each
+python -m tests.kernels.mutate_prefill zeros ...  # some, by name
+"""
+
+import sys
+
+from tests.mutations import Mutation, run
+
+_PLAN = "pallas_paged/ops/attention/prefill_plan.py"
+_PARTS = "pallas_paged/ops/attention/mosaic_gpu_prefill_parts.py"
+_KERNEL = "pallas_paged/ops/attention/mosaic_gpu_prefill.py"
+_LOAD = "pallas_paged/ops/attention/mosaic_gpu_prefill_load.py"
+_TESTS = "tests/kernels/test_mosaic_prefill.py"
+_OTHERS = f"{_TESTS}::test_rows_of_others_stay"
+_LATE = f"{_TESTS}::test_a_sink_of_minus_infinity_is_none"
+
+
+def _mutation(file: str, old: str, new: str, test: str) -> Mutation:
+    """`test` is a test or a case of the one that compares with the reference."""
+    return Mutation(
+        file, old, new, test if "::" in test else f"{_TESTS}::test_equals_reference[{test}]"
+    )
+
+
+MUTATIONS = {
+    "a position one too late": _mutation(
+        _PLAN, "query_lens[row] + offset\n", "query_lens[row] + offset + 1\n", "group5"
+    ),
+    "a window one too narrow": _mutation(
+        _PLAN, "position - sliding_window + 1", "position - sliding_window + 2", _LATE
+    ),
+    "a token left out": _mutation(
+        _PLAN, "query_lens[row] - offset, size", "query_lens[row] - offset - 1, size", "group5"
+    ),
+    "tiles that overlap": _mutation(
+        _PLAN, "(tile - before[row]) * size", "(tile - before[row]) * (size - 1)", "group16"
+    ),
+    "another sequence's blocks": _mutation(
+        _PLAN, "tokens, position, sequence,", "tokens, position, sequence * 0,", "group5"
+    ),
+    "sequences of others too": _mutation(
+        _PLAN, "query_lens >= min_query_len)", "query_lens >= 1)", _OTHERS
+    ),
+    "another token's lse": _mutation(
+        _PLAN, "token_tiles, in_row % size", "token_tiles, (in_row + 1) % size", "group5"
+    ),
+    "a step at the end without a mask": _mutation(
+        _PARTS, "(first_position + 1) // size", "(first_position + size) // size", "group5"
+    ),
+    "a step at a window's begin without a mask": _mutation(
+        _PARTS,
+        "pl.cdiv(jnp.maximum(key_end - problem.sliding_window, 0), size)",
+        "jnp.maximum(key_end - problem.sliding_window, 0) // size",
+        "wide",
+    ),
+    "a wrong scale": _mutation(_PARTS, "return self.scale * LOG2E", "return self.scale", _LATE),
+    "a slot free after one warpgroup": _mutation(
+        _PARTS,
+        "consumed = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS",
+        "consumed = plgpu.Barrier(num_arrivals=1",
+        "chunked",
+    ),
+    "values for keys": _mutation(
+        _LOAD, "enumerate((inputs.cache.k,", "enumerate((inputs.cache.v,", "group5"
+    ),
+    "keys for values": _mutation(_LOAD, "inputs.cache.v))", "inputs.cache.k))", "group5"),
+    "another head's keys": _mutation(
+        _LOAD, "cache.at[page, tile.kv_head,", "cache.at[page, 0,", _OTHERS
+    ),
+    "another head's queries": _mutation(
+        _LOAD,
+        "inputs.q.at[:, tile.kv_head * problem.group + head,",
+        "inputs.q.at[:, head,",
+        _OTHERS,
+    ),
+    "the block before the last": _mutation(
+        _LOAD, "pieces_per_block, last_block)", "pieces_per_block, last_block - 1)", "group5"
+    ),
+    "the first half of a block twice": _mutation(
+        _LOAD, "lax.rem(piece, pieces_per_block) * rows", "0 * rows", "group7"
+    ),
+    "loads over what is read": _mutation(
+        _LOAD,
+        "_wait_until_consumed(problem, turn, barriers)\n            copies",
+        "copies",
+        "chunked",
+    ),
+    "queries over queries that are read": _mutation(
+        _LOAD, "plgpu.barrier_wait(barriers.staging_free)", "pass", "group2"
+    ),
+    "no wait for the queries": _mutation(
+        _KERNEL, "plgpu.barrier_wait(barriers.q)", "pass", "group5"
+    ),
+    "no wait for the keys": _mutation(
+        _KERNEL, "plgpu.barrier_wait(barriers.tiles.filled.at[k_slot])", "pass", "group5"
+    ),
+    "no wait for the values": _mutation(
+        _KERNEL,
+        "if not masks_values:\n            plgpu.barrier_wait(barriers.tiles.filled.at[v_slot])",
+        "if not masks_values:\n            pass",
+        "chunked",
+    ),
+    "no wait for the values that are masked": _mutation(
+        _KERNEL,
+        "plgpu.barrier_wait(barriers.tiles.filled.at[v_slot])\n            _mask_values",
+        "_mask_values",
+        "group5",
+    ),
+    "values of another slot": _mutation(
+        _KERNEL, "weights, smem, v_slot)", "weights, smem, k_slot)", "group5"
+    ),
+    "NaN of a tail in the values": _mutation(
+        _KERNEL, " | (begin + size > tile.key_end)", "", "group5"
+    ),
+    "NaN left of the window in the values": _mutation(
+        _KERNEL, "(begin < tile.key_begin) | ", "", _LATE
+    ),
+    "values masked by one warpgroup for both": _mutation(
+        _KERNEL, "plgpu.commit_smem()\n        _meet(pair)", "plgpu.commit_smem()", "group5"
+    ),
+    "a query position one too far": _mutation(
+        _KERNEL, "visible = distances <= 0", "visible = distances <= 1", "group5"
+    ),
+    "a window one too wide": _mutation(
+        _KERNEL,
+        "distances > -problem.sliding_window",
+        "distances >= -problem.sliding_window",
+        _LATE,
+    ),
+    "a wrong cap": _mutation(_KERNEL, "(2 * cap * LOG2E)", "(cap * LOG2E)", "group5"),
+    "slopes of the wrong sign": _mutation(
+        _KERNEL, "logits + _down(slope", "logits - _down(slope", "int8"
+    ),
+    "slopes of other rows": _mutation(
+        _KERNEL,
+        "jnp.repeat(per_head, problem.tokens)",
+        "jnp.tile(per_head, problem.tokens)",
+        "int8",
+    ),
+    "no sinks": _mutation(_KERNEL, "if inputs.sinks is not None:", "if False:", "group5"),
+    "sinks of padding": _mutation(
+        _KERNEL, "jnp.where(tile.key_end > 0, 1.0, 0.0)", "1.0", "group5"
+    ),
+    "a sink of minus infinity": _mutation(
+        _KERNEL, " * LOG2E, _LOWEST)", " * LOG2E, -jnp.inf)", _LATE
+    ),
+    "no correction": _mutation(
+        _KERNEL,
+        "numerator = state.numerator * _down(correction",
+        "numerator = state.numerator + 0 * _down(correction",
+        "wide",
+    ),
+    "zeros": _mutation(_KERNEL, "* _down(factor, width)", "* _down(factor * 0, width)", "group5"),
+    "lse in base 2": _mutation(_KERNEL, "state.maximum * (1 / LOG2E)", "state.maximum", "group5"),
+    "a half that is not there yet": _mutation(
+        _KERNEL, "_meet(barriers.pair)  # a head's", "pass  # a head's", "group5"
+    ),
+    "rows of others overwritten": _mutation(
+        _KERNEL, "pl.when((tile.num_tokens & size) != 0)", "pl.when(tile.num_tokens > 0)", _OTHERS
+    ),
+    "rows of others lost": _mutation(
+        _KERNEL, "jax.new_ref(others[0] if others else", "jax.new_ref(", _OTHERS
+    ),
+    "lse of others lost": _mutation(
+        _KERNEL, "-jnp.inf if into is None else into[1]", "-jnp.inf", _OTHERS
+    ),
+    "quantised: the keys' scales for the values": _mutation(
+        _LOAD, "(cache.v, cache.v_scale)", "(cache.v, cache.k_scale)", "int8"
+    ),
+    "quantised: no wait for bytes and scales": _mutation(
+        _LOAD, "plgpu.barrier_wait(barriers.arrived.at[lax.rem(turn, slots)])", "pass", "int8"
+    ),
+    "quantised: converted over what is read": _mutation(
+        _LOAD,
+        "_wait_until_consumed(problem, turn, barriers)\n        _convert",
+        "_convert",
+        "int8",
+    ),
+    "quantised: bytes of another step": _mutation(
+        _LOAD, "lambda: request(turn + slots)", "lambda: request(turn + slots - 2)", "fp8"
+    ),
+    "quantised: NaN of a tail": _mutation(
+        _LOAD, "jnp.where(is_key, size, tile.key_end - first_key)", "size", "int8"
+    ),
+    "quantised: NaN left of the window": _mutation(
+        _LOAD, "jnp.where(is_key, 0, tile.key_begin - first_key)", "0", "fp8"
+    ),
+    "quantised: keys scaled twice": _mutation(
+        _LOAD, "(rows[0], jnp.where(is_key, 0, rows[1]))", "rows", "int8"
+    ),
+    "quantised: keys without their scales": _mutation(
+        _KERNEL,
+        "logits = _times_columns(logits, smem.tiles.scales.at[k_slot])",
+        "logits = logits * problem.logits_factor",
+        "int8",
+    ),
+    "quantised: weights without the values' scales": _mutation(
+        _KERNEL, "weights = _times_columns(weights, smem.tiles.scales.at[slot])", "pass", "int8-cap"
+    ),
+    "quantised: no scale of the logits": _mutation(
+        _LOAD, "jnp.where(is_key, problem.logits_factor, 1.0)", "1.0", "int8"
+    ),
+}
+
+if __name__ == "__main__":
+    sys.exit(run(MUTATIONS, sys.argv[1:]))
