@@ -37,12 +37,13 @@ kernels-full: $(VENV)/.test $(OLDEST)/.oldest
 	@JAX_PLATFORMS=cpu $(PY) -m tests.kernels.full
 	@JAX_PLATFORMS=cpu $(OLDEST)/bin/python -m tests.kernels.full
 
-# Break the attention kernels on purpose, and see their tests fail: many minutes.
+# Break the kernels on purpose, and see their tests fail: many minutes.
 kernels-mutate: $(VENV)/.test
 	@$(PY) -m tests.kernels.mutate_decode
 	@$(PY) -m tests.kernels.mutate_prefill
 	@$(PY) -m tests.kernels.mutate_ampere
 	@$(PY) -m tests.kernels.mutate_fences
+	@$(PY) -m tests.kernels.mutate_cache
 
 # Break the sharing of blocks and beam search on purpose, and see the tests fail: some minutes.
 sharing-mutate: $(VENV)/.test

@@ -3,7 +3,13 @@
 import pytest
 
 from tests.engine import mutate_beams, mutate_sharing
-from tests.kernels import mutate_ampere, mutate_decode, mutate_fences, mutate_prefill
+from tests.kernels import (
+    mutate_ampere,
+    mutate_cache,
+    mutate_decode,
+    mutate_fences,
+    mutate_prefill,
+)
 from tests.mutations import ROOT
 
 PROGRAMS = (
@@ -13,6 +19,7 @@ PROGRAMS = (
     mutate_prefill,
     mutate_ampere,
     mutate_fences,
+    mutate_cache,
 )
 
 

@@ -51,6 +51,11 @@ def assert_same_but_for_the_null_block(actual, expected):
         np.testing.assert_array_equal(bits(array)[1:], bits(other)[1:])
 
 
+def assert_same_null_block(actual, expected):
+    for array, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(bits(array)[0], bits(other)[0])
+
+
 @pytest.fixture
 def run(capsys):
     """Runs an operation interpreted, and sees that no race was reported."""
@@ -80,27 +85,25 @@ def test_write(run, sizes):
     written = run(write_kv, *args)
     assert args[2].k.is_deleted()
     assert_same_but_for_the_null_block(written, expected)
-    for array, before in zip(
-        jax.tree.leaves(written), jax.tree.leaves(poisoned(4, *sizes)), strict=True
-    ):
-        np.testing.assert_array_equal(bits(array)[0], bits(before)[0])
+    assert_same_null_block(written, poisoned(4, *sizes))
 
 
 @pytest.mark.parametrize("sizes", CACHES, ids=str)
 def test_copy_gather_and_scatter(run, sizes):
     cache = random_cache(7, *sizes)
-    src, dst = (jnp.array(ids, jnp.int32) for ids in ([5, 2, 2, 0], [1, 6, 3, 0]))
+    src, dst = (jnp.array(ids, jnp.int32) for ids in ([5, 2, 2, 4], [1, 6, 3, 0]))
     expected = copy_blocks(cache, src, dst, implementation="reference")
     blocks = gather_blocks(cache, src, implementation="reference")
     gathered = run(gather_blocks, cache, src)
     assert not cache.k.is_deleted()
     for array, other in zip(jax.tree.leaves(gathered), jax.tree.leaves(blocks), strict=True):
         np.testing.assert_array_equal(bits(array), bits(other))
-    assert_same_but_for_the_null_block(run(copy_blocks, cache, src, dst), expected)
-    assert cache.k.is_deleted()
-    cache = random_cache(7, *sizes)
-    assert_same_but_for_the_null_block(run(scatter_blocks, cache, dst, gathered), expected)
-    assert cache.k.is_deleted()
+    for operation, args in ((copy_blocks, (src, dst)), (scatter_blocks, (dst, gathered))):
+        cache = random_cache(7, *sizes)
+        written = run(operation, cache, *args)
+        assert cache.k.is_deleted()
+        assert_same_but_for_the_null_block(written, expected)
+        assert_same_null_block(written, random_cache(7, *sizes))
 
 
 def test_no_tokens_and_no_blocks(run):

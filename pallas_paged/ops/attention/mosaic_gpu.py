@@ -43,7 +43,7 @@ DTYPES = ("bfloat16", "float16")
 _MAX_DECODE_TOKENS = 8
 # The most query columns by head_dim, padded to 64: with more, and all features, registers spill.
 _MAX_COLUMNS = {64: 48, 128: 32, 192: 32, 256: 24}
-_MAX_COLUMNS_QUANTISED = {64: 40, 128: 24, 192: 16, 256: 16}
+_MAX_COLUMNS_QUANTISED = {64: 32, 128: 24, 192: 16, 256: 16}
 _INTERPRETED_SMS = 2
 
 

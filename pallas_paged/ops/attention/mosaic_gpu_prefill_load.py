@@ -141,7 +141,7 @@ def _convert(problem: Problem, tile: Tile, tiles: Tiles, turn: Any) -> None:
         scales=scales if problem.scales_values else None,
         copy_rows=copy_rows,
         scaled_rows=(rows[0], jnp.where(is_key, 0, rows[1])),
-        piece_rows=64 if problem.head_dim <= 128 else 16,
+        piece_rows=problem.piece_rows,
         unroll=False,
     )
     factors = load_scales(scales, 0, size, copy_rows, _ROW)

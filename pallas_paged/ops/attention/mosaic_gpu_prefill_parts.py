@@ -78,6 +78,11 @@ class Problem:
         return scales_values(self.dtype) or self.head_dim > 128
 
     @property
+    def piece_rows(self) -> int:
+        """Rows of a quantised tile that are converted at a time: found by compiling."""
+        return {192: 32, 256: 16}.get(self.head_dim, 64)
+
+    @property
     def tokens(self) -> int:
         """Tokens of a tile."""
         return tile_tokens(self.group, self.head_dim)
