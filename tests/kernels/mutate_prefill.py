@@ -96,7 +96,11 @@ MUTATIONS = {
         _KERNEL, "plgpu.barrier_wait(barriers.q)", "pass", "group5"
     ),
     "no wait for the keys": _mutation(
-        _KERNEL, "plgpu.barrier_wait(barriers.tiles.filled.at[k_slot])", "pass", "group5"
+        # Where values are masked they are waited for first, and the keys have been loaded before.
+        _KERNEL,
+        "plgpu.barrier_wait(barriers.tiles.filled.at[k_slot])",
+        "pass",
+        "chunked",
     ),
     "no wait for the values": _mutation(
         _KERNEL,
@@ -118,9 +122,6 @@ MUTATIONS = {
     ),
     "NaN left of the window in the values": _mutation(
         _KERNEL, "(begin < tile.key_begin) | ", "", _LATE
-    ),
-    "values masked by one warpgroup for both": _mutation(
-        _KERNEL, "plgpu.commit_smem()\n        _meet(pair)", "plgpu.commit_smem()", "group5"
     ),
     "a query position one too far": _mutation(
         _KERNEL, "visible = distances <= 0", "visible = distances <= 1", "group5"
