@@ -182,7 +182,7 @@ MUTATIONS = {
         "int8",
     ),
     "quantised: bytes of another step": _mutation(
-        _LOAD, "lambda: request(turn + slots)", "lambda: request(turn + slots - 2)", "fp8"
+        _LOAD, "lambda: request(turn + slots)", "lambda: request(turn + slots - 2)", "int8-cap"
     ),
     "quantised: NaN of a tail": _mutation(
         _LOAD, "jnp.where(is_key, size, tile.key_end - first_key)", "size", "int8"

@@ -53,7 +53,8 @@ def interpret_cases() -> list[InterpretCase]:
         # Quantised caches: blocks freed left of the window, and tails, poisoned with their scales.
         _case("fp8", (150, 17), (11, 3), (4, 2), 64, 16, bf16, **window, **sinks, cache_dtype=fp8),
         _case("int8", (70, 32), (9, 2), (3, 1), 80, 32, fp16, **alibi, cache_dtype=int8),
-        _case("int8-cap", (140,), (5,), (2, 2), 128, 128, bf16, 128, **cap, cache_dtype=int8),
+        # More steps than are in flight.
+        _case("int8-cap", (270,), (5,), (2, 2), 128, 128, bf16, 128, **cap, cache_dtype=int8),
         _case("fp8-long", (200, 16), (66, 16), (1, 1), 96, 16, fp16, 128, cache_dtype=fp8),
     ]
 
