@@ -42,7 +42,6 @@ kernels-mutate: $(VENV)/.test
 	@$(PY) -m tests.kernels.mutate_decode
 	@$(PY) -m tests.kernels.mutate_prefill
 	@$(PY) -m tests.kernels.mutate_ampere
-	@$(PY) -m tests.kernels.mutate_fences
 	@$(PY) -m tests.kernels.mutate_cache
 
 # Break the sharing of blocks and beam search on purpose, and see the tests fail: some minutes.

@@ -11,6 +11,7 @@ temporaries and launches may differ there. Needs the packages that `pallas_paged
 
 import dataclasses
 import json
+import logging
 import re
 from importlib import resources
 
@@ -49,6 +50,8 @@ def memory_bytes(target: str) -> int:
 
 def main(_: list[str]) -> None:
     """Prints the plan."""
+    # `deviceless` turns JAX's cache off and on for each program, and JAX says so each time.
+    logging.getLogger("jax._src.compilation_cache").setLevel(logging.WARNING)
     name = _MODEL.value
     shape = SHAPES[name] if name in SHAPES else load_config(name)
     if _LAYERS.value is not None:

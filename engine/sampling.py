@@ -85,7 +85,9 @@ def sample(logits: Float[Array, "B V"], inputs: SamplingInputs) -> Int32[Array, 
     words = _words(inputs)
     tokens = lax.cond(
         jnp.any(drawn),
-        lambda: jnp.where(drawn, _draw_filtered(tiles, top, drawn, _from_words(words)), greedy),
+        lambda: jnp.where(
+            drawn, _draw_filtered(tiles, top, drawn, _from_words(words, inputs)), greedy
+        ),
         lambda: greedy,
     )
     return jnp.minimum(tokens, logits.shape[1] - 1)  # a row of NaN may end up in the padding
@@ -96,29 +98,25 @@ def first_tokens(logits: Float[Array, "B V"], k: int) -> tuple[Array, Array]:
     return _candidates(_tiles(logits), k)
 
 
-def _words(inputs: SamplingInputs) -> Array:
-    """Returns the inputs as one array, i32[8, B].
+def _words(inputs: SamplingInputs) -> Int32[Array, "W B"]:
+    """Returns the inputs as one array, the fields' rows below each other.
 
     A branch takes its operands from memory: each of the inputs would be a launch to put it there.
     """
-    rows = [inputs.seeds[:, 0], inputs.seeds[:, 1], *(x for x in inputs if x.ndim == 1)]
-    words = jnp.stack([lax.bitcast_convert_type(row, jnp.int32) for row in rows])
+    rows = [jnp.atleast_2d(field.T) for field in inputs]
+    words = jnp.concatenate([lax.bitcast_convert_type(row, jnp.int32) for row in rows])
     return lax.optimization_barrier(words)
 
 
-def _from_words(words: Array) -> SamplingInputs:
-    """Returns the inputs that `_words` put into one array."""
-    seeds = lax.bitcast_convert_type(words[:2], jnp.uint32).T
-    floats = lax.bitcast_convert_type(words, jnp.float32)
-    return SamplingInputs(
-        temperature=floats[2],
-        top_k=words[3],
-        top_p=floats[4],
-        min_p=floats[5],
-        seeds=seeds,
-        sample_index=words[6],
-        positions=words[7],
-    )
+def _from_words(words: Int32[Array, "W B"], like: SamplingInputs) -> SamplingInputs:
+    """Returns the inputs that `_words` put into one array; of `like` shapes and dtypes are read."""
+    fields, first = [], 0
+    for field in like:
+        rows = lax.slice_in_dim(words, first, first + field[..., None].shape[1])
+        rows = lax.bitcast_convert_type(rows, field.dtype)
+        fields.append(rows[0] if field.ndim == 1 else rows.T)
+        first += len(rows)
+    return SamplingInputs(*fields)
 
 
 class _Place(NamedTuple):

@@ -7,7 +7,6 @@ from tests.kernels import (
     mutate_ampere,
     mutate_cache,
     mutate_decode,
-    mutate_fences,
     mutate_prefill,
 )
 from tests.mutations import ROOT
@@ -18,7 +17,6 @@ PROGRAMS = (
     mutate_decode,
     mutate_prefill,
     mutate_ampere,
-    mutate_fences,
     mutate_cache,
 )
 

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = [
-    pytest.param(source, id=f"{path.parent.name or 'root'}{i}")
+    pytest.param(source, id=f"{path.relative_to(ROOT)}-{i}")
     for path in (ROOT / "README.md", ROOT / "pallas_paged/README.md")
     for i, source in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
 ]

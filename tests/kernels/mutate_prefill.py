@@ -1,7 +1,5 @@
 """Breaks the sm_90a prefill kernel on purpose, one way at a time; see `tests.mutations`.
 
-Its fences are `mutate_fences`'.
-
 python -m tests.kernels.mutate_prefill            # all of them, about a quarter of a minute each
 python -m tests.kernels.mutate_prefill zeros ...  # some, by name
 """
@@ -15,6 +13,7 @@ _PARTS = "pallas_paged/ops/attention/mosaic_gpu_prefill_parts.py"
 _KERNEL = "pallas_paged/ops/attention/mosaic_gpu_prefill.py"
 _LOAD = "pallas_paged/ops/attention/mosaic_gpu_prefill_load.py"
 _TESTS = "tests/kernels/test_mosaic_prefill.py"
+_FENCES = "tests/kernels/test_fences.py::test_prefill"
 _OTHERS = f"{_TESTS}::test_rows_of_others_stay"
 _LATE = f"{_TESTS}::test_a_sink_of_minus_infinity_is_none"
 
@@ -204,6 +203,33 @@ MUTATIONS = {
     ),
     "quantised: no scale of the logits": _mutation(
         _LOAD, "jnp.where(is_key, problem.logits_factor, 1.0)", "1.0", "int8"
+    ),
+    "fences: queries not committed": Mutation(
+        _KERNEL,
+        "layout=_MATRIX)\n        plgpu.commit_smem()",
+        "layout=_MATRIX)",
+        f"{_FENCES}[pieces]",
+    ),
+    "fences: masked values not committed": Mutation(
+        _KERNEL, "plgpu.commit_smem()\n        _meet(pair)", "_meet(pair)", f"{_FENCES}[pieces]"
+    ),
+    "fences: weights not committed": Mutation(
+        _KERNEL,
+        "buffer[...] = weights\n    plgpu.commit_smem()",
+        "buffer[...] = weights",
+        f"{_FENCES}[weights]",
+    ),
+    "fences: staged results not committed": Mutation(
+        _KERNEL,
+        "part.astype(problem.dtype)\n        plgpu.commit_smem()",
+        "part.astype(problem.dtype)",
+        f"{_FENCES}[pieces]",
+    ),
+    "fences: results staged over others that are sent": Mutation(
+        _KERNEL, "plgpu.wait_smem_to_gmem(0)", "pass", f"{_FENCES}[pieces]"
+    ),
+    "fences: converted numbers not committed": Mutation(
+        _LOAD, "plgpu.commit_smem()", "pass", f"{_FENCES}[quantised]"
     ),
 }
 

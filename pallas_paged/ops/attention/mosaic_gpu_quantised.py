@@ -5,7 +5,8 @@ the bytes turn into the numbers that they stand for before scaling, and these go
 memory, for the tensor core: bfloat16 and float16 hold every float8_e4m3fn and every int8 exactly.
 The scales join in float32 where it costs least: those of keys multiply the products, those of
 values the weights. Weights times scales may be tiny, and float16 has too few exponents for them:
-with it the values are scaled as they are converted, and rounded to float16 once.
+with it the values are scaled as they are converted, and rounded to float16 once. So are bfloat16
+ones where the computing warpgroups have no registers for scaled weights.
 
 One copy brings the scales of a block, or of the part of it that is in a tile. TMA writes at
 multiples of 128 bytes, and 16 scales are 64: those of small blocks lie apart, `scale_pitch`.
