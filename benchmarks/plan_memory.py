@@ -117,7 +117,7 @@ def main(_: list[str]) -> None:
             f"{counts.total} launches ({len(counts.kernels)} kernels, {len(counts.products)} "
             f"matrix products, {len(counts.others)} others),{of_a_layer} and "
             f"{len(counts.loops)} loops; temporaries "
-            f"{_gib(report.temporary_bytes)}, copies of a cache: {report.num_cache_copies}"
+            f"{_gib(report.temporary_bytes)}, weights and caches made anew: {len(report.moves)}"
         )
     if _JSON.value:
         with open(_JSON.value, "w") as file:

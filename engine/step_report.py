@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from pallas_paged.models import ModelConfig
 from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.opt import OPTConfig
 from pallas_paged.models.registry import FAMILIES
+from pallas_paged.moves import moves
 
 SHAPES: Mapping[str, ModelConfig] = {
     "llama-8b": LlamaConfig(
@@ -59,7 +59,7 @@ class StepReport:
       in_place_bytes: of the arguments that the step overwrites.
       temporary_bytes: of everything beside its arguments and results.
       launches: what it launches.
-      num_cache_copies: instructions that copy an array of the shape of one of a cache's.
+      moves: instructions that write a weight, or an array of a cache, anew; see `moves`.
     """
 
     bucket: Bucket
@@ -68,7 +68,7 @@ class StepReport:
     in_place_bytes: int
     temporary_bytes: int
     launches: Launches
-    num_cache_copies: int
+    moves: tuple[str, ...]
 
 
 def compile_step(
@@ -100,7 +100,6 @@ def compile_step(
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
     assert memory is not None, "XLA gave no memory analysis of a compiled program"
-    of_cache = "|".join({",".join(map(str, x.shape)) for x in jax.tree.leaves(caches)})
     return StepReport(
         bucket,
         weight_bytes=_bytes(nnx.state(model)),
@@ -108,7 +107,7 @@ def compile_step(
         in_place_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         launches=launches(text),
-        num_cache_copies=len(re.findall(rf"= \w+\[(?:{of_cache})\]\S* copy\(", text)),
+        moves=tuple(moves(text, jax.tree.leaves((nnx.state(model), caches)))),
     )
 
 

@@ -35,7 +35,7 @@ class Launches:
 
 def launches(compiled_text: str) -> Launches:
     """Returns what the program `compiled.as_text()` of a GPU launches."""
-    computations, entry = _computations(compiled_text)
+    computations, entry = computations_of(compiled_text)
     found: dict[str, list[str]] = {"kernels": [], "products": [], "others": [], "loops": []}
     for name, operation, line in _executed(computations, entry):
         target = _custom_call_target(line, computations)
@@ -51,8 +51,8 @@ def launches(compiled_text: str) -> Launches:
     return Launches(**{kind: tuple(names) for kind, names in found.items()})
 
 
-def _computations(text: str) -> tuple[Mapping[str, list[str]], str]:
-    """Returns the lines of each computation by its name, and the name of the entry."""
+def computations_of(text: str) -> tuple[Mapping[str, list[str]], str]:
+    """Returns the lines of each computation of a program by its name, and the entry's name."""
     computations: dict[str, list[str]] = {}
     entry = current = ""
     for line in text.splitlines():

@@ -24,6 +24,7 @@ SMALL = (
             "--model=tests/models/data/llama-gqa-llama3 --layers=1 --max_num_seqs=4 "
             "--max_num_batched_tokens=32 --max_model_len=128",
         ),
+        ("products", "--shapes=8x16 --rows=1,4 --dtype=bfloat16 --repeats=1"),
         ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
         ("sampling", "--shapes=2x300 --rounds=1 --hidden=16 --layers=1 --heads=2/1 --context=4"),
         ("recovery", "--block_sizes=8 --num_requests=8 --prompt_len=9 --output_len=20"),

@@ -306,7 +306,7 @@ def test_parameters_go_where_their_axes_say(ported):
         layer = model.model.layers[0]
         for weight, shape in (
             (layer.self_attn.qkv_proj.weight[...], (2, 24, 32)),
-            (layer.mlp.gate_up_proj.weight[...], (2, 32, 32)),
+            (layer.mlp.gate_up_proj.weight[...], (32, 2, 32)),
             (layer.self_attn.o_proj.weight[...], (32, 16)),
         ):
             assert [shard.data.shape for shard in weight.addressable_shards] == [shape] * 2

@@ -1,0 +1,95 @@
+"""Times matrix products with weights as checkpoints have them, in each way to write one.
+
+  python -m benchmarks.products --shapes=4096x768,768x2048 --rows=1,4,16,64,128 --dtype=float32
+
+`x left` is `x @ weight.T` as it stands, `weight left` the transpose of `weight @ x.T`, and
+`three axes` the first with the weight's features in two axes. `engine` is what the models run,
+`pallas_paged.models.layers.product`. Each is followed by the largest number of each row, so that
+the product is an operand of something, as in a model. All figures are GFLOP/s, medians.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from benchmarks import tables
+from pallas_paged.models.layers import product
+
+_SHAPES = flags.DEFINE_list(
+    "shapes", ["4096x768", "768x2048"], "Weights, as output x input features."
+)
+_ROWS = flags.DEFINE_list("rows", ["1", "4", "16", "64", "128", "512"], "Numbers of rows of x.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of both.")
+_REPEATS = flags.DEFINE_integer("repeats", 7, "Timings per figure.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+
+
+def _three_axes(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum("nk,abk->nab", x, weight.reshape(2, -1, weight.shape[1]))
+
+
+FORMS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "x left": lambda x, weight: jnp.einsum("nk,ok->no", x, weight),
+    "weight left": lambda x, weight: jnp.einsum("ok,nk->on", weight, x).T,
+    "three axes": _three_axes,
+    "engine": product,
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints a row for each shape and number of rows."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    try:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in _SHAPES.value]
+        counts = [int(count) for count in _ROWS.value]
+        if any(len(shape) != 2 or min(shape) < 1 for shape in shapes) or min(counts) < 1:
+            raise ValueError("not positive")
+    except ValueError as error:
+        raise app.UsageError(
+            f"--shapes={_SHAPES.value} must be like 4096x768, and --rows={_ROWS.value} like 1,16"
+        ) from error
+    print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {_DTYPE.value}")
+    figures = [
+        {"weight": f"{out}x{features}", "rows": rows, **_gflops(rows, out, features)}
+        for out, features in shapes
+        for rows in counts
+    ]
+    tables.show("GFLOP/s", figures)
+    if _JSON.value:
+        with open(_JSON.value, "w") as file:
+            json.dump(figures, file, indent=1)
+
+
+def _row_maxima(y: jax.Array) -> jax.Array:
+    return jnp.max(y.reshape(y.shape[0], -1), axis=-1)
+
+
+def _gflops(rows: int, out: int, features: int) -> dict[str, float]:
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (rows, features), _DTYPE.value)
+    weight = jax.random.normal(keys[1], (out, features), _DTYPE.value)
+    operations = 2e-9 * rows * out * features
+    return {name: operations / _seconds(form, x, weight) for name, form in FORMS.items()}
+
+
+def _seconds(form: Callable[..., jax.Array], x: jax.Array, weight: jax.Array) -> float:
+    """Returns the median time of a call among several that are dispatched together."""
+    run = jax.jit(lambda x, weight: _row_maxima(form(x, weight))).lower(x, weight).compile()
+    run(x, weight).block_until_ready()
+    times = []
+    for _ in range(_REPEATS.value):
+        begin = time.perf_counter()
+        results = [run(x, weight) for _ in range(10)]
+        jax.block_until_ready(results)
+        times.append((time.perf_counter() - begin) / len(results))
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    app.run(main)

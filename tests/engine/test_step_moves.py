@@ -1,0 +1,74 @@
+"""No compiled step copies, transposes or converts a weight or a cache: what it reads lies ready.
+
+Once every step transposed most of the weights, because a product's weight had three axes; nobody
+saw it but by measuring. For GPUs `test_whole_step_deviceless.py` asks the same.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from pallas_paged.engine.buckets import Bucket
+from pallas_paged.engine.pool import cache_shapes
+from pallas_paged.engine.step import StepPrograms
+from pallas_paged.models.llama import LlamaConfig
+from pallas_paged.models.opt import OPTConfig
+from pallas_paged.models.registry import FAMILIES
+from pallas_paged.moves import moves
+
+# No activation has as many elements as a weight or an array of a cache.
+LLAMA = LlamaConfig(
+    vocab_size=2018,
+    hidden_size=224,
+    intermediate_size=368,
+    num_layers=1,
+    num_q_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    max_position_embeddings=512,
+)
+OPT = OPTConfig(
+    vocab_size=2018,
+    hidden_size=224,
+    ffn_dim=368,
+    num_layers=1,
+    num_q_heads=7,
+    num_kv_heads=7,
+    head_dim=32,
+    max_position_embeddings=1111,
+    word_embed_proj_dim=96,
+)
+TIED = dataclasses.replace(LLAMA, tie_word_embeddings=True)
+
+
+def moved(config, bucket, dtype=jnp.float32, cache_dtype=None):
+    build = FAMILIES[config.architecture].model
+    model = nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    caches = cache_shapes(config, 777, 16, dtype if cache_dtype is None else cache_dtype)
+    programs = StepPrograms(model, caches, 16, 20, 32)
+    text = programs.lower(bucket).compile().as_text()
+    assert text is not None
+    return moves(text, jax.tree.leaves((programs.params, caches)))
+
+
+@pytest.mark.parametrize("config", [LLAMA, TIED, OPT], ids=["llama", "tied", "opt"])
+@pytest.mark.parametrize(
+    "bucket",
+    [Bucket(1, 1, True), Bucket(4, 4, True, True), Bucket(128, 16, False)],
+    ids=["one", "decode", "mixed"],
+)
+def test_float32_on_a_cpu(config, bucket):
+    assert moved(config, bucket) == []
+
+
+def test_a_quantised_cache_on_a_cpu():
+    assert moved(LLAMA, Bucket(4, 4, True), cache_dtype=jnp.int8) == []
+
+
+def test_one_16_bit_row_converts_no_weight_that_two_do_not():
+    """Whether a CPU has products of 16-bit numbers at all depends on the CPU."""
+    one, two = (moved(LLAMA, Bucket(n, n, True), jnp.bfloat16) for n in (1, 2))
+    assert len(one) == len(two)
