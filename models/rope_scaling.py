@@ -229,6 +229,7 @@ class LongRope(Rope):
 _ROPES = {
     rope.rope_type: rope for rope in (Rope, LinearRope, DynamicRope, Llama3Rope, YarnRope, LongRope)
 }
+_WITHOUT_EFFECT = ("type", "finetuned")  # beside `rope_type`; said of YaRN models
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -260,7 +261,7 @@ def rope_from_hf(fields: HFFields, max_position_embeddings: int) -> Rope:
     parameters.only("partial_rotary_factor", 1.0)
     fields.only("partial_rotary_factor", 1.0)
     values = _values(rope, fields, parameters, max_position_embeddings)
-    if unread := [name for name in parameters.unread() if name != "type"]:
+    if unread := [name for name in parameters.unread() if name not in _WITHOUT_EFFECT]:
         raise ValueError(
             f"config.json, {name}: {', '.join(unread)} not supported with rope type {rope_type!r}"
         )

@@ -207,6 +207,7 @@ def test_qwen3_heads_have_128_dimensions_where_no_field_says_so():
                     "original_max_position_embeddings": 32,
                     "attention_factor": 1.5,
                     "mscale": None,
+                    "finetuned": True,
                 }
             },
             YarnRope(
