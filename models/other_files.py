@@ -8,18 +8,10 @@ from typing import NamedTuple
 
 _OWN_WEIGHTS = (".safetensors", ".safetensors.index.json")
 _OTHER_WEIGHTS = (
-    ".index.json",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".distcp",
-    ".gguf",
-    ".ggml",
+    *(".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".distcp", ".npz", ".npy"),
+    *(".gguf", ".ggml", ".msgpack", ".h5", ".ot", ".onnx", ".onnx_data", ".onnx.data"),
+    *(".tflite", ".mlmodel", ".nemo", ".engine"),
 )
-_OTHER_WEIGHTS += (".msgpack", ".h5", ".ot", ".npz", ".npy", ".onnx", ".onnx_data", ".onnx.data")
-_OTHER_WEIGHTS += (".tflite", ".mlmodel", ".nemo", ".engine")
 
 
 class OtherFiles(NamedTuple):

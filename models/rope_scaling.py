@@ -286,7 +286,7 @@ def _values(
             defaults["factor"] = max_position_embeddings / max(values[_ORIGINAL], 1)
     else:
         parameters.only(_ORIGINAL, max_position_embeddings)
-    for name in names - values.keys():
+    for name in sorted(names - values.keys()):
         if name in ("short_factor", "long_factor"):
             values[name] = parameters.numbers(name)
         elif name == "truncate":
