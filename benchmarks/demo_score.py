@@ -39,7 +39,7 @@ def bits_per_byte(model: CausalLM, documents: Sequence[TokenizedDocument], bos: 
     Each document is cut into windows as long as the model's context, none of which sees the one
     before it; a document's first token is predicted from `bos`.
     """
-    length = model.config.max_position_embeddings
+    length = model.config.max_model_len
     windows = [
         tokens[start : start + length + 1]
         for document in documents

@@ -64,7 +64,7 @@ def main(_: list[str]) -> None:
         max_num_batched_tokens=_MAX_NUM_BATCHED_TOKENS.value,
         block_size=_BLOCK_SIZE.value,
     )
-    max_model_len = min(_MAX_MODEL_LEN.value, shape.max_position_embeddings)
+    max_model_len = min(_MAX_MODEL_LEN.value, shape.max_model_len)
     num_blocks = 1024  # neither launches nor temporaries depend on it
     buckets = [dataclasses.replace(b, is_full=False) for b in Buckets.for_config(config).largest()]
 

@@ -172,18 +172,23 @@ def resolve_kv_cache_dtype(config: EngineConfig, model_dtype: jnp.dtype) -> jnp.
     return jnp.dtype(KV_CACHE_DTYPES[config.kv_cache_dtype])
 
 
-def resolve_max_model_len(config: EngineConfig, max_position_embeddings: int) -> int:
+def resolve_max_model_len(config: EngineConfig, longest: int) -> int:
     """Returns the longest sequence the engine serves, in tokens.
+
+    Args:
+      config: of the engine.
+      longest: the model's own limit, `ModelConfig.max_model_len`.
 
     Raises:
       ValueError: `config.max_model_len` is more than the model was made for.
     """
     if config.max_model_len is None:
-        return max_position_embeddings
-    if config.max_model_len > max_position_embeddings:
+        return longest
+    if config.max_model_len > longest:
         raise ValueError(
-            f"max_model_len={config.max_model_len} is more than the model's "
-            f"max_position_embeddings={max_position_embeddings}; choose at most that"
+            f"max_model_len={config.max_model_len} is more than the {longest} tokens that the "
+            "model was made for (max_position_embeddings in config.json, and what rope_scaling or "
+            "rope_parameters make of it); choose at most that"
         )
     return config.max_model_len
 

@@ -85,7 +85,7 @@ class LLM:
             else load_model(config.model, dtype=config.dtype)
         )
         self.model_config = network.config
-        self.max_model_len = resolve_max_model_len(config, network.config.max_position_embeddings)
+        self.max_model_len = resolve_max_model_len(config, network.config.max_model_len)
         dtype = jax.tree.leaves(nnx.state(network))[0].dtype
         cache_dtype = resolve_kv_cache_dtype(config, dtype)
         caches = cache_shapes(network.config, 2, config.block_size, cache_dtype)

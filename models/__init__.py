@@ -1,8 +1,9 @@
 """Flax NNX models, and checkpoints: loading, porting to Orbax and back, parity."""
 
 from pallas_paged.models.config import ModelConfig
+from pallas_paged.models.generation_config import load_eos_token_ids, load_sampling_defaults
 from pallas_paged.models.interface import Attend, CausalLM
-from pallas_paged.models.loader import init_model, load_config, load_eos_token_ids, load_model
+from pallas_paged.models.loader import init_model, load_config, load_model
 
 __all__ = [
     "Attend",
@@ -12,4 +13,5 @@ __all__ = [
     "load_config",
     "load_eos_token_ids",
     "load_model",
+    "load_sampling_defaults",
 ]

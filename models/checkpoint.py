@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 """A folder with none of them has no tokenizer."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*/[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -68,7 +71,12 @@ def model_file(path: str | os.PathLike[str], name: str) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}: a model is a local folder")
+        hub_name = os.fspath(path) if _HUB_NAME.fullmatch(os.fspath(path)) else "ORG/NAME"
+        raise FileNotFoundError(
+            f"no folder {folder}: model must be a local folder, nothing is downloaded. To get one "
+            f"from the Hugging Face hub: hf download {hub_name} --local-dir FOLDER (a program of "
+            "the package huggingface_hub)"
+        )
     file = folder / name
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {name}: it has {sorted(os.listdir(folder))}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -15,18 +16,23 @@ _REQUIRED: Any = object()
 _BOOKKEEPING = "_name_or_path architectures model_type transformers_version torchscript use_cache"
 _TRAINING = "attention_dropout activation_dropout dropout layerdrop initializer_range init_std"
 _TOKENS = "bos_token_id eos_token_id pad_token_id prefix"  # for tokenizers and generation defaults
-_WITHOUT_EFFECT = frozenset(f"{_BOOKKEEPING} {_TRAINING} {_TOKENS}".split())
+_OUTPUTS = "output_hidden_states output_attentions return_dict"  # of transformers' functions
+_CLASSIFIERS = "id2label label2id problem_type num_labels"
+_WITHOUT_EFFECT = frozenset(
+    f"{_BOOKKEEPING} {_TRAINING} {_TOKENS} {_OUTPUTS} {_CLASSIFIERS}".split()
+)
 """Fields that change no logit; any other field that nobody reads is reported."""
 
 _NEUTRAL: dict[str, Any] = {
-    "quantization_config": None,
+    "quantization_config": {},
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "chunk_size_feed_forward": 0,
     "pruned_heads": {},
-    "layer_types": None,
 }
-"""Fields of any architecture that we support at one value only, unless the family reads them."""
+"""Fields of any architecture that we support at one value only, or null."""
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
+"""What a layer can be in the field `layer_types`."""
 
 
 class HFFields:
@@ -60,13 +66,23 @@ class HFFields:
         """Returns an integer field; `default` where it is absent, `ValueError` without one."""
         return self._get(name, (int,), default)
 
-    def nullable_integer(self, name: str, default: int) -> int | None:
+    def nullable_integer(self, name: str, default: int | None) -> int | None:
         """Returns an integer field, None where it is null, and `default` where it is absent."""
         return self.integer(name, None if name in self._values else default)
 
-    def strings(self, name: str, supported: Sequence[str], default: Sequence[str]) -> list[str]:
-        """Returns a field that is a list, each entry one of the strings `supported`."""
+    def layer_types(self, supported: Sequence[str], default: Sequence[str]) -> list[str]:
+        """Returns what each layer is by the field `layer_types`, one of the strings `supported`.
+
+        Raises:
+          ValueError: another string, or not as many as there are in `default`.
+        """
+        name = "layer_types"
         values = self._get(name, (list,), list(default))
+        if len(values) != len(default):
+            raise ValueError(
+                f"{self._source}: {name} has {len(values)} entries for num_hidden_layers="
+                f"{len(default)}"
+            )
         if unsupported := [value for value in values if value not in supported]:
             raise ValueError(
                 f"{self._source}: {name} has {unsupported[0]!r}, which is not supported, only "
@@ -75,12 +91,25 @@ class HFFields:
         return values
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """Returns a real-valued field as a float."""
+        """Returns a real-valued field as a float; `ValueError` where it is not finite."""
         value = self._get(name, (int, float), default)
-        return value if value is default else float(value)
+        return value if value is default else self._finite(name, value)
 
-    def flag(self, name: str, default: bool) -> bool:
-        """Returns a boolean field."""
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Returns a field that is a list of finite numbers."""
+        values = self._get(name, (list,), _REQUIRED)
+        return tuple(self._finite(name, value) for value in values)
+
+    def _finite(self, name: str, value: Any) -> float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise ValueError(f"{self._source}: {name} has {value!r}, which is no finite number")
+        return float(value)
+
+    def flag(self, name: str, default: bool, null: bool | None = None) -> bool:
+        """Returns a boolean field; where it is null `null`, or without that `default`."""
+        if null is not None and name in self._values:
+            default = null
         return self._get(name, (bool,), default)
 
     def section(self, name: str) -> Mapping[str, Any] | None:
@@ -111,8 +140,11 @@ class HFFields:
 
     def finish(self) -> None:
         """Refuses what no architecture supports; logs the fields that have no effect here."""
-        for name in _NEUTRAL.keys() - self._read:
-            self.only(name, _NEUTRAL[name])
+        for name, neutral in _NEUTRAL.items():
+            self.only(name, neutral)
+        if "layer_types" not in self._read:
+            num_layers = self.integer("num_hidden_layers")
+            self.layer_types((FULL_ATTENTION,), (FULL_ATTENTION,) * num_layers)
         without_effect = [name for name in self.unread() if name not in _WITHOUT_EFFECT]
         if without_effect:
             logger.warning(
@@ -121,9 +153,13 @@ class HFFields:
 
 
 def checkpoint_dtype_from_hf(fields: HFFields) -> str | None:
-    """Returns the dtype `config.json` gives for the weights, under its new name or its old one."""
-    dtype = fields.choice("dtype", DTYPES, None)
-    return dtype if dtype is not None else fields.choice("torch_dtype", DTYPES, None)
+    """Returns the dtype `config.json` gives for the weights, under its new name or its old one.
+
+    None where it gives none, or "auto", which leaves it to the tensors.
+    """
+    new, old = (fields.choice(name, (*DTYPES, "auto"), None) for name in ("dtype", "torch_dtype"))
+    dtype = old if new is None else new
+    return None if dtype == "auto" else dtype
 
 
 def head_dim_from_hidden(hidden_size: int, num_heads: int) -> int:
@@ -149,7 +185,8 @@ class ModelConfig:
 
     Attributes:
       architecture: the name in the field `architectures` of a `config.json`.
-      max_position_embeddings: the most tokens a sequence may have.
+      max_position_embeddings: of `config.json`; see `max_model_len` for the most tokens that a
+        sequence may have.
       checkpoint_dtype: one of `DTYPES`, or None where the checkpoint's config gives none.
     """
 
@@ -177,3 +214,8 @@ class ModelConfig:
             raise ValueError(
                 f"checkpoint_dtype={self.checkpoint_dtype!r} must be None or one of {DTYPES}"
             )
+
+    @property
+    def max_model_len(self) -> int:
+        """The most tokens a sequence may have, its prompt and its output together."""
+        return self.max_position_embeddings

@@ -31,7 +31,8 @@ from pallas_paged.models.layers import (
     logits,
     qkv_projection,
 )
-from pallas_paged.models.rope import Rope, rope_from_hf, rotate, rotation
+from pallas_paged.models.rope import Rope, rotate, rotation
+from pallas_paged.models.rope_scaling import rope_from_hf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class DecoderConfig(ModelConfig):
         check_positive(self, "intermediate_size", "rms_norm_eps")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
+        self.rope.inv_freq(self.head_dim)  # or it raises
         windows = self.sliding_windows
         if windows and len(windows) != self.num_layers:
             raise ValueError(
@@ -70,37 +72,55 @@ class DecoderConfig(ModelConfig):
         if any(window is not None and window < 1 for window in windows):
             raise ValueError(f"sliding_windows={windows} must be positive, or None for no limit")
 
+    @property
+    def max_model_len(self) -> int:
+        """See `ModelConfig.max_model_len`: scaled positions reach further than unscaled ones."""
+        return self.rope.max_model_len(self.max_position_embeddings)
+
     def sliding_window(self, layer: int) -> int | None:
         """Returns how many tokens a query sees in a layer, itself included; None for all."""
         return self.sliding_windows[layer] if self.sliding_windows else None
 
 
 def decoder_fields_from_hf(
-    fields: HFFields, *, default_head_dim: int | None = None
+    fields: HFFields,
+    *,
+    default_max_position_embeddings: int,
+    default_num_kv_heads: int | None = None,
+    default_head_dim: int | None = None,
 ) -> dict[str, Any]:
     """Returns the arguments of `DecoderConfig` that all families read alike from a `config.json`.
 
     Args:
       fields: of the file.
+      default_max_position_embeddings: where the file does not say.
+      default_num_kv_heads: where the field is absent; None, and a field that is null, mean as many
+        as query heads.
       default_head_dim: where it names none; None lets the heads share `hidden_size`.
 
     Raises:
       ValueError: a field is missing, malformed or has a value that is not supported.
     """
-    fields.choice("hidden_act", ("silu",), "silu")
+    fields.choice("hidden_act", ("silu", "swish"), "silu")  # two names of one function
     hidden_size = fields.integer("hidden_size")
     num_q_heads = fields.integer("num_attention_heads")
+    num_kv_heads = fields.nullable_integer("num_key_value_heads", default_num_kv_heads)
     head_dim = fields.integer("head_dim", default_head_dim)
+    max_position_embeddings = fields.integer(
+        "max_position_embeddings", default_max_position_embeddings
+    )
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden_size,
         "intermediate_size": fields.integer("intermediate_size"),
         "num_layers": fields.integer("num_hidden_layers"),
         "num_q_heads": num_q_heads,
+        "num_kv_heads": num_q_heads if num_kv_heads is None else num_kv_heads,
         "head_dim": (
             head_dim_from_hidden(hidden_size, num_q_heads) if head_dim is None else head_dim
         ),
-        "rope": rope_from_hf(fields),
+        "max_position_embeddings": max_position_embeddings,
+        "rope": rope_from_hf(fields, max_position_embeddings),
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
         "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
         "checkpoint_dtype": checkpoint_dtype_from_hf(fields),

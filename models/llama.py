@@ -18,12 +18,10 @@ class LlamaConfig(DecoderConfig):
     def from_hf(cls, fields: HFFields) -> "LlamaConfig":
         """Returns the configuration in a `config.json`; `ValueError` for what is unsupported."""
         fields.only("pretraining_tp", 1)
-        shared = decoder_fields_from_hf(fields)
+        shared = decoder_fields_from_hf(fields, default_max_position_embeddings=2048)
         bias = fields.flag("attention_bias", False)
         config = cls(
             **shared,
-            num_kv_heads=fields.integer("num_key_value_heads", shared["num_q_heads"]),
-            max_position_embeddings=fields.integer("max_position_embeddings", 2048),
             qkv_bias=bias,
             output_bias=bias,
             mlp_bias=fields.flag("mlp_bias", False),

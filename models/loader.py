@@ -1,4 +1,4 @@
-"""From a model folder to a model: configuration, weights, generation defaults.
+"""From a model folder to a model: configuration and weights.
 
 A folder is a Hugging Face one, with `config.json` and safetensors files, or one that
 `pallas_paged.models.port` made of it. Strict: what is missing, left over or does not fit is an
@@ -36,27 +36,6 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
         is not supported; named in the message.
     """
     return config_from_hf(read_json(model_file(path, "config.json")))
-
-
-def load_eos_token_ids(path: str | os.PathLike[str]) -> tuple[int, ...]:
-    """Returns the ids of the tokens that end a sequence of the model in the folder `path`.
-
-    They are `eos_token_id` in `generation_config.json`, or where that is missing in `config.json`;
-    empty if neither has any.
-
-    Raises:
-      FileNotFoundError: no such folder, or no `config.json` in it.
-      ValueError: `eos_token_id` is neither an integer nor a list of integers.
-    """
-    config_file = model_file(path, "config.json")
-    for file in (config_file.with_name("generation_config.json"), config_file):
-        eos = read_json(file).get("eos_token_id") if file.exists() else None
-        if eos is not None:
-            ids = eos if isinstance(eos, list) else [eos]
-            if not all(type(token) is int for token in ids):
-                raise ValueError(f"{file}: eos_token_id={eos!r} must be an integer or a list")
-            return tuple(ids)
-    return ()
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> HFCheckpoint | PortedCheckpoint:

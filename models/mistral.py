@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from pallas_paged.models.config import HFFields
+from pallas_paged.models.config import FULL_ATTENTION, SLIDING_ATTENTION, HFFields
 from pallas_paged.models.decoder import NAMES, Decoder, DecoderConfig, decoder_fields_from_hf
 from pallas_paged.models.interface import Family
 
@@ -17,12 +17,14 @@ class MistralConfig(DecoderConfig):
     @classmethod
     def from_hf(cls, fields: HFFields) -> "MistralConfig":
         """Returns the configuration in a `config.json`; `ValueError` for what is unsupported."""
-        shared = decoder_fields_from_hf(fields)
+        shared = decoder_fields_from_hf(
+            fields, default_max_position_embeddings=131072, default_num_kv_heads=8
+        )
         window = fields.nullable_integer("sliding_window", 4096)  # a file without it means 4096
+        kind = FULL_ATTENTION if window is None else SLIDING_ATTENTION
+        fields.layer_types((kind,), (kind,) * shared["num_layers"])  # all alike
         config = cls(
             **shared,
-            num_kv_heads=fields.integer("num_key_value_heads"),
-            max_position_embeddings=fields.integer("max_position_embeddings", 131072),
             sliding_windows=(window,) * shared["num_layers"],
         )
         fields.finish()

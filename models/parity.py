@@ -122,7 +122,7 @@ def compare(model: CausalLM, reference: Reference, tolerance: float | None = Non
     Raises:
       ValueError: the reference is of a model with another vocabulary, or of longer sequences.
     """
-    vocab_size, longest = model.config.vocab_size, model.config.max_position_embeddings
+    vocab_size, longest = model.config.vocab_size, model.config.max_model_len
     sequences = [
         np.concatenate([prompt, greedy[:-1]])
         for prompt, greedy in zip(reference.prompts, reference.greedy, strict=True)

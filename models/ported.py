@@ -2,7 +2,7 @@
 
     params/       the checkpoint: a tree of arrays, a tensor's name split at its dots
     port.json     written last: every tensor's dtype, shape and CRC-32, every file's size
-    config.json and the files of the tokenizer, as in the source
+    config.json and all other files but weights, as in the source (see `other_files`)
 
 Orbax is handed one array at a time, in both directions, through a type handler of ours. To anybody
 else `params` is a plain checkpoint, such as `orbax.checkpoint.PyTreeCheckpointer().restore` reads.

@@ -1,9 +1,7 @@
 """From a Hugging Face folder to a ported one and back: what the programs `port` and `export` do."""
 
-import fnmatch
 import json
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from pallas_paged.models.checkpoint import TOKENIZER_FILES, HFCheckpoint, read_j
 from pallas_paged.models.config import DTYPES
 from pallas_paged.models.loader import cast, load_config, numpy_dtype, open_checkpoint, parameters
 from pallas_paged.models.new_folder import new_folder
+from pallas_paged.models.other_files import OtherFiles, copy_files, other_files
 from pallas_paged.models.ported import (
     MANIFEST,
     PARAMS,
@@ -25,9 +24,6 @@ from pallas_paged.models.ported import (
     write_manifest,
     write_params,
 )
-
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README*")
-"""Files that go along: configuration, tokenizer, terms. Not the index of the weights."""
 
 _MB = 1e6
 
@@ -48,7 +44,8 @@ def port(hf_dir: Path, out: Path, dtype: str = "auto", *, overwrite: bool = Fals
 
     Raises:
       FileNotFoundError: `hf_dir` or one of its files is missing.
-      ValueError: the checkpoint does not load, `out` exists, or a value is too large for `dtype`.
+      ValueError: the checkpoint does not load, its `config.json` is a link to elsewhere, `out`
+        exists, or a value is too large for `dtype`.
     """
     begin = time.perf_counter()
     checkpoint = open_checkpoint(hf_dir)
@@ -60,7 +57,7 @@ def port(hf_dir: Path, out: Path, dtype: str = "auto", *, overwrite: bool = Fals
         raise ValueError(f"tensors of a dtype that is not supported: {', '.join(unsupported)}")
     if out.exists() and not overwrite:
         raise ValueError(f"--out={out} exists: give --overwrite to replace it, or another name")
-    others = _others(hf_dir)
+    others = other_files(hf_dir)
     before = largest = 0
 
     with new_folder(out, may_replace=is_ported if overwrite else None) as folder:
@@ -77,8 +74,7 @@ def port(hf_dir: Path, out: Path, dtype: str = "auto", *, overwrite: bool = Fals
                 return array
 
             entries = write_params(folder, checkpoint.tensors, value)
-        for name in _copied(others):
-            shutil.copyfile(hf_dir / name, folder / name)
+        copy_files(hf_dir, others.along, folder)
         if dtype != "auto":
             _set_dtype(folder / "config.json", dtype)
         write_manifest(folder, entries)
@@ -90,30 +86,14 @@ def port(hf_dir: Path, out: Path, dtype: str = "auto", *, overwrite: bool = Fals
     )
 
 
-def _copied(others: dict[str, bool]) -> list[str]:
-    return sorted(name for name, copied in others.items() if copied)
-
-
-def _about_files(others: dict[str, bool]) -> str:
+def _about_files(others: OtherFiles) -> str:
     """Returns lines that say what went along."""
-    copied = _copied(others)
-    lines = [f"copied: {', '.join(copied)}"]
-    if left := sorted(others.keys() - copied):
-        lines.append(f"left where they are: {', '.join(left)}")
-    if not set(copied).intersection(TOKENIZER_FILES):
+    lines = [f"copied: {', '.join(others.along)}"]
+    if others.left:
+        lines.append(f"left where they are: {', '.join(others.left)}")
+    if not set(others.along).intersection(TOKENIZER_FILES):
         lines.append("no tokenizer files: the model takes token ids only")
     return "\n".join(lines)
-
-
-def _others(folder: Path) -> dict[str, bool]:
-    """Returns what the folder holds beside weights and hidden files, and whether it goes along."""
-    found = {}
-    for path in folder.iterdir():
-        is_weights = path.name.endswith((".safetensors", ".safetensors.index.json"))
-        if not is_weights and not path.name.startswith("."):
-            copied = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in COPIED)
-            found[path.name] = path.is_file() and copied and not path.name.endswith(".index.json")
-    return found
 
 
 def _set_dtype(config_file: Path, dtype: str) -> None:
@@ -145,7 +125,7 @@ def export(checkpoint_dir: Path, out: Path, *, max_shard_bytes: int) -> str:
       max_shard_bytes: of a safetensors file, as far as no single tensor is larger.
 
     Returns:
-      What was done, in a line to print.
+      What was done, in lines to print.
 
     Raises:
       FileNotFoundError: `checkpoint_dir` or its `config.json` is missing.
@@ -155,7 +135,7 @@ def export(checkpoint_dir: Path, out: Path, *, max_shard_bytes: int) -> str:
     if not isinstance(checkpoint, PortedCheckpoint):
         raise ValueError(f"--checkpoint={checkpoint_dir} is no ported folder: it has no {MANIFEST}")
     parameters(checkpoint_dir, checkpoint, load_config(checkpoint_dir))
-    others = [path for path in checkpoint_dir.iterdir() if path.name not in (PARAMS, MANIFEST)]
+    others = other_files(checkpoint_dir, without=(PARAMS, MANIFEST))
     with new_folder(out) as folder:
         shards = _Shards(folder, max_shard_bytes)
         with tqdm(total=len(checkpoint.tensors), desc="export", unit="tensor") as progress:
@@ -166,15 +146,10 @@ def export(checkpoint_dir: Path, out: Path, *, max_shard_bytes: int) -> str:
 
             checkpoint.read(checkpoint.tensors, take)
         num_files, total = shards.finish()
-        for path in others:
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name)
-            else:
-                shutil.copyfile(path, folder / path.name)
+        copy_files(checkpoint_dir, others.along, folder)
     return (
         f"{out}: {len(checkpoint.tensors)} tensors, {total / 1e6:.1f} MB, in {num_files} "
-        f"safetensors file{'s' * (num_files > 1)}; copied: "
-        f"{', '.join(sorted(path.name for path in others))}"
+        f"safetensors file{'s' * (num_files > 1)}\n{_about_files(others)}"
     )
 
 

@@ -3,11 +3,12 @@
 import dataclasses
 from typing import ClassVar
 
-from pallas_paged.models.config import HFFields
+from pallas_paged.models.config import FULL_ATTENTION, SLIDING_ATTENTION, HFFields
 from pallas_paged.models.decoder import NAMES, Decoder, DecoderConfig, decoder_fields_from_hf
 from pallas_paged.models.interface import Family
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
+DEFAULTS = {"default_max_position_embeddings": 32768, "default_num_kv_heads": 32}
+"""Of a Qwen 2 and 3, for `decoder_fields_from_hf`."""
 
 
 def sliding_windows_from_hf(fields: HFFields, num_layers: int) -> tuple[int | None, ...]:
@@ -24,18 +25,19 @@ def sliding_windows_from_hf(fields: HFFields, num_layers: int) -> tuple[int | No
     if not fields.flag("use_sliding_window", False):
         window = None
     first = fields.integer("max_window_layers", 28)
-    default = [LAYER_TYPES[window is not None and i >= first] for i in range(num_layers)]
-    types = fields.strings("layer_types", LAYER_TYPES, default)
-    if len(types) != num_layers:
+    types = fields.layer_types(
+        (FULL_ATTENTION, SLIDING_ATTENTION),
+        [
+            FULL_ATTENTION if window is None or layer < first else SLIDING_ATTENTION
+            for layer in range(num_layers)
+        ],
+    )
+    if window is None and SLIDING_ATTENTION in types:
         raise ValueError(
-            f"config.json: layer_types has {len(types)} entries for num_hidden_layers={num_layers}"
+            f"config.json: layer_types has {SLIDING_ATTENTION!r}, but use_sliding_window is false "
+            "or sliding_window null"
         )
-    if window is None and LAYER_TYPES[1] in types:
-        raise ValueError(
-            f"config.json: layer_types has {LAYER_TYPES[1]!r}, but use_sliding_window is false or "
-            "sliding_window null"
-        )
-    return tuple(window if kind == LAYER_TYPES[1] else None for kind in types)
+    return tuple(window if kind == SLIDING_ATTENTION else None for kind in types)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,11 +49,9 @@ class Qwen2Config(DecoderConfig):
     @classmethod
     def from_hf(cls, fields: HFFields) -> "Qwen2Config":
         """Returns the configuration in a `config.json`; `ValueError` for what is unsupported."""
-        shared = decoder_fields_from_hf(fields)
+        shared = decoder_fields_from_hf(fields, **DEFAULTS)
         config = cls(
             **shared,
-            num_kv_heads=fields.integer("num_key_value_heads"),
-            max_position_embeddings=fields.integer("max_position_embeddings", 32768),
             qkv_bias=True,
             sliding_windows=sliding_windows_from_hf(fields, shared["num_layers"]),
         )

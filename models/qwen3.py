@@ -6,7 +6,7 @@ from typing import ClassVar
 from pallas_paged.models.config import HFFields
 from pallas_paged.models.decoder import NAMES, Decoder, DecoderConfig, decoder_fields_from_hf
 from pallas_paged.models.interface import Family
-from pallas_paged.models.qwen2 import sliding_windows_from_hf
+from pallas_paged.models.qwen2 import DEFAULTS, sliding_windows_from_hf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,12 +18,10 @@ class Qwen3Config(DecoderConfig):
     @classmethod
     def from_hf(cls, fields: HFFields) -> "Qwen3Config":
         """Returns the configuration in a `config.json`; `ValueError` for what is unsupported."""
-        shared = decoder_fields_from_hf(fields, default_head_dim=128)
+        shared = decoder_fields_from_hf(fields, **DEFAULTS, default_head_dim=128)
         bias = fields.flag("attention_bias", False)
         config = cls(
             **shared,
-            num_kv_heads=fields.integer("num_key_value_heads"),
-            max_position_embeddings=fields.integer("max_position_embeddings", 32768),
             qkv_bias=bias,
             output_bias=bias,
             qk_norm=True,

@@ -13,6 +13,11 @@ FAMILIES: dict[str, Family] = {
 }
 """By the name in the field `architectures` of a `config.json`."""
 
+_BY_MODEL_TYPE = {
+    architecture.removesuffix("ForCausalLM").lower(): architecture for architecture in FAMILIES
+}
+"""By the field `model_type`, for a file without `architectures`."""
+
 
 def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
     """Returns the configuration that a parsed `config.json` holds.
@@ -21,11 +26,14 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
       ValueError: an architecture we do not have, or a field that is missing, malformed or has a
         value that is not supported.
     """
-    match values.get("architectures"):
+    architectures = values.get("architectures") or [
+        _BY_MODEL_TYPE.get(str(values.get("model_type")))
+    ]
+    match architectures:
         case [str(name), *_] if name in FAMILIES:
             return FAMILIES[name].config.from_hf(HFFields(values))
-        case architectures:
+        case _:
             raise ValueError(
-                f"config.json: architectures={architectures!r} (model_type="
+                f"config.json: architectures={values.get('architectures')!r} (model_type="
                 f"{values.get('model_type')!r}) is not supported, only {', '.join(FAMILIES)}"
             )

@@ -1,6 +1,8 @@
 """Configuration, buckets and the size of the pool."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -14,6 +16,7 @@ from pallas_paged.engine.config import (
     resolve_max_model_len,
     round_num_blocks,
 )
+from pallas_paged.engine.llm import LLM
 from pallas_paged.engine.pool import plan_pool
 from pallas_paged.models.decoder import Decoder
 from pallas_paged.models.llama import LlamaConfig
@@ -71,8 +74,20 @@ def test_the_config_is_frozen() -> None:
 def test_max_model_len() -> None:
     assert resolve_max_model_len(EngineConfig("m"), 2048) == 2048
     assert resolve_max_model_len(EngineConfig("m", max_model_len=100), 2048) == 100
-    with pytest.raises(ValueError, match="max_position_embeddings=64"):
+    with pytest.raises(ValueError, match="max_model_len=100 is more than the 64 tokens"):
         resolve_max_model_len(EngineConfig("m", max_model_len=100), 64)
+
+
+def test_a_scaled_model_takes_the_sequences_that_it_was_scaled_for(tmp_path: Path) -> None:
+    fields = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 16}
+    fields |= {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    fields |= {"max_position_embeddings": 128, "dtype": "float32"}
+    fields |= {"rope_scaling": {"type": "yarn", "factor": 4.0}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert LLM(tmp_path, load_format="dummy").max_model_len == 512
+    assert LLM(tmp_path, load_format="dummy", max_model_len=500).max_model_len == 500
+    with pytest.raises(ValueError, match="max_model_len=513 is more than the 512 tokens"):
+        LLM(tmp_path, load_format="dummy", max_model_len=513)
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 8, 9, 64, 100])

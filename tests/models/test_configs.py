@@ -14,10 +14,13 @@ from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.opt import OPTConfig
 from pallas_paged.models.qwen3 import Qwen3Config
 from pallas_paged.models.registry import FAMILIES, config_from_hf
-from pallas_paged.models.rope import LinearRope, Llama3Rope, Rope, YarnRope
+from pallas_paged.models.rope import Rope
+from pallas_paged.models.rope_scaling import LinearRope, Llama3Rope, LongRope, YarnRope
 from tests.models.references import DATA
 
 PUBLISHED = json.loads((DATA / "published.json").read_text())
+ROPES = json.loads((DATA / "ropes.json").read_text())
+"""By `record_ropes.py`."""
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -40,7 +43,10 @@ QWEN = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": 2}
 MISTRAL = QWEN | {"architectures": ["MistralForCausalLM"]}
 SLIDING = {"use_sliding_window": True, "sliding_window": 4}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 32, "rope_type": "llama3"}
+ORIGINAL = "original_max_position_embeddings"
+LLAMA3 |= {ORIGINAL: 32, "rope_type": "llama3"}
+LONGROPE = {"type": "longrope", ORIGINAL: 32}
+LONGROPE |= {"short_factor": [1, 1, 2, 2], "long_factor": [1, 2, 3, 4]}
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -201,6 +207,7 @@ def test_qwen3_heads_have_128_dimensions_where_no_field_says_so():
                     "original_max_position_embeddings": 32,
                     "attention_factor": 1.5,
                     "mscale": None,
+                    "finetuned": True,
                 }
             },
             YarnRope(
@@ -240,8 +247,54 @@ def test_rope_in_both_spellings(fields, expected):
         (LLAMA, {"rope_scaling": "linear"}, "rope_scaling='linear' must be of type dict"),
         (
             LLAMA,
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "rope_scaling: rope_type='dynamic' is not supported, only default or linear or",
+            {"rope_scaling": {"rope_type": "proportional", "factor": 2.0}},
+            "rope_scaling: rope_type='proportional' is not supported, only default or linear or",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": {"type": "dynamic", "alpha": 2.0}},
+            "rope_scaling has no 'factor'",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0, ORIGINAL: 32}},
+            "original_max_position_embeddings=32 is not supported, only 64",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2},
+            "head_dim=2 must be at least 4 for rope type 'dynamic'",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": LONGROPE | {"long_factor": [1.0] * 3}},
+            r"long_factor has 3 numbers, but heads have 4 pairs \(head_dim=8\)",
+        ),
+        (LLAMA, {"rope_scaling": LONGROPE | {"long_factor": None}}, "has no 'long_factor'"),
+        (
+            LLAMA,
+            {"rope_scaling": LONGROPE | {"short_factor": [1, 2, True, 3]}},
+            "short_factor has True, which is no finite number",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": LONGROPE | {"short_factor": [1, 2, 0, 3]}},
+            r"short_factor=\(1.0, 2.0, 0.0, 3.0\) must be positive",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": LONGROPE | {ORIGINAL: 1}},
+            "original_max_position_embeddings=1 must be more than 1",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": {"type": "linear", "factor": math.inf}},
+            "factor has inf, which is no finite number",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1.0},
+            "rope_theta=1.0 must be more than 1 for YaRN",
         ),
         (LLAMA, {"rope_scaling": {"type": "su"}}, "rope_scaling: type='su' is not supported"),
         (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_scaling has no 'factor'"),
@@ -267,13 +320,13 @@ def test_rope_in_both_spellings(fields, expected):
                     "rope_type": "yarn",
                     "factor": 2.0,
                     "original_max_position_embeddings": 32,
-                    "mscale": 1.0,
+                    "short_mscale": 1.0,
                 }
             },
-            "mscale not supported with rope type 'yarn'",
+            "short_mscale not supported with rope type 'yarn'",
         ),
-        (LLAMA, {"layer_types": ["full_attention"] * 2}, "layer_types=.* is not supported"),
-        (QWEN, {"num_key_value_heads": None}, "no 'num_key_value_heads'"),
+        (LLAMA, {"layer_types": ["sliding_attention"] * 2}, "'sliding_attention', which is not su"),
+        (OPT, {"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_la"),
         (QWEN, {"layer_types": ["full_attention"]}, "layer_types has 1 entries for num_hidden_la"),
         (QWEN, {"layer_types": ["linear_attention"] * 2}, "layer_types has 'linear_attention'"),
         (
@@ -285,7 +338,12 @@ def test_rope_in_both_spellings(fields, expected):
         (QWEN, {"hidden_act": "relu"}, "hidden_act='relu' is not supported, only silu"),
         (MISTRAL, {"sliding_window": -1}, "must be positive, or None for no limit"),
         (MISTRAL, {"sliding_window": 1.5}, "sliding_window=1.5 must be of type int"),
-        (MISTRAL, {"num_key_value_heads": None}, "no 'num_key_value_heads'"),
+        (MISTRAL, {"layer_types": ["full_attention"] * 2}, "only sliding_attention"),
+        (
+            MISTRAL,
+            {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": None},
+            "layer_types has 'sliding_attention', which is not supported, only full_attention",
+        ),
         (OPT, {"ffn_dim": None}, "no 'ffn_dim'"),
         (OPT, {"ffn_dim": -1}, "ffn_dim=-1 must be positive"),
         (OPT, {"activation_function": "silu"}, "activation_function='silu' is not supported, only"),
@@ -318,6 +376,56 @@ def test_configs_are_checked_when_built_and_frozen():
         dataclasses.replace(config_from_hf(QWEN), sliding_windows=(3,))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.hidden_size = 3
+
+
+@pytest.mark.parametrize(
+    ("rope_scaling", "longest"),
+    [
+        ({"type": "default"}, 64),
+        (LLAMA3, 64),  # max_position_embeddings is scaled already
+        (LONGROPE, 64),
+        (LONGROPE | {"factor": 8.0}, 64),
+        ({"type": "linear", "factor": 4}, 256),
+        ({"type": "dynamic", "factor": 2.5}, 160),
+        ({"type": "yarn", "factor": 4.0}, 256),
+        ({"type": "yarn", "factor": 4.0, ORIGINAL: 32}, 128),
+        ({"type": "yarn", "factor": 1.51, ORIGINAL: 31}, 46),
+        ({"type": "yarn", "factor": None, ORIGINAL: 32}, 64),
+    ],
+)
+def test_longest_sequences_are_those_of_vllm(rope_scaling, longest):
+    """The rule in its `_get_and_verify_max_len`."""
+    config = config_from_hf(LLAMA | {"rope_scaling": rope_scaling})
+    assert (config.max_model_len, config.max_position_embeddings) == (longest, 64)
+
+
+def test_longest_sequences_of_published_models():
+    fields = PUBLISHED["qwen2.5-7b"]["config"]
+    assert config_from_hf(fields).max_model_len == 32768
+    yarn = {"type": "yarn", "factor": 4.0, ORIGINAL: 32768}
+    assert config_from_hf(fields | {"rope_scaling": yarn}).max_model_len == 131072
+    qwen3 = PUBLISHED["qwen3-0.6b"]["config"] | {"rope_scaling": yarn}
+    assert config_from_hf(qwen3).max_model_len == 131072  # its max_position_embeddings is 40960
+    assert config_from_hf(PUBLISHED["llama-3.2-3b"]["config"]).max_model_len == 131072
+    assert config_from_hf(OPT).max_model_len == 2048
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_angles_are_those_of_transformers(name):
+    recorded = ROPES[name]
+    config = config_from_hf(recorded["config"])
+    angles = config.rope.inv_freq(config.head_dim)
+    np.testing.assert_allclose(angles, recorded["inv_freq"], rtol=1e-6)
+    assert config.rope.magnitude == pytest.approx(recorded["attention_factor"], rel=1e-12)
+    assert recorded["seq_len"] in (None, config.max_model_len)
+
+
+def test_longrope_chooses_by_the_longest_length():
+    long = config_from_hf(LLAMA | {"rope_scaling": LONGROPE}).rope
+    short = config_from_hf(LLAMA | {"rope_scaling": LONGROPE | {ORIGINAL: 64}}).rope
+    assert isinstance(long, LongRope)
+    np.testing.assert_allclose(Rope().inv_freq(8) / long.inv_freq(8), [1, 2, 3, 4], rtol=1e-6)
+    np.testing.assert_allclose(Rope().inv_freq(8) / short.inv_freq(8), [1, 1, 2, 2], rtol=1e-6)
 
 
 def test_rope_scalings():

@@ -1,5 +1,6 @@
 import gc
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from pallas_paged.models import init_model, load_config, load_eos_token_ids, load_model
+from pallas_paged.models import (
+    init_model,
+    load_config,
+    load_eos_token_ids,
+    load_model,
+    load_sampling_defaults,
+)
 from pallas_paged.models.tensors import tensors_of
 from tests.models.references import REFERENCES, load_reference
 
@@ -202,9 +209,23 @@ class TestTensors:
 class TestFiles:
     def test_no_folder(self, tmp_path):
         with pytest.raises(
-            FileNotFoundError, match=r"no folder .*org/model: a model is a local fol"
+            FileNotFoundError, match=r"no folder .*org/model: model must be a local folder, nothi"
         ):
             load_model(tmp_path / "org/model")
+
+    @pytest.mark.parametrize(
+        ("model", "name"),
+        [
+            ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+            ("Qwen3", "ORG/NAME"),
+            (Path("nowhere/at/all"), "ORG/NAME"),
+        ],
+    )
+    def test_a_name_on_the_hub(self, model, name):
+        message = f"nothing is downloaded.* hf download {name} --local-dir FOLDER"
+        for load in (load_model, load_config, load_eos_token_ids, load_sampling_defaults):
+            with pytest.raises(FileNotFoundError, match=message):
+                load(model)
 
     def test_no_config(self, tmp_path):
         (tmp_path / "weights.bin").touch()
@@ -292,12 +313,79 @@ class TestGenerationDefaults:
         edit_config(folder, eos_token_id=None)
         assert load_eos_token_ids(folder) == ()
 
-    @pytest.mark.parametrize("eos", ["2", [2, "3"], True, 2.0])
+    @pytest.mark.parametrize(
+        ("eos", "kept"),
+        [(-1, ()), (128, ()), (127, (127,)), ([-1, 2, 128, 3, 2**40], (2, 3)), ([], ()), (0, (0,))],
+    )
+    @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+    def test_ids_that_no_token_has_are_left_out(self, copy_of, caplog, name, eos, kept):
+        folder = copy_of(TIED)
+        (folder / "generation_config.json").write_text("{}")
+        values = json.loads((folder / name).read_text()) | {"eos_token_id": eos}
+        (folder / name).write_text(json.dumps(values))
+        with caplog.at_level(logging.WARNING):
+            assert load_eos_token_ids(folder) == kept
+        left = [token for token in np.ravel(eos).tolist() if token not in kept]
+        (*messages,) = (record.getMessage() for record in caplog.records)
+        if left:
+            ids = ", ".join(str(int(token)) for token in left)
+            assert f"{name}: no token of the vocabulary of 128 has the eos_token_id {ids}" in str(
+                messages
+            )
+        assert len(messages) == bool(left)
+
+    @pytest.mark.parametrize("eos", ["2", [2, "3"], True, [2, False], 2.0])
     def test_malformed(self, copy_of, eos):
         folder = copy_of(TIED)
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
         with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id=.* must be an"):
             load_eos_token_ids(folder)
+
+
+class TestSamplingDefaults:
+    def load(self, folder: Path, values: Any) -> dict[str, Any]:
+        (folder / "config.json").write_text("{}")
+        (folder / "generation_config.json").write_text(json.dumps(values))
+        return load_sampling_defaults(folder)
+
+    def test_the_fields_of_vllm_by_our_names(self, tmp_path):
+        values = {"temperature": 1, "top_p": 0.8, "top_k": 20, "min_p": 0.05}
+        values |= {"repetition_penalty": 1.05, "max_new_tokens": 2048}
+        others = {"do_sample": True, "eos_token_id": 2, "num_beams": 4, "max_length": 20}
+        read = self.load(tmp_path, values | others)
+        del values["max_new_tokens"]
+        assert read == values | {"max_tokens": 2048}
+        assert {name: type(value) for name, value in read.items()} == {
+            "temperature": float,
+            "top_p": float,
+            "top_k": int,
+            "min_p": float,
+            "repetition_penalty": float,
+            "max_tokens": int,
+        }
+
+    def test_what_is_not_there_is_not_a_default(self, tmp_path):
+        assert self.load(tmp_path, {"temperature": None, "top_k": 0}) == {"top_k": 0}
+        assert self.load(tmp_path, {"do_sample": False}) == {}
+        assert self.load(tmp_path, {"do_sample": False, "temperature": 0.5}) == {"temperature": 0.5}
+        (tmp_path / "generation_config.json").unlink()
+        assert load_sampling_defaults(tmp_path) == {}
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"temperature": "0.5"}, "temperature='0.5' must be a finite number"),
+            ({"temperature": True}, "temperature=True must be a finite number"),
+            ({"top_p": float("nan")}, "top_p=nan must be a finite number"),
+            ({"top_k": 20.0}, "top_k=20.0 must be an integer"),
+            ({"top_k": False}, "top_k=False must be an integer"),
+            ({"max_new_tokens": [1]}, r"max_new_tokens=\[1\] must be an integer"),
+            ([], "must hold a JSON object, not list"),
+        ],
+    )
+    def test_malformed(self, tmp_path, values, message):
+        with pytest.raises(ValueError, match=f"generation_config.json.* {message}"):
+            self.load(tmp_path, values)
 
 
 class TestInit:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from pallas_paged.models import load_config, load_model
 from pallas_paged.models.demo import DEMO_MODEL
 from pallas_paged.models.new_folder import new_folder
+from pallas_paged.models.other_files import copy_files, other_files
 from pallas_paged.models.porting import export, port
 from tests.models.references import load_reference
 from tests.models.test_loader import assert_same, edit_config, edit_tensors, params_of
@@ -73,8 +74,8 @@ class TestRoundTrip:
         assert_same(params_of(load_model(tmp_path / "hf")), params_of(load_model(source)))
         others = {"config.json", "generation_config.json"}
         if name == "demo":
-            others |= {"tokenizer.json", "tokenizer_config.json", "NOTICE"}
-            assert "left where they are: __init__.py\n" in report
+            others |= {"tokenizer.json", "tokenizer_config.json", "NOTICE", "__init__.py"}
+            assert "left where they are" not in report
         else:
             assert "left where they are: reference.npz\nno tokenizer files" in report
         for file in others:
@@ -124,6 +125,101 @@ class TestRoundTrip:
             export(ported, tmp_path / "one", max_shard_bytes=GIB)
         with pytest.raises(ValueError, match=r"is no ported folder: it has no port.json"):
             export(tmp_path / "one", tmp_path / "again", max_shard_bytes=GIB)
+
+
+class TestOtherFiles:
+    ALONG = (
+        "LICENSE",
+        "README.md",
+        "USE_POLICY.md",
+        "additional_chat_templates/rag.jinja",
+        "additional_chat_templates/tool_use.jinja",
+        "assets/deep/plot.svg",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "modeling_x.py",
+        "original/params.json",
+        "tokenizer.json",
+        "tokenizer.model.v3",
+    )
+    LEFT = (
+        "Model.Q4_K_M.GGUF",
+        "adapter/adapter_model.safetensors",
+        "flax_model.msgpack",
+        "onnx/model.onnx_data",
+        "original/consolidated.00.pth",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "reference.npz",
+        "tf_model.h5",
+        "training_args.bin",
+    )
+    NEITHER = (".git/config", ".gitattributes", ".cache/x.json", "assets/.DS_Store")
+    NEITHER += ("__pycache__/modeling_x.cpython-312.pyc", "consolidated.safetensors")
+
+    def fill(self, folder: Path, names: tuple[str, ...]) -> None:
+        for name in names:
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                file.write_text(name)
+
+    def files_in(self, folder: Path) -> set[str]:
+        files = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+        return {str(path.relative_to(folder)) for path in files}
+
+    def test_all_but_weights_go_both_ways(self, copy_of, tmp_path):
+        folder, out, back = copy_of(TIED), tmp_path / "ported", tmp_path / "hf"
+        whole = self.files_in(folder)
+        self.fill(folder, self.ALONG + self.LEFT + self.NEITHER[:-1])
+        report = port(folder, out)
+        assert f"copied: {', '.join(self.ALONG)}\nleft where they are: " in report
+        assert f"left where they are: {', '.join(self.LEFT)}\n" in report
+        files = {name for name in self.files_in(out) if not name.startswith("params/")}
+        assert files == {*self.ALONG, "port.json"}
+        for name in set(self.ALONG) - whole:
+            assert (out / name).read_text() == name
+
+        self.fill(out, (*self.LEFT, *self.NEITHER))
+        report = export(out, back, max_shard_bytes=GIB)
+        assert f"copied: {', '.join(self.ALONG)}\nleft where they are: " in report
+        assert self.files_in(back) == {*self.ALONG, "model.safetensors"}
+        for name in self.ALONG:
+            assert (back / name).read_bytes() == (folder / name).read_bytes()
+
+    def test_links_are_followed_inside_and_into_the_hubs_cache(self, tmp_path):
+        folder = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+        self.fill(folder.parent.parent, ("blobs/1234", "blobs/5678", "other/9"))
+        self.fill(folder, ("templates/one.jinja",))
+        self.fill(tmp_path, ("secret",))
+        for name, target in {
+            "config.json": "../../blobs/1234",
+            "templates/two.jinja": "../../../blobs/5678",
+            "one.jinja": "templates/one.jinja",
+            "broken": "nowhere",
+            "folder": "templates",
+            "other.txt": "../../other/9",
+            "loop": ".",
+            "secret.txt": str(tmp_path / "secret"),
+        }.items():
+            (folder / name).symlink_to(target)
+        found = other_files(folder)
+        along = ["config.json", "one.jinja", "templates/one.jinja", "templates/two.jinja"]
+        assert found.along == along
+        assert found.left == ["broken", "folder", "loop", "other.txt", "secret.txt"]
+        copy_files(folder, found.along, tmp_path / "out")
+        assert self.files_in(tmp_path / "out") == set(along)
+        assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+
+    def test_a_config_that_is_elsewhere_is_refused(self, copy_of, tmp_path):
+        folder = copy_of(TIED)
+        (folder / "config.json").rename(tmp_path / "config.json")
+        (folder / "config.json").symlink_to(tmp_path / "config.json")
+        with pytest.raises(ValueError, match=r"config.json is a link to .*: put a copy in its pla"):
+            port(folder, tmp_path / "ported")
+        assert not (tmp_path / "ported").exists()
 
 
 class TestDtypes:
