@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from pallas_paged.dispatch import KNOWN_IMPLEMENTATIONS
+from pallas_paged.models import ModelConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
@@ -37,7 +38,9 @@ class EngineConfig:
         for the shape in `config.json`, the only file then needed.
       kv_cache_dtype: of the KV cache: "auto" (the model's dtype), "float32", "bfloat16", "float16",
         or quantised with a scale per token and KV head: "fp8" or "fp8_e4m3" (the same), "int8".
-      max_model_len: most tokens (prompt + output) of a sequence; None means the model's limit.
+      max_model_len: most tokens (prompt + output) of a sequence; None means the model's limit, with
+        `rope_scaling` as far as that reaches, but for LongRoPE the length before it: longer
+        sequences, which compute all with other factors, are to be asked for.
       max_num_seqs: most sequences that run at once.
       max_num_batched_tokens: most tokens computed in one step; longer prompts are computed in
         chunks. At least `max_num_seqs`, so that every running sequence can advance in every step.
@@ -172,18 +175,15 @@ def resolve_kv_cache_dtype(config: EngineConfig, model_dtype: jnp.dtype) -> jnp.
     return jnp.dtype(KV_CACHE_DTYPES[config.kv_cache_dtype])
 
 
-def resolve_max_model_len(config: EngineConfig, longest: int) -> int:
-    """Returns the longest sequence the engine serves, in tokens.
-
-    Args:
-      config: of the engine.
-      longest: the model's own limit, `ModelConfig.max_model_len`.
+def resolve_max_model_len(config: EngineConfig, shape: ModelConfig) -> int:
+    """Returns the longest sequence the engine serves, in tokens, of a model of that shape.
 
     Raises:
       ValueError: `config.max_model_len` is more than the model was made for.
     """
+    longest = shape.max_model_len
     if config.max_model_len is None:
-        return longest
+        return shape.default_max_model_len
     if config.max_model_len > longest:
         raise ValueError(
             f"max_model_len={config.max_model_len} is more than the {longest} tokens that the "

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 logger = logging.getLogger(__name__)
 
@@ -219,3 +219,16 @@ class ModelConfig:
     def max_model_len(self) -> int:
         """The most tokens a sequence may have, its prompt and its output together."""
         return self.max_position_embeddings
+
+    @property
+    def default_max_model_len(self) -> int:
+        """The same where nobody says how long sequences are to be; see `for_length`."""
+        return self.max_model_len
+
+    def for_length(self, max_model_len: int) -> Self:
+        """Returns the configuration for sequences of up to so many tokens.
+
+        It is another one only where what the model computes depends on that: `DynamicRope`,
+        `LongRope`.
+        """
+        return self

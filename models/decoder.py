@@ -7,7 +7,7 @@ is three of those modules and `gate_up_proj` two (see `pallas_paged.models.tenso
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 from flax import nnx
@@ -76,6 +76,15 @@ class DecoderConfig(ModelConfig):
     def max_model_len(self) -> int:
         """See `ModelConfig.max_model_len`: scaled positions reach further than unscaled ones."""
         return self.rope.max_model_len(self.max_position_embeddings)
+
+    @property
+    def default_max_model_len(self) -> int:
+        """See `ModelConfig.default_max_model_len`."""
+        return self.rope.default_max_model_len(self.max_position_embeddings)
+
+    def for_length(self, max_model_len: int) -> Self:
+        """See `ModelConfig.for_length`."""
+        return dataclasses.replace(self, rope=self.rope.for_length(max_model_len))
 
     def sliding_window(self, layer: int) -> int | None:
         """Returns how many tokens a query sees in a layer, itself included; None for all."""

@@ -56,6 +56,7 @@ def load_model(
     path: str | os.PathLike[str],
     dtype: jax.typing.DTypeLike = "auto",
     sharding: ShardingOf | None = None,
+    config: ModelConfig | None = None,
 ) -> CausalLM:
     """Returns the model in the folder `path`, its weights where `sharding` puts them.
 
@@ -70,6 +71,7 @@ def load_model(
         or where that names none the one of the tensors.
       sharding: of a parameter, from the logical names of its axes; without it, all parameters go to
         JAX's default device.
+      config: what `load_config` returned, if it was changed, as `ModelConfig.for_length` does.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
@@ -78,7 +80,7 @@ def load_model(
         listed); tied embeddings differ; a value is too large for `dtype`.
     """
     checkpoint = open_checkpoint(path)
-    config = load_config(path)
+    config = load_config(path) if config is None else config
     tensors = parameters(path, checkpoint, config)
     param_dtype = _param_dtype(dtype, config, tensors)
     graph, abstract = _abstract(config, param_dtype)
@@ -109,7 +111,10 @@ def load_model(
 
 
 def init_model(
-    path: str | os.PathLike[str], dtype: jax.typing.DTypeLike = "auto", seed: int = 0
+    path: str | os.PathLike[str],
+    dtype: jax.typing.DTypeLike = "auto",
+    seed: int = 0,
+    config: ModelConfig | None = None,
 ) -> CausalLM:
     """Returns a model of the shape in the folder `path`, its weights drawn and not read.
 
@@ -119,13 +124,14 @@ def init_model(
       path: a folder with `config.json`.
       dtype: of the parameters: float32, bfloat16 or float16; "auto" takes the one in `config.json`.
       seed: of the weights.
+      config: see `load_model`.
 
     Raises:
       FileNotFoundError: no such folder, or no `config.json` in it.
       ValueError: what `load_config` raises; `dtype` is unsupported, or "auto" without one in
         `config.json`.
     """
-    config = load_config(path)
+    config = load_config(path) if config is None else config
     param_dtype = _param_dtype(dtype, config, {})
     return FAMILIES[config.architecture].model(config, dtype=param_dtype, rngs=nnx.Rngs(seed))
 

@@ -68,6 +68,11 @@ class Reference:
             raise ValueError(f"{file}: dtype={reference.dtype!r} must be one of {DTYPES}")
         return reference
 
+    @property
+    def longest(self) -> int:
+        """The most tokens of a sequence: a prompt and its continuation but for the last token."""
+        return max(map(len, self.prompts)) + self.greedy.shape[1] - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
@@ -132,16 +137,15 @@ def compare(model: CausalLM, reference: Reference, tolerance: float | None = Non
             f"the reference was recorded with another model: its logits are for "
             f"{reference.logits[0].shape[1]} tokens, the model's vocabulary has {vocab_size}"
         )
-    if max(map(len, sequences)) > longest:
+    if reference.longest > longest:
         raise ValueError(
-            f"the reference has sequences of {max(map(len, sequences))} tokens, the model takes "
-            f"{longest}"
+            f"the reference has sequences of {reference.longest} tokens, the model takes {longest}"
         )
     recorded = np.concatenate(reference.logits)
     rms = float(np.sqrt(np.mean(recorded.astype(np.float64) ** 2)))
     allowed = rms * (TOLERANCES[reference.dtype] if tolerance is None else tolerance)
 
-    run = _Prefill(model, max(map(len, sequences)))
+    run = _Prefill(model, reference.longest)
     errors, choices = [], []
     for index, sequence in enumerate(tqdm(sequences, desc="compare", unit="prompt")):
         logits = run(sequence)

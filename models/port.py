@@ -21,7 +21,7 @@ import jax
 from absl import app, flags
 
 from pallas_paged.models.config import DTYPES
-from pallas_paged.models.loader import load_model
+from pallas_paged.models.loader import load_config, load_model
 from pallas_paged.models.parity import Reference, compare
 from pallas_paged.models.porting import port
 
@@ -61,7 +61,9 @@ def main(argv: Sequence[str]) -> None:
             print(port(Path(_HF_DIR.value), out, _DTYPE.value, overwrite=_OVERWRITE.value))
         if reference is None:
             return
-        parity = compare(load_model(out, reference.dtype), reference, _TOLERANCE.value)
+        config = load_config(out).for_length(reference.longest)
+        model = load_model(out, reference.dtype, config=config)
+        parity = compare(model, reference, _TOLERANCE.value)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al., 2021); those for longer sequences: `rope_scaling`."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +43,14 @@ class Rope:
     def max_model_len(self, max_position_embeddings: int) -> int:
         """Returns the most tokens a sequence may have, from that field of the `config.json`."""
         return max_position_embeddings
+
+    def default_max_model_len(self, max_position_embeddings: int) -> int:
+        """Returns the same where nobody says how long sequences are to be."""
+        return self.max_model_len(max_position_embeddings)
+
+    def for_length(self, max_model_len: int) -> Self:
+        """Returns the embedding for sequences of up to so many tokens; mostly it is this one."""
+        return self
 
 
 def rotation(

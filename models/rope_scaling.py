@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -37,24 +37,34 @@ class DynamicRope(Rope):
     `rope_theta` is multiplied by `(factor L / M - (factor - 1))^(D / (D - 2))`, where M is
     `max_position_embeddings` and L the length of a sequence that is longer than M. transformers
     computes this again whenever a sequence grows; keys that lie in the cache were then turned by
-    other angles. Here, as in vLLM, L is the longest length, `factor M`, for all sequences: what
-    transformers computes for a prompt of that length, and not what it does for shorter ones.
+    other angles. Here L is the longest length that is served, for all sequences: what transformers
+    computes for a prompt of that length. By default it is `factor M`, as in vLLM; with no more than
+    M nothing is scaled.
+
+    Attributes:
+      longest: L; None for the default.
     """
 
     rope_type: ClassVar[str] = "dynamic"
 
     factor: float
     max_position_embeddings: int
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         check_positive(self, "rope_theta", "factor", "max_position_embeddings")
+
+    def for_length(self, max_model_len: int) -> Self:
+        """See `Rope.for_length`."""
+        return dataclasses.replace(self, longest=max_model_len)
 
     def inv_freq(self, head_dim: int) -> np.ndarray:
         """Returns the angle per position of each pair, f32[D / 2]."""
         if head_dim < 4:
             raise ValueError(f"head_dim={head_dim} must be at least 4 for rope type 'dynamic'")
-        longest = max(self.factor, 1.0)  # in units of M
-        stretch = self.factor * longest - (self.factor - 1)
+        M = self.max_position_embeddings
+        longest = self.factor * M if self.longest is None else self.longest
+        stretch = self.factor * max(longest / M, 1.0) - (self.factor - 1)
         theta = self.rope_theta * stretch ** (head_dim / (head_dim - 2))
         return Rope(rope_theta=theta).inv_freq(head_dim)
 
@@ -172,13 +182,14 @@ class LongRope(Rope):
     transformers divides by `short_factor` in sequences of up to `original_max_position_embeddings`
     tokens and by `long_factor` in longer ones; keys that lie in the cache when a sequence grows
     longer were turned by the short ones. Here, as in vLLM, one set is for all sequences: the long
-    one if the longest sequence, of `max_position_embeddings` tokens, is longer than the original
-    ones, else the short one. (vLLM goes by the `max_model_len` that the engine was asked for; here
-    tokens do not depend on it.) For the short set, write the original length into
-    `max_position_embeddings` in `config.json`, and into `factor` the ratio of the two before.
+    one if sequences longer than the original ones are to be served, which is to be asked for: by
+    default the longest sequence is an original one.
 
     Cosines and sines grow by `attention_factor`, `sqrt(1 + log(factor) / log(original))` where it
     is None.
+
+    Attributes:
+      longest: the longest sequence that is served; None for the default.
     """
 
     rope_type: ClassVar[str] = "longrope"
@@ -189,6 +200,7 @@ class LongRope(Rope):
     original_max_position_embeddings: int
     factor: float
     attention_factor: float | None = None
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         names = ("max_position_embeddings", "original_max_position_embeddings", "factor")
@@ -210,7 +222,7 @@ class LongRope(Rope):
                     f"{name} has {length} numbers, but heads have {head_dim // 2} pairs "
                     f"(head_dim={head_dim})"
                 )
-        is_long = self.max_position_embeddings > self.original_max_position_embeddings
+        is_long = (self.longest or 0) > self.original_max_position_embeddings
         divisors = np.array(self.long_factor if is_long else self.short_factor, np.float32)
         return super().inv_freq(head_dim) / divisors
 
@@ -224,6 +236,14 @@ class LongRope(Rope):
         return math.sqrt(
             1 + math.log(self.factor) / math.log(self.original_max_position_embeddings)
         )
+
+    def default_max_model_len(self, max_position_embeddings: int) -> int:
+        """Returns the length of the original sequences."""
+        return min(self.original_max_position_embeddings, max_position_embeddings)
+
+    def for_length(self, max_model_len: int) -> Self:
+        """See `Rope.for_length`."""
+        return dataclasses.replace(self, longest=max_model_len)
 
 
 _ROPES = {
@@ -273,7 +293,7 @@ def _values(
 ) -> dict[str, Any]:
     """Returns the arguments of the class `rope`."""
     own = dataclasses.fields(rope)
-    names = {field.name for field in own}
+    names = {field.name for field in own} - {"longest"}  # not of the file
     defaults = {f.name: f.default for f in own if f.default is not dataclasses.MISSING}
     defaults["rope_theta"] = fields.number("rope_theta", Rope.rope_theta)
     values: dict[str, Any] = {}

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -18,6 +19,7 @@ from pallas_paged.engine.config import (
 )
 from pallas_paged.engine.llm import LLM
 from pallas_paged.engine.pool import plan_pool
+from pallas_paged.models import ModelConfig
 from pallas_paged.models.decoder import Decoder
 from pallas_paged.models.llama import LlamaConfig
 
@@ -72,10 +74,12 @@ def test_the_config_is_frozen() -> None:
 
 
 def test_max_model_len() -> None:
-    assert resolve_max_model_len(EngineConfig("m"), 2048) == 2048
-    assert resolve_max_model_len(EngineConfig("m", max_model_len=100), 2048) == 100
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_layers": 1, "head_dim": 8}
+    shape = ModelConfig(**sizes, num_q_heads=1, num_kv_heads=1, max_position_embeddings=64)
+    assert resolve_max_model_len(EngineConfig("m"), shape) == 64
+    assert resolve_max_model_len(EngineConfig("m", max_model_len=50), shape) == 50
     with pytest.raises(ValueError, match="max_model_len=100 is more than the 64 tokens"):
-        resolve_max_model_len(EngineConfig("m", max_model_len=100), 64)
+        resolve_max_model_len(EngineConfig("m", max_model_len=100), shape)
 
 
 def test_a_scaled_model_takes_the_sequences_that_it_was_scaled_for(tmp_path: Path) -> None:
@@ -88,6 +92,20 @@ def test_a_scaled_model_takes_the_sequences_that_it_was_scaled_for(tmp_path: Pat
     assert LLM(tmp_path, load_format="dummy", max_model_len=500).max_model_len == 500
     with pytest.raises(ValueError, match="max_model_len=513 is more than the 512 tokens"):
         LLM(tmp_path, load_format="dummy", max_model_len=513)
+
+
+def test_longrope_serves_original_lengths_unless_longer_ones_are_asked_for(tmp_path: Path) -> None:
+    """As vLLM: what is asked for decides between the factors, of which short prompts need one."""
+    scaling = {"type": "longrope", "original_max_position_embeddings": 32}
+    scaling |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    fields = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 16}
+    fields |= {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    fields |= {"max_position_embeddings": 128, "dtype": "float32", "rope_scaling": scaling}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    short, long = (LLM(tmp_path, load_format="dummy", max_model_len=n) for n in (None, 128))
+    assert (short.max_model_len, long.max_model_len) == (32, 128)
+    angles = [llm.model_config.rope.inv_freq(16) for llm in (short, long)]
+    np.testing.assert_allclose(angles[0], 2 * angles[1])
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 8, 9, 64, 100])

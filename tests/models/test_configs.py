@@ -414,6 +414,8 @@ def test_longest_sequences_of_published_models():
 def test_angles_are_those_of_transformers(name):
     recorded = ROPES[name]
     config = config_from_hf(recorded["config"])
+    if recorded["seq_len"] is not None:
+        config = config.for_length(recorded["seq_len"])
     angles = config.rope.inv_freq(config.head_dim)
     np.testing.assert_allclose(angles, recorded["inv_freq"], rtol=1e-6)
     assert config.rope.magnitude == pytest.approx(recorded["attention_factor"], rel=1e-12)
@@ -421,11 +423,24 @@ def test_angles_are_those_of_transformers(name):
 
 
 def test_longrope_chooses_by_the_longest_length():
-    long = config_from_hf(LLAMA | {"rope_scaling": LONGROPE}).rope
-    short = config_from_hf(LLAMA | {"rope_scaling": LONGROPE | {ORIGINAL: 64}}).rope
+    config = config_from_hf(LLAMA | {"rope_scaling": LONGROPE})
+    assert (config.default_max_model_len, config.max_model_len) == (32, 64)
+    assert config.rope == config_from_hf(LLAMA | {"rope_scaling": LONGROPE}).rope
+    long, short = (config.for_length(n).rope for n in (33, 32))
     assert isinstance(long, LongRope)
+    np.testing.assert_array_equal(config.rope.inv_freq(8), short.inv_freq(8))
     np.testing.assert_allclose(Rope().inv_freq(8) / long.inv_freq(8), [1, 2, 3, 4], rtol=1e-6)
     np.testing.assert_allclose(Rope().inv_freq(8) / short.inv_freq(8), [1, 1, 2, 2], rtol=1e-6)
+
+
+def test_dynamic_scaling_is_of_the_longest_length():
+    """What transformers computes for a sequence of that length; nothing up to the original one."""
+    config = config_from_hf(LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 4.0}})
+    plain = Rope().inv_freq(8)
+    assert config.default_max_model_len == config.max_model_len == 256
+    np.testing.assert_array_equal(config.for_length(64).rope.inv_freq(8), plain)
+    np.testing.assert_array_equal(config.for_length(256).rope.inv_freq(8), config.rope.inv_freq(8))
+    assert config.for_length(128).rope.inv_freq(8)[-1] > config.rope.inv_freq(8)[-1]
 
 
 def test_rope_scalings():
