@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks.tables import show
 from pallas_paged import AttentionMetadata, paged_attention
+from pallas_paged.models import command_line
 from pallas_paged.ops.attention import arg_specs, xla
 
 _PARTS = flags.DEFINE_list("parts", ["decode", "width", "prefill"], "Which tables; also: tune.")
@@ -241,10 +242,8 @@ def tune_rows(batch: int, context: int, heads: str) -> list[dict[str, Any]]:
     ]
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Times what the flags name and prints it."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
     batches, contexts = list(map(int, _BATCH.value)), list(map(int, _CONTEXT.value))
     steps = list(itertools.product(batches, contexts, _HEADS.value))
     tables: dict[str, Callable[[], list[dict[str, Any]]]] = {
@@ -260,7 +259,7 @@ def main(argv: list[str]) -> None:
     }
     unknown = set(_PARTS.value) - set(tables)
     if unknown:
-        raise app.UsageError(f"--parts={sorted(unknown)} must be among {list(tables)}")
+        raise ValueError(f"--parts={sorted(unknown)} must be among {list(tables)}")
     device = jax.devices()[0].device_kind
     print(
         f"jax {jax.__version__} on {device}, {_DTYPE.value}, head_dim {_HEAD_DIM.value}, "
@@ -275,4 +274,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

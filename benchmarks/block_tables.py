@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from pallas_paged import block_tables as bt
+from pallas_paged.models import command_line
 
 _NUM_SEQS = flags.DEFINE_integer("num_seqs", 256, "Sequences in the state.", lower_bound=2)
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 4096, "Tokens per sequence.", lower_bound=1)
@@ -171,10 +172,8 @@ def _measure(allocator: Any, as_argument: Callable[..., Any], mask: Callable[...
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints a table of medians."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     R, S = _NUM_SEQS.value, _BLOCK_SIZE.value
     M = -(-(_NUM_TOKENS.value + 2 * _STEPS.value) // S) + 1
     sizes = (R * M + 1, R, M, S)
@@ -203,4 +202,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

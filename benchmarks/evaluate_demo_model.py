@@ -12,14 +12,13 @@ bracket or a triple-quoted string, behind a block's header), by `codeop`'s rules
 import codeop
 import textwrap
 import warnings
-from collections.abc import Sequence
 
 import tokenizers
-from absl import app, flags
+from absl import flags
 
 from benchmarks import demo_corpus, demo_score
 from pallas_paged.engine import LLM, SamplingParams
-from pallas_paged.models import load_model
+from pallas_paged.models import command_line, load_model
 from pallas_paged.models.demo import DEMO_MODEL
 
 _MODEL = flags.DEFINE_string("model", str(DEMO_MODEL), "Folder of the model.")
@@ -122,9 +121,8 @@ def complete(folder: str) -> list[str]:
     return [f"{prompt}{o.outputs[0].text}" for prompt, o in zip(PROMPTS, outputs, strict=True)]
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Prints both measures and some of the completions."""
-    del argv
     texts = complete(_MODEL.value)
     parsing = [starts_a_module(text) for text in texts]
     step = len(texts) // max(_SHOWN.value, 1)
@@ -141,4 +139,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -10,12 +10,12 @@ arrivals meet the same model over memory reserved in one piece per sequence.
 """
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from benchmarks import arrivals, metrics, offline, tables
+from pallas_paged.models import command_line
 
 _REQUEST_RATE = flags.DEFINE_float("request_rate", 4.0, "Requests per second; inf: all at once.")
 _BURSTINESS = flags.DEFINE_float(
@@ -43,22 +43,17 @@ ROWS = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Prints a table with a column per engine."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    try:
-        limits_ms = metrics.parse_limits(_GOODPUT.value)
-        rate, burstiness, seed = _REQUEST_RATE.value, _BURSTINESS.value, flags.FLAGS.seed
-        arrivals.arrival_times(1, rate, burstiness, seed)  # refuses before anything is compiled
-        llm = offline.make_llm()
-        workload = offline.make_workload(llm)
-        due = arrivals.arrival_times(len(workload.requests), rate, burstiness, seed)
-        print(offline.describe(llm, workload))
-        print(f"arrivals: {rate:g} requests/s, burstiness {burstiness:g}", flush=True)
-        runs = offline.run_all(llm, workload, due.tolist())
-    except (ValueError, FileNotFoundError) as error:
-        raise app.UsageError(str(error)) from error
+    limits_ms = metrics.parse_limits(_GOODPUT.value)
+    rate, burstiness, seed = _REQUEST_RATE.value, _BURSTINESS.value, flags.FLAGS.seed
+    arrivals.arrival_times(1, rate, burstiness, seed)  # refuses before anything is compiled
+    llm = offline.make_llm()
+    workload = offline.make_workload(llm)
+    due = arrivals.arrival_times(len(workload.requests), rate, burstiness, seed)
+    print(offline.describe(llm, workload))
+    print(f"arrivals: {rate:g} requests/s, burstiness {burstiness:g}", flush=True)
+    runs = offline.run_all(llm, workload, due.tolist())
     figures: dict[str, dict[str, Any]] = {
         name: metrics.summarize(run.times, run.duration_s, limits_ms) | run.figures
         for name, run in runs.items()
@@ -88,4 +83,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -11,10 +11,9 @@ import concurrent.futures
 import json
 import statistics
 import time
-from collections.abc import Sequence
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from pallas_paged.block_tables import BlockTables
 from pallas_paged.engine import batch
@@ -26,6 +25,7 @@ from pallas_paged.engine.runner import Collected, InFlight
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
 from pallas_paged.engine.tokenizer import load_tokenizer
+from pallas_paged.models import command_line
 from pallas_paged.models.demo import DEMO_MODEL
 
 _DEVICE_MS = flags.DEFINE_float("device_ms", 100, "Duration of the mock device's step.")
@@ -105,10 +105,8 @@ def measure(async_scheduling: bool) -> dict[str, float]:
     return {"step_ms": statistics.median(whole), "host_ms": statistics.median(host)}
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Prints both and the share of the host's work that disappeared."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     serial, overlapped = measure(async_scheduling=False), measure(async_scheduling=True)
     hidden = (serial["step_ms"] - overlapped["step_ms"]) / serial["host_ms"]
     print(f"{_NUM_SEQS.value} sequences, mock device step {_DEVICE_MS.value:.1f} ms")
@@ -123,4 +121,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

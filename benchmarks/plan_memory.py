@@ -15,13 +15,13 @@ import logging
 import re
 from importlib import resources
 
-from absl import app, flags
+from absl import flags
 
 from pallas_paged.deviceless import TARGETS
 from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.config import KV_CACHE_DTYPES, EngineConfig, round_num_blocks
 from pallas_paged.engine.step_report import SHAPES, StepReport, compile_step
-from pallas_paged.models import load_config
+from pallas_paged.models import command_line, load_config
 
 _MODEL = flags.DEFINE_string("model", "llama-8b", "llama-8b, opt-13b, or a folder.")
 _TARGET = flags.DEFINE_enum("target", "h100", TARGETS, "The GPU.")
@@ -48,7 +48,7 @@ def memory_bytes(target: str) -> int:
     return int(found[1])
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     """Prints the plan."""
     # `deviceless` turns JAX's cache off and on for each program, and JAX says so each time.
     logging.getLogger("jax._src.compilation_cache").setLevel(logging.WARNING)
@@ -129,4 +129,4 @@ def _gib(num_bytes: int) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

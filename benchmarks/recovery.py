@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import random_models, tables
 from pallas_paged.engine import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from pallas_paged.engine.groups import blocks_for, worst_case_blocks
+from pallas_paged.models import command_line
 
 _MODEL = flags.DEFINE_enum(
     "random_model", "tiny", list(random_models.CONFIGS), "Shape of the model."
@@ -151,10 +152,8 @@ def compare(folder: str, block_size: int) -> dict[str, Any]:
     return row | {"requests with equal tokens": f"{len(wanted)} of {len(wanted)}"}
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Prints a line per block size."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     with tempfile.TemporaryDirectory() as folder:
         random_models.write_config(_MODEL.value, pathlib.Path(folder))
         rows = [compare(folder, int(size)) for size in _BLOCK_SIZES.value]
@@ -170,4 +169,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

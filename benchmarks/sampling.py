@@ -22,7 +22,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
 from pallas_paged.engine import SamplingParams
@@ -34,6 +34,7 @@ from pallas_paged.engine.runner import ModelRunner
 from pallas_paged.engine.sampling import SamplingInputs, sample, seed_words
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
 from pallas_paged.engine.sequence import SequenceGroup
+from pallas_paged.models import command_line
 from pallas_paged.models.decoder import Decoder
 from pallas_paged.models.llama import LlamaConfig
 
@@ -222,10 +223,8 @@ def timed(calls: dict[str, Callable[[], jax.Array]]) -> dict[str, list[float]]:
     return times
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints a table per shape."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     figures: dict[str, dict[str, dict[str, float]]] = {}
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {platform.machine()}")
     print(f"logits: normal, standard deviation {_SPREAD.value}; {_ROUNDS.value} rounds")
@@ -250,4 +249,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

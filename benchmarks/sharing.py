@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import beam_runs, random_models, tables, workloads
 from pallas_paged.engine import LLM, RequestOutput, SamplingParams
@@ -36,6 +36,7 @@ from pallas_paged.engine.kv_stats import KVStats, kv_stats
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
 from pallas_paged.engine.sequence import SequenceGroup
+from pallas_paged.models import command_line
 
 _NUM_REQUESTS = flags.DEFINE_integer("num_requests", 400, "Requests of each run.", lower_bound=1)
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens per block.", lower_bound=1)
@@ -273,7 +274,7 @@ def plot(pool: Sequence[KVStats], path: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise app.UsageError(
+        raise ValueError(
             "--plot needs matplotlib; install it, or use --timeline for the same figures as JSON"
         ) from error
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -290,10 +291,8 @@ def plot(pool: Sequence[KVStats], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Prints the tables."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     if _WALL_TIME.value:
         show_wall_time()
         return
@@ -329,4 +328,4 @@ def show_wall_time() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

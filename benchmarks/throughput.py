@@ -9,13 +9,13 @@ that is reserved in one piece per sequence, and the last row says what paging ga
 """
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import metrics, offline, tables
+from pallas_paged.models import command_line
 
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 ROWS = {
@@ -32,17 +32,12 @@ ROWS = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Prints a table with a column per engine."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    try:
-        llm = offline.make_llm()
-        workload = offline.make_workload(llm)
-        print(offline.describe(llm, workload), flush=True)
-        runs = offline.run_all(llm, workload, np.zeros(len(workload.requests)).tolist())
-    except (ValueError, FileNotFoundError) as error:
-        raise app.UsageError(str(error)) from error
+    llm = offline.make_llm()
+    workload = offline.make_workload(llm)
+    print(offline.describe(llm, workload), flush=True)
+    runs = offline.run_all(llm, workload, np.zeros(len(workload.requests)).tolist())
     figures: dict[str, dict[str, Any]] = {
         name: metrics.summarize(run.times, run.duration_s, {}) | run.figures
         for name, run in runs.items()
@@ -68,4 +63,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from flax import nnx
 from safetensors.flax import save_file
 
 from benchmarks import demo_corpus, demo_score
+from pallas_paged.models import command_line
 from pallas_paged.models.decoder import Decoder
 from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.tensors import tensors_of, with_tensors
@@ -251,9 +252,8 @@ def save_model(folder: pathlib.Path, model: Decoder, tokenizer: Any) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Reads, trains, writes and measures."""
-    del argv
     everything = demo_corpus.read_documents()
     seen = [d for d in everything if not d.held_out]
     tokenizer = demo_corpus.train_tokenizer(seen, CONFIG.vocab_size)
@@ -281,4 +281,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

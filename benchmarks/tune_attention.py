@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from pallas_paged.dispatch import target_device, unsupported_target
 from pallas_paged.kv_cache import to_stored
+from pallas_paged.models import command_line
 from pallas_paged.ops.attention import config as attention_config
 from pallas_paged.ops.attention.config import DecodeConfig, DecodeKey, format_tuned, parse_tuned
 from pallas_paged.ops.attention.decode_cases import DecodeCase, candidate_configs, make_case
@@ -157,9 +158,8 @@ def _arguments(case: DecodeCase, num_sequences: int, length: int, seed: int) -> 
     )
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Tunes, prints a line per case, and writes the file."""
-    del argv
     reason = unsupported_target([(9, 0)])
     if reason is not None:
         sys.exit(f"tune_attention cannot measure here: {reason}")
@@ -185,4 +185,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -331,7 +331,7 @@ class Engine:
         tokenizer = self.tokenizer
         if tokenizer is None or not sequence.sampling_params.detokenize:
             return None
-        return lambda token: tokenizer.decode([token], skip_special_tokens=False)
+        return tokenizer.decode_token
 
     def _update_text(self, completion: _Completion) -> None:
         """Detokenizes what is new, and ends the sequence where a stop string has completed."""

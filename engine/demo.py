@@ -6,11 +6,9 @@ the same prompts run one at a time, so that the last line can say what batching 
 
 import dataclasses
 import logging
-import sys
 import time
-from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from rich.columns import Columns
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,6 +18,7 @@ from rich.text import Text
 
 from pallas_paged.engine.llm import LLM
 from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.models import command_line
 from pallas_paged.models.demo import DEMO_MODEL
 
 _MODEL = flags.DEFINE_string("model", str(DEMO_MODEL), "Folder with a Hugging Face checkpoint.")
@@ -50,21 +49,15 @@ class Lane:
     state: str = "waiting"
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Runs the prompts as one batch, then one at a time."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; prompts go into --prompt")
     console = Console()
     logger = logging.getLogger("pallas_paged")
     logger.setLevel(logging.INFO)
     logger.addHandler(RichHandler(console=console, show_time=False, show_path=False))
     logger.propagate = False
 
-    try:
-        run(console, list(_PROMPT.value or _PROMPTS))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(console, list(_PROMPT.value or _PROMPTS))
 
 
 def run(console: Console, prompts: list[str]) -> None:
@@ -158,4 +151,4 @@ def screen(console: Console, lanes: list[Lane], status: str) -> Group:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -5,7 +5,7 @@ from typing import Protocol
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 NUM_CONTEXT = 8
-"""Most tokens of context in front of new ones."""
+"""Tokens of the prompt's end to begin behind, and of text that is read; then context is cut."""
 MAX_PENDING = 8
 """Tokens that may be a character under way, before a part of them is looked for that is not."""
 
@@ -87,12 +87,15 @@ class Detokenizer:
             added = text[len(self._read_text) :]
         else:  # byte fallback, see the class
             added = self._decode(self._window[self._num_read : end])
-        start = max(self._num_read, end - NUM_CONTEXT)
-        self._window = self._window[start:]
-        self._num_read = end - start
-        self._text = self._decode(self._window)
-        whole = self._num_read == len(self._window)
-        self._read_text = self._text if whole else self._decode(self._window[: self._num_read])
+        before, self._num_read, self._read_text = self._num_read, end, text
+        if end > NUM_CONTEXT:
+            # What was read now stands for all before it. Not at every token: that decodes twice.
+            start = max(before, end - NUM_CONTEXT)
+            self._window = self._window[start:]
+            self._num_read -= start
+            self._text = self._decode(self._window)
+            whole = self._num_read == len(self._window)
+            self._read_text = self._text if whole else self._decode(self._window[: self._num_read])
         return added
 
     def _read_a_part(self) -> str:

@@ -9,16 +9,19 @@ Standard input is one prompt, or one per line with --prompts_file=-. Without --m
 that comes with the package runs. --noecho leaves the prompts out of what is printed.
 """
 
+import io
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from typing import BinaryIO
 
-from absl import app, flags
+from absl import flags
 
 from pallas_paged.engine.llm import LLM, Prompt
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.engine.text import check_text
+from pallas_paged.models import command_line
 from pallas_paged.models.demo import DEMO_MODEL
 
 _MODEL = flags.DEFINE_string(
@@ -31,6 +34,11 @@ _PROMPTS_FILE = flags.DEFINE_string(
     "File with a prompt per line, empty lines left out; - is standard input.",
 )
 _CHAT = flags.DEFINE_bool("chat", False, "Send each prompt through the model's chat template.")
+_CHAT_TEMPLATE = flags.DEFINE_string(
+    "chat_template",
+    None,
+    "With --chat: name of one of the folder's templates, or a Jinja template.",
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Smallest set of tokens with this much probability.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Most likely tokens to sample from; 0 is all.")
@@ -58,46 +66,43 @@ _NUM_BLOCKS = flags.DEFINE_integer("num_blocks", None, "Size of the KV pool in b
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Log memory, compilation and implementation.")
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Completes the prompts of the flags, a file or standard input."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; prompts go into --prompt")
     logging.getLogger("pallas_paged").setLevel(logging.INFO if _VERBOSE.value else logging.WARNING)
-    try:
-        prompts = _read_prompts()
-        params = SamplingParams(
-            temperature=_TEMPERATURE.value,
-            top_p=_TOP_P.value,
-            top_k=_TOP_K.value,
-            min_p=_MIN_P.value,
-            repetition_penalty=_REPETITION_PENALTY.value,
-            presence_penalty=_PRESENCE_PENALTY.value,
-            frequency_penalty=_FREQUENCY_PENALTY.value,
-            bad_words=_BAD_WORD.value,
-            min_tokens=_MIN_TOKENS.value,
-            max_tokens=_MAX_TOKENS.value,
-            stop=_STOP.value,
-            seed=_SEED.value,
-        )
-        llm = LLM(
-            _MODEL.value,
-            dtype=_DTYPE.value,
-            max_model_len=_MAX_MODEL_LEN.value,
-            num_blocks=_NUM_BLOCKS.value,
-            seed=time.time_ns(),
-        )
-        inputs: list[Prompt] = (
-            [llm.chat_prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
-            if _CHAT.value
-            else list(prompts)
-        )
-        begin = time.perf_counter()
-        outputs = (
-            _stream(llm, inputs[0], params) if len(inputs) == 1 else _batch(llm, inputs, params)
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if _CHAT_TEMPLATE.value is not None and not _CHAT.value:
+        raise ValueError("--chat_template is for messages; add --chat")
+    prompts = _read_prompts()
+    params = SamplingParams(
+        temperature=_TEMPERATURE.value,
+        top_p=_TOP_P.value,
+        top_k=_TOP_K.value,
+        min_p=_MIN_P.value,
+        repetition_penalty=_REPETITION_PENALTY.value,
+        presence_penalty=_PRESENCE_PENALTY.value,
+        frequency_penalty=_FREQUENCY_PENALTY.value,
+        bad_words=_BAD_WORD.value,
+        min_tokens=_MIN_TOKENS.value,
+        max_tokens=_MAX_TOKENS.value,
+        stop=_STOP.value,
+        seed=_SEED.value,
+    )
+    llm = LLM(
+        _MODEL.value,
+        dtype=_DTYPE.value,
+        max_model_len=_MAX_MODEL_LEN.value,
+        num_blocks=_NUM_BLOCKS.value,
+        seed=time.time_ns(),
+    )
+    inputs: list[Prompt] = (
+        [
+            llm.chat_prompt([{"role": "user", "content": prompt}], _CHAT_TEMPLATE.value)
+            for prompt in prompts
+        ]
+        if _CHAT.value
+        else list(prompts)
+    )
+    begin = time.perf_counter()
+    outputs = _stream(llm, inputs[0], params) if len(inputs) == 1 else _batch(llm, inputs, params)
     num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     seconds = time.perf_counter() - begin
     print(
@@ -135,24 +140,39 @@ def _read_prompts() -> list[str]:
     if _PROMPT.value and _PROMPTS_FILE.value:
         raise ValueError("--prompt and --prompts_file are both given; choose one")
     if _PROMPT.value:
+        for prompt in _PROMPT.value:
+            check_text("--prompt", prompt)
         return _PROMPT.value
     if _PROMPTS_FILE.value:
         if _PROMPTS_FILE.value == "-":
-            lines = sys.stdin.read().split("\n")
+            text = _read_text(sys.stdin.buffer, "standard input")
         else:
-            with open(_PROMPTS_FILE.value, encoding="utf-8") as file:
-                lines = file.read().split("\n")
+            with open(_PROMPTS_FILE.value, "rb") as file:
+                text = _read_text(file, f"--prompts_file={_PROMPTS_FILE.value}")
+        lines = text.split("\n")
         prompts = [line for line in lines if line]
         if not prompts:
             raise ValueError(f"--prompts_file={_PROMPTS_FILE.value} holds no prompt")
         return prompts
     if sys.stdin.isatty():
         raise ValueError("no prompt: give --prompt, --prompts_file or text on standard input")
-    text = sys.stdin.read()
+    text = _read_text(sys.stdin.buffer, "standard input")
     if not text:
         raise ValueError("standard input is empty; give it a prompt, or use --prompt")
     return [text]
 
 
+def _read_text(file: BinaryIO, name: str) -> str:
+    """Returns the rest of a file, its line ends as `\\n`."""
+    try:
+        text = file.read().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at {error.start}; convert "
+            "it first, with iconv for example"
+        ) from error
+    return io.StringIO(text, newline=None).read()
+
+
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -30,29 +30,29 @@ from pallas_paged.engine.policies import (
     always_swap,
 )
 from pallas_paged.engine.pool import PoolPlan, cache_shapes, plan_pool
+from pallas_paged.engine.prompts import (
+    Message,
+    Params,
+    Prompt,
+    PromptReader,
+    broadcast_params,
+    cache_salt,
+    split_conversations,
+    split_prompts,
+)
 from pallas_paged.engine.runner import ModelRunner
 from pallas_paged.engine.sampling_params import BeamSearchParams, SamplingParams
 from pallas_paged.engine.scheduler import Scheduler
 from pallas_paged.engine.sequence import SequenceGroup
 from pallas_paged.engine.swap import HostPool
-from pallas_paged.engine.tokenizer import load_tokenizer, require_tokenizer
+from pallas_paged.engine.tokenizer import known_eos_token_ids, load_tokenizer
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import ModelConfig, init_model, load_eos_token_ids, load_model
+from pallas_paged.models.checkpoint import model_file
 from pallas_paged.ops.attention.api import attention_implementation
 from pallas_paged.ops.kv_write.api import write_implementation
 
 logger = logging.getLogger(__name__)
-
-Prompt = str | Mapping[str, Any]
-"""A string, `{"prompt": str}` or `{"prompt_token_ids": [int]}`; beside tokens, text is a label.
-
-`"cache_salt": str` in a mapping keeps the prompt's cached blocks apart from those of prompts with
-another salt, or none.
-"""
-_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
-Message = Mapping[str, Any]
-Params = SamplingParams | BeamSearchParams
-
 
 _COMPUTED_BYTES_PER_S = 200e12
 """Weights that a prompt's tokens pass in a second: 400 bfloat16 TFLOP/s. For `"auto"` only."""
@@ -78,6 +78,7 @@ class LLM:
     def __init__(self, model: str | Path, **options: Any):
         self.config = config = EngineConfig(model=str(model), **options)
         _use_compilation_cache(config.compilation_cache_dir)
+        model_file(config.model, "config.json")  # before a tokenizer is blamed
         self.tokenizer = load_tokenizer(config.tokenizer or config.model)
         network = (
             init_model(config.model, dtype=config.dtype, seed=config.seed)
@@ -137,16 +138,17 @@ class LLM:
             choose_recovery=_recovery(config, plan),
             host_pool=HostPool(num_host_blocks, memory.num_usable_blocks),
         )
-        eos_token_ids = load_eos_token_ids(config.model)
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            eos_token_ids += (self.tokenizer.eos_token_id,)
+        vocab_size = network.config.vocab_size
+        self._prompts = PromptReader(self.tokenizer, config.model, vocab_size)
         self.engine = Engine(
             scheduler,
             memory,
             self.runner,
-            vocab_size=network.config.vocab_size,
+            vocab_size=vocab_size,
             max_model_len=self.max_model_len,
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=known_eos_token_ids(
+                load_eos_token_ids(config.model), self.tokenizer, vocab_size
+            ),
             tokenizer=self.tokenizer,
             seed=config.seed,
             max_logprobs=config.max_logprobs,
@@ -171,7 +173,7 @@ class LLM:
         """Completes prompts as one continuously batched run.
 
         Args:
-          prompts: one or several of `Prompt`.
+          prompts: one or several of `Prompt`; a list of integers is one.
           sampling_params: one for all, or one per prompt; None means `SamplingParams()`. Some may
             be `BeamSearchParams`.
           use_tqdm: show progress on standard error.
@@ -243,24 +245,42 @@ class LLM:
         use_tqdm: bool = True,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Seq[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation, or several as one batch.
 
         Args:
-          messages: a conversation, `[{"role": ..., "content": ...}, ...]`, or a list of them.
+          messages: a conversation, `[{"role": ..., "content": ...}, ...]`, or a list of them. A
+            content is a string or a list of `{"type": "text", "text": ...}`; templates that do not
+            loop over the list get the texts joined by newlines.
           sampling_params: see `generate`.
           use_tqdm: see `generate`.
-          chat_template: a Jinja template instead of the tokenizer's own.
+          chat_template: a Jinja template, or the name of one of the tokenizer's; None is its only
+            one, or of several "tool_use" if there are tools, else "default".
           add_generation_prompt: end the prompt where the assistant's answer begins.
+          continue_final_message: let the model go on with the last message instead; needs
+            `add_generation_prompt=False`.
+          tools: functions that the model may call, as JSON schemas or as Python functions with type
+            hints and a docstring; what it answers is text, as always.
+          chat_template_kwargs: further variables of the template, such as `enable_thinking`.
 
         Raises:
-          ValueError: there is no tokenizer or no chat template, or as for `generate`.
+          ValueError: there is no tokenizer or no such template, the template does not accept the
+            messages, or as for `generate`.
         """
-        is_single = len(messages) > 0 and isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if is_single else messages
         prompts = [
-            self.chat_prompt(conversation, chat_template, add_generation_prompt)
-            for conversation in conversations
+            self._prompts.from_chat(
+                conversation,
+                name,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for name, conversation in split_conversations(messages)
         ]
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -269,18 +289,19 @@ class LLM:
         messages: Seq[Message],
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Seq[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """Returns the prompt that `chat` makes of one conversation."""
-        tokenizer = require_tokenizer(self.tokenizer, self.config.model)
-        ids = tokenizer.apply_chat_template(
+        return self._prompts.from_chat(
             messages,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
         )
-        return {
-            "prompt_token_ids": ids,
-            "prompt": tokenizer.decode(ids, skip_special_tokens=False),
-        }
 
     def abort(self, request_id: str) -> None:
         """Ends a request that `stream` is running; unknown and finished ones are ignored."""
@@ -321,14 +342,14 @@ class LLM:
         """Returns the tokens of a prompt's full blocks, and its salt."""
         if not self.config.enable_prefix_caching:
             raise ValueError("enable_prefix_caching=False keeps no prefix; turn it on to pin one")
-        _, ids = self._tokenized(prompt)
+        _, ids = self._prompts.read(prompt)
         num_full = len(ids) // self.config.block_size
         if not num_full:
             raise ValueError(
                 f"a prefix of {len(ids)} tokens fills no block of {self.config.block_size}; pin a "
                 "longer one, or use a smaller block_size"
             )
-        return tuple(ids[: num_full * self.config.block_size]), _cache_salt(prompt)
+        return tuple(ids[: num_full * self.config.block_size]), cache_salt(prompt)
 
     def kv_stats(self) -> KVStats:
         """Returns what the blocks of the KV pool hold now, and counts since the engine began."""
@@ -346,16 +367,16 @@ class LLM:
         sampling_params: Params | Seq[Params] | None,
     ) -> list[tuple[SequenceGroup, str | None]]:
         """Returns a group for each prompt, and the prompt's text; queues nothing yet."""
-        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        params = _broadcast(sampling_params, len(prompts))
+        split = split_prompts(prompts)
+        params = broadcast_params(sampling_params, len(split))
         checked = []
-        for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+        for index, (prompt, one) in enumerate(zip(split, params, strict=True)):
             try:
-                text, ids = self._tokenized(prompt)
-                group = self.engine.make_group(ids, one, cache_salt=_cache_salt(prompt))
+                text, ids = self._prompts.read(prompt)
+                group = self.engine.make_group(ids, one, cache_salt=cache_salt(prompt))
                 checked.append((group, text))
             except ValueError as error:
-                if len(prompts) == 1:
+                if len(split) == 1:
                     raise
                 raise ValueError(f"prompts[{index}]: {error}") from error
         return checked
@@ -375,22 +396,6 @@ class LLM:
             )
         for group, one in zip(groups, priority, strict=True):
             group.priority = one
-
-    def _tokenized(self, prompt: Prompt) -> tuple[str | None, Seq[int]]:
-        """Returns a prompt's text, if it has one, and its tokens."""
-        if isinstance(prompt, str):
-            prompt = {"prompt": prompt}
-        if not isinstance(prompt, Mapping) or not prompt or prompt.keys() - _PROMPT_KEYS:
-            raise ValueError(
-                f"a prompt is a string, {{'prompt': str}} or {{'prompt_token_ids': [int]}}, not "
-                f"{prompt!r:.80}"
-            )
-        text = prompt.get("prompt")
-        if "prompt_token_ids" in prompt:
-            return text, prompt["prompt_token_ids"]
-        if not isinstance(text, str):
-            raise ValueError(f"prompt={text!r:.80} must be a string")
-        return text, require_tokenizer(self.tokenizer, self.config.model).encode(text)
 
     def _run(self, requests: list[tuple[SequenceGroup, str | None]]) -> Iterator[RequestOutput]:
         """Queues the requests and steps the engine until they are done.
@@ -435,26 +440,6 @@ def _recovery(config: EngineConfig, plan: PoolPlan) -> ChooseRecovery:
         seconds_per_swap=_SWAP_OVERHEAD_S,
         block_size=config.block_size,
     )
-
-
-def _cache_salt(prompt: Prompt) -> str | None:
-    salt = None if isinstance(prompt, str) else prompt.get("cache_salt")
-    if salt is not None and not isinstance(salt, str):
-        raise ValueError(f"cache_salt={salt!r:.80} must be a string")
-    return salt
-
-
-def _broadcast(params: Params | Seq[Params] | None, count: int) -> list[Params]:
-    if params is None:
-        params = SamplingParams()
-    if isinstance(params, SamplingParams | BeamSearchParams):
-        return [params] * count
-    if len(params) != count:
-        raise ValueError(
-            f"sampling_params has {len(params)} entries for {count} prompts; pass one per prompt, "
-            "or a single one for all"
-        )
-    return list(params)
 
 
 def _choose_attention(config: EngineConfig, shape: ModelConfig, dtype: Any, cache: KVCache) -> str:

@@ -93,7 +93,7 @@ def resolve(
                 f"{field} holds {outside[0]}, which is outside the vocabulary of {vocab_size} "
                 "tokens"
             )
-    bad_words = _bad_sequences(params, tokenizer)
+    bad_words = _bad_sequences(params, tokenizer, vocab_size)
     bias = params.logit_bias or {}
     fill, values = 0.0, dict(bias)
     if params.allowed_token_ids is not None:
@@ -110,42 +110,71 @@ def resolve(
         min_tokens=params.min_tokens if ending_ids else 0,
         ending_ids=frozenset(ending_ids),
     )
+    if not rules.uses_penalties and not rules.uses_bias:
+        return None
     _check_that_some_token_is_left(params, rules, excluded, vocab_size)
-    return rules if rules.uses_penalties or rules.uses_bias else None
+    return rules
 
 
 def _bad_sequences(
-    params: SamplingParams, tokenizer: Tokenizer | None
-) -> tuple[tuple[int, ...], ...]:
-    """Returns the token sequences of the bad words, at the start of a text and behind a space."""
+    params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int
+) -> list[tuple[int, ...]]:
+    """Returns the tokens of the bad words, without those that the model has no tokens for."""
     if not params.bad_words:
-        return ()
+        return []
     if tokenizer is None:
         raise ValueError(
             f"bad_words={params.bad_words!r:.80} needs a tokenizer; give single tokens a "
             "logit_bias of -100"
         )
     sequences: dict[tuple[int, ...], None] = {}  # in order, each once
-    for word in params.bad_words:
-        for text in (word, f" {word.lstrip()}"):
-            ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-            if not ids:
-                raise ValueError(f"bad_words holds {word!r}, which has no tokens; leave it out")
-            sequences[ids] = None
-    return tuple(sequences)
+    for index, word in enumerate(params.bad_words):
+        try:
+            found = _sequences_of(word, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"bad_words[{index}]={word!r:.80}: {error}") from error
+        sequences |= dict.fromkeys(found)
+    return [ids for ids in sequences if max(ids) < vocab_size]
+
+
+def _sequences_of(word: str, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Returns the tokens of a word at the start of a text, behind a space, and behind other text.
+
+    A word that begins with whitespace brings its own, so that no other is put in front of it, and
+    none of its own is left out: that would be another word. Right behind a letter only what is no
+    letter itself is a word; there it has no mark of a word's start, as sentencepiece's kind of
+    tokenizers puts one in front of a text.
+    """
+    texts = [word] if word[0].isspace() else [word, f" {word}"]
+    sequences = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    if not all(sequences):
+        raise ValueError("it has no tokens; leave it out")
+    if not word[0].isalnum():
+        before = tokenizer.encode("a", add_special_tokens=False)
+        both = tokenizer.encode(f"a{word}", add_special_tokens=False)
+        if both[: len(before)] == before and len(both) > len(before):
+            sequences.append(tuple(both[len(before) :]))
+    return sequences
 
 
 def _check_that_some_token_is_left(
     params: SamplingParams, rules: LogitRules, excluded: set[int], vocab_size: int
 ) -> None:
+    """Counts instead of listing: the vocabulary is large, and the rules are few."""
     allowed = params.allowed_token_ids
-    left = set(range(vocab_size) if allowed is None else allowed) - excluded
-    source = "the vocabulary" if allowed is None else f"allowed_token_ids={allowed!r:.80}"
-    if not left:
+    if allowed is None:
+        num_left = vocab_size - len(excluded)
+        num_going_on = vocab_size - len(excluded | rules.ending_ids)
+        source = "the vocabulary"
+    else:
+        left = set(allowed) - excluded
+        num_left, num_going_on = len(left), len(left - rules.ending_ids)
+        source = f"allowed_token_ids={allowed!r:.80}"
+    if not num_left:
         raise ValueError(
             f"bad_words={params.bad_words!r:.80} excludes all of {source}; allow another token"
         )
-    if rules.min_tokens and left <= rules.ending_ids:
+    if rules.min_tokens and not num_going_on:
         raise ValueError(
             f"min_tokens={params.min_tokens} excludes the tokens that end the request, and "
             f"{source} has no other; allow another token, or use min_tokens=0"

@@ -48,7 +48,8 @@ class CompletionOutput:
     Attributes:
       index: which of the request's completions this is.
       text: the text of the tokens; None without a tokenizer or with `detokenize=False`. While
-        streaming it ends before a character or a stop string that may still be under way.
+        streaming it ends before a character or a stop string that may still be under way. A
+        tokenizer's `clean_up_tokenization_spaces` is not applied.
       token_ids: the generated tokens, the one that ended the completion included.
       cumulative_logprob: sum of the log-probabilities of the tokens; None unless asked for, or of a
         beam search.

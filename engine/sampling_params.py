@@ -1,12 +1,12 @@
 """What a request asks for: `SamplingParams` or `BeamSearchParams`, checked when they are built."""
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pallas_paged.engine.beam_search import BeamSearch, EarlyStopping
+from pallas_paged.engine.text import check_text
 
 MAX_N = 16384
 MAX_SEED = 2**64 - 1
@@ -53,8 +53,10 @@ class SamplingParams:
       logit_bias: added to the logits of given token ids; clamped to [-100, 100].
       allowed_token_ids: the only token ids to choose from; None is all.
       bad_words: strings never to generate: the tokens of each, as the tokenizer splits it at the
-        start of a text and behind a space, never follow each other in the output. Other tokens
-        that spell the same are not excluded, and neither is a word that the prompt has begun.
+        start of a text and behind a space, never follow each other in the output. One that begins
+        with whitespace brings its own space, and one that begins with no letter or digit is
+        excluded right behind other text too. Other tokens that spell the same are not excluded,
+        and neither is a word that the prompt has begun.
       skip_reading_prefix_cache: compute the whole prompt, whatever is cached.
       skip_writing_prefix_cache: keep nothing of this request for later ones.
 
@@ -250,6 +252,7 @@ def _strings(field: str, value: Any, *, single: bool = False) -> tuple[str, ...]
             raise _refuse(field, value, f"{rule}; {item!r} is not a string")
         if not item:
             raise _refuse(field, value, f"{rule}, none of them empty; leave '' out")
+        check_text(f"{field}={value!r:.80}", item)
     return tuple(items or ())
 
 
@@ -283,14 +286,15 @@ def _logit_bias(field: str, value: Any) -> dict[int, float] | None:
     for token, bias in (value or {}).items():
         if not _is_int(token) or token < 0:
             raise _refuse(field, value, f"a mapping of token ids; {token!r} is not an id >= 0")
-        if not _is_number(bias) or math.isnan(bias):
+        if not _is_number(bias) or bias != bias:  # NaN; math.isnan refuses large integers
             raise _refuse(field, value, f"a mapping to numbers; {bias!r} is not one")
-    held = {int(token): _clamp(float(bias), 100.0) for token, bias in (value or {}).items()}
+    held = {int(token): float(_clamp(bias, 100.0)) for token, bias in (value or {}).items()}
     return held or None
 
 
 def _early_stopping(field: str, value: Any) -> EarlyStopping:
-    if not isinstance(value, bool) and value != "never":
+    known = isinstance(value, bool) or (isinstance(value, str) and value == "never")
+    if not known:
         raise _refuse(field, value, 'False, True or "never"')
     result: EarlyStopping = value
     return result

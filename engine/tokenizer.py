@@ -1,16 +1,27 @@
-"""Tokenizers and chat templates of Hugging Face folders, through transformers."""
+"""Tokenizers of Hugging Face folders, through transformers."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pallas_paged.models.checkpoint import TOKENIZER_FILES
+from pallas_paged.engine import chat
+from pallas_paged.engine.text import check_text
+from pallas_paged.models.checkpoint import TOKENIZER_FILES, read_json
+
+logger = logging.getLogger(__name__)
+
+_PROBES = ("Hello world", "One line\nand a 2nd.")
+"""What a converted sentencepiece model must split as sentencepiece does."""
 
 
 class Tokenizer:
     """A folder's tokenizer; all that the engine uses of it.
+
+    Text never depends on `clean_up_tokenization_spaces` of the folder: that removes spaces by what
+    stands around them, and text that is already streamed cannot change.
 
     Attributes:
       path: the folder.
@@ -22,55 +33,42 @@ class Tokenizer:
         """Wraps a transformers tokenizer; see `load_tokenizer`."""
         self.path = path
         self._implementation = implementation
+        self._decode = _decoder_of(implementation)
+        self._token_texts: dict[int, str] = {}
         self.vocab_size: int = len(implementation)
         self.eos_token_id: int | None = implementation.eos_token_id
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Returns the text's tokens, with the special tokens that the tokenizer's config adds."""
-        return self._implementation.encode(text, add_special_tokens=add_special_tokens)
+        """Returns the text's tokens, with the special tokens that the tokenizer's config adds.
+
+        Raises:
+          ValueError: it is no text, or has a character that the tokenizer has no token for.
+        """
+        check_text("the text", text)
+        try:
+            # How long a text may be is the engine's business: it knows the model.
+            return self._implementation.encode(
+                text, add_special_tokens=add_special_tokens, verbose=False
+            )
+        except Exception as error:  # tokenizers raises Exception itself
+            raise ValueError(f"the tokenizer of {self.path} cannot split it: {error}") from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of the tokens; ids that the tokenizer does not know have none."""
-        return self._implementation.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return self._decode(list(token_ids), skip_special_tokens)
 
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
-        """Returns the tokens of a conversation.
+    def decode_token(self, token_id: int) -> str:
+        """Returns the text of one token, special or not, as it is decoded alone."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self._decode([token_id], False)
+        return text
 
-        Args:
-          messages: each with at least a "role" and a "content", oldest first.
-          chat_template: a Jinja template instead of the folder's own.
-          add_generation_prompt: end where the model's answer starts.
-
-        Raises:
-          ValueError: the folder has no chat template, or it refuses the messages.
-        """
-        if chat_template is None and self._implementation.chat_template is None:
-            raise ValueError(
-                f"{self.path} has no chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json), so messages cannot be turned into a prompt; send the "
-                "prompt as text"
-            )
-        _check_messages(messages)
-        import jinja2
-
-        try:
-            return self._implementation.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(
-                f"the chat template of {self.path} does not accept these messages: {error}"
-            ) from error
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], name: str = "messages", **options: Any
+    ) -> str:
+        """Returns the text of a conversation, special tokens included; see `chat.render`."""
+        return chat.render(self._implementation, self.path, messages, name, **options)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
@@ -81,25 +79,34 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
     Raises:
       ValueError: `path` is not a folder, or its tokenizer files cannot be loaded.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"tokenizer={path!r:.80} must be the name of a folder")
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"tokenizer={str(path)!r} must be a folder; it does not exist")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        found = "it is a file" if folder.exists() else "it does not exist"
+        raise ValueError(
+            f"tokenizer={str(path)!r} must be a folder; {found}, and nothing is downloaded"
+        )
+    files = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
         return None
-    # That PyTorch is missing is no news: only tokenizers are used.
-    logging.getLogger("transformers").addFilter(
-        lambda record: "PyTorch was not found" not in record.getMessage()
-    )
-    from transformers import AutoTokenizer  # a second or more to import
+    with _no_news_of_pytorch():
+        import transformers  # a second or more to import
 
     try:
-        implementation = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        if files == ["tokenizer.model"] and (reference := _sentencepiece(folder)) is not None:
+            implementation = _of_llama(folder, reference)
+        else:
+            implementation = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        if not set(implementation.get_vocab()) - set(implementation.all_special_tokens):
+            raise ValueError("transformers finds no token in it")  # and does not say so
     except Exception as error:  # transformers raises many kinds, none of them documented
         raise ValueError(
-            f"cannot load the tokenizer of {folder}: {error}; a tokenizer.json as "
-            "save_pretrained writes it always works"
+            f"cannot load the tokenizer of {folder} from {', '.join(files)}: {error}; a "
+            "tokenizer.json as save_pretrained writes it always works, in this folder or in one "
+            "that tokenizer= names"
         ) from error
     return Tokenizer(folder, implementation)
 
@@ -119,14 +126,81 @@ def require_tokenizer(tokenizer: Tokenizer | None, path: str | os.PathLike[str])
     return tokenizer
 
 
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    if isinstance(messages, str | Mapping) or not messages:
-        raise ValueError(
-            f"messages={messages!r} must be a list of at least one message, such as "
-            '[{"role": "user", "content": "Hello"}]'
+def known_eos_token_ids(
+    token_ids: Sequence[int], tokenizer: Tokenizer | None, vocab_size: int
+) -> tuple[int, ...]:
+    """Returns the model's EOS tokens and the tokenizer's, without those that are no tokens.
+
+    Some published folders have such ones; the model never generates them.
+    """
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        token_ids = (*token_ids, tokenizer.eos_token_id)
+    unknown = [token for token in token_ids if not 0 <= token < vocab_size]
+    if unknown:
+        logger.warning(
+            "eos_token_id=%s is outside the model's vocabulary of %d tokens and ends nothing",
+            ", ".join(map(str, unknown)),
+            vocab_size,
         )
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise ValueError(
-                f'messages[{index}]={message!r} must be a mapping with "role" and "content"'
-            )
+    return tuple(token for token in token_ids if 0 <= token < vocab_size)
+
+
+def _decoder_of(implementation: Any) -> Callable[[list[int], bool], str]:
+    """Returns (token ids, skip_special_tokens) -> text."""
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    kind = type(implementation)
+    if issubclass(kind, Fast) and (kind.decode, kind._decode) == (Fast.decode, Fast._decode):
+        # The same without three layers of Python, which take longer than the decoding.
+        return implementation.backend_tokenizer.decode
+
+    def decode(token_ids: list[int], skip_special_tokens: bool) -> str:
+        return implementation.decode(
+            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    return decode
+
+
+def _sentencepiece(folder: Path) -> Any | None:
+    """Returns the sentencepiece model, or None if it is another: tiktoken uses the name too."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    except RuntimeError:
+        return None
+
+
+def _of_llama(folder: Path, reference: Any) -> Any:
+    """Returns what transformers makes of a sentencepiece model without a tokenizer.json.
+
+    Llama's class, for what AutoTokenizer chooses depends on the rest of the folder, and may lose
+    the space in front of the first word. With BOS in front, unless the folder says otherwise.
+    """
+    import transformers
+
+    config = folder / "tokenizer_config.json"
+    fields = read_json(config) if config.is_file() else {}
+    implementation = transformers.LlamaTokenizer.from_pretrained(
+        folder, local_files_only=True, add_bos_token=fields.get("add_bos_token", True)
+    )
+    for text in _PROBES:
+        if implementation.encode(text, add_special_tokens=False) != reference.encode(text):
+            raise ValueError(f"transformers splits {text!r} in another way than sentencepiece")
+    return implementation
+
+
+@contextlib.contextmanager
+def _no_news_of_pytorch() -> Iterator[None]:
+    """Keeps transformers from saying that PyTorch is missing: only tokenizers are used."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "PyTorch was not found" not in record.getMessage()
+
+    transformers_logger = logging.getLogger("transformers")
+    transformers_logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        transformers_logger.removeFilter(is_news)

@@ -6,13 +6,12 @@ Names, types and bytes of the tensors are those that were ported; how they are s
 not kept. Runs on the CPU. Exit status: 0; 2 for an error.
 """
 
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 
+from pallas_paged.models import command_line
 from pallas_paged.models.porting import export
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, required=True, help="The ported folder.")
@@ -25,21 +24,11 @@ _MAX_SHARD_BYTES = flags.DEFINE_integer(
 )
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Exports the checkpoint of the flags."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     jax.config.update("jax_platforms", "cpu")
-    try:
-        print(
-            export(
-                Path(_CHECKPOINT.value), Path(_OUT.value), max_shard_bytes=_MAX_SHARD_BYTES.value
-            )
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    print(export(Path(_CHECKPOINT.value), Path(_OUT.value), max_shard_bytes=_MAX_SHARD_BYTES.value))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

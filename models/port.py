@@ -14,12 +14,12 @@ Everything runs on the CPU. Exit status: 0; 1 outside the tolerance; 2 for an er
 
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import flags
 
+from pallas_paged.models import command_line
 from pallas_paged.models.config import DTYPES
 from pallas_paged.models.loader import load_config, load_model
 from pallas_paged.models.parity import Reference, compare
@@ -45,31 +45,25 @@ _TOLERANCE = flags.DEFINE_float(
 )
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Ports, compares, or both."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     if _HF_DIR.value is None and _REFERENCE.value is None:
-        raise app.UsageError("give --hf_dir to port, --reference to compare, or both")
+        raise ValueError("give --hf_dir to port, --reference to compare, or both")
     jax.config.update("jax_platforms", "cpu")
     logging.getLogger("pallas_paged").setLevel(logging.WARNING)
     out = Path(_OUT.value)
-    try:
-        # Read first: a wrong name should not cost a port.
-        reference = None if _REFERENCE.value is None else Reference.load(Path(_REFERENCE.value))
-        if _HF_DIR.value is not None:
-            print(port(Path(_HF_DIR.value), out, _DTYPE.value, overwrite=_OVERWRITE.value))
-        if reference is None:
-            return
-        config = load_config(out).for_length(reference.longest)
-        model = load_model(out, reference.dtype, config=config)
-        parity = compare(model, reference, _TOLERANCE.value)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    # Read first: a wrong name should not cost a port.
+    reference = None if _REFERENCE.value is None else Reference.load(Path(_REFERENCE.value))
+    if _HF_DIR.value is not None:
+        print(port(Path(_HF_DIR.value), out, _DTYPE.value, overwrite=_OVERWRITE.value))
+    if reference is None:
+        return
+    config = load_config(out).for_length(reference.longest)
+    model = load_model(out, reference.dtype, config=config)
+    parity = compare(model, reference, _TOLERANCE.value)
     print(parity)
     sys.exit(0 if parity.ok else 1)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

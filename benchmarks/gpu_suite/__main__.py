@@ -17,10 +17,9 @@ speed stages too, at sizes that measure nothing.
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from benchmarks.gpu_suite import (
     attention_speed,
@@ -35,6 +34,7 @@ from benchmarks.gpu_suite import (
 )
 from benchmarks.gpu_suite import stage as stages
 from benchmarks.gpu_suite.stage import Context, Stage
+from pallas_paged.models import command_line
 
 STAGES: tuple[Stage, ...] = (
     device.STAGE,
@@ -95,10 +95,8 @@ def _context(folder: pathlib.Path) -> Context:
     return Context(description.get("platform") == "gpu", folder, _EXECUTABLE.value)
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Runs the stages one after the other and keeps the report up to date."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     folder = pathlib.Path(_OUT.value).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     by_name = {stage.name: stage for stage in STAGES}
@@ -129,4 +127,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -9,17 +9,17 @@ version of jax, and the file is loaded with pickle: do not load what somebody el
 
 import functools
 import pickle
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from jax.experimental import serialize_executable
 
 from benchmarks.gpu_suite import correctness
 from benchmarks.gpu_suite.stage import Case, Context, Row, Stage
 from pallas_paged import AttentionMetadata, deviceless, paged_attention
+from pallas_paged.models import command_line
 from pallas_paged.ops.attention import arg_specs
 from pallas_paged.ops.attention.arg_specs import AttentionArguments, AttentionSpec
 
@@ -99,10 +99,8 @@ def _cases(context: Context) -> list[Case]:
 STAGE = Stage("executable", 40, 35, _cases, ("spec", "error", "lse_error"), toy=False)
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Writes the file."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     content = build(_SPEC.value, _TARGET.value, _IMPLEMENTATION.value)
     with open(_FILE.value, "wb") as file:
         file.write(content)
@@ -116,4 +114,4 @@ if __name__ == "__main__":
         "implementation", "mosaic_gpu", ["mosaic_gpu", "xla", "reference"], "How."
     )
     _FILE = flags.DEFINE_string("file", None, "File to write.", required=True)
-    app.run(main)
+    command_line.run(main)

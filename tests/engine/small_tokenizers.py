@@ -67,3 +67,42 @@ def byte_fallback() -> Tokenizer:
     saved = json.loads(tokenizer.to_str())
     saved["added_tokens"] = [t for t in saved["added_tokens"] if t["content"] not in byte_tokens]
     return Tokenizer.from_str(json.dumps(saved))
+
+
+@functools.cache
+def word_piece() -> Tokenizer:
+    """BERT's kind: pieces of a word are marked, and spaces are put between words."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=240, special_tokens=["<unk>", *SPECIAL], show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+@functools.cache
+def word_ends() -> Tokenizer:
+    """GPT-1's kind: the last piece of a word is marked."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=240,
+        special_tokens=["<unk>", *SPECIAL],
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def words() -> Tokenizer:
+    """Whole words, and no token for those it does not know."""
+    tokenizer = Tokenizer(models.WordLevel({"the": 0, "fox": 1}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+KINDS = (byte_level, metaspace, byte_fallback, word_piece, word_ends)

@@ -1,13 +1,18 @@
 """Every field that changes logits against NumPy: alone, and beside requests that use none of it."""
 
 import dataclasses
-from typing import ClassVar
+import math
+import pathlib
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from pallas_paged.engine import SamplingParams
+from pallas_paged.engine import SamplingParams, logit_rules
 from pallas_paged.engine.core import Engine
+from pallas_paged.engine.logit_rules import resolve
+from pallas_paged.engine.tokenizer import load_tokenizer
+from tests.engine import small_tokenizers
 from tests.engine.bigram_model import (
     EOS,
     VOCAB_SIZE,
@@ -38,12 +43,13 @@ class Letters:
         texts = {id: word for word, id in self.words.items()} | {0: "<eos>"}
         return "".join(texts.get(id) or chr(ord("a") + id - 1) for id in token_ids)
 
+    def decode_token(self, token_id: int) -> str:
+        return self.decode([token_id], skip_special_tokens=False)
+
 
 def bad_sequences(params: SamplingParams) -> list[list[int]]:
     return [
-        Letters().encode(text)
-        for word in params.bad_words or ()
-        for text in (word, f" {word.lstrip()}")
+        Letters().encode(text) for word in params.bad_words or () for text in (word, f" {word}")
     ]
 
 
@@ -207,3 +213,83 @@ def test_bad_words_need_a_tokenizer(engine: Engine, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(engine._intake, "_tokenizer", None)
     with pytest.raises(ValueError, match=r"bad_words=.*needs a tokenizer; .*logit_bias of -100"):
         engine.make_group([1], params_of({"bad_words": ["a"]}))
+
+
+def sequences(tokenizer: Any, word: str) -> set[str]:
+    """Returns what the rules for one bad word exclude, as texts of tokens joined by |."""
+    rules = resolve(
+        SamplingParams(bad_words=[word]),
+        vocab_size=tokenizer.vocab_size,
+        ending_ids=(),
+        tokenizer=tokenizer,
+    )
+    assert rules is not None
+    assert set(rules.values.values()) <= {-math.inf}
+    found = [*((token,) for token in rules.values), *rules.bad_sequences]
+    return {"|".join(tokenizer._implementation.convert_ids_to_tokens(ids)) for ids in found}
+
+
+WORDS = [
+    (small_tokenizers.byte_level, "\n", {"Ċ"}),
+    (small_tokenizers.byte_level, " ", {"Ġ"}),
+    (small_tokenizers.byte_level, "  x", {"Ġ|Ġ|x"}),
+    (small_tokenizers.byte_level, " x", {"Ġ|x"}),
+    (small_tokenizers.byte_level, "x", {"x", "Ġ|x"}),
+    (small_tokenizers.byte_level, ",", {",", "Ġ|,"}),
+    # What is put in front of a text is not there behind a word.
+    (small_tokenizers.metaspace, " ", {"▁"}),
+    (small_tokenizers.metaspace, "the", {"▁the"}),
+    (small_tokenizers.metaspace, ",", {"▁|,", ","}),
+    (small_tokenizers.byte_fallback, "\n", {"▁|\n", "\n"}),
+    (small_tokenizers.byte_fallback, ",", {"▁|,", ","}),
+]
+
+
+@pytest.mark.parametrize(("kind", "word", "expected"), WORDS)
+def test_a_bad_word_bans_itself_and_no_other(
+    kind: Any, word: str, expected: set[str], tmp_path: pathlib.Path
+) -> None:
+    kind().save(str(tmp_path / "tokenizer.json"))
+    assert sequences(load_tokenizer(tmp_path), word) == expected
+
+
+def test_tokens_that_the_model_lacks_need_no_ban(tmp_path: pathlib.Path) -> None:
+    small_tokenizers.byte_level().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    the = tokenizer.encode("the", add_special_tokens=False)
+    options = {"ending_ids": (), "tokenizer": tokenizer}
+    params = SamplingParams(bad_words=["the"])
+    assert resolve(params, vocab_size=min(the), **options) is None
+    assert resolve(params, vocab_size=330, **options) is not None
+
+
+@pytest.mark.parametrize("name", [None, *FIELDS])
+def test_the_cost_does_not_depend_on_the_vocabulary(
+    name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise AssertionError("the vocabulary is not to be listed")
+
+    monkeypatch.setattr(logit_rules, "range", refuse, raising=False)
+    params = BASE if name is None else params_of(FIELDS[name])
+    rules = resolve(params, vocab_size=24, ending_ids=[EOS], tokenizer=Letters())
+    assert (rules is None) == (name is None)
+
+
+def test_everything_may_be_excluded_without_a_list() -> None:
+    every = Letters()
+    words = [every.decode([token], skip_special_tokens=False) for token in range(1, 24)]
+    options = {"vocab_size": 24, "tokenizer": every}
+    params = SamplingParams(bad_words=words, min_tokens=1)
+    assert resolve(params, ending_ids=(), **options) is not None
+    with pytest.raises(ValueError, match=r"min_tokens=1 excludes .* the vocabulary has no other"):
+        resolve(params, ending_ids=[EOS], **options)
+    with pytest.raises(ValueError, match="excludes all of the vocabulary"):
+        resolve(params, ending_ids=(), **options | {"vocab_size": 1, "tokenizer": Zero()})
+
+
+class Zero:
+    """Everything is token 0."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [0]

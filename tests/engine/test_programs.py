@@ -1,6 +1,7 @@
 """The command line as a user meets it: prompts from everywhere, and what is wrong said clearly."""
 
 import functools
+import json
 import os
 import pathlib
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from tests.models.references import DATA
 
+ROOT = pathlib.Path(__file__).parents[2]
 TINY = ["--max_tokens=8", "--num_blocks=40", "--max_model_len=128", "--temperature=0"]
 
 
@@ -27,15 +29,19 @@ def run(
         input=text,
         capture_output=True,
         text=True,
-        env={
-            "HOME": str(home),
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": os.environ["XLA_FLAGS"],
-            "PATH": "/usr/bin:/bin",
-            "COLUMNS": "100",
-        },
+        env=environment(home),
         timeout=300,
     )
+
+
+def environment(home: pathlib.Path) -> dict[str, str]:
+    return {
+        "HOME": str(home),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"],
+        "PATH": "/usr/bin:/bin",
+        "COLUMNS": "100",
+    }
 
 
 def test_a_prompt_is_completed_with_the_demo_model(cache: pathlib.Path) -> None:
@@ -73,32 +79,76 @@ def test_the_chat_template_is_used(cache: pathlib.Path) -> None:
     assert done.stdout.strip()
 
 
-@pytest.mark.parametrize(
-    ("flags", "text", "message"),
-    [
-        (["--model=/nowhere", "--prompt=a"], "", "/nowhere"),
-        ([f"--model={DATA / 'opt-prenorm'}", "--prompt=a"], "", "has no tokenizer files"),
-        (["--prompt=a", "--min_tokens=200"], "", "min_tokens=200 must be at most max_tokens=128"),
-        (["--prompt=a", "--temperature=nan"], "", "temperature=nan"),
-        (["--prompt=a", "--max_model_len=100000"], "", "max_model_len=100000"),
-        (["--prompt=a", "--max_tokens=600"], "", "max_tokens=600"),
-        (["--prompt=a", "--prompts_file=x"], "", "--prompt and --prompts_file"),
-        ([], "", "standard input is empty"),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_line(
-    flags: list[str], text: str, message: str, cache: pathlib.Path
-) -> None:
-    done = run("generate", *flags, home=cache, text=text)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+WRONG = [
+    (["--model=/nowhere", "--prompt=a"], "", "/nowhere"),
+    ([f"--model={DATA / 'opt-prenorm'}", "--prompt=a"], "", "has no tokenizer files"),
+    (["--prompt=a", "--min_tokens=200"], "", "min_tokens=200 must be at most max_tokens=128"),
+    (["--prompt=a", "--temperature=nan"], "", "temperature=nan"),
+    (["--prompt=a", "--max_model_len=100000"], "", "max_model_len=100000"),
+    (["--prompt=a", "--max_tokens=600"], "", "max_tokens=600"),
+    (["--prompt=a", "--prompts_file=x"], "", "--prompt and --prompts_file"),
+    ([], "", "standard input is empty"),
+    ([], "ab\udcff", "standard input is not UTF-8: byte 0xff at 2; convert it first"),
+    (["--prompts_file=-"], "\udcfe", "standard input is not UTF-8: byte 0xfe at 0"),
+    ([f"--prompts_file={__file__}.none"], "", "No such file"),
+    (["--prompts_file=/bin/sh"], "", "--prompts_file=/bin/sh is not UTF-8"),
+    (["--prompt=a\udcff"], "", "--prompt holds '\\udcff' at character 1, half of a"),
+    (["--prompt=a", "--stop=\udcff"], "", "stop=['\\udcff'] holds"),
+    (["--prompt=a", "--chat_template=x"], "", "--chat_template is for messages; add --chat"),
+    (["--prompt=a", "--chat", "--chat_template=x"], "", "chat_template='x' is neither"),
+    (["a prompt"], "", "unexpected arguments ['a prompt']"),
+]
+
+FORKED = """
+import json, os, sys
+from pallas_paged.engine import generate
+from pallas_paged.models import command_line
+for index, (flags, text) in enumerate(json.load(open("cases.json"))):
+    open(f"{index}.in", "w", errors="surrogateescape").write(text)
+    if not os.fork():
+        for fd, name in enumerate(("in", "out", "err")):
+            os.dup2(os.open(f"{index}.{name}", os.O_CREAT | os.O_RDWR), fd)
+        sys.argv = ["generate", *flags]
+        command_line.run(generate.main)
+    open(f"{index}.rc", "w").write(str(os.waitstatus_to_exitcode(os.wait()[1])))
+"""
+
+
+@pytest.fixture(scope="module")
+def ends(cache: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Runs all of `WRONG` with one import, and returns a folder with what came of each."""
+    folder = tmp_path_factory.mktemp("wrong")
+    (folder / "cases.json").write_text(json.dumps([case[:2] for case in WRONG]))
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED],
+        cwd=folder,
+        env=environment(cache) | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=300,
+    )
+    return folder
+
+
+@pytest.mark.parametrize("index", range(len(WRONG)), ids=lambda i: f"{i}: {WRONG[i][2]}")
+def test_what_is_wrong_is_said_in_one_line(index: int, ends: pathlib.Path) -> None:
+    code, out, errors = ((ends / f"{index}.{name}").read_text() for name in ("rc", "out", "err"))
+    assert code == "2", errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert WRONG[index][2] in errors
+    assert out == ""
 
 
 def test_help_lists_the_flags(cache: pathlib.Path) -> None:
     done = run("generate", "--help", home=cache)
-    for flag in ("--model", "--prompt", "--prompts_file", "--temperature", "--[no]chat"):
+    for flag in (
+        "--model",
+        "--prompt",
+        "--prompts_file",
+        "--temperature",
+        "--[no]chat",
+        "--chat_template",
+    ):
         assert flag in done.stdout
 
 

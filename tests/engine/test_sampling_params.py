@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.engine.sampling_params import BeamSearchParams, SamplingParams
 
 DEFAULTS = {
     "n": 1,
@@ -90,6 +90,7 @@ ACCEPTED: list[tuple[str, object, object]] = [
     ("max_tokens", None, None),
     ("max_tokens", 1, 1),
     ("logit_bias", {}, None),
+    ("logit_bias", {1: 10**400, 2: -INF}, {1: 100.0, 2: -100.0}),
     ("bad_words", [], None),
 ]
 
@@ -103,6 +104,17 @@ def test_refused(field, value, message):
     with pytest.raises(ValueError, match=message) as error:
         SamplingParams(**{field: value})
     assert str(error.value).startswith(f"{field}={value!r} must be ")
+
+
+@pytest.mark.parametrize("field", ["stop", "bad_words"])
+def test_half_of_a_surrogate_pair_is_refused(field):
+    with pytest.raises(ValueError, match=rf"{field}=.* holds .*ud800' at character 1, half of a"):
+        SamplingParams(**{field: ["fine", "a\ud800"]})
+
+
+def test_early_stopping_of_the_wrong_type_is_refused():
+    with pytest.raises(ValueError, match=r"early_stopping=array.* must be False, True or"):
+        BeamSearchParams(beam_width=2, max_tokens=3, early_stopping=np.zeros(2))
 
 
 @pytest.mark.parametrize(("field", "value", "held"), ACCEPTED)

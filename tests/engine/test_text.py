@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from pallas_paged.engine import LLM, SamplingParams
@@ -93,8 +94,32 @@ def test_chat_goes_through_the_template(llm: LLM) -> None:
     assert_idle(llm)
     assert "Read a file." in one[0].prompt
     assert [o.outputs[0].text for o in two] == [one[0].outputs[0].text] * 2
-    other = llm.chat(messages, GREEDY, use_tqdm=False, chat_template="x = 1")
-    assert other[0].prompt == "x = 1"
+    other = llm.chat(
+        messages,
+        GREEDY,
+        use_tqdm=False,
+        chat_template="x = {{ x }}{{ tools[0].name }}",
+        tools=[{"name": "f"}],
+        chat_template_kwargs={"x": 1},
+    )
+    assert other[0].prompt == "x = 1f"
+    assert other[0].prompt_token_ids == tuple(
+        llm.tokenizer.encode("x = 1f", add_special_tokens=False)
+    )
+    begun = [*messages, {"role": "assistant", "content": "def read("}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    (continued,) = llm.chat(begun, GREEDY, use_tqdm=False, **options)
+    assert continued.prompt.endswith("\ndef read(")
+    assert llm.chat_prompt(begun, **options)["prompt"] == continued.prompt
+
+
+def test_a_bad_conversation_is_named(llm: LLM) -> None:
+    good = [{"role": "user", "content": "a"}]
+    with pytest.raises(ValueError, match=r"messages\[1\]\[0\]='b' must be a mapping"):
+        llm.chat([good, ["b"]], GREEDY)
+    with pytest.raises(ValueError, match=r"does not accept these messages\[1\]: TypeError"):
+        llm.chat([good, good + good], chat_template="{{ 1 + (messages | length == 1 or 'a') }}")
+    assert_idle(llm)
 
 
 def test_an_aborted_request_keeps_what_it_had(llm: LLM) -> None:
@@ -154,7 +179,7 @@ class Broken:
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
 
-@pytest.mark.parametrize("fail_at", [6, 9, 14])
+@pytest.mark.parametrize("fail_at", [5, 6, 8])
 def test_an_error_reaches_every_caller_and_the_engine_serves_on(llm: LLM, fail_at: int) -> None:
     expected = [o.outputs[0].text for o in generate(llm, PROMPTS)]
     outer = llm.stream(PROMPTS[:2], GREEDY)
@@ -180,6 +205,11 @@ def test_an_error_reaches_every_caller_and_the_engine_serves_on(llm: LLM, fail_a
         (["fine", {"prompt_token_ids": []}], {}, r"prompts\[1\]: the prompt is empty"),
         (["fine", 3], {}, r"prompts\[1\]: a prompt is a string"),
         (["fine", {"text": "x"}], {}, r"prompts\[1\]: a prompt is a string"),
+        (["fine", "a\ud800"], {}, r"prompts\[1\]: prompt=.* holds .*ud800. at character 1"),
+        (["fine", [1, True]], {}, r"prompts\[1\]: prompt_token_ids holds True"),
+        (["fine", [1, 2.5]], {}, r"prompts\[1\]: prompt_token_ids must be a flat list"),
+        (["fine", {"prompt": "a", "cache_salt": 3}], {}, r"prompts\[1\]: cache_salt=3 must"),
+        (["fine", "a"], {"bad_words": ["a", "\ud800"]}, r"prompts\[0\]: bad_words\[1\]=.*pair"),
         (["fine", {"prompt": None}], {}, r"prompts\[1\]: prompt=None must be a string"),
         (["fine", {"prompt_token_ids": [1, 99999]}], {}, "99999, which is outside"),
         (["fine", "x " * 600], {}, "max_model_len=512"),
@@ -202,7 +232,32 @@ def test_bad_prompts_are_refused_while_others_run(
     assert_idle(llm)
 
 
+def test_token_ids_are_a_prompt(llm: LLM) -> None:
+    ids = llm.tokenizer.encode(PROMPTS[0])
+    (expected,) = generate(llm, PROMPTS[0])
+    for prompt in (ids, np.array(ids), {"prompt_token_ids": np.array(ids, np.int16)}):
+        (output,) = generate(llm, prompt)
+        assert (output.prompt, output.outputs) == (None, expected.outputs)
+    two = generate(llm, [ids, np.array(ids)])
+    assert [output.outputs for output in two] == [expected.outputs] * 2
+
+
+@pytest.mark.parametrize("word", ["\n", " ", "\n    "])
+def test_a_bad_word_of_whitespace_is_never_generated(llm: LLM, word: str) -> None:
+    """And, unlike the prompt's other words, is what the model would have generated."""
+    params = dataclasses.replace(GREEDY, max_tokens=48)
+    (whole,) = generate(llm, PROMPTS[1], params)
+    assert word in whole.outputs[0].text
+    (without,) = generate(llm, PROMPTS[1], dataclasses.replace(params, bad_words=[word]))
+    sequence = tuple(llm.tokenizer.encode(word, add_special_tokens=False))
+    tokens = without.outputs[0].token_ids
+    assert all(tokens[i : i + len(sequence)] != sequence for i in range(len(tokens)))
+    assert any(c.isspace() for c in without.outputs[0].text), "other whitespace is left"
+
+
 def test_one_params_per_prompt(llm: LLM) -> None:
+    with pytest.raises(ValueError, match=r"sampling_params\[0\]=3 must be SamplingParams"):
+        llm.generate(PROMPTS[:1], [3])
     with pytest.raises(ValueError, match="sampling_params has 2 entries for 4 prompts"):
         llm.generate(PROMPTS, [GREEDY, GREEDY])
     assert generate(llm, []) == []
@@ -216,3 +271,12 @@ def test_another_compilation_folder_is_refused(tmp_path: Any) -> None:
             LLM(DEMO_MODEL, compilation_cache_dir=str(tmp_path / "two"))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_model_that_is_no_folder_is_what_is_blamed(tmp_path: Any) -> None:
+    with pytest.raises(FileNotFoundError, match="org/name"):
+        LLM("org/name", compilation_cache_dir=None)
+    with pytest.raises(FileNotFoundError, match=r"config.json"):
+        LLM(tmp_path, tokenizer="org/name", compilation_cache_dir=None)
+    with pytest.raises(ValueError, match="tokenizer='org/name' must be a folder"):
+        LLM(DEMO_MODEL, tokenizer="org/name", compilation_cache_dir=None)
