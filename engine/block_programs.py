@@ -97,12 +97,16 @@ class BlockPrograms:
 def _copy(
     kv_caches: Caches, src: jax.Array, dst: jax.Array, *, implementation: str | None
 ) -> Caches:
-    return tuple(copy_blocks(cache, src, dst, implementation=implementation) for cache in kv_caches)
+    return tuple(
+        copy_blocks(cache, src, dst, implementation=implementation, promise_in_bounds=True)
+        for cache in kv_caches
+    )
 
 
 def _gather(kv_caches: Caches, block_ids: jax.Array, *, implementation: str | None) -> Caches:
     return tuple(
-        gather_blocks(cache, block_ids, implementation=implementation) for cache in kv_caches
+        gather_blocks(cache, block_ids, implementation=implementation, promise_in_bounds=True)
+        for cache in kv_caches
     )
 
 
@@ -110,7 +114,9 @@ def _scatter(
     kv_caches: Caches, block_ids: jax.Array, blocks: Caches, *, implementation: str | None
 ) -> Caches:
     return tuple(
-        scatter_blocks(cache, block_ids, part, implementation=implementation)
+        scatter_blocks(
+            cache, block_ids, part, implementation=implementation, promise_in_bounds=True
+        )
         for cache, part in zip(kv_caches, blocks, strict=True)
     )
 

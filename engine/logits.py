@@ -157,11 +157,13 @@ def edit_rows(state: RowState, last_tokens: jax.Array, packed: jax.Array) -> Row
     counts, bias = lax.fori_loop(0, x["num_cleared"][0], clear, state)
     seen = x["seen_rows"], x["seen_tokens"]
     # A row's prompt is written before its output, so the mark is set on zeros and ones.
-    counts = counts.at[seen].max(jnp.where(x["seen_as"] == _IN_PROMPT, _IN_PROMPT, 0))
-    counts = counts.at[seen].add(jnp.where(x["seen_as"] == _OUTPUT, _OUTPUT, 0))
+    counts = counts.at[seen].max(jnp.where(x["seen_as"] == _IN_PROMPT, jnp.int32(_IN_PROMPT), 0))
+    counts = counts.at[seen].add(jnp.where(x["seen_as"] == _OUTPUT, jnp.int32(_OUTPUT), 0))
     bias = bias.at[x["value_rows"], x["value_tokens"]].set(x["values"])
     holds = (x["ban_conditions"] == -1) | (x["ban_conditions"] == last_tokens[x["ban_rows"]])
-    bias = bias.at[x["ban_rows"], x["ban_tokens"]].min(jnp.where(holds, -jnp.inf, jnp.inf))
+    bias = bias.at[x["ban_rows"], x["ban_tokens"]].min(
+        jnp.where(holds, jnp.float32(-jnp.inf), jnp.inf)
+    )
     return RowState(counts, bias)
 
 

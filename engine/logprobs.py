@@ -64,7 +64,7 @@ def pack(logits: jax.Array, tokens: jax.Array, width: int) -> jax.Array:
     ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     chosen = jnp.max(jnp.where(ids == tokens[:, None], logits, -jnp.inf), axis=-1)
     ahead = (logits > chosen[:, None]) | ((logits == chosen[:, None]) & (ids < tokens[:, None]))
-    rank = 1 + jnp.sum(ahead.astype(jnp.int32), axis=-1)
+    rank = 1 + jnp.sum(ahead, axis=-1, dtype=jnp.int32)
     if width == logits.shape[1]:
         values, first = logits, ids
     else:

@@ -164,7 +164,7 @@ def _draw_top_p(weights: Array, top_p: Array, keys: tuple[Array, Array]) -> Arra
         end = _select(open_rows, _place_of(weights, token), end)
         return num_draws + 1, end, open_rows & (top_p < 1.0)
 
-    everything = _Place(jnp.full(B, -jnp.inf), jnp.full(B, num_tokens))
+    everything = _Place(jnp.full(B, -jnp.inf, jnp.float32), jnp.full(B, num_tokens, jnp.int32))
     state = (jnp.int32(0), everything, jnp.full(B, True))
     return lax.while_loop(lambda state: jnp.any(state[2]), draw, state)[1].token
 
@@ -217,7 +217,9 @@ def _end_of_top_k(tiles: Array, top: Array, top_k: Array) -> _Place:
     Where `top_k` is 0, or not below the number of tokens, every token precedes it.
     """
     num_tokens = tiles.shape[1] * tiles.shape[2]
-    everything = _Place(jnp.full(top_k.shape, -jnp.inf), jnp.full(top_k.shape, num_tokens))
+    everything = _Place(
+        jnp.full(top_k.shape, -jnp.inf, jnp.float32), jnp.full(top_k.shape, num_tokens, jnp.int32)
+    )
     limited = (top_k > 0) & (top_k < num_tokens)
     large = limited & (top_k > NUM_CANDIDATES)
 
@@ -282,9 +284,10 @@ def _bisect_top_k(tiles: Array, top_k: Array) -> _Place:
 
 def _nth(ones: Array, n: Array) -> Array:
     """Returns the token of the n-th (from 0) one in each row of zeros and ones [B, N, L]."""
-    sums = jnp.sum(ones, axis=-1)
+    sums = jnp.sum(ones, axis=-1, dtype=jnp.int32)
     tile = _first_above(sums, n)
-    num_before = jnp.sum(jnp.where(_index_like(sums) < tile[:, None], sums, 0), axis=-1)
+    before = jnp.where(_index_like(sums) < tile[:, None], sums, 0)
+    num_before = jnp.sum(before, axis=-1, dtype=jnp.int32)
     return tile * TILE + _first_above(_take_tile(ones, tile), n - num_before)
 
 
@@ -323,7 +326,7 @@ def _first_above(weights: Array, target: Array) -> Array:
     """
     n = weights.shape[1]
     index = _index_like(weights)
-    above = jnp.cumsum(weights, axis=-1) > target[:, None]
+    above = jnp.cumsum(weights, axis=-1, dtype=weights.dtype) > target[:, None]
     # Where rounding leaves no positive weight above the target, the last positive one is nearest.
     rank = jnp.where(above, index, 2 * n - index)
     rank = jnp.min(jnp.where(weights > 0, rank, 2 * n), axis=-1)

@@ -104,6 +104,7 @@ def run_step(
         paged_attend,
         implementation=implementation,
         write_implementation=cache_implementation,
+        promise_in_bounds=True,  # the scheduler's own ids; a step has no launches to spare
         deterministic=deterministic,
     )
     metadata = batch.attention_metadata(x, bucket)
@@ -136,7 +137,7 @@ def run_step(
 def cannot_sample(logits: jax.Array) -> jax.Array:
     """Returns which rows of logits [B, V] have a NaN, an infinity, or nothing but -infinities."""
     # Not by the maximum of the logits: on a CPU it may leave out a NaN.
-    grades = jnp.where(logits == -jnp.inf, 0, jnp.where(logits < jnp.inf, 1, 2))
+    grades = jnp.where(logits == -jnp.inf, 0, jnp.where(logits < jnp.inf, jnp.int32(1), 2))
     return jnp.max(grades, axis=-1) != 1
 
 

@@ -20,6 +20,7 @@ def paged_attend(
     metadata: AttentionMetadata,
     *,
     write_implementation: str | None = None,
+    promise_in_bounds: bool = False,
     **options: Any,
 ) -> tuple[Float[Array, "T Hq D"], KVCache]:
     """Writes keys and values into the paged cache, then attends to all of each sequence's.
@@ -31,13 +32,21 @@ def paged_attend(
       kv_cache: the layer's cache; donated by `write_kv`.
       metadata: where the tokens stand.
       write_implementation: of `write_kv`.
+      promise_in_bounds: of both.
       **options: of `paged_attention`, such as `scale`, `sliding_window` or `implementation`.
 
     Returns:
       The attention's output and the updated cache.
     """
     q, k, v = _computed_at_once(q, k, v)
-    kv_cache = write_kv(k, v, kv_cache, metadata.slot_mapping, implementation=write_implementation)
+    kv_cache = write_kv(
+        k,
+        v,
+        kv_cache,
+        metadata.slot_mapping,
+        implementation=write_implementation,
+        promise_in_bounds=promise_in_bounds,
+    )
     out: Any = paged_attention(
         q,
         kv_cache.k,
@@ -45,6 +54,7 @@ def paged_attend(
         metadata,
         k_scale=kv_cache.k_scale,
         v_scale=kv_cache.v_scale,
+        promise_in_bounds=promise_in_bounds,
         **options,
     )
     return out, kv_cache

@@ -18,6 +18,11 @@ def namespace(array: Array) -> Any:
     return np if isinstance(array, np.ndarray) else jnp
 
 
+def inside(ids: Array, size: int) -> Array:
+    """Returns which ids lie in 0..size - 1. In indexing, negative ones would count from the end."""
+    return (ids >= 0) & (ids < size)
+
+
 def scatter(
     array: Array,
     index: Array,
@@ -27,8 +32,8 @@ def scatter(
 ) -> Array:
     """Returns `array` with `values` set, added or compared at `index` of its first axis.
 
-    Only where the mask `where`, of the shape of `index`, is True. Values that are set must not meet
-    at one index.
+    Only where the mask `where`, of the shape of `index`, is True; no index there is outside (see
+    `ids_inside`). Values that are set must not meet at one index.
     """
     if not isinstance(array, np.ndarray):
         index = jnp.where(where, index, len(array))
@@ -101,9 +106,34 @@ def refuse(bad: Array, name: str, values: Array, reason: str) -> None:
         raise ValueError(f"{culprits} {reason}")
 
 
-def refuse_outside(values: Array, name: str, size: int) -> None:
-    """Raises `ValueError` in NumPy for values that are no index of `size` items."""
-    refuse((values < 0) | (values >= size), name, values, f"must be between 0 and {size - 1}")
+def ids_inside(xp: Any, values: Any, name: str, size: int) -> tuple[Array, Array]:
+    """Returns ids as i32, and which of them are an index of `size` items.
+
+    Others raise `ValueError` in NumPy and are 0 in jax. They are looked at before they are cast:
+    2**32 + 1 is not 1.
+    """
+    values = xp.asarray(values)
+    if values.size and not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{name} is {values.dtype}{list(values.shape)}, must be integers")
+    if values.dtype.itemsize < 4:
+        values = values.astype(np.int32)  # so that it can be compared with any size
+    real = inside(values, size)
+    refuse(~real, name, values, f"must be between 0 and {size - 1}")
+    if xp is not np:  # in NumPy all are real
+        values = jnp.where(real, values, 0)
+    return values.astype(np.int32), real
+
+
+def to_int32(xp: Any, values: Any, name: str) -> Array:
+    """Returns integers as i32; those that are too large for it become its largest or smallest."""
+    values = xp.asarray(values)
+    if values.dtype == np.int32:
+        return values
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{name} is {values.dtype}{list(values.shape)}, must be integers")
+    given, wanted = np.iinfo(values.dtype), np.iinfo(np.int32)
+    low, high = max(given.min, wanted.min), min(given.max, wanted.max)
+    return xp.clip(values, low, high).astype(np.int32)
 
 
 def refuse_repeated(real: Array, name: str, ids: Array) -> None:

@@ -11,6 +11,8 @@ block: never allocated, never referenced, the padding of tables and of lists of 
 
 What a caller does wrong raises `ValueError` in NumPy. In jax no value can be looked at; each
 docstring says what happens there instead. No call changes a sequence that it does not name.
+A row or block that does not exist, for its number is negative or too large, is such a mistake: in
+jax it is padding, and so is what is given with it, the other one of a pair or the blocks of a row.
 """
 
 import dataclasses
@@ -23,13 +25,14 @@ from jaxtyping import Bool, Int, Int32
 
 from pallas_paged._namespaces import (
     Array,
+    ids_inside,
     namespace,
     refuse,
-    refuse_outside,
     refuse_repeated,
     scatter,
     select,
     select_ranges,
+    to_int32,
     total,
 )
 from pallas_paged.kv_cache import NULL_BLOCK
@@ -107,9 +110,10 @@ def create(
 def num_blocks_needed(state: BlockTables, num_new: Int[Array, "R"]) -> Int32[Array, ""]:
     """Returns how many blocks `append(state, num_new)` takes if it can, copies on write included.
 
-    Raises `ValueError` for a negative count; in jax that is outside the contract.
+    Raises `ValueError` for a negative count; in jax it counts as 0.
     """
-    return total(_plan_append(state, _num_new(state, num_new)).num_taken)
+    xp = namespace(state.tables)
+    return total(_plan_append(state, xp.maximum(_num_new(state, num_new), 0)).num_taken)
 
 
 def append(state: BlockTables, num_new: Int[Array, "R"]) -> tuple[BlockTables, AppendResult]:
@@ -162,16 +166,15 @@ def fork(state: BlockTables, parents: Int[Array, "K"], children: Int[Array, "K"]
     A pair of a row with itself is padding and does nothing. A row may have many children, and may
     not be parent and child in one call.
 
-    Raises `ValueError` for a child that is not empty or comes twice, and for an empty parent. In
-    jax a pair whose child is not empty does nothing; a child that comes twice is outside the
-    contract.
+    Raises `ValueError` for a child that is not empty or comes twice, for an empty parent, and for
+    rows that do not exist. In jax a pair of such a row, or whose child is not empty, does nothing;
+    a child that comes twice is outside the contract.
     """
     xp = namespace(state.tables)
     R = len(state.seq_lens)
-    parents, children = xp.asarray(parents, xp.int32), xp.asarray(children, xp.int32)
-    refuse_outside(parents, "parents", R)
-    refuse_outside(children, "children", R)
-    pairs = parents != children
+    parents, parents_exist = ids_inside(xp, parents, "parents", R)
+    children, children_exist = ids_inside(xp, children, "children", R)
+    pairs = parents_exist & children_exist & (parents != children)
     occupied = pairs & (state.seq_lens[children] > 0)
     refuse(occupied, "children", children, "is not empty; `free` it first")
     refuse(pairs & (state.seq_lens[parents] == 0), "parents", parents, "is empty")
@@ -193,19 +196,19 @@ def share(state: BlockTables, rows: Int[Array, "K"], blocks: Int[Array, "K P"]) 
 
     The row's length becomes S times its blocks. Rows of nothing but padding do nothing.
 
-    Raises `ValueError` for a row that is not empty or comes twice, and for blocks without
-    references, past padding or repeated in one row. In jax a row that is not empty, or is given a
-    block without references, stays as it is; the others are outside the contract.
+    Raises `ValueError` for a row that does not exist, is not empty or comes twice, and for blocks
+    that do not exist, have no references, stand past padding or are repeated in one row. In jax a
+    row that is not empty, or is given a block that does not exist or has no references, stays as it
+    is, and a row that does not exist is padding; the others are outside the contract.
     """
     xp = namespace(state.tables)
     R, M = state.tables.shape
     (N,) = state.ref_counts.shape
-    rows, blocks = xp.asarray(rows, xp.int32), xp.asarray(blocks, xp.int32)
     num_given = blocks.shape[1]
     if num_given > M:
         raise ValueError(f"blocks has {num_given} columns, but a row has max_blocks_per_seq={M}")
-    refuse_outside(rows, "rows", R)
-    refuse_outside(blocks, "blocks", N)
+    rows, rows_exist = ids_inside(xp, rows, "rows", R)
+    blocks, blocks_exist = ids_inside(xp, blocks, "blocks", N)
     given = blocks != NULL_BLOCK
     num_blocks = xp.sum(given, axis=1, dtype=xp.int32)
     gaps = given & (xp.arange(num_given, dtype=xp.int32)[None, :] >= num_blocks[:, None])
@@ -218,6 +221,7 @@ def share(state: BlockTables, rows: Int[Array, "K"], blocks: Int[Array, "K P"]) 
     refuse_repeated(given, "blocks", blocks)
 
     begins = (num_blocks > 0) & ~occupied & ~xp.any(lost, axis=1)
+    begins &= rows_exist & xp.all(blocks_exist, axis=1)
     padded = xp.pad(blocks, ((0, 0), (0, M - num_given)))
     return dataclasses.replace(
         state,
@@ -230,7 +234,8 @@ def share(state: BlockTables, rows: Int[Array, "K"], blocks: Int[Array, "K P"]) 
 def free(state: BlockTables, rows: Bool[Array, "R"]) -> BlockTables:
     """Empties the rows where `rows` is True; their blocks that nothing else refers to become free.
 
-    Raises `ValueError` for a row that is empty already; in jax that does nothing.
+    Raises `ValueError` for a row that is empty already, where jax does nothing; and, in jax too,
+    for rows that are no mask.
     """
     xp = namespace(state.tables)
     rows = _per_row(state, "rows", rows, np.bool_)
@@ -264,13 +269,12 @@ def truncate(state: BlockTables, new_lens: Int[Array, "R"]) -> BlockTables:
 def hold(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
     """Adds one reference to each of `blocks` (0 is padding), so that they outlive their sequences.
 
-    Raises `ValueError` for a block without references, whose content may be gone; in jax that is
-    outside the contract.
+    Raises `ValueError` for a block that does not exist, which in jax is padding, and for one
+    without references, whose content may be gone; in jax that is outside the contract.
     """
     xp = namespace(state.tables)
     (N,) = state.ref_counts.shape
-    blocks = xp.asarray(blocks, xp.int32)
-    refuse_outside(blocks, "blocks", N)
+    blocks, _ = ids_inside(xp, blocks, "blocks", N)
     held = blocks != NULL_BLOCK
     refuse(held & (state.ref_counts[blocks] == 0), "blocks", blocks, "has no references")
     return dataclasses.replace(state, ref_counts=scatter(state.ref_counts, blocks, 1, held, "add"))
@@ -279,13 +283,13 @@ def hold(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
 def release(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
     """Takes one reference from each of `blocks` (0 is padding); those without any become free.
 
-    Only references of `hold` are the caller's to release. Raises `ValueError` where a block has
-    fewer references than are released; in jax that is outside the contract.
+    Only references of `hold` are the caller's to release. Raises `ValueError` for a block that does
+    not exist, which in jax is padding, and where one has fewer references than are released; in jax
+    that is outside the contract.
     """
     xp = namespace(state.tables)
     (N,) = state.ref_counts.shape
-    blocks = xp.asarray(blocks, xp.int32)
-    refuse_outside(blocks, "blocks", N)
+    blocks, _ = ids_inside(xp, blocks, "blocks", N)
     ref_counts = scatter(state.ref_counts, blocks, -1, blocks != NULL_BLOCK, "add")
     refuse(ref_counts[blocks] < 0, "blocks", blocks, "is released more often than it is held")
     return _with_fewer_references(state, ref_counts)
@@ -297,15 +301,15 @@ def replace(state: BlockTables, old: Int[Array, "K"], new: Int[Array, "K"]) -> B
     For full blocks of equal content. References of `hold` stay where they are; an old block that
     nothing refers to any more becomes free.
 
-    Raises `ValueError` for an old block that comes twice, and for a new one without references or
-    that is itself replaced. In jax these are outside the contract.
+    Raises `ValueError` for blocks that do not exist, whose pairs do nothing in jax. Likewise for an
+    old block that comes twice, and for a new one without references or that is itself replaced; in
+    jax these are outside the contract.
     """
     xp = namespace(state.tables)
     (N,) = state.ref_counts.shape
-    old, new = xp.asarray(old, xp.int32), xp.asarray(new, xp.int32)
-    refuse_outside(old, "old", N)
-    refuse_outside(new, "new", N)
-    named = old != NULL_BLOCK
+    old, _ = ids_inside(xp, old, "old", N)
+    new, new_exist = ids_inside(xp, new, "new", N)
+    named = new_exist & (old != NULL_BLOCK)
     refuse_repeated(named, "old", old)
     becomes = scatter(xp.arange(N, dtype=xp.int32), old, new, named)
     refuse(becomes[new] != new, "new", new, "is replaced itself")
@@ -335,12 +339,16 @@ def slot_mapping(
 ) -> Int32[Array, "T"]:
     """Returns `block * S + offset` of the tokens at `positions` (0 <= p < M * S) of `rows`.
 
-    Positions past a row's blocks lie in the null block: padding.
+    Positions past a row's blocks lie in the null block: padding. Raises `ValueError` for rows and
+    positions outside of the tables; in jax their slots are 0.
     """
     xp = namespace(state.tables)
     S = state.block_size
-    rows, positions = xp.asarray(rows, xp.int32), xp.asarray(positions, xp.int32)
-    return state.tables[rows, positions // S] * S + positions % S
+    R, M = state.tables.shape
+    rows, rows_exist = ids_inside(xp, rows, "rows", R)
+    positions, positions_exist = ids_inside(xp, positions, "positions", M * S)
+    slots = state.tables[rows, positions // S] * S + positions % S
+    return xp.where(rows_exist & positions_exist, slots, 0)
 
 
 def blocks_in_use(state: BlockTables) -> Int32[Array, ""]:
@@ -445,4 +453,11 @@ def _num_new(state: BlockTables, num_new: Int[Array, "R"]) -> Int32[Array, "R"]:
 def _per_row(state: BlockTables, name: str, values: Array, dtype: type = np.int32) -> Array:
     if values.shape != state.seq_lens.shape:
         raise ValueError(f"{name} has shape {values.shape}; it needs {state.seq_lens.shape}")
-    return namespace(state.tables).asarray(values, dtype=dtype)
+    xp = namespace(state.tables)
+    if dtype is np.int32:
+        return to_int32(xp, values, name)
+    if values.dtype != dtype:
+        raise ValueError(
+            f"{name} is {values.dtype}; it needs {np.dtype(dtype)}, a mask of all rows"
+        )
+    return xp.asarray(values)

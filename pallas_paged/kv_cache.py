@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
+from pallas_paged._namespaces import inside
 from pallas_paged.quantisation import is_quantised, quantise
 
 NULL_BLOCK = 0
@@ -137,21 +138,27 @@ class AttentionMetadata:
     ) -> "AttentionMetadata":
         """Returns the metadata of a decode step: the last token of each sequence is its one query.
 
-        Query b belongs to row b, so rows of padding (`seq_lens == 0`) come after all others.
+        Query b belongs to row b, so rows of padding (`seq_lens <= 0`) come after all others. Where
+        the table has no place for the last token, for its entry is negative or the sequence longer
+        than M blocks, the slot is 0: `write_kv` drops the token.
 
         Args:
           block_tables: i32[B, M], the blocks of each sequence in order.
           seq_lens: i32[B], tokens per sequence, the new one included.
           block_size: S.
         """
+        num_rows, max_blocks = block_tables.shape
         is_real = seq_lens > 0
         positions = jnp.maximum(seq_lens - 1, 0)
-        rows = jnp.arange(len(seq_lens), dtype=jnp.int32)
-        slots = block_tables[rows, positions // block_size] * block_size + positions % block_size
+        rows = jnp.arange(num_rows, dtype=jnp.int32)
+        blocks = block_tables.at[rows, positions // block_size].get(mode="clip")
+        # The largest block whose slots int32 can number; write_kv knows how many there are.
+        has_slot = inside(blocks, 2**31 // block_size) & (positions < max_blocks * block_size)
+        slots = blocks * block_size + positions % block_size
         starts = jnp.cumsum(is_real.astype(jnp.int32), dtype=jnp.int32)
         return cls(
             positions=positions,
-            slot_mapping=jnp.where(is_real, slots, 0),
+            slot_mapping=jnp.where(is_real & has_slot, slots, 0),
             block_tables=block_tables,
             seq_lens=seq_lens,
             query_start_loc=jnp.pad(starts, (1, 0)),

@@ -1,4 +1,4 @@
-"""Reads and writes of single blocks and slots in XLA, for every dtype of a cache.
+"""Reads and writes of single blocks and slots in XLA, for every dtype of a cache; their ids.
 
 8-bit floats are moved as integers of the same bits. XLA's CPU backend has no 8-bit floats: it would
 turn the operands of a gather or scatter, the whole cache, into 16-bit ones at every call. A read is
@@ -6,10 +6,22 @@ then as cheap there as of any other dtype. A write still copies the array once o
 change of type is not free; on a GPU it is in place.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pallas_paged._namespaces import inside
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def inside_or_null(ids: jax.Array, size: int) -> jax.Array:
+    """Returns the ids of blocks or slots, 0 for those outside of a pool of `size`.
+
+    `mode="drop"` alone would not do: a negative index counts from the end before it is looked at.
+    """
+    return jnp.where(inside(ids, size), ids, 0)
 
 
 def take(array: jax.Array, indices: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Ragged paged attention: the public function, its checks and its dispatch."""
 
+import dataclasses
+import functools
 import math
 from typing import Any, Literal, overload
 
@@ -10,6 +12,7 @@ from jaxtyping import Array, Float, Float32
 from pallas_paged.dispatch import Implementation, choose_implementation
 from pallas_paged.kv_cache import AttentionMetadata, CacheArray, check_scales
 from pallas_paged.ops.attention import mosaic_gpu, reference, xla
+from pallas_paged.ops.blocks import inside_or_null
 from pallas_paged.quantisation import LARGEST
 
 _IMPLEMENTATIONS = {
@@ -38,6 +41,7 @@ def paged_attention(
     return_lse: Literal[False] = False,
     deterministic: bool = False,
     implementation: str | None = None,
+    promise_in_bounds: bool = False,
 ) -> Float[Array, "T Hq D"]: ...
 
 
@@ -58,6 +62,7 @@ def paged_attention(
     return_lse: Literal[True],
     deterministic: bool = False,
     implementation: str | None = None,
+    promise_in_bounds: bool = False,
 ) -> tuple[Float[Array, "T Hq D"], Float32[Array, "T Hq"]]: ...
 
 
@@ -77,6 +82,7 @@ def paged_attention(
     return_lse: bool = False,
     deterministic: bool = False,
     implementation: str | None = None,
+    promise_in_bounds: bool = False,
 ) -> Float[Array, "T Hq D"] | tuple[Float[Array, "T Hq D"], Float32[Array, "T Hq"]]:
     r"""Causal attention of a step's ragged queries over keys and values in blocks.
 
@@ -99,6 +105,10 @@ def paged_attention(
         modified.
       v_cache: values in blocks, dtype as `k_cache`. Not modified.
       metadata: where the tokens stand; `positions` and `slot_mapping` are not read. May be traced.
+        Entries of `block_tables` that are no block of the cache (-1, say, for padding) count as 0;
+        `query_start_loc` is clipped to 0..T, and each of `seq_lens` to what its queries need at
+        least and the table holds at most. So a sequence with wrong numbers gets results that mean
+        nothing, and no other sequence's change.
       k_scale: f32 `[N, Hk, S]`, the scales of quantised keys, as `write_kv` made them: a key is
         stored number * scale. None for caches that are not quantised.
       v_scale: likewise, of the values.
@@ -114,6 +124,8 @@ def paged_attention(
         more then.
       implementation: "mosaic_gpu" (GPUs of compute capability 8.0 or 9.0), "xla" (any
         platform), "reference" (slow, any platform), or None for the first that can do it.
+      promise_in_bounds: the caller's word that the metadata leads nowhere outside, so that nothing
+        looks: a launch or two less on a GPU. What happens if it is not true is undefined.
 
     Returns:
       out, `[T, Hq, D]` in q's dtype; with `return_lse` (out, lse), lse f32 `[T, Hq]`, natural log.
@@ -137,6 +149,8 @@ def paged_attention(
         k_cache,
         deterministic=deterministic,
     )
+    if not promise_in_bounds:
+        metadata = _inside(metadata, q.shape[0], k_cache.shape[0], k_cache.shape[2])
     out, lse = _IMPLEMENTATIONS[name].run(
         q,
         k_cache,
@@ -219,6 +233,21 @@ def _check_metadata(metadata: AttentionMetadata) -> None:
             raise ValueError(f"metadata.{name}.dtype={dtype} must be int32")
     if metadata.max_query_len < 1:
         raise ValueError(f"metadata.max_query_len={metadata.max_query_len} must be at least 1")
+
+
+@functools.partial(jax.jit, static_argnames=("num_tokens", "num_blocks", "block_size"))
+def _inside(
+    metadata: AttentionMetadata, num_tokens: int, num_blocks: int, block_size: int
+) -> AttentionMetadata:
+    """Returns the metadata with nothing that leads outside of its tables, the cache or q."""
+    starts = jnp.clip(metadata.query_start_loc, 0, num_tokens)
+    max_len = metadata.block_tables.shape[1] * block_size
+    return dataclasses.replace(
+        metadata,
+        block_tables=inside_or_null(metadata.block_tables, num_blocks),
+        seq_lens=jnp.clip(metadata.seq_lens, jnp.diff(starts), max_len),
+        query_start_loc=starts,
+    )
 
 
 def _check_options(

@@ -137,7 +137,9 @@ def _decode(
     end = jnp.where(jnp.diff(metadata.query_start_loc) == 1, metadata.seq_lens, 0)
     end = jnp.pad(end, (0, -end.shape[0] % num_rows))
     begin = _first_key(problem, end - 1)
-    order = jnp.argsort(begin - end)  # the longest first; rows without work last
+    rows = jnp.arange(len(end), dtype=jnp.int32)
+    # The longest first; rows without work last.
+    _, order = jax.lax.sort((begin - end, rows), num_keys=1)
     first_tokens = metadata.query_start_loc.at[order].get(mode="clip")
     sorted_rows = (order, first_tokens, begin[order], end[order])
     num_groups = (jnp.sum(end > 0, dtype=jnp.int32) + num_rows - 1) // num_rows
@@ -284,12 +286,12 @@ def _logits(
 def _start(queries: _Queries) -> _Partial:
     """Returns the state before the first key: empty, or the sink alone."""
     shape = queries.q.shape[:-1]
-    maximum = jnp.full(shape, jnp.finfo(jnp.float32).min)
-    denominator = jnp.zeros(shape)
+    maximum = jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32)
+    denominator = jnp.zeros(shape, jnp.float32)
     if queries.sinks is not None:
         maximum = jnp.maximum(maximum, queries.sinks[None])
         denominator = jnp.exp(queries.sinks[None] - maximum)
-    return _Partial(maximum, denominator, jnp.zeros(queries.q.shape))
+    return _Partial(maximum, denominator, jnp.zeros(queries.q.shape, jnp.float32))
 
 
 def _accumulate(partial: _Partial, logits: jax.Array, values: jax.Array) -> _Partial:

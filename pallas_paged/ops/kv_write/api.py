@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_paged.dispatch import Implementation, choose_implementation
 from pallas_paged.kv_cache import KVCache, check_cache
+from pallas_paged.ops.blocks import inside_or_null
 from pallas_paged.ops.kv_write import mosaic_gpu, reference, xla
 
 _IMPLEMENTATIONS = {
@@ -22,6 +23,7 @@ def write_kv(
     slot_mapping: Int32[Array, "T"],
     *,
     implementation: str | None = None,
+    promise_in_bounds: bool = False,
 ) -> KVCache:
     """Writes the keys and values of T tokens into their slots.
 
@@ -32,9 +34,13 @@ def write_kv(
       kv_cache: donated: it must not be used afterwards. Inside a caller's own `jax.jit` it is
         updated in place if the caller donates it there.
       slot_mapping: i32[T], `block * S + offset` of each token. Padding tokens name slots of the
-        null block, which may repeat; what ends up there is unspecified. Other slots differ.
+        null block, which may repeat; what ends up there is unspecified. So it is for all slots that
+        the cache does not have: a token with -1, or one of N * S and more, is written to no block
+        but the null block. Other slots differ.
       implementation: "mosaic_gpu" (NVIDIA GPUs), "xla" (any platform), "reference", or None
         to choose.
+      promise_in_bounds: the caller's word that the cache has all of them, so that nothing looks:
+        a launch less on a GPU. What happens if it is not true is undefined.
 
     Returns:
       The cache with k and v written.
@@ -45,6 +51,8 @@ def write_kv(
     """
     _check(k, v, kv_cache, slot_mapping)
     name = write_implementation(implementation, k, kv_cache)
+    if not promise_in_bounds:
+        slot_mapping = inside_or_null(slot_mapping, kv_cache.k.shape[0] * kv_cache.block_size)
     return _IMPLEMENTATIONS[name].run(k, v, kv_cache, slot_mapping)
 
 

@@ -1,0 +1,71 @@
+"""Every dtype is named: with `jax_enable_x64` no program of an engine computes in 64 bits."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from pallas_paged.engine.buckets import Bucket
+from pallas_paged.engine.logits import RowState, edit_rows, edit_size
+from pallas_paged.engine.pool import cache_shapes
+from pallas_paged.engine.step import StepPrograms, prompt_logprobs
+from pallas_paged.models import ModelConfig
+from pallas_paged.models.llama import LlamaConfig
+from pallas_paged.models.opt import OPTConfig
+from pallas_paged.models.registry import FAMILIES
+from pallas_paged.models.rope import YarnRope
+from tests.wide_types import wide_types
+
+BUCKETS = (
+    Bucket(4, 4, is_decode=True),
+    Bucket(4, 4, is_decode=True, is_full=True),
+    Bucket(16, 4, is_decode=False, is_full=True),
+)
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_layers": 1,
+    "num_q_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+YARN = YarnRope(factor=4.0, original_max_position_embeddings=32)
+SHAPES = (
+    LlamaConfig(**SIZES, num_kv_heads=2, intermediate_size=64, rope=YARN),
+    OPTConfig(**SIZES, num_kv_heads=4, ffn_dim=64, word_embed_proj_dim=32),
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.architecture)
+def test_the_programs_of_a_step(shape: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: set[str] = set()
+
+    def trace(_: Any, jitted: Any, *args: Any) -> None:
+        found.update(wide_types(jitted, *args))
+
+    monkeypatch.setattr(StepPrograms, "_lower", trace)
+    with jax.enable_x64(True):
+        family: Any = FAMILIES[shape.architecture].model
+        model = nnx.eval_shape(lambda: family(shape, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+        caches = cache_shapes(shape, 20, 8, jnp.dtype(jnp.int8))
+        programs = StepPrograms(model, caches, 4, 16, logprobs_width=32)
+        for bucket in BUCKETS:
+            programs.lower(bucket)
+    assert found == set()
+    hidden = jax.ShapeDtypeStruct((16, 32), jnp.float32)
+    prompt = functools.partial(prompt_logprobs, graphdef=programs.graphdef, width=32)
+    packed = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    assert wide_types(prompt, programs.params, hidden, packed) == set()
+
+
+def test_edits_of_rows() -> None:
+    counts, bias = (jax.ShapeDtypeStruct((5, 300), dtype) for dtype in (jnp.int32, jnp.float32))
+    last, packed = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (5, edit_size(4)))
+
+    def edit(counts: jax.Array, bias: jax.Array, last: jax.Array, packed: jax.Array) -> Any:
+        return edit_rows(RowState(counts, bias), last, packed)
+
+    assert wide_types(edit, counts, bias, last, packed) == set()
