@@ -112,16 +112,16 @@ class Engine:
     ) -> None:
         """Queues a group made by `make_group`; `prompt` is its text, if it came as text.
 
-        With `final_only` the request has no output before it has ended: a step's outputs hold all
-        tokens so far, which is more than the step itself where long requests are many.
+        With `final_only` the request has no output before it has ended. Others have one per step,
+        with a copy of all tokens so far, which costs more than the step itself where many are long.
 
         Raises:
           ValueError: its request id is in use, or it no longer fits beside what is pinned.
         """
+        completions = [self._completion(sequence) for sequence in group.sequences]
         with self._all_or_nobody(ValueError):
             if group.request_id in self._requests:
                 raise ValueError(f"request_id={group.request_id!r} is in use; choose another")
-            completions = [self._completion(sequence) for sequence in group.sequences]
             self.scheduler.check(group)
             self._requests[group.request_id] = Request(group, prompt, completions, final_only)
             self.scheduler.add(group)
