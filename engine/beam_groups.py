@@ -7,6 +7,7 @@ a preemption. The next ones are chosen when the last of them has come.
 
 from typing import NamedTuple
 
+from pallas_paged.engine.beam_search import BeamSearch
 from pallas_paged.engine.sequence import Sequence, SequenceGroup
 
 
@@ -34,7 +35,7 @@ def advance(group: SequenceGroup) -> Inheritance:
     """
     assert group.beams is not None
     beams = group.live
-    group.beams, parents, tokens = group.beams.advance(
+    search, parents, tokens = group.beams.advance(
         [beam.output_token_ids for beam in beams],
         [beam.candidates for beam in beams if beam.candidates is not None],
     )
@@ -50,15 +51,15 @@ def advance(group: SequenceGroup) -> Inheritance:
         children.append(child)
     for beam in beams:
         beam.give_up_blocks()
-    group.sequences = _results(group) if group.beams.is_done else children
+    sequences = _results(group, search) if search.is_done else children
+    group.beams, group.sequences = search, sequences  # together, should somebody interrupt
     return Inheritance(list(unclaimed.values()), forks)
 
 
-def _results(group: SequenceGroup) -> list[Sequence]:
+def _results(group: SequenceGroup, search: BeamSearch) -> list[Sequence]:
     """Returns the results of a search that is over, as finished sequences."""
-    assert group.beams is not None
     results = []
-    for index, hypothesis in enumerate(group.beams.results):
+    for index, hypothesis in enumerate(search.results):
         sequence = Sequence(group, index)
         sequence.token_ids += hypothesis.token_ids
         ending = group.ending_of(hypothesis.token_ids[-1])

@@ -4,26 +4,20 @@ Everything about a request lives here until its last output; `LLM` and servers t
 outputs that nobody has fetched yet. One thread at a time.
 """
 
-import dataclasses
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
-from typing import Any
 
-from pallas_paged.engine import beam_groups
 from pallas_paged.engine.beam_search import Candidates
 from pallas_paged.engine.detokenizer import Detokenizer
 from pallas_paged.engine.intake import Intake
 from pallas_paged.engine.kv_stats import KVStats, kv_stats
 from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.memory import BlockTableMemory
-from pallas_paged.engine.outputs import (
-    CompletionOutput,
-    RequestMetrics,
-    RequestOutput,
-    logprobs_by_token,
-)
+from pallas_paged.engine.outputs import RequestOutput, logprobs_by_token
+from pallas_paged.engine.requests import Completion, Request, output_of, update_text
 from pallas_paged.engine.runner import InFlight, Runner
 from pallas_paged.engine.sampling_params import BeamSearchParams, SamplingParams
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
@@ -38,36 +32,6 @@ NO_TOKEN_REASONS = (
     "no token is left: allowed_token_ids, bad_words and min_tokens exclude all of them",
 )
 """What V, V + 1 mean in the place of a token."""
-
-
-@dataclasses.dataclass
-class _Completion:
-    """A sequence, and the text made of it so far."""
-
-    sequence: Sequence
-    detokenizer: Detokenizer | None
-    stop: StopMatcher
-    text: str = ""
-    num_detokenized: int = 0
-
-    def take_text(self, text: str, num_tokens: int) -> None:
-        """Adds to the text what `num_tokens` output tokens have settled."""
-        is_early = num_tokens <= self.sequence.sampling_params.min_tokens
-        self.text += self.stop.skip(text) if is_early else self.stop.append(text)
-
-
-@dataclasses.dataclass
-class _Request:
-    """A request between arrival and its last output.
-
-    The completions of a beam search are made when it ends; until then there is a first beam.
-    """
-
-    group: SequenceGroup
-    prompt: str | None
-    completions: list[_Completion]
-    first_scheduled_time_s: float | None = None
-    first_token_time_s: float | None = None
 
 
 class Engine:
@@ -117,9 +81,11 @@ class Engine:
             max_logprobs=max_logprobs,
         )
         self._async_scheduling = async_scheduling
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, Request] = {}
         self._in_flight: InFlight | None = None
         self._undelivered: list[RequestOutput] = []
+        self._failure: str | None = None  # of a change that is under way, or was cut short
+        self._late_aborts: list[str] = []  # asked for during a change
 
     def check_idle(self) -> None:
         """Asserts that no request is left, and that every block is free, cached or pinned."""
@@ -141,19 +107,26 @@ class Engine:
         """Returns a group that `add` accepts, and queues nothing; see `Intake.make_group`."""
         return self._intake.make_group(prompt_token_ids, params, request_id, cache_salt)
 
-    def add(self, group: SequenceGroup, prompt: str | None = None) -> None:
+    def add(
+        self, group: SequenceGroup, prompt: str | None = None, *, final_only: bool = False
+    ) -> None:
         """Queues a group made by `make_group`; `prompt` is its text, if it came as text.
 
-        Raises:
-          ValueError: its request id is in use.
-        """
-        if group.request_id in self._requests:
-            raise ValueError(f"request_id={group.request_id!r} is in use; choose another")
-        completions = [self._completion(sequence) for sequence in group.sequences]
-        self.scheduler.add(group)
-        self._requests[group.request_id] = _Request(group, prompt, completions)
+        With `final_only` the request has no output before it has ended. Others have one per step,
+        with a copy of all tokens so far, which costs more than the step itself where many are long.
 
-    def _completion(self, sequence: Sequence) -> _Completion:
+        Raises:
+          ValueError: its request id is in use, or it no longer fits beside what is pinned.
+        """
+        completions = [self._completion(sequence) for sequence in group.sequences]
+        with self._all_or_nobody(ValueError):
+            if group.request_id in self._requests:
+                raise ValueError(f"request_id={group.request_id!r} is in use; choose another")
+            self.scheduler.check(group)
+            self._requests[group.request_id] = Request(group, prompt, completions, final_only)
+            self.scheduler.add(group)
+
+    def _completion(self, sequence: Sequence) -> Completion:
         params = sequence.sampling_params
         detokenizer = None
         if self.tokenizer is not None and params.detokenize:
@@ -163,24 +136,43 @@ class Engine:
                 skip_special_tokens=params.skip_special_tokens,
             )
         stop = StopMatcher(params.stop or (), include_stop_str=params.include_stop_str_in_output)
-        return _Completion(sequence, detokenizer, stop)
+        return Completion(sequence, detokenizer, stop)
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees its blocks; the next `step` returns its last output.
 
         Allowed in every state and as often as one likes; unknown and finished ones are ignored.
+        While a step is under way it is left for the next one.
         """
-        request = self._requests.get(request_id)
-        if request is not None:
-            if request.group.beams is not None:
-                request.completions = self._completions_of_beams(request.group)
-            running = [c for c in request.completions if not c.sequence.is_finished]
-            self.scheduler.abort(request_id)
-            for completion in running:
-                self._update_text(completion)
-            self._undelivered.append(self._output(request))
+        if self._failure is not None:  # in the middle of a step, by a collector of garbage, say
+            self._late_aborts.append(request_id)
+            return
+        with self._all_or_nobody():
+            self._abort(request_id)
 
-    def _completions_of_beams(self, group: SequenceGroup) -> list[_Completion]:
+    def _abort(self, request_id: str) -> None:
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        if request.group.beams is not None:
+            request.completions = self._completions_of_beams(request.group)
+        running = [c for c in request.completions if not c.sequence.is_finished]
+        self.scheduler.abort(request_id)
+        for completion in running:
+            self._take_tokens(completion)
+        self._give_out(request)
+
+    def pin(self, token_ids: Seq[int], salt: str | None) -> bool:
+        """Keeps the full blocks of a prefix until `unpin`; see `Scheduler.pin`."""
+        with self._all_or_nobody(ValueError):
+            return self.scheduler.pin(token_ids, salt)
+
+    def unpin(self, token_ids: Seq[int], salt: str | None) -> bool:
+        """Takes a `pin` back; returns False if there is none."""
+        with self._all_or_nobody():
+            return self.scheduler.unpin(token_ids, salt)
+
+    def _completions_of_beams(self, group: SequenceGroup) -> list[Completion]:
         """Returns those of the results of a beam search, or of its beams while it runs."""
         assert group.beams is not None
         return [self._completion(beam) for beam in group.sequences[: group.beams.num_results]]
@@ -192,7 +184,8 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything left to do."""
-        return bool(self._requests or self._undelivered) or self._in_flight is not None
+        waiting = self._requests or self._undelivered or self._failure
+        return bool(waiting) or self._in_flight is not None
 
     # --- steps --------------------------------------------------------------------------------
 
@@ -203,15 +196,15 @@ class Engine:
         for the next one happens while the device computes.
 
         Raises:
-          Exception: whatever failed. Every request has been aborted, every block is free again, and
-            the engine can be used on; the next `step` returns the requests' last outputs, with
-            the error as `stop_reason`.
+          BaseException: whatever failed or interrupted it. Every request has been aborted, every
+            block is free again, and the engine can be used on; the next `step` returns the
+            requests' last outputs, with the error as `stop_reason`. So it is after an error in
+            `add`, `abort`, `pin` or `unpin`, but for the errors that their docstrings name.
         """
-        try:
+        with self._all_or_nobody():
+            while self._late_aborts:
+                self._abort(self._late_aborts.pop())
             self._step()
-        except BaseException as error:
-            self._fail_all(f"{type(error).__name__}: {error}")
-            raise
         outputs, self._undelivered = self._undelivered, []
         return outputs
 
@@ -228,25 +221,60 @@ class Engine:
         if dispatched is not None:
             self._take_in(dispatched)
 
+    @contextlib.contextmanager
+    def _all_or_nobody(self, *refusals: type[Exception]) -> Iterator[None]:
+        """Runs a change of what the engine holds; if it fails, every request has failed.
+
+        But not by `refusals`, before which nothing has changed. An interrupt may strike anywhere,
+        also while all requests are failed: `_failure` stands until that is done, and whatever comes
+        next begins with it.
+        """
+        if self._failure is not None:
+            self._fail_all(self._failure)
+        self._failure = "interrupted"
+        try:
+            yield
+        except refusals:
+            self._failure = None
+            raise
+        except BaseException as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            self._fail_all(self._failure)
+            raise
+        self._failure = None
+
     def _fail_all(self, cause: str) -> None:
-        """Leaves an empty engine; nothing in here may fail, and no text is detokenized for that."""
+        """Leaves an empty engine, and each request's last output to be given out.
+
+        Nothing in here may fail, whatever the engine was at: no text is detokenized, no count is
+        trusted, and what is not wholly taken in is not given out. It may be begun again.
+        """
         self._in_flight = None
+        self._late_aborts.clear()
         for request in self._requests.values():
-            search, first = request.group.beams, request.completions[0]
-            if search is not None:
-                request.completions = [
-                    _Completion(beam, first.detokenizer, first.stop)
-                    for beam in request.group.sequences[: search.num_results]
-                ]
-        running = [c for r in self._requests.values() for c in r.completions]
-        running = [c for c in running if not c.sequence.is_finished]
+            self._fail(request, cause)
         self.scheduler.abort_all()
-        for completion in running:
-            completion.sequence.stop_reason = cause
-            completion.text += completion.stop.finish()
         for request in list(self._requests.values()):
-            self._undelivered.append(self._output(request))
+            self._give_out(request)
         self.runner.recover()
+        self._failure = None
+
+    def _fail(self, request: Request, cause: str) -> None:
+        """Ends what runs of a request, and what has ended but was not taken in to its end."""
+        group = request.group
+        group.abort(cause)
+        if group.beams is not None:
+            first = request.completions[0]
+            request.completions = [
+                Completion(beam, first.detokenizer, first.stop, num_tokens=beam.num_output_tokens)
+                for beam in group.sequences[: group.beams.num_results]
+            ]
+        for completion in request.completions:
+            sequence = completion.sequence
+            if group.beams is not None or completion.num_tokens < sequence.num_output_tokens:
+                sequence.finish_reason, sequence.stop_reason = "abort", cause
+            if (sequence.finish_reason, sequence.stop_reason) == ("abort", cause):
+                completion.text += completion.stop.finish()
 
     def _dispatch(self, step: ScheduledStep) -> InFlight:
         now = time.monotonic()
@@ -279,26 +307,35 @@ class Engine:
         self._keep_logprobs(in_flight.step, logprobs, advanced)
         self.num_generated_tokens += len(advanced)
         changed |= dict.fromkeys(advanced)
+        self._deliver(changed)
+
+    def _deliver(self, changed: Iterable[Sequence]) -> None:
+        """Takes in what is new of the sequences, and gives their requests out.
+
+        A beam search is only given out when it is over.
+        """
         now = time.monotonic()
-        requests: dict[str, _Request] = {}
+        requests: dict[str, Request] = {}
         for sequence in changed:
             request = requests[sequence.request_id] = self._requests[sequence.request_id]
             if request.first_token_time_s is None and sequence.num_output_tokens:
                 request.first_token_time_s = now
             if request.group.beams is None:
-                self._update_text(request.completions[sequence.index])
+                self._take_tokens(request.completions[sequence.index])
         for request in requests.values():
-            self._deliver(request)
+            group = request.group
+            if group.beams is not None and group.is_finished:
+                request.completions = self._completions_of_beams(group)
+                for completion in request.completions:
+                    self._take_tokens(completion)
+            if group.is_finished or not (request.final_only or group.beams is not None):
+                self._give_out(request)
 
-    def _deliver(self, request: _Request) -> None:
-        """Gives out a request as far as it has come, but a beam search only when it is over."""
-        if request.group.beams is not None:
-            if not request.group.is_finished:
-                return
-            request.completions = self._completions_of_beams(request.group)
-            for completion in request.completions:
-                self._update_text(completion)
-        self._undelivered.append(self._output(request))
+    def _give_out(self, request: Request) -> None:
+        """Gives out a request as far as it has come, and forgets it when it is finished."""
+        self._undelivered.append(output_of(request))
+        if request.group.is_finished:
+            del self._requests[request.group.request_id]
 
     def _keep_logprobs(
         self,
@@ -333,77 +370,18 @@ class Engine:
             return None
         return tokenizer.decode_token
 
-    def _update_text(self, completion: _Completion) -> None:
-        """Detokenizes what is new, and ends the sequence where a stop string has completed."""
-        sequence, detokenizer = completion.sequence, completion.detokenizer
-        if detokenizer is None:
-            return
-        first = completion.num_detokenized
+    def _take_tokens(self, completion: Completion) -> None:
+        """Takes in the tokens that are new; ends the sequence where a stop string has completed."""
+        sequence, first = completion.sequence, completion.num_tokens
         new = sequence.token_ids[sequence.num_prompt_tokens + first :]
-        completion.num_detokenized += len(new)
-        params = sequence.sampling_params
-        if sequence.finish_reason == "stop" and not params.include_stop_str_in_output:
-            new = new[:-1]  # the token that ended the output is not part of its text
-        for index, token in enumerate(new, first):
-            completion.take_text(detokenizer.append(token), index + 1)
-        if sequence.is_finished:
-            completion.take_text(detokenizer.finish(), completion.num_detokenized)
-        if completion.stop.stop_reason is not None:
-            self.scheduler.finish(sequence, "stop", completion.stop.stop_reason)
-        elif sequence.is_finished:
-            completion.text += completion.stop.finish()
-
-    def _output(self, request: _Request) -> RequestOutput:
-        """Returns the request as far as it has come, and forgets it when it is finished."""
-        group = request.group
-        finished = group.is_finished
-        if finished:
-            del self._requests[group.request_id]
-        return RequestOutput(
-            request_id=group.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=group.prompt_token_ids,
-            prompt_logprobs=(
-                None
-                if group.sampling_params.prompt_logprobs is None
-                else (None, *group.prompt_logprobs)
-            ),
-            outputs=tuple(
-                CompletionOutput(
-                    index=completion.sequence.index,
-                    text=None if completion.detokenizer is None else completion.text,
-                    token_ids=tuple(completion.sequence.output_token_ids),
-                    finish_reason=completion.sequence.finish_reason,
-                    stop_reason=completion.sequence.stop_reason,
-                    **_logprobs_of(completion.sequence),
-                )
-                for completion in request.completions
-            ),
-            finished=finished,
-            metrics=RequestMetrics(
-                arrival_time_s=group.arrival_time,
-                first_scheduled_time_s=request.first_scheduled_time_s,
-                first_token_time_s=request.first_token_time_s,
-                finish_time_s=time.monotonic() if finished else None,
-                num_preemptions=group.num_preemptions,
-            ),
-            num_cached_tokens=group.num_cached_tokens,
-        )
+        if completion.detokenizer is not None:
+            update_text(completion, completion.detokenizer, new)
+            if completion.stop.stop_reason is not None:
+                self.scheduler.finish(sequence, "stop", completion.stop.stop_reason)
+        added = zip(new, sequence.logprobs[first:], strict=False)  # few requests ask for any
+        completion.cumulative_logprob += sum(by_token[token].logprob for token, by_token in added)
+        completion.num_tokens = first + len(new)
 
 
 def _candidates(found: TokenLogprobs) -> Candidates:
     return Candidates(found.top_token_ids, found.top_logprobs)
-
-
-def _logprobs_of(sequence: Sequence) -> dict[str, Any]:
-    """Returns the fields of `CompletionOutput` that hold log-probabilities, if it has them."""
-    if sequence.group.beams is not None:
-        cumulative_logprob, score = beam_groups.figures(sequence)
-        return {"cumulative_logprob": cumulative_logprob, "score": score}
-    if sequence.sampling_params.logprobs is None:
-        return {}
-    pairs = zip(sequence.output_token_ids, sequence.logprobs, strict=True)
-    return {
-        "logprobs": tuple(sequence.logprobs),
-        "cumulative_logprob": sum(by_token[token].logprob for token, by_token in pairs),
-    }

@@ -190,13 +190,12 @@ class LLM:
         done: dict[str, RequestOutput] = {}
         with tqdm(total=len(requests), unit="request", disable=not use_tqdm) as progress:
             begin = self.engine.num_generated_tokens
-            for output in self._run(requests):
-                if output.finished:
-                    done[output.request_id] = output
-                    progress.update()
-                    tokens = self.engine.num_generated_tokens - begin
-                    seconds = max(progress.format_dict["elapsed"], 1e-9)
-                    progress.set_postfix_str(f"{tokens / seconds:.1f} output tokens/s")
+            for output in self._run(requests, final_only=True):
+                done[output.request_id] = output
+                progress.update()
+                tokens = self.engine.num_generated_tokens - begin
+                seconds = max(progress.format_dict["elapsed"], 1e-9)
+                progress.set_postfix_str(f"{tokens / seconds:.1f} output tokens/s")
         return [done[group.request_id] for group, _ in requests]
 
     def beam_search(
@@ -325,7 +324,7 @@ class LLM:
         request: Prompt = {"prompt_token_ids": ids}
         if salt is not None:
             request = {"prompt_token_ids": ids, "cache_salt": salt}
-        while not self.engine.scheduler.pin(ids, salt):
+        while not self.engine.pin(ids, salt):
             self.generate(request, once, use_tqdm=False)
         return len(ids)
 
@@ -335,7 +334,7 @@ class LLM:
         Raises:
           ValueError: the prefix is not pinned.
         """
-        if not self.engine.scheduler.unpin(*self._prefix(prompt)):
+        if not self.engine.unpin(*self._prefix(prompt)):
             raise ValueError(f"prompt={prompt!r:.80} is not pinned; `pin_prefix` was never called")
 
     def _prefix(self, prompt: Prompt) -> tuple[tuple[int, ...], str | None]:
@@ -397,16 +396,18 @@ class LLM:
         for group, one in zip(groups, priority, strict=True):
             group.priority = one
 
-    def _run(self, requests: list[tuple[SequenceGroup, str | None]]) -> Iterator[RequestOutput]:
+    def _run(
+        self, requests: list[tuple[SequenceGroup, str | None]], *, final_only: bool = False
+    ) -> Iterator[RequestOutput]:
         """Queues the requests and steps the engine until they are done.
 
         Several iterations may be under way: each step's outputs are left for whoever waits.
         """
         unfinished = {group.request_id for group, _ in requests}
-        self._awaited |= unfinished
         try:
+            self._awaited |= unfinished
             for group, text in requests:
-                self.engine.add(group, text)
+                self.engine.add(group, text, final_only=final_only)
             while unfinished:
                 if unfinished.isdisjoint(self._outputs):
                     assert self.engine.has_unfinished, f"nothing will come for {unfinished}"

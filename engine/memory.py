@@ -99,7 +99,10 @@ class Memory(Protocol):
         ...
 
     def free_all(self) -> None:
-        """Gives back every row and its blocks."""
+        """Gives back every row and its blocks, also if a verb was cut short between any two lines.
+
+        Nothing is cached or pinned afterwards.
+        """
         ...
 
     def check_invariants(self, num_tokens: dict[int, int]) -> None:
@@ -301,11 +304,14 @@ class BlockTableMemory:
         self.state = block_tables.free(self.state, self._named(rows))
 
     def free_all(self) -> None:
-        """Gives back every row and its blocks, and forgets what is cached, pinned or not."""
-        self.state = block_tables.free(self.state, self.state.seq_lens > 0)
-        self.state = block_tables.release(self.state, np.array(self._held(), np.int32))
-        self.pins.clear()
-        self._pinned.clear()
+        """Begins with new block tables, and an empty prefix cache that goes on counting.
+
+        Of the old ones only the sizes are read: a verb that was cut short, between entering a block
+        and holding it, say, leaves them at odds with each other.
+        """
+        num_blocks, (num_rows, width) = len(self.state.ref_counts), self.state.tables.shape
+        self.state = block_tables.create(num_blocks, num_rows, width, self.block_size)
+        self.pins, self._pinned = collections.Counter(), collections.Counter()
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
 

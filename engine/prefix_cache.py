@@ -45,7 +45,7 @@ class PrefixCache:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets every block."""
+        """Forgets every block, whatever state they are in; the statistics go on."""
         self.is_cached = np.zeros(self._num_blocks, bool)
         self._num_children = np.zeros(self._num_blocks, np.int32)
         self._last_used = np.zeros(self._num_blocks, np.int64)

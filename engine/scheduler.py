@@ -292,20 +292,17 @@ class Scheduler:
         """Aborts and returns all requests, and forgets the steps in flight.
 
         For use after an error or an interrupt, wherever it struck: nothing that may be half-changed
-        is read, and the scheduler and its memory are empty again.
+        is read, and the scheduler and its memory begin anew. May be called again if it was
+        interrupted itself.
         """
         aborted = list(self._unfinished.values())
         for group in aborted:
-            group.status = SequenceStatus.FINISHED
-            for sequence in group.live:
-                sequence.finish_reason = "abort"
-                sequence.num_pending = 0
-                sequence.give_up_blocks()
-            self.host_pool.give_back(group)
-        for queue in (self._unfinished, self._waiting, self._running, self._in_flight):
+            group.abort()
+        for queue in (self._waiting, self._running, self._in_flight, self._swap_outs):
             queue.clear()
-        self._swap_outs.clear()
+        self.host_pool.clear()
         self.memory.free_all()
+        self._unfinished.clear()
         return aborted
 
     def check_invariants(self) -> None:
@@ -519,6 +516,7 @@ class Scheduler:
     def _preempt(self, group: SequenceGroup) -> SequenceGroup:
         """Takes all blocks; what is not swapped out starts again, prompt and output as a prompt."""
         self._running.remove(group)
+        self.num_preemptions += 1  # before the host pool counts a swap, which is one of them
         move = None
         if self._choose_recovery(group) == "swap":
             move = swap_out(group, self.memory.tables, self.memory.block_size, self.host_pool)
@@ -531,7 +529,6 @@ class Scheduler:
         group.is_forked = False
         self._enqueue(group)
         group.num_preemptions += 1
-        self.num_preemptions += 1
         return group
 
     def _finish_if_over(self, sequence: Sequence) -> list[int]:
@@ -568,13 +565,13 @@ class Scheduler:
 
     def _end(self, group: SequenceGroup) -> None:
         """Forgets a group of which no sequence is left."""
-        del self._unfinished[group.request_id]
         if group.status is SequenceStatus.RUNNING:
             self._running.remove(group)
         else:
             self._waiting.remove(group)
         self.host_pool.give_back(group)
         group.status = SequenceStatus.FINISHED
+        del self._unfinished[group.request_id]  # last: what `abort_all` must know of is in there
 
 
 def _may_start(sequence: Sequence, planned: dict[Sequence, int]) -> bool:

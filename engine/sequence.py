@@ -248,3 +248,16 @@ class SequenceGroup:
     def is_finished(self) -> bool:
         """Whether all its sequences are."""
         return self.status is SequenceStatus.FINISHED
+
+    def abort(self, stop_reason: str | None = None) -> None:
+        """Ends what runs of it by "abort", in any state, and counts on none of its figures.
+
+        Whoever calls this empties the queues and the memory that it may be in.
+        """
+        for sequence in self.live:
+            sequence.give_up_blocks()
+            sequence.num_pending = 0
+            sequence.stop_reason = stop_reason
+            sequence.finish_reason = "abort"
+        self.swapped = None
+        self.status = SequenceStatus.FINISHED

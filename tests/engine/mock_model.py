@@ -14,9 +14,13 @@ from typing import Any
 import numpy as np
 
 from pallas_paged import block_tables
+from pallas_paged.block_tables import BlockTables
 from pallas_paged.engine.beam_search import Candidates
+from pallas_paged.engine.core import Engine
 from pallas_paged.engine.groups import CopyPairs
+from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.runner import Collected, InFlight
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
 from pallas_paged.engine.sequence import Sequence, SequenceGroup
 from pallas_paged.engine.swap import BlockMove, HostPool
@@ -193,6 +197,51 @@ class MockRunner:
         return results
 
 
+class MockDevice:
+    """A `MockRunner` as the runner of a whole `Engine`, with log-probabilities that it makes up.
+
+    Attributes:
+      fails_in: 1 if the next `collect` is interrupted, and so on; 0: none is.
+    """
+
+    def __init__(self, memory: BlockTableMemory) -> None:
+        self.runner = MockRunner(memory)
+        self.fails_in = 0
+
+    def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
+        assert state is self.runner.memory.state
+        return InFlight(step, self.runner.dispatch(step))
+
+    def collect(self, in_flight: InFlight) -> Collected:
+        if self.fails_in:
+            self.fails_in -= 1
+            if not self.fails_in:
+                raise KeyboardInterrupt
+        tokens: list[int] = []
+        logprobs: list[TokenLogprobs | None] = []
+        results = self.runner.collect(in_flight.tokens)
+        for share, result in zip(in_flight.step.scheduled, results, strict=True):
+            if isinstance(result, Candidates):
+                tokens.append(result.token_ids[0])
+                logprobs.append(TokenLogprobs(result.logprobs[0], 1, *result))
+            else:
+                tokens.append(result)
+                asked = share.samples and share.sequence.sampling_params.logprobs is not None
+                made_up = made_up_logprob(result)
+                found = TokenLogprobs(made_up, 1, [result], [made_up]) if asked else None
+                logprobs.append(found)
+        return Collected(tokens, logprobs)
+
+    def recover(self) -> None:
+        self.runner.queue.clear()
+        self.runner.cache[:] = -1
+
+
+def made_up_logprob(token: int) -> float:
+    """What `MockDevice` says of a sampled token."""
+    return -token / 7
+
+
 class MockEngine:
     """The engine's loop: dispatch a step, then commit the one before."""
 
@@ -269,3 +318,26 @@ def make_engine(
         **policies,
     )
     return MockEngine(scheduler, MockRunner(memory), host_stop)
+
+
+def make_whole_engine(
+    *,
+    seed: int = 0,
+    async_scheduling: bool = True,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Engine:
+    """Returns an `Engine` over a `MockDevice`; see `make_engine` for the other options."""
+    scheduler = make_engine(**options).scheduler
+    memory = scheduler.memory
+    assert isinstance(memory, BlockTableMemory)
+    return Engine(
+        scheduler,
+        memory,
+        MockDevice(memory),
+        vocab_size=VOCAB_SIZE,
+        max_model_len=scheduler.admission.max_model_len,
+        tokenizer=tokenizer,
+        seed=seed,
+        async_scheduling=async_scheduling,
+    )

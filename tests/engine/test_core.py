@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_paged.block_tables import BlockTables
-from pallas_paged.engine import SamplingParams, batch
+from pallas_paged.engine import SamplingParams, batch, core
 from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core import Engine
@@ -15,7 +15,13 @@ from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.runner import Collected, InFlight
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
-from tests.engine.mock_model import VOCAB_SIZE, next_token, sampled_token
+from tests.engine.mock_model import (
+    VOCAB_SIZE,
+    made_up_logprob,
+    make_whole_engine,
+    next_token,
+    sampled_token,
+)
 
 MAX_MODEL_LEN = 64
 GREEDY = SamplingParams(temperature=0, max_tokens=10, detokenize=False)
@@ -236,6 +242,56 @@ def test_metrics_are_in_order() -> None:
         m = output.metrics
         assert m.arrival_time_s <= m.first_scheduled_time_s
         assert m.first_scheduled_time_s <= m.first_token_time_s <= m.finish_time_s
+
+
+# ---- outputs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_seqs", [1, 3])
+def test_who_wants_the_last_output_only_gets_no_other(num_seqs: int) -> None:
+    engine = make_whole_engine(max_num_seqs=9)
+    params = dataclasses.replace(GREEDY, temperature=1, n=num_seqs, logprobs=0)
+    for request_id, final_only in (("stream", False), ("final", True), ("aborted", True)):
+        group = engine.make_group([1, 2, 3], params, request_id)
+        engine.add(group, final_only=final_only)
+    outputs = [output for _ in range(3) for output in engine.step()]
+    engine.abort("aborted")
+    while engine.has_unfinished:
+        outputs += engine.step()
+    by_id = {name: [o for o in outputs if o.request_id == name] for name in ("stream", "final")}
+    assert len(by_id["stream"]) >= 10
+    (final,) = by_id["final"]
+    assert final.outputs == by_id["stream"][-1].outputs
+    (aborted,) = (o for o in outputs if o.request_id == "aborted")
+    tokens = aborted.outputs[0].token_ids
+    assert 0 < len(tokens) < 10
+    assert tokens == final.outputs[0].token_ids[: len(tokens)]
+
+
+def test_each_log_probability_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a request has been given out with all of them."""
+    num_looks = 0
+
+    class Counting(dict):
+        def __getitem__(self, token: int) -> object:
+            nonlocal num_looks
+            num_looks += 1
+            return super().__getitem__(token)
+
+    real = core.logprobs_by_token
+    monkeypatch.setattr(core, "logprobs_by_token", lambda *args: Counting(real(*args)))
+    engine = make_whole_engine()
+    engine.add(engine.make_group([1, 2, 3], dataclasses.replace(GREEDY, logprobs=1)))
+    seen = []
+    while engine.has_unfinished:
+        for output in engine.step():
+            (completion,) = output.outputs
+            assert len(completion.logprobs) == len(completion.token_ids)
+            total = sum(map(made_up_logprob, completion.token_ids))
+            assert completion.cumulative_logprob == pytest.approx(total)
+            seen.append(len(completion.token_ids))
+    assert seen == [*range(1, 11)]
+    assert num_looks == 10
 
 
 def refuse(prompt: object, **params: object) -> str:

@@ -138,6 +138,16 @@ def test_a_stream_has_logprobs_for_every_token_it_has(llm: LLM) -> None:
     assert len(lengths) == 24
 
 
+def test_generate_makes_one_output_of_each_request(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: list[RequestOutput] = []
+    step = llm.engine.step
+    monkeypatch.setattr(llm.engine, "step", lambda: outputs.extend(made := step()) or made)
+    done = llm.generate(PROMPTS[:3], dataclasses.replace(PLAIN, logprobs=1), use_tqdm=False)
+    assert sorted(map(id, done)) == sorted(map(id, outputs))
+
+
 def test_more_logprobs_than_the_engine_gives_are_refused(llm: LLM) -> None:
     with pytest.raises(ValueError, match="logprobs=161 is more than the vocabulary of 160"):
         llm.generate(PROMPTS[:1], SamplingParams(logprobs=161), use_tqdm=False)

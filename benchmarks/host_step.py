@@ -1,0 +1,115 @@
+"""What a step of the engine costs the host, beside a device that takes no time.
+
+Each row is a decode step of `num_seqs` sequences that already have `num_tokens` output tokens each;
+`waiting` more prompts, as long as that, wait for memory. Outputs are cumulative: a stream gives
+out all tokens so far with every step; `generate` wants the last output only.
+
+  python -m benchmarks.host_step --num_seqs=256 --num_tokens=4000 --json=out.json
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks import tables
+from pallas_paged.block_tables import BlockTables
+from pallas_paged.engine.core import Engine
+from pallas_paged.engine.logprobs import TokenLogprobs
+from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.outputs import logprobs_by_token
+from pallas_paged.engine.runner import Collected, InFlight
+from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
+
+_NUM_SEQS = flags.DEFINE_integer("num_seqs", 256, "Sequences that decode at once.", lower_bound=1)
+_NUM_TOKENS = flags.DEFINE_integer("num_tokens", 4000, "Output tokens of each.", lower_bound=1)
+_NUM_STEPS = flags.DEFINE_integer("num_steps", 20, "Decode steps to time.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Also write the figures, in milliseconds, to this file.")
+
+_TOKEN = 5
+_BLOCK_SIZE = 16
+_FOUND = TokenLogprobs(-1.0, 1, [_TOKEN, 6], [-1.0, -2.0])
+
+
+class MockRunner:
+    """A device that takes no time, and samples the same token everywhere."""
+
+    def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
+        """Does nothing: what a step's inputs cost is the device's side of the border."""
+        return InFlight(step, np.full(len(step.scheduled), _TOKEN, np.int32))
+
+    def collect(self, in_flight: InFlight) -> Collected:
+        """Returns the token, with log-probabilities where they are asked for."""
+        scheduled = in_flight.step.scheduled
+        asked = [share.sequence.sampling_params.logprobs is not None for share in scheduled]
+        return Collected([_TOKEN] * len(scheduled), [_FOUND if one else None for one in asked])
+
+    def recover(self) -> None:
+        """Nothing can fail."""
+
+
+def measure(final_only: bool, logprobs: int | None, num_waiting: int = 0) -> dict[str, object]:
+    """Returns the milliseconds of a decode step."""
+    num_seqs, num_tokens = _NUM_SEQS.value, _NUM_TOKENS.value
+    max_model_len = num_tokens + _NUM_STEPS.value + 64
+    num_blocks = num_seqs * -(-max_model_len // _BLOCK_SIZE) + 1
+    memory = BlockTableMemory(
+        num_blocks=num_blocks,
+        block_size=_BLOCK_SIZE,
+        max_num_seqs=num_seqs + 1,
+        max_model_len=max_model_len,
+        enable_prefix_caching=True,
+    )
+    scheduler = Scheduler(
+        memory,
+        max_num_seqs=num_seqs + 1,
+        max_num_batched_tokens=num_seqs * max_model_len,
+        max_model_len=max_model_len,
+    )
+    engine = Engine(scheduler, memory, MockRunner(), vocab_size=1024, max_model_len=max_model_len)
+    params = SamplingParams(max_tokens=max_model_len - 8, ignore_eos=True, logprobs=logprobs)
+    rng = np.random.default_rng(0)
+    for _ in range(num_seqs):
+        group = engine.make_group(rng.integers(0, 1024, 8).tolist(), params)
+        engine.add(group, final_only=final_only)
+        (sequence,) = group.sequences  # as if it had lost its memory
+        sequence.token_ids += [_TOKEN] * num_tokens
+        if logprobs is not None:
+            sequence.logprobs += [logprobs_by_token(_TOKEN, _FOUND, None)] * num_tokens
+    for _ in range(4):
+        engine.step()
+    for _ in range(num_waiting):
+        engine.add(engine.make_group(rng.integers(0, 1024, num_tokens).tolist(), SamplingParams()))
+    seconds = []
+    for _ in range(_NUM_STEPS.value):
+        begin = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - begin)
+    assert scheduler.num_running == num_seqs, "not a step of decodes"
+    assert scheduler.num_waiting == num_waiting, "nothing may come in"
+    return {"ms": 1e3 * statistics.median(seconds), "max ms": 1e3 * max(seconds)}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints a row for each kind of request."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    rows = [
+        {"outputs": name, "logprobs": logprobs} | measure(final_only, logprobs)
+        for name, final_only in (("every step", False), ("the last", True))
+        for logprobs in (None, 1)
+    ]
+    tables.show(
+        f"a step of {_NUM_SEQS.value} sequences with {_NUM_TOKENS.value} output tokens each", rows
+    )
+    if _JSON.value:
+        with open(_JSON.value, "w", encoding="utf-8") as file:
+            json.dump(rows, file, indent=2)
+
+
+if __name__ == "__main__":
+    app.run(main)

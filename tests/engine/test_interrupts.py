@@ -1,0 +1,268 @@
+"""An interrupt between any two lines leaves an engine that is whole, empty and fit for work.
+
+TRACES=1 takes a visit from the middle of the run to every line, and not only to some of them.
+"""
+
+import collections
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
+
+import pytest
+
+from pallas_paged.engine import BeamSearchParams, SamplingParams
+from pallas_paged.engine.core import Engine
+from pallas_paged.engine.outputs import RequestOutput
+from pallas_paged.engine.policies import PriorityOrder, Recovery
+from pallas_paged.engine.sequence import SequenceGroup
+from tests.engine.mock_model import generate_alone, make_whole_engine, search_alone
+
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
+Line = tuple[CodeType, int]
+FILES = {
+    "memory": ("memory.py", "prefix_cache.py", "block_tables.py"),
+    "scheduling": ("scheduler.py", "admission.py", "groups.py", "swap.py", "sequence.py"),
+    "delivery": ("core.py", "requests.py", "beam_groups.py", "beam_search.py", "stop.py"),
+}
+ALL_LATER = "TRACES" in os.environ
+TOOL = 4
+"""A number of `sys.monitoring` that nobody else uses."""
+
+
+class Letters:
+    """A tokenizer: each token is a letter."""
+
+    eos_token_id = None
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return "".join(chr(ord("A") + token) for token in token_ids)
+
+
+def mixed_recovery(group: SequenceGroup) -> Recovery:
+    """One kind is computed again, the others are swapped out."""
+    return "recompute" if group.num_seqs == 1 else "swap"
+
+
+def make_engine() -> Engine:
+    return make_whole_engine(
+        num_blocks=19,
+        block_size=2,
+        max_num_seqs=6,
+        max_num_batched_tokens=16,
+        max_model_len=24,
+        enable_prefix_caching=True,
+        num_host_blocks=30,
+        order=PriorityOrder(),
+        choose_recovery=mixed_recovery,
+        tokenizer=Letters(),
+    )
+
+
+PREFIX = (5, 9, 2, 40)
+SAMPLED = SamplingParams(temperature=1, max_tokens=6, seed=1)
+
+
+class Life:
+    """One use of an engine: every verb that changes what it holds."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.groups: list[SequenceGroup] = []
+        self.outputs: dict[str, RequestOutput] = {}
+
+    def add(
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams | BeamSearchParams,
+        *,
+        priority: int = 0,
+        salt: str | None = None,
+    ) -> SequenceGroup:
+        group = self.engine.make_group(prompt, params, cache_salt=salt)
+        group.priority = priority
+        self.groups.append(group)
+        self.engine.add(group)
+        return group
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.outputs |= {output.request_id: output for output in self.engine.step()}
+
+    def drain(self) -> None:
+        for _ in range(60):
+            if not self.engine.has_unfinished:
+                return
+            self.steps(1)
+        raise AssertionError("it never ends")
+
+    def run(self) -> None:
+        """Hits, merges, forks, copies, evictions, preemptions of both kinds, pins and aborts."""
+        logged = SamplingParams(temperature=1, n=3, max_tokens=7, logprobs=1, seed=2)
+        self.add((*PREFIX, 7), SAMPLED)
+        self.add((*PREFIX, 7), SamplingParams(temperature=1, max_tokens=9, seed=3), priority=3)
+        self.steps(3)
+        self.engine.pin(PREFIX, None)
+        self.add((*PREFIX, 8, 8, 8), logged, priority=2)
+        self.steps(3)
+        self.add(tuple(range(12)), SAMPLED, priority=1, salt="a")
+        self.steps(4)
+        aborted = self.add((*PREFIX, 30), SAMPLED)
+        beams = BeamSearchParams(beam_width=2, max_tokens=3, num_return=1)
+        self.add((3, 1, 4), beams)
+        self.steps(2)
+        self.engine.abort(aborted.request_id)
+        self.engine.unpin(PREFIX, None)
+        stop = "".join(chr(ord("A") + token) for token in self.alone((50, 51))[1:3])
+        self.add((50, 51), SamplingParams(temperature=1, max_tokens=6, seed=1, stop=stop))
+        self.drain()
+
+    def alone(self, prompt: tuple[int, ...]) -> list[int]:
+        return generate_alone(SequenceGroup("", prompt, 6).sequences[0], 24)[0]
+
+    def check(self, is_whole: bool) -> None:
+        """Every request that arrived has its last output, and none has a wrong token."""
+        for group in self.groups:
+            if not is_whole and group.request_id not in self.outputs:
+                assert group.request_id not in self.engine._requests
+                continue  # the interrupt struck in `add`, or took with it what `step` returned
+            output = self.outputs[group.request_id]
+            assert output.finished or not is_whole
+            if group.beams is not None:
+                self.check_beams(group, output)
+                continue
+            for sequence, completion in zip(group.sequences, output.outputs, strict=True):
+                wanted, reason, _ = generate_alone(sequence, 24)
+                num_tokens = len(completion.token_ids)
+                assert completion.token_ids == tuple(wanted[:num_tokens])
+                if completion.logprobs is not None:
+                    assert len(completion.logprobs) == num_tokens
+                if completion.finish_reason == reason == "length":
+                    assert num_tokens == len(wanted)
+                    assert completion.text == Letters().decode(wanted, skip_special_tokens=True)
+                if is_whole and completion.finish_reason == "stop":
+                    assert num_tokens == 3
+                    assert completion.text == chr(ord("A") + wanted[0])
+
+    def check_beams(self, group: SequenceGroup, output: RequestOutput) -> None:
+        if output.outputs[0].finish_reason != "abort":
+            expected = [ended.tokens for ended in search_alone(group)]
+            assert [completion.token_ids for completion in output.outputs] == expected
+
+
+@contextlib.contextmanager
+def monitored(callback: Callable[[CodeType, int], object]) -> Iterator[None]:
+    """Calls back before each line of Python; what that raises is raised there."""
+    sys.monitoring.use_tool_id(TOOL, "interrupts")
+    sys.monitoring.register_callback(TOOL, sys.monitoring.events.LINE, callback)
+    try:
+        yield
+    finally:
+        sys.monitoring.register_callback(TOOL, sys.monitoring.events.LINE, None)
+        sys.monitoring.free_tool_id(TOOL)
+
+
+def lines_of(run: Callable[[], None], files: Sequence[str]) -> collections.Counter[Line]:
+    """Returns how often `run`, which may be interrupted, comes to each line of the files."""
+    found: collections.Counter[Line] = collections.Counter()
+
+    def note(code: CodeType, line: int) -> None:
+        if code.co_filename.endswith(tuple(f"/{name}" for name in files)):
+            found[code, line] += 1
+
+    with monitored(note), contextlib.suppress(KeyboardInterrupt):
+        sys.monitoring.set_events(TOOL, sys.monitoring.events.LINE)
+        try:
+            run()
+        finally:
+            sys.monitoring.set_events(TOOL, 0)
+    return found
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def interrupted_at(
+    target: Line, visit: int, run: Callable[[], None], strike: Callable[[], None] = interrupt
+) -> bool:
+    """Runs, and strikes before that visit to a line; returns whether it got there."""
+    visits = 0
+
+    def count(code: CodeType, line: int) -> None:
+        nonlocal visits
+        visits += (code, line) == target
+        if visits == visit and (code, line) == target:
+            strike()
+
+    with monitored(count), contextlib.suppress(KeyboardInterrupt):
+        sys.monitoring.set_local_events(TOOL, target[0], sys.monitoring.events.LINE)
+        try:
+            run()
+        finally:
+            sys.monitoring.set_local_events(TOOL, target[0], 0)
+    return visits >= visit
+
+
+@pytest.mark.parametrize("files", FILES.values(), ids=FILES)
+def test_an_interrupt_before_any_line(files: tuple[str, ...]) -> None:
+    """Before the first visit to some, before a later one to others."""
+    engine = make_engine()
+    lines = lines_of(Life(engine).run, files)
+    assert len(lines) > 100
+    for (code, line), visits in lines.items():
+        life = Life(engine)
+        visit = 1 + 7 * line % visits if ALL_LATER or line % 16 == 0 else 1
+        assert interrupted_at((code, line), visit, life.run), f"{code}: {line}"
+        life.drain()
+        engine.check_idle()
+        life.check(is_whole=False)
+    life = Life(engine)
+    life.run()
+    life.check(is_whole=True)
+    engine.check_idle()
+
+
+def test_a_second_interrupt_before_any_line_of_the_recovery() -> None:
+    engine = make_engine()
+    files = [*FILES["memory"], *FILES["scheduling"], *FILES["delivery"]]
+    usual = lines_of(Life(engine).run, files)
+
+    def fail() -> None:
+        engine.runner.fails_in = 12
+        life.run()
+
+    life = Life(engine)
+    recovery = lines_of(fail, files).keys() - usual.keys()
+    life.drain()
+    assert len(recovery) > 40
+    for target in sorted(recovery, key=lambda line: (line[0].co_filename, line[1])):
+        life = Life(engine)
+        assert interrupted_at(target, 1, fail), target
+        life.drain()
+        engine.check_idle()
+        life.check(is_whole=False)
+        assert life.groups[0].request_id in life.outputs
+
+
+def test_an_abort_in_the_middle_of_a_step_waits_for_the_next_one() -> None:
+    """As when the collector of garbage closes a stream that nobody reads any more."""
+    first = Life(make_engine())
+    first.add((4, 5), SAMPLED)
+    for target in lines_of(lambda: first.steps(2), ["scheduler.py"]):
+        engine = make_engine()
+        life = Life(engine)
+        group, other = life.add((1, 2, 3), SAMPLED), life.add((4, 5), SAMPLED)
+
+        def collect(engine: Engine = engine, request_id: str = group.request_id) -> None:
+            engine.abort(request_id)
+
+        assert interrupted_at(target, 1, functools.partial(life.steps, 2), collect)
+        life.drain()
+        engine.check_idle()
+        life.check(is_whole=True)
+        assert life.outputs[group.request_id].outputs[0].finish_reason == "abort"
+        assert life.outputs[other.request_id].outputs[0].finish_reason == "length"
