@@ -73,6 +73,12 @@ class ContiguousMemory(BlockTableMemory):
         fits = num_blocks <= num_rows * self.blocks_per_place
         return num_rows * self.blocks_per_place if fits else self.num_usable_blocks + 1
 
+    def num_free_after(
+        self, freed_rows: Sequence[int], rows: Sequence[int], num_tokens: Sequence[int]
+    ) -> int:
+        """Counts the freed rows' places; a sequence grows into what it has reserved."""
+        return self.num_free_blocks + len(freed_rows) * self.blocks_per_place
+
     def admit(self, plans: Sequence[RowPlan]) -> list[int]:
         """Gives each sequence the lowest free place."""
         rows: list[int] = np.flatnonzero(self._lens[: self.num_places] == 0).tolist()

@@ -1,8 +1,9 @@
 """What a step of the engine costs the host, beside a device that takes no time.
 
-Each row is a decode step of `num_seqs` sequences that already have `num_tokens` output tokens each;
-`waiting` more prompts, as long as that, wait for memory. Outputs are cumulative: a stream gives
-out all tokens so far with every step; `generate` wants the last output only.
+Each row is a decode step of `num_seqs` sequences that already have `num_tokens` output tokens each.
+Outputs are cumulative: a stream gives out all tokens so far with every step; `generate` wants the
+last output only. In the last row a prompt waits for memory that begins with `waiting_len` tokens
+which are cached, and has as many more; a step's blocks are cached too.
 
   python -m benchmarks.host_step --num_seqs=256 --num_tokens=4000 --json=out.json
 """
@@ -28,6 +29,7 @@ from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
 _NUM_SEQS = flags.DEFINE_integer("num_seqs", 256, "Sequences that decode at once.", lower_bound=1)
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 4000, "Output tokens of each.", lower_bound=1)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 20, "Decode steps to time.", lower_bound=1)
+_WAITING_LEN = flags.DEFINE_integer("waiting_len", 16384, "See above.", lower_bound=16)
 _JSON = flags.DEFINE_string("json", None, "Also write the figures, in milliseconds, to this file.")
 
 _TOKEN = 5
@@ -52,11 +54,12 @@ class MockRunner:
         """Nothing can fail."""
 
 
-def measure(final_only: bool, logprobs: int | None, num_waiting: int = 0) -> dict[str, object]:
+def measure(final_only: bool, logprobs: int | None, waits: bool = False) -> dict[str, object]:
     """Returns the milliseconds of a decode step."""
-    num_seqs, num_tokens = _NUM_SEQS.value, _NUM_TOKENS.value
-    max_model_len = num_tokens + _NUM_STEPS.value + 64
-    num_blocks = num_seqs * -(-max_model_len // _BLOCK_SIZE) + 1
+    num_seqs, num_tokens, waiting_len = _NUM_SEQS.value, _NUM_TOKENS.value, _WAITING_LEN.value
+    longest = num_tokens + _NUM_STEPS.value + 16
+    max_model_len = longest + 3 * waiting_len
+    num_blocks = num_seqs * -(-longest // _BLOCK_SIZE) + 1 + waiting_len // _BLOCK_SIZE
     memory = BlockTableMemory(
         num_blocks=num_blocks,
         block_size=_BLOCK_SIZE,
@@ -67,12 +70,16 @@ def measure(final_only: bool, logprobs: int | None, num_waiting: int = 0) -> dic
     scheduler = Scheduler(
         memory,
         max_num_seqs=num_seqs + 1,
-        max_num_batched_tokens=num_seqs * max_model_len,
+        max_num_batched_tokens=num_seqs * longest + waiting_len,
         max_model_len=max_model_len,
     )
     engine = Engine(scheduler, memory, MockRunner(), vocab_size=1024, max_model_len=max_model_len)
-    params = SamplingParams(max_tokens=max_model_len - 8, ignore_eos=True, logprobs=logprobs)
+    params = SamplingParams(max_tokens=longest - 8, ignore_eos=True, logprobs=logprobs)
     rng = np.random.default_rng(0)
+    prompt = rng.integers(0, 1024, 2 * waiting_len).tolist()
+    if waits:
+        engine.add(engine.make_group(prompt[: waiting_len + 1], SamplingParams(max_tokens=1)))
+        engine.drain()
     for _ in range(num_seqs):
         group = engine.make_group(rng.integers(0, 1024, 8).tolist(), params)
         engine.add(group, final_only=final_only)
@@ -82,15 +89,15 @@ def measure(final_only: bool, logprobs: int | None, num_waiting: int = 0) -> dic
             sequence.logprobs += [logprobs_by_token(_TOKEN, _FOUND, None)] * num_tokens
     for _ in range(4):
         engine.step()
-    for _ in range(num_waiting):
-        engine.add(engine.make_group(rng.integers(0, 1024, num_tokens).tolist(), SamplingParams()))
+    if waits:
+        engine.add(engine.make_group(prompt, SamplingParams(max_tokens=1)))
     seconds = []
     for _ in range(_NUM_STEPS.value):
         begin = time.perf_counter()
         engine.step()
         seconds.append(time.perf_counter() - begin)
     assert scheduler.num_running == num_seqs, "not a step of decodes"
-    assert scheduler.num_waiting == num_waiting, "nothing may come in"
+    assert scheduler.num_waiting == waits, "there is room: raise waiting_len"
     return {"ms": 1e3 * statistics.median(seconds), "max ms": 1e3 * max(seconds)}
 
 
@@ -98,10 +105,12 @@ def main(argv: Sequence[str]) -> None:
     """Prints a row for each kind of request."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    kinds = [("every step", logprobs, False) for logprobs in (None, 1)]
+    kinds += [("the last", None, False), ("the last", 1, False), ("the last", None, True)]
     rows = [
-        {"outputs": name, "logprobs": logprobs} | measure(final_only, logprobs)
-        for name, final_only in (("every step", False), ("the last", True))
-        for logprobs in (None, 1)
+        {"outputs": outputs, "logprobs": logprobs, "waits": waits}
+        | measure(outputs == "the last", logprobs, waits)
+        for outputs, logprobs, waits in kinds
     ]
     tables.show(
         f"a step of {_NUM_SEQS.value} sequences with {_NUM_TOKENS.value} output tokens each", rows

@@ -10,6 +10,7 @@ from pallas_paged.engine.groups import (
     CopyPairs,
     Entry,
     RowPlan,
+    longest_length,
     plan_entry,
     sequences_to_place,
     worst_case_blocks,
@@ -31,10 +32,17 @@ class Arrival(NamedTuple):
 
 
 class Places(NamedTuple):
-    """What may be taken: rows, and blocks."""
+    """What may be taken.
+
+    Attributes:
+      num_rows: rows.
+      num_blocks: blocks.
+      freed_rows: rows in use that are counted as free, with their blocks.
+    """
 
     num_rows: int
     num_blocks: int
+    freed_rows: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +97,13 @@ class Admission:
                 "shorten the prompt or enlarge the cache"
             )
 
+    def longest_output(self, group: SequenceGroup) -> int:
+        """Returns the largest `max_tokens` that `check` accepts; below 1 if there is none."""
+        num_blocks = self.memory.num_usable_blocks - self._pinned_for_others(group)
+        prompt_len, block_size = group.num_prompt_tokens, self.memory.block_size
+        longest = longest_length(prompt_len, group.num_seqs, num_blocks, block_size)
+        return min(longest, self.max_model_len) - prompt_len
+
     def fits_beside_pins(self, group: SequenceGroup) -> bool:
         """Whether a group that `check` accepted could still run to its end, alone."""
         needed = self._worst_case(group) + self._pinned_for_others(group)
@@ -99,10 +114,9 @@ class Admission:
         if group.num_rows > places.num_rows:
             return None
         hits = [self._hits(sequence) for sequence in sequences_to_place(group)]
-        plan = plan_entry if group.swapped is None else plan_return
-        entry = plan(group, hits, self.memory.block_size)
+        entry = self._entry(group, hits)
         needed = self.memory.blocks_taken(entry.num_needed, group.num_rows)
-        needed += self.memory.num_unreferenced(list(itertools.chain(*hits)))
+        needed += self.memory.num_unreferenced(list(itertools.chain(*hits)), places.freed_rows)
         return Arrival(group, entry, hits, needed) if needed <= places.num_blocks else None
 
     def enter(self, arrival: Arrival) -> None:
@@ -119,6 +133,8 @@ class Admission:
                 sequence.num_computed = branch.num_shared
             found = len(cached) if group.swapped else branch.num_shared // self.memory.block_size
             sequence.num_remembered = found
+            sequence.hits.clear()
+        group.planned_entry = None
         group.is_forked = len(entry.placed) == len(group.live)
         if group.num_preemptions == 0 and group.reads_cache:
             group.num_cached_tokens = entry.branches[0].num_shared
@@ -179,12 +195,25 @@ class Admission:
     def _pinned_for_others(self, group: SequenceGroup) -> int:
         return self.memory.num_pinned_for_others(self._hits(group.sequences[0]))
 
+    def _entry(self, group: SequenceGroup, hits: list[list[int]]) -> Entry:
+        """Returns how a waiting group would come in; planned again only if something has changed.
+
+        A group may wait for many steps, and to plan the entry of a long prompt takes longer than
+        all the rest of a step.
+        """
+        lengths = [(s, len(s.token_ids)) for s in sequences_to_place(group)]
+        basis = group.swapped, group.num_rows, lengths, hits
+        if group.planned_entry is None or group.planned_entry[0] != basis:
+            plan = plan_entry if group.swapped is None else plan_return
+            group.planned_entry = basis, plan(group, hits, self.memory.block_size)
+        return group.planned_entry[1]
+
     def _hits(self, sequence: Sequence) -> list[int]:
         """Returns the cached blocks that the sequence may begin with."""
         group = sequence.group
         if not group.reads_cache:
             return []
-        hits = self.memory.match(sequence.token_ids, group.cache_salt)
+        hits = self.memory.match(sequence.token_ids, group.cache_salt, sequence.hits)
         if group.swapped is not None:  # nothing past what it kept
             return hits[: sequence.num_swapped // self.memory.block_size]
         return hits

@@ -107,6 +107,10 @@ class Engine:
         """Returns a group that `add` accepts, and queues nothing; see `Intake.make_group`."""
         return self._intake.make_group(prompt_token_ids, params, request_id, cache_salt)
 
+    def all_or_none(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, groups are made together: if one is refused, none has drawn an id or a seed."""
+        return self._intake.all_or_none()
+
     def add(
         self, group: SequenceGroup, prompt: str | None = None, *, final_only: bool = False
     ) -> None:

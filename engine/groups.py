@@ -102,6 +102,10 @@ def plan_tree(token_ids: Seq[Seq[int]], hits: Seq[Seq[int]], block_size: int) ->
     reach that far.
     """
     S = block_size
+    if len(token_ids) == 1:  # nobody to share with, and prompts may be long
+        (ids,), (cached,) = token_ids, hits
+        num_new = blocks_for(len(ids), S) - len(cached)
+        return [Branch((*cached, *range(-1, -num_new - 1, -1)), None, len(cached) * S)]
     owners: dict[tuple[int, tuple[int, ...]], tuple[int, int | None]] = {}
     branches: list[Branch] = []
     num_new = 0

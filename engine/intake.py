@@ -1,15 +1,15 @@
 """From what a caller asks for to a group of sequences; whatever cannot be is refused here."""
 
+import contextlib
 import dataclasses
-import itertools
 import time
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 import numpy as np
 
 from pallas_paged.engine import logprobs
 from pallas_paged.engine.beam_search import BeamSearch
-from pallas_paged.engine.groups import longest_length
 from pallas_paged.engine.logit_rules import resolve
 from pallas_paged.engine.sampling_params import BeamSearchParams, SamplingParams
 from pallas_paged.engine.scheduler import Scheduler
@@ -48,7 +48,7 @@ class Intake:
         self._tokenizer = tokenizer
         self._seeds = np.random.default_rng(seed)
         self._max_logprobs = max_logprobs
-        self._counter = itertools.count()
+        self._num_named = 0  # requests that came without an id
 
     def make_group(
         self,
@@ -59,8 +59,9 @@ class Intake:
     ) -> SequenceGroup:
         """Returns a group of `n` sequences, or beams, that `add` accepts; queues nothing.
 
-        A request without an id or a seed draws one. Requests share cached blocks only with those
-        of the same `cache_salt`.
+        A request without an id or a seed draws one, unless it is refused. Requests share cached
+        blocks only with those of the same `cache_salt`. `max_tokens=None` means as many as the
+        model allows and as fit beside what is pinned for other prompts.
 
         Raises:
           ValueError: the prompt is empty, too long for the model, or for the pool together with
@@ -80,29 +81,14 @@ class Intake:
         stop_token_ids = frozenset(params.stop_token_ids or ())
         params, beams = self._checked_params(params, eos_token_ids | stop_token_ids)
         num_seqs = params.n if beams is None else beams.width
-        max_tokens = params.max_tokens
-        if max_tokens is None:
-            # No longer than the model allows, and than the pool could hold if it were alone.
-            longest = longest_length(
-                len(ids),
-                num_seqs,
-                self._scheduler.memory.num_usable_blocks,
-                self._scheduler.memory.block_size,
-            )
-            max_tokens = max(1, min(self._max_model_len, longest) - len(ids))
-        if params.min_tokens > max_tokens:
-            raise ValueError(
-                f"min_tokens={params.min_tokens} is more than the {max_tokens} tokens that fit "
-                "behind the prompt; lower it, or shorten the prompt"
-            )
         group = SequenceGroup(
-            request_id=f"request-{next(self._counter)}" if request_id is None else request_id,
+            request_id=f"request-{self._num_named}" if request_id is None else request_id,
             prompt_token_ids=ids,
-            max_tokens=max_tokens,
+            max_tokens=1 if params.max_tokens is None else params.max_tokens,
             eos_token_ids=eos_token_ids,
             stop_token_ids=stop_token_ids,
             arrival_time=time.monotonic(),
-            sampling_params=self._with_seed(params),
+            sampling_params=params,
             num_seqs=num_seqs,
             beams=beams,
             cache_salt=cache_salt,
@@ -115,14 +101,39 @@ class Intake:
                 tokenizer=self._tokenizer,
             ),
         )
-        self._scheduler.check(group)
-        if len(ids) + max_tokens > self._max_model_len:
-            fitting = "" if beams is not None else ", or pass max_tokens=None for as many as fit"
+        if params.max_tokens is None:
+            group.max_tokens = max(1, self._scheduler.admission.longest_output(group))
+        self._check_lengths(group)
+        self._num_named += request_id is None
+        group.sampling_params = self._with_seed(params)
+        return group
+
+    @contextlib.contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Lets no request that is made inside draw an id or a seed if one of them is refused."""
+        before = self._num_named, self._seeds.bit_generator.state
+        try:
+            yield
+        except BaseException:
+            self._num_named, self._seeds.bit_generator.state = before
+            raise
+
+    def _check_lengths(self, group: SequenceGroup) -> None:
+        """Refuses a group that the scheduler would, or that asks for more than the model takes."""
+        prompt_len, max_tokens = group.num_prompt_tokens, group.max_tokens
+        min_tokens = group.sampling_params.min_tokens
+        if min_tokens > max_tokens:
             raise ValueError(
-                f"the prompt's {len(ids)} tokens and max_tokens={max_tokens} are more than "
+                f"min_tokens={min_tokens} is more than the {max_tokens} tokens that fit behind the "
+                "prompt; lower it, or shorten the prompt"
+            )
+        self._scheduler.check(group)
+        if prompt_len + max_tokens > self._max_model_len:
+            fitting = "" if group.beams else ", or pass max_tokens=None for as many as fit"
+            raise ValueError(
+                f"the prompt's {prompt_len} tokens and max_tokens={max_tokens} are more than "
                 f"max_model_len={self._max_model_len}; shorten one of them{fitting}"
             )
-        return group
 
     def _checked_params(
         self, params: SamplingParams | BeamSearchParams, ending_ids: frozenset[int]

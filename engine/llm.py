@@ -183,10 +183,12 @@ class LLM:
           One output per prompt, in the order of the prompts.
 
         Raises:
-          ValueError: a prompt or parameter is not usable; nothing has been run then.
+          ValueError: a prompt or parameter is not usable; the message says which of several.
+            Nothing has been run, and the next call gives what it would have given without this.
         """
-        requests = self._check_all(prompts, sampling_params)
-        self._set_priorities([group for group, _ in requests], priority)
+        with self.engine.all_or_none():
+            requests = self._check_all(prompts, sampling_params)
+            self._set_priorities([group for group, _ in requests], priority)
         done: dict[str, RequestOutput] = {}
         with tqdm(total=len(requests), unit="request", disable=not use_tqdm) as progress:
             begin = self.engine.num_generated_tokens
@@ -235,7 +237,9 @@ class LLM:
         those of other iterations. Leaving the iteration early aborts what has not finished.
         A beam search is yielded once, when it is over.
         """
-        return self._run(self._check_all(prompts, sampling_params))
+        with self.engine.all_or_none():
+            requests = self._check_all(prompts, sampling_params)
+        return self._run(requests)
 
     def chat(
         self,

@@ -25,6 +25,7 @@ K `NUM_ENTRIES`.
 """
 
 import math
+import weakref
 from typing import NamedTuple
 
 import jax
@@ -170,7 +171,7 @@ def edit_rows(state: RowState, last_tokens: jax.Array, packed: jax.Array) -> Row
 class _Held(NamedTuple):
     """What a row holds: the state for a sequence's token at `position`, but for its input token."""
 
-    sequence: Sequence
+    sequence: weakref.ref[Sequence]  # a finished one, with all its tokens, is not kept for that
     position: int
     is_short: bool  # ending tokens are excluded
     banned: list[int]  # by bad sequences, in the step before
@@ -212,7 +213,7 @@ class RowEdits:
         num_output = position - sequence.num_prompt_tokens
         is_short = num_output < rules.min_tokens
         held = self._held.get(row)
-        if held is None or held.sequence is not sequence or held.position != position:
+        if held is None or held.sequence() is not sequence or held.position != position:
             self._write(share, rules, edit)
         else:
             changed = set(held.banned)
@@ -222,7 +223,8 @@ class RowEdits:
         output = sequence.token_ids[sequence.num_prompt_tokens : position]
         bans = rules.bans(output, last_is_known=not share.input_on_device)
         edit.bans.extend((row, token, condition) for token, condition in bans)
-        self._held[row] = _Held(sequence, position + 1, is_short, [token for token, _ in bans])
+        banned = [token for token, _ in bans]
+        self._held[row] = _Held(weakref.ref(sequence), position + 1, is_short, banned)
 
     def _write(self, share: ScheduledSequence, rules: LogitRules, edit: _Edit) -> None:
         """Adds all that a row holds; the step's own input token is counted by the step."""

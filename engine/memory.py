@@ -7,8 +7,10 @@ from typing import Protocol
 import numpy as np
 
 from pallas_paged import block_tables
+from pallas_paged.block_tables import BlockTables
 from pallas_paged.engine.groups import CopyPairs, FullBlocks, RowPlan, blocks_for
-from pallas_paged.engine.prefix_cache import PrefixCache, num_matchable
+from pallas_paged.engine.prefix_cache import Hit, PrefixCache, num_matchable
+from pallas_paged.kv_cache import NULL_BLOCK
 
 
 class Memory(Protocol):
@@ -42,12 +44,39 @@ class Memory(Protocol):
         """Returns how many blocks of the pool so many blocks in so many rows take."""
         ...
 
-    def match(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> list[int]:
-        """Returns the cached blocks that the tokens begin with, never one with the last token."""
+    def match(
+        self,
+        token_ids: collections.abc.Sequence[int],
+        salt: str | None,
+        known: list[Hit] | None = None,
+    ) -> list[int]:
+        """Returns the cached blocks that the tokens begin with, never one with the last token.
+
+        `known` is what an earlier call for these tokens left in it, see `PrefixCache.match`.
+        """
         ...
 
-    def num_unreferenced(self, blocks: collections.abc.Sequence[int]) -> int:
-        """Returns how many of these cached blocks no row uses: `num_free_blocks` counts them."""
+    def num_free_after(
+        self,
+        freed_rows: collections.abc.Sequence[int],
+        rows: collections.abc.Sequence[int],
+        num_tokens: collections.abc.Sequence[int],
+    ) -> int:
+        """Returns `num_free_blocks` as it would be after `free` and `append`; changes nothing.
+
+        Negative by the blocks that `append` lacks. No row is both freed and appended to.
+        """
+        ...
+
+    def num_unreferenced(
+        self,
+        blocks: collections.abc.Sequence[int],
+        freed_rows: collections.abc.Sequence[int] = (),
+    ) -> int:
+        """Returns how many of these cached blocks no row uses: `num_free_blocks` counts them.
+
+        Rows that are to be freed use none.
+        """
         ...
 
     def count_query(self, num_tokens: int, num_hits: int) -> None:
@@ -151,9 +180,7 @@ class BlockTableMemory:
     @property
     def num_evictable_blocks(self) -> int:
         """Cached blocks that no row uses and nobody has pinned."""
-        if self.prefix_cache is None:
-            return 0
-        return int(np.count_nonzero(self.prefix_cache.evictable(self._ref_counts)))
+        return self._num_evictable(self.state)
 
     @property
     def block_size(self) -> int:
@@ -169,17 +196,39 @@ class BlockTableMemory:
         """Returns `num_blocks`: nothing is lost between rows."""
         return num_blocks
 
-    def match(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> list[int]:
+    def match(
+        self,
+        token_ids: collections.abc.Sequence[int],
+        salt: str | None,
+        known: list[Hit] | None = None,
+    ) -> list[int]:
         """Returns the cached blocks that the tokens begin with, never one with the last token."""
         if self.prefix_cache is None:
             return []
-        return self.prefix_cache.match(
-            token_ids, salt, num_matchable(len(token_ids), self.block_size)
-        )
+        num_blocks = num_matchable(len(token_ids), self.block_size)
+        return self.prefix_cache.match(token_ids, salt, num_blocks, known)
 
-    def num_unreferenced(self, blocks: collections.abc.Sequence[int]) -> int:
-        """Returns how many of these cached blocks no row uses."""
-        return int(np.count_nonzero(self._ref_counts[list(set(blocks))] == 1))
+    def num_free_after(
+        self,
+        freed_rows: collections.abc.Sequence[int],
+        rows: collections.abc.Sequence[int],
+        num_tokens: collections.abc.Sequence[int],
+    ) -> int:
+        """Returns `num_free_blocks` as it would be after `free` and `append`; changes nothing."""
+        state = self._without(freed_rows)
+        num_new = np.zeros_like(state.seq_lens)
+        num_new[list(rows)] = num_tokens
+        needed = int(block_tables.num_blocks_needed(state, num_new))
+        return int(state.num_free) + self._num_evictable(state) - needed
+
+    def num_unreferenced(
+        self,
+        blocks: collections.abc.Sequence[int],
+        freed_rows: collections.abc.Sequence[int] = (),
+    ) -> int:
+        """Returns how many of these cached blocks no row uses, but those that are to be freed."""
+        ref_counts = np.asarray(self._without(freed_rows).ref_counts)
+        return int(np.count_nonzero(ref_counts[list(set(blocks))] == 1))
 
     def count_query(self, num_tokens: int, num_hits: int) -> None:
         """Counts a prompt's tokens, and those of them that are cached, in the statistics."""
@@ -199,12 +248,12 @@ class BlockTableMemory:
 
     def unpin(self, token_ids: collections.abc.Sequence[int], salt: str | None) -> bool:
         """Releases what `pin` held; False if there is nothing."""
-        blocks = self._cached(token_ids, salt)
-        if blocks is None or not self._pinned[tuple(token_ids), salt]:
+        blocks, prefix = self._cached(token_ids, salt), (tuple(token_ids), salt)
+        if blocks is None or prefix not in self._pinned:
             return False
         self.state = block_tables.release(self.state, np.array(blocks, np.int32))
-        self.pins -= collections.Counter(blocks)
-        self._pinned[tuple(token_ids), salt] -= 1
+        self.pins -= collections.Counter(blocks)  # forgets a block that is not pinned any more
+        self._pinned -= collections.Counter([prefix])
         return True
 
     def num_pinned_for_others(self, blocks: collections.abc.Sequence[int]) -> int:
@@ -228,7 +277,7 @@ class BlockTableMemory:
         entered: list[int] = []
         replaced: dict[int, int] = {}
         for item in full:
-            blocks = self.tables[item.row, : item.end].tolist()
+            blocks = self.tables[item.row, max(item.first - 1, 0) : item.end].tolist()
             blocks = [replaced.get(block, block) for block in blocks]
             new, others = self.prefix_cache.enter(item, blocks)
             entered += new
@@ -300,7 +349,8 @@ class BlockTableMemory:
     def free(self, rows: collections.abc.Sequence[int]) -> None:
         """Gives back the rows and their blocks; cached ones stay."""
         if self.prefix_cache is not None:
-            self.prefix_cache.touch(np.asarray(self.state.tables)[list(rows)].ravel())
+            blocks = self.tables[list(rows)]
+            self.prefix_cache.touch(blocks[blocks != NULL_BLOCK])
         self.state = block_tables.free(self.state, self._named(rows))
 
     def free_all(self) -> None:
@@ -327,6 +377,15 @@ class BlockTableMemory:
     def _ref_counts(self) -> np.ndarray:
         return np.asarray(self.state.ref_counts)
 
+    def _without(self, rows: collections.abc.Sequence[int]) -> BlockTables:
+        """Returns the state as it would be without these rows."""
+        return block_tables.free(self.state, self._named(rows)) if rows else self.state
+
+    def _num_evictable(self, state: BlockTables) -> int:
+        if self.prefix_cache is None:
+            return 0
+        return int(np.count_nonzero(self.prefix_cache.evictable(np.asarray(state.ref_counts))))
+
     def _held(self) -> list[int]:
         """Returns the block of each reference that is not a row's."""
         cached = () if self.prefix_cache is None else np.flatnonzero(self.prefix_cache.is_cached)
@@ -339,7 +398,7 @@ class BlockTableMemory:
 
     def _named(self, rows: collections.abc.Sequence[int]) -> np.ndarray:
         named = np.zeros(self.state.seq_lens.shape, bool)
-        named[rows] = True
+        named[list(rows)] = True
         return named
 
     def _allocate(

@@ -1,6 +1,7 @@
 """Who comes first, who gives way, and how it comes back: one small function per decision."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Literal
@@ -42,6 +43,15 @@ def next_to_admit(waiting: Seq[SequenceGroup]) -> SequenceGroup:
 def choose_victim(running: Seq[SequenceGroup]) -> SequenceGroup:
     """The last one in the order loses its blocks first."""
     return running[-1]
+
+
+def displaceable(
+    order: Order, head: SequenceGroup, running: Seq[SequenceGroup]
+) -> list[SequenceGroup]:
+    """Returns the running groups that the head of the queue may displace, first victim first."""
+    return list(
+        itertools.takewhile(lambda group: order.may_displace(head, group), reversed(running))
+    )
 
 
 type ChooseRecovery = Callable[[SequenceGroup], Recovery]

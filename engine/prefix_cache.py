@@ -3,7 +3,7 @@
 A full block's content depends on its own tokens and on all that come before it. An entry's key is
 therefore the entry of the block before it together with its own tokens: a chain, in which equal
 keys mean equal tokens from the start, for a dictionary compares keys and not only their hashes.
-Different salts have different starts.
+A first block has its request's salt in the place of a block before it.
 
 A sequence's block is only entered behind one of its own blocks. So whoever uses a cached block uses
 all those before it, and nothing is ever cached behind a block that is free to be evicted and in
@@ -17,12 +17,22 @@ shapes: what is found here is another batch's result, whether before the prompt 
 import heapq
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 
 from pallas_paged.engine.groups import FullBlocks, blocks_for
 
-type Key = tuple[int, tuple[int, ...]]
+type Parent = int | str | None
+"""The block before one; the salt, a string or None, before a first one."""
+type Key = tuple[Parent, tuple[int, ...]]
+
+
+class Hit(NamedTuple):
+    """A cached block that a sequence may begin with, and the entry by which it was found."""
+
+    block: int
+    key: Key
 
 
 class PrefixCache:
@@ -52,26 +62,40 @@ class PrefixCache:
         self._clock = 0
         self._blocks: dict[Key, int] = {}
         self._keys: dict[int, Key] = {}
-        self._roots: dict[str | None, int] = {None: 0}
 
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def match(self, token_ids: Seq[int], salt: str | None, num_blocks: int) -> list[int]:
-        """Returns the cached blocks that `token_ids` begin with, at most `num_blocks`."""
+    def match(
+        self,
+        token_ids: Seq[int],
+        salt: str | None,
+        num_blocks: int,
+        known: list[Hit] | None = None,
+    ) -> list[int]:
+        """Returns the cached blocks that `token_ids` begin with, at most `num_blocks`.
+
+        `known` is what a call for these tokens, or fewer of them, left in it. It is brought up to
+        date, and only what is new is looked up.
+        """
         S = self.block_size
-        found: list[int] = []
-        parent = self._roots.get(salt)
-        for start in range(0, num_blocks * S if parent is not None else 0, S):
-            assert parent is not None
-            parent = self._blocks.get((parent, tuple(token_ids[start : start + S])))
-            if parent is None:
+        known = [] if known is None else known
+        # A block stays as long as those behind it do, so the last one speaks for all before it.
+        while known and self._keys.get(known[-1].block) is not known[-1].key:
+            known.pop()
+        parent: Parent = known[-1].block if known else salt
+        for start in range(len(known) * S, num_blocks * S, S):
+            block = self._blocks.get((parent, tuple(token_ids[start : start + S])))
+            if block is None:
                 break
-            found.append(parent)
-        return found
+            known.append(Hit(block, self._keys[block]))
+            parent = block
+        return [hit.block for hit in known[:num_blocks]]
 
     def enter(self, full: FullBlocks, blocks: Seq[int]) -> tuple[list[int], dict[int, int]]:
-        """Enters a row's full blocks from `full.first` on; `blocks` are those before `full.end`.
+        """Enters a row's full blocks from `full.first` to `full.end`.
+
+        `blocks` are these, behind the one before them if there is one.
 
         Returns the blocks that are new here, and for those whose tokens another block holds already
         that block, for the row to take in their place. A row that does not merge keeps its own, and
@@ -80,15 +104,14 @@ class PrefixCache:
         S = self.block_size
         entered: list[int] = []
         replaced: dict[int, int] = {}
+        parent: Parent = full.salt
+        new = blocks
         if full.first:
-            parent = blocks[full.first - 1]
+            parent, new = blocks[0], blocks[1:]
             if not self.is_cached[parent]:
                 assert not full.merges, "a row that merges has cached blocks only"
                 return entered, replaced
-        else:
-            parent = self._roots.setdefault(full.salt, -len(self._roots))
-        for index in range(full.first, full.end):
-            block = blocks[index]
+        for index, block in zip(range(full.first, full.end), new, strict=True):
             key = parent, tuple(full.token_ids[index * S : (index + 1) * S])
             cached = self._blocks.setdefault(key, block)
             if cached != block:
@@ -98,17 +121,17 @@ class PrefixCache:
             elif not self.is_cached[block]:
                 self._keys[block] = key
                 self.is_cached[block] = True
-                if parent > 0:
+                if isinstance(parent, int):
                     self._num_children[parent] += 1
                 entered.append(block)
             parent = cached
         self.touch(entered)
         return entered, replaced
 
-    def touch(self, blocks: Iterable[int] | np.ndarray) -> None:
+    def touch(self, blocks: Seq[int] | np.ndarray) -> None:
         """Counts the blocks, cached or not, as used now."""
         self._clock += 1
-        self._last_used[np.fromiter(blocks, np.int64)] = self._clock
+        self._last_used[np.asarray(blocks, np.int64)] = self._clock
 
     def evictable(self, ref_counts: np.ndarray) -> np.ndarray:
         """Returns which blocks, bool[N], nobody but the cache refers to."""
@@ -129,7 +152,7 @@ class PrefixCache:
             del self._blocks[key]
             self.is_cached[block] = False
             parent = key[0]
-            if parent > 0:
+            if isinstance(parent, int):
                 self._num_children[parent] -= 1
                 if candidates[parent] and not self._num_children[parent]:
                     heapq.heappush(queue, (int(self._last_used[parent]), parent))
@@ -139,7 +162,7 @@ class PrefixCache:
         """Asserts that the entries and what is derived from them agree."""
         assert {block: key for key, block in self._blocks.items()} == self._keys
         assert sorted(self._keys) == np.flatnonzero(self.is_cached).tolist()
-        parents = [parent for parent, _ in self._blocks if parent > 0]
+        parents = [parent for parent, _ in self._blocks if isinstance(parent, int)]
         assert self.is_cached[parents].all()
         counts = np.bincount(parents, minlength=self._num_blocks)
         assert (counts == self._num_children).all()

@@ -27,6 +27,7 @@ from pallas_paged.engine.policies import (
     Order,
     always_recompute,
     choose_victim,
+    displaceable,
     next_to_admit,
 )
 from pallas_paged.engine.scheduled import ScheduledSequence, ScheduledStep
@@ -175,10 +176,10 @@ class Scheduler:
         """
         assert len(self._in_flight) <= 1, "at most one step may be in flight"
         preempted = self._displace()
-        planned = self._plan_running()
+        planned = self._plan_running(self._running)
         while (copies := self._reserve(planned)) is None:
             preempted.append(self._preempt(choose_victim(self._running)))
-            planned = self._plan_running()
+            planned = self._plan_running(self._running)
         arrivals, first = self._admit(
             self.max_num_batched_tokens - sum(count for _, count in planned)
         )
@@ -350,11 +351,11 @@ class Scheduler:
         assert sequence.num_tokens <= self.admission.max_length(sequence.group)
         assert sequence.num_computed <= sequence.num_dispatched <= sequence.num_reserved
 
-    def _plan_running(self) -> Plan:
-        """Returns what the running groups compute next, in order of arrival, within the budget."""
+    def _plan_running(self, groups: collections.abc.Iterable[SequenceGroup]) -> Plan:
+        """Returns what running groups compute next, in their order, within the budget."""
         planned: Plan = []
         budget = self.max_num_batched_tokens
-        for group in self._running:
+        for group in groups:
             planned_here = self._plan(group, budget)
             planned += planned_here
             budget -= sum(count for _, count in planned_here)
@@ -382,11 +383,7 @@ class Scheduler:
 
     def _reserve(self, planned: Plan) -> CopyPairs | None:
         """Allocates what the planned tokens need beyond their sequences' blocks: all or nothing."""
-        growth = {
-            sequence: sequence.num_dispatched + num_tokens - sequence.num_reserved
-            for sequence, num_tokens in planned
-            if sequence.num_dispatched + num_tokens > sequence.num_reserved
-        }
+        growth = _growth(planned)
         rows = [sequence.row for sequence in growth if sequence.row is not None]
         copies = self.memory.append(rows, list(growth.values()))
         if copies is not None:
@@ -398,16 +395,45 @@ class Scheduler:
         bisect.insort(self._waiting, group, key=self._order.key)
 
     def _displace(self) -> list[SequenceGroup]:
-        """Preempts running groups that the head of the queue may displace, until it fits."""
-        displaced: list[SequenceGroup] = []
-        while self._waiting and self._running:
-            head, victim = next_to_admit(self._waiting), choose_victim(self._running)
-            if not self._order.may_displace(head, victim) or _is_in_flight(head):
-                break
-            if self.admission.arrival_of(head, self._places()) is not None:
-                break
-            displaced.append(self._preempt(victim))
-        return displaced
+        """Preempts groups that the head of the queue may displace, as few as let it run now.
+
+        None if it fits without, or will not run in this step even so.
+        """
+        if not self._waiting or not self._running:
+            return []
+        head = next_to_admit(self._waiting)
+        victims = displaceable(self._order, head, self._running)
+        if not victims or _is_in_flight(head):
+            return []
+
+        def fits(num_victims: int) -> bool:
+            places = self._places_without(victims[:num_victims])
+            return self.admission.arrival_of(head, places) is not None
+
+        if not fits(len(victims)):
+            return []
+        needed = victims[: bisect.bisect_left(range(len(victims)), True, key=fits)]
+        planned = self._plan_running(self._staying(needed))
+        if sum(count for _, count in planned) == self.max_num_batched_tokens:
+            return []  # the others compute so much that it would not get a token
+        return [self._preempt(victim) for victim in needed]
+
+    def _staying(self, victims: collections.abc.Collection[SequenceGroup]) -> list[SequenceGroup]:
+        gone = set(victims)
+        return [group for group in self._running if group not in gone]
+
+    def _places_without(self, victims: collections.abc.Sequence[SequenceGroup]) -> Places:
+        """Returns what may be taken without some groups, once the others have grown."""
+        staying = self._staying(victims)
+        freed_rows = tuple(s.row for group in victims for s in group.placed if s.row is not None)
+        growth = _growth(self._plan_running(staying))
+        rows = [sequence.row for sequence in growth if sequence.row is not None]
+        num_blocks = self.memory.num_free_after(freed_rows, rows, list(growth.values()))
+        return Places(
+            self.admission.max_num_seqs - sum(group.num_rows for group in staying),
+            num_blocks - (self.watermark_blocks if staying else 0),
+            freed_rows,
+        )
 
     def _places(self, arrivals: collections.abc.Sequence[Arrival] = ()) -> Places:
         """Returns what may be taken beside what runs, and what has been admitted in this step."""
@@ -580,6 +606,15 @@ def _may_start(sequence: Sequence, planned: dict[Sequence, int]) -> bool:
     if leader is None or leader.is_finished:
         return True
     return leader.num_dispatched + planned.get(leader, 0) >= sequence.num_shared
+
+
+def _growth(planned: Plan) -> dict[Sequence, int]:
+    """Returns how many tokens' room the planned sequences need beyond what they have."""
+    return {
+        sequence: sequence.num_dispatched + num_tokens - sequence.num_reserved
+        for sequence, num_tokens in planned
+        if sequence.num_dispatched + num_tokens > sequence.num_reserved
+    }
 
 
 def _is_in_flight(group: SequenceGroup) -> bool:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pallas_paged.engine.beam_search import BeamSearch, Candidates
 
 if TYPE_CHECKING:
+    from pallas_paged.engine.groups import Entry
     from pallas_paged.engine.logit_rules import LogitRules
+    from pallas_paged.engine.prefix_cache import Hit
     from pallas_paged.engine.swap import SwappedChunk
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -22,7 +24,7 @@ class SequenceStatus(enum.Enum):
     FINISHED = enum.auto()
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+@dataclasses.dataclass(eq=False, slots=True, weakref_slot=True)
 class Sequence:
     """One completion of a request: the prompt and the tokens generated for it.
 
@@ -43,6 +45,7 @@ class Sequence:
       num_reserved: tokens that its blocks are allocated for.
       num_swapped: tokens whose keys and values wait in host memory.
       swapped_slots: the blocks of the group's chunk that hold them, in order.
+      hits: cached blocks that were found for it while it waits, see `PrefixCache.match`.
       num_remembered: full blocks that the memory was told of, see `Memory.remember`.
       num_dispatched: tokens whose keys and values are computed, or will be by a step in flight.
       num_computed: tokens whose keys and values a committed step computed.
@@ -66,6 +69,7 @@ class Sequence:
     num_reserved: int = dataclasses.field(init=False, default=0)
     num_swapped: int = dataclasses.field(init=False, default=0)
     swapped_slots: tuple[int, ...] = dataclasses.field(init=False, default=())
+    hits: "list[Hit]" = dataclasses.field(init=False, default_factory=list, repr=False)
     num_remembered: int = dataclasses.field(init=False, default=0)
     num_dispatched: int = dataclasses.field(init=False, default=0)
     num_computed: int = dataclasses.field(init=False, default=0)
@@ -176,6 +180,7 @@ class SequenceGroup:
       arrival: counts the scheduler's groups.
       is_forked: whether every live sequence has a row while the group runs; else only the first.
       swapped: its blocks in host memory while it is swapped out.
+      planned_entry: how it would come in, planned while it waited, and from what; see `Admission`.
       num_cached_tokens: prompt tokens found in the prefix cache when it was first admitted.
       num_preemptions: how often it was preempted.
       prompt_logprobs: one entry per token of the prompt but the first where `sampling_params` ask
@@ -204,6 +209,9 @@ class SequenceGroup:
     arrival: int = dataclasses.field(init=False, default=0)
     is_forked: bool = dataclasses.field(init=False, default=False)
     swapped: "SwappedChunk | None" = dataclasses.field(init=False, default=None)
+    planned_entry: "tuple[Any, Entry] | None" = dataclasses.field(
+        init=False, default=None, repr=False
+    )
     num_cached_tokens: int = dataclasses.field(init=False, default=0)
     num_preemptions: int = dataclasses.field(init=False, default=0)
     prompt_logprobs: list[Any] = dataclasses.field(init=False, default_factory=list)

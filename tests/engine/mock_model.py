@@ -15,7 +15,9 @@ import numpy as np
 
 from pallas_paged import block_tables
 from pallas_paged.block_tables import BlockTables
+from pallas_paged.engine import LLM
 from pallas_paged.engine.beam_search import Candidates
+from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core import Engine
 from pallas_paged.engine.groups import CopyPairs
 from pallas_paged.engine.logprobs import TokenLogprobs
@@ -341,3 +343,13 @@ def make_whole_engine(
         seed=seed,
         async_scheduling=async_scheduling,
     )
+
+
+def make_mock_llm(**options: Any) -> LLM:
+    """Returns an `LLM` without a model, over `make_whole_engine`."""
+    llm = object.__new__(LLM)
+    llm.engine = make_whole_engine(**options)
+    llm.tokenizer = llm.engine.tokenizer
+    llm.config = EngineConfig("mock", block_size=llm.engine.memory.block_size)
+    llm._awaited, llm._outputs = set(), {}
+    return llm

@@ -86,7 +86,10 @@ MUTATIONS = {
         _PINS,
     ),
     "a salt ignored": Mutation(
-        _CACHE, "parent = self._roots.get(salt)", "parent = self._roots.get(None)", _HITS
+        _CACHE,
+        "parent: Parent = known[-1].block if known else salt",
+        "parent: Parent = known[-1].block if known else None",
+        _HITS,
     ),
     "one block matched too many": Mutation(
         _CACHE,
@@ -99,7 +102,7 @@ MUTATIONS = {
     ),
     "hits counted as free": Mutation(
         _ADMISSION,
-        "needed += self.memory.num_unreferenced(list(itertools.chain(*hits)))",
+        "needed += self.memory.num_unreferenced(list(itertools.chain(*hits)), places.freed_rows)",
         "needed += 0",
         f"{_UNIT} {_LIVES}",
     ),

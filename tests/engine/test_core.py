@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_paged.block_tables import BlockTables
-from pallas_paged.engine import SamplingParams, batch, core
+from pallas_paged.engine import LLM, SamplingParams, batch, core
 from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core import Engine
@@ -15,9 +15,11 @@ from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.runner import Collected, InFlight
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
+from pallas_paged.engine.sequence import SequenceGroup
 from tests.engine.mock_model import (
     VOCAB_SIZE,
     made_up_logprob,
+    make_mock_llm,
     make_whole_engine,
     next_token,
     sampled_token,
@@ -330,6 +332,85 @@ def test_max_tokens_none_means_as_many_as_fit() -> None:
     assert engine.make_group([1] * 10, SamplingParams(max_tokens=None)).max_tokens == 54
     small = make_engine(num_blocks=6)
     assert small.make_group([1] * 10, SamplingParams(max_tokens=None)).max_tokens == 10
+
+
+def pinned_engine(prefix: list[int], num_blocks: int) -> Engine:
+    """An engine that has computed and pinned the full blocks of a prefix."""
+    engine = make_whole_engine(num_blocks=num_blocks, enable_prefix_caching=True)
+    add(engine, [[*prefix, 1]], dataclasses.replace(GREEDY, max_tokens=1))
+    engine.drain()
+    assert engine.pin(prefix, None)
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "max_tokens"),
+    [
+        ([7] * 10, {}, 4 * 8 - 10),  # of 11 blocks 3 are pinned
+        ([*range(1, 13), 9, 9], {}, 4 * 11 - 14),  # it begins with them
+        ([*range(1, 13)], {}, 4 * 10 - 12),  # but for the last, whose last token is computed
+        ([*range(1, 9), 9, 9], {}, 4 * 10 - 10),
+        ([*range(1, 13), 9, 9], {"skip_reading_prefix_cache": True}, 4 * 8 - 14),
+        ([7] * 10, {"n": 2, "temperature": 1}, 4 * 5 - 10),
+        ([*range(1, 13), 9, 9], {"n": 2, "temperature": 1}, 4 * 7 - 14),
+        ([7] * 28, {}, 4),
+    ],
+)
+def test_max_tokens_none_means_as_many_as_fit_beside_what_is_pinned(
+    prompt: list[int], params: dict, max_tokens: int
+) -> None:
+    engine = pinned_engine([*range(1, 13)], num_blocks=12)
+    longest = dataclasses.replace(GREEDY, max_tokens=None, **params)
+    group = engine.make_group(prompt, longest)
+    assert group.max_tokens == max_tokens
+    engine.add(group)
+    outputs = [output for _ in range(80) for output in engine.step() if output.finished]
+    assert [len(c.token_ids) for c in outputs[0].outputs] == [max_tokens] * group.num_seqs
+    engine.check_idle()
+    with pytest.raises(ValueError, match="lower max_tokens"):
+        engine.make_group(prompt, dataclasses.replace(longest, max_tokens=max_tokens + 1))
+
+
+def test_a_prompt_without_room_beside_what_is_pinned_is_refused() -> None:
+    engine = pinned_engine([*range(1, 13)], num_blocks=12)
+    with pytest.raises(ValueError, match="has 8 besides 3 pinned for other prompts"):
+        engine.make_group([7] * 32, dataclasses.replace(GREEDY, max_tokens=None))
+
+
+@pytest.mark.parametrize("verb", ["generate", "stream"])
+@pytest.mark.parametrize(
+    "bad", [[1, VOCAB_SIZE], [], [1] * 64, [1] * 40], ids=["token", "empty", "long", "large"]
+)
+def test_a_refused_batch_leaves_no_trace(verb: str, bad: list[int]) -> None:
+    """It is refused as a whole, by the index of what is wrong, and nothing has been drawn."""
+    good = [{"prompt_token_ids": [1, 2]}, {"prompt_token_ids": [3]}]
+    usual, drawn = noting_llm()
+    usual.generate(good, GREEDY, use_tqdm=False)
+    llm, drawn_here = noting_llm()
+    with pytest.raises(ValueError, match=r"^prompts\[2\]: "):
+        getattr(llm, verb)([*good, {"prompt_token_ids": bad}], GREEDY)
+    with pytest.raises(ValueError, match=r"."):
+        getattr(llm, verb)({"prompt_token_ids": bad}, GREEDY)
+    with pytest.raises(ValueError, match="priority"):
+        llm.generate(good, GREEDY, priority=[1])
+    assert not drawn_here
+    assert llm.engine.num_steps == 0
+    llm.generate(good, GREEDY, use_tqdm=False)
+    assert drawn_here == drawn
+    assert len(dict(drawn)) == 2
+
+
+def noting_llm() -> tuple[LLM, list[tuple[str, int]]]:
+    """Returns an `LLM`, and a list of the ids and seeds of all requests that it will queue."""
+    llm, drawn = make_mock_llm(num_blocks=10, seed=3), []
+    add_to_engine = llm.engine.add
+
+    def add_and_note(group: SequenceGroup, *args: object, **options: object) -> None:
+        drawn.append((group.request_id, group.sampling_params.seed))
+        add_to_engine(group, *args, **options)
+
+    llm.engine.add = add_and_note
+    return llm, drawn
 
 
 def test_a_request_id_in_use_is_refused() -> None:

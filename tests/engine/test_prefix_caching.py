@@ -199,10 +199,33 @@ class TestEviction:
     def test_equal_hashes_of_different_tokens_are_no_hit(self) -> None:
         cache = PrefixCache(10, 1)
         zero = 2**61 - 1  # Python's hash of it is 0
-        assert hash((0, (zero,))) == hash((0, (0,)))
+        assert hash((None, (zero,))) == hash((None, (0,)))
         self.enter(cache, [1], [0])
         assert cache.match([zero], None, 1) == []
         assert cache.match([0], None, 1) == [1]
+
+    def test_what_was_found_before_is_brought_up_to_date(self) -> None:
+        cache, known = PrefixCache(10, 1), []
+        refs = np.ones(10, np.int32)
+        tokens = [5, 6, 7, 8]
+        assert cache.match(tokens, "s", 4, known) == []
+        full = FullBlocks(0, tokens, 0, 3, "s", False)
+        cache.enter(full, [1, 2, 3])
+        assert cache.match(tokens, None, 4) == []
+        assert cache.match(tokens, "s", 4, known) == [1, 2, 3]
+        assert cache.match(tokens, "s", 2, known) == [1, 2]
+        assert cache.evict(2, refs) == [3, 2]
+        assert cache.match(tokens, "s", 4, known) == [1]
+        cache.enter(full._replace(end=4), [1, 4, 2, 3])  # others hold the same tokens now
+        assert cache.match(tokens, "s", 4, known) == [1, 4, 2, 3]
+        assert cache.evict(4, refs) == [3, 2, 4, 1]
+        cache.enter(full._replace(token_ids=[6, 5, 7]), [1, 4, 2])  # and the blocks other tokens
+        assert cache.match(tokens, "s", 4, known) == []
+        cache.clear()
+        cache.enter(full, [1, 2, 3])
+        assert cache.match(tokens, "s", 4, known) == [1, 2, 3]
+        cache.clear()
+        assert cache.match(tokens, "s", 4, known) == []
 
     def test_a_second_copy_and_what_is_behind_it_are_not_entered(self) -> None:
         cache = PrefixCache(10, 1)

@@ -625,6 +625,115 @@ class TestPriority:
         engine.run()
         assert_as_if_alone(engine, a, b)
 
+    def check_displaced(
+        self,
+        running: list[Sequence],
+        head: Sequence,
+        expected: list[Sequence],
+        overlap: bool = False,
+        **options: Any,
+    ) -> MockEngine:
+        """Lets `head` arrive while the others run: just the expected ones give way, and it runs."""
+        engine = make_engine(order=PriorityOrder(), **options)
+        add(engine, *running)
+        engine.step(overlap)
+        assert engine.scheduler.num_running == len(running)
+        add(engine, head)
+        step = engine.step(overlap)
+        assert step is not None
+        assert step.preempted == tuple(sequence.group for sequence in expected)
+        assert (head in [share.sequence for share in step.scheduled]) == bool(expected)
+        engine.scheduler.check_invariants()
+        return engine
+
+    @pytest.mark.parametrize("overlap", [False, True])
+    def test_nobody_gives_way_to_one_that_does_not_fit_even_so(self, overlap: bool) -> None:
+        a, b = request("a", 7, 8, priority=0), request("b", 7, 4, priority=2)
+        head = request("head", 13, 4, priority=1)  # four blocks; without `b` there are three
+        engine = self.check_displaced([a, b], head, [], overlap, num_blocks=6)
+        engine.run()
+        assert b.group.num_preemptions <= 1
+        assert_as_if_alone(engine, a, b, head)
+
+    @pytest.mark.parametrize(
+        ("prompt_len", "num_victims"), [(2, 0), (8, 1), (12, 1), (16, 2), (20, 2), (24, 3)]
+    )
+    def test_just_as_many_give_way_as_it_takes(self, prompt_len: int, num_victims: int) -> None:
+        others = [request(name, 7, 4, priority=2) for name in "abc"]  # of 7 blocks two each
+        head = request("head", prompt_len, 1, priority=1)
+        engine = make_engine(order=PriorityOrder(), num_blocks=8)
+        add(engine, *others)
+        engine.step(overlap=False)
+        add(engine, head)
+        step = engine.step(overlap=False)
+        assert step is not None
+        assert step.preempted == tuple(s.group for s in [*reversed(others)][:num_victims])
+        assert head in [share.sequence for share in step.scheduled]
+        engine.run()
+        assert_as_if_alone(engine, *others, head)
+
+    def test_rows_count_as_blocks_do(self) -> None:
+        others = [request("a", 3, priority=2), request("b", 3, priority=2, num_seqs=2)]
+        head = request("head", 3, priority=1)
+        self.check_displaced(others, head, [others[1]], max_num_seqs=3)
+        self.check_displaced(
+            [request("a", 3, priority=0, num_seqs=2), request("b", 3, priority=2)],
+            request("head", 3, priority=1, num_seqs=2),
+            [],
+            max_num_seqs=3,
+        )
+
+    def test_what_the_others_grow_into_is_not_the_heads(self) -> None:
+        a, b = request("a", 4, 8, priority=0), request("b", 3, 4, priority=2)
+        head = request("head", 7, 1, priority=1)  # `b`'s block and the free one; `a` grows into it
+        self.check_displaced([a, b], head, [], num_blocks=4)
+
+    def test_nobody_gives_way_while_the_others_take_all_tokens(self) -> None:
+        a, b = request("a", 20, 8, priority=0), request("b", 4, 4, priority=2)
+        head = request("head", 8, 1, priority=1)
+        engine = make_engine(order=PriorityOrder(), num_blocks=8, max_num_batched_tokens=8)
+        add(engine, b)
+        engine.step(overlap=False)
+        add(engine, a)
+        engine.step(overlap=False)
+        add(engine, head)
+        step = engine.step(overlap=False)
+        assert shares(step) == {"a": (7, 8)}
+        assert step is not None
+        assert not step.preempted
+        engine.run()
+        assert_as_if_alone(engine, a, b, head)
+
+    def test_blocks_that_others_share_do_not_become_free(self) -> None:
+        """Nor do those that the head itself begins with: what goes is what nobody else has."""
+        prompt = tuple(range(1, 14))  # three full blocks in common
+        a, b, c = (
+            SequenceGroup(name, prompt, 6, priority=p).sequences[0]
+            for name, p in (("a", 0), ("b", 2), ("c", 2))
+        )
+        engine = make_engine(order=PriorityOrder(), num_blocks=8, enable_prefix_caching=True)
+        add(engine, a)
+        engine.step(overlap=False)
+        add(engine, b, c)  # they take one block each; one is left
+        engine.step(overlap=False)
+        head = SequenceGroup("head", (*range(20, 36), 9), 1, priority=1).sequences[0]
+        add(engine, head)  # five blocks; without `b` and `c` there are three
+        step = engine.step(overlap=False)
+        assert step is not None
+        assert not step.preempted
+        engine.scheduler.abort("head")
+        head = SequenceGroup("head2", (*prompt[:12], *range(20, 27)), 1, priority=1).sequences[0]
+        add(engine, head)  # five, of which three are shared; one more than there is
+        step = engine.step(overlap=False)
+        assert step is not None
+        assert step.preempted == (c.group,)
+        assert shares(step)["head2"] == (12, 7)
+        engine.run()
+        engine.scheduler.check_invariants()
+        for sequence in (a, b, c, head):
+            expected = generate_alone(sequence, 64)
+            assert (sequence.output_token_ids, sequence.finish_reason, None) == expected
+
     def test_without_the_policy_nobody_overtakes(self) -> None:
         engine = make_engine(max_num_seqs=1)
         a, b = request("a", 3, 2, priority=1), request("b", 3, 2, priority=0)

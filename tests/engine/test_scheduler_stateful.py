@@ -160,6 +160,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             choose_recovery=setting.recovery,
         )
         self.scheduler = self.engine.scheduler
+        self.displace, self.scheduler._displace = self.scheduler._displace, self.displace_for_head
+        self.displacer: SequenceGroup | None = None  # in the step that is being scheduled
         self.arrived: list[SequenceGroup] = []
         self.pinned: list[tuple[int, ...]] = []
 
@@ -258,10 +260,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check_invariants()
         self.seen["blocks saved"] += check_sharing(self.scheduler, self.arrived)
 
+    def displace_for_head(self) -> list[SequenceGroup]:
+        """Notes for whom others give way."""
+        head = next(iter(self.scheduler._waiting), None)
+        displaced = self.displace()
+        self.displacer = head if displaced else None
+        self.seen["displaced"] += len(displaced)
+        return displaced
+
     def turn(self, overlap: bool) -> None:
         """Turns the engine's loop once."""
         held = self.engine.in_flight[0].scheduled if self.engine.in_flight else ()
         step = self.engine.step(overlap)
+        if self.displacer is not None:
+            assert step is not None
+            running = {share.sequence.group for share in step.scheduled}
+            assert self.displacer in running, "preempted for nothing"
+            assert self.displacer not in step.preempted
         self.everything_agrees()
         if not self.setting.urgent:
             states = [g.status is SequenceStatus.RUNNING for g in self.arrived if not g.is_finished]
@@ -389,6 +404,7 @@ def test_random_lives() -> None:
         "late token",
         "preemption",
         "preempted in flight",
+        "displaced",
         "abort while WAITING",
         "abort while RUNNING",
         "abort while FINISHED",
