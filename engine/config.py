@@ -1,6 +1,7 @@
 """Engine configuration: frozen, checked when built; derived values are functions of it."""
 
 import dataclasses
+import secrets
 
 import jax.numpy as jnp
 
@@ -8,6 +9,7 @@ from pallas_paged.dispatch import KNOWN_IMPLEMENTATIONS
 from pallas_paged.models import ModelConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 LOAD_FORMATS = ("auto", "dummy")
 KV_CACHE_DTYPES = {
     "float32": jnp.float32,
@@ -32,8 +34,8 @@ class EngineConfig:
     Attributes:
       model: folder with a Hugging Face checkpoint, or with a ported one.
       tokenizer: folder with tokenizer files; None means `model`.
-      dtype: of parameters and activations: "auto" (the checkpoint's), "float32", "bfloat16",
-        "float16".
+      dtype: of parameters and activations: "auto" (the checkpoint's), "float32" or "float",
+        "bfloat16", "float16" or "half"; held under the first name.
       load_format: "auto" reads the checkpoint's weights, "dummy" draws random ones (from `seed`)
         for the shape in `config.json`, the only file then needed.
       kv_cache_dtype: of the KV cache: "auto" (the model's dtype), "float32", "bfloat16", "float16",
@@ -41,18 +43,21 @@ class EngineConfig:
       max_model_len: most tokens (prompt + output) of a sequence; None means the model's limit, with
         `rope_scaling` as far as that reaches, but for LongRoPE the length before it: longer
         sequences, which compute all with other factors, are to be asked for.
-      max_num_seqs: most sequences that run at once.
+      max_num_seqs: most sequences that run at once. `LLM` has other defaults on a GPU, for this and
+        the next: 256, and 8192 tokens with 70 GiB or more, else 2048.
       max_num_batched_tokens: most tokens computed in one step; longer prompts are computed in
         chunks. At least `max_num_seqs`, so that every running sequence can advance in every step.
       block_size: tokens in a KV block.
       num_blocks: size of the pool in blocks, the null block included; wins over
         `kv_cache_memory_bytes`.
       kv_cache_memory_bytes: size of the pool in bytes; wins over `gpu_memory_utilization`.
-      gpu_memory_utilization: share of the GPU memory that JAX may use (by default JAX takes 75 %
-        of the card) for weights, temporaries and pool together.
+      gpu_memory_utilization: share of the whole card's memory for weights, temporaries and pool
+        together, as far as JAX may use it: by default JAX takes 75 % of the card, and the
+        environment variable XLA_CLIENT_MEM_FRACTION more.
         On a CPU the default pool is 1 GiB (or less, when all sequences at their longest need
         less).
-      seed: where the seeds of requests that bring none are drawn from.
+      seed: where the seeds of requests that bring none are drawn from, and dummy weights. None or
+        -1 draws one at every start, which is what is held then.
       max_logprobs: most log-probabilities per token that a request may ask for; -1 allows the whole
         vocabulary, which every step that returns log-probabilities then copies to the host.
       attention_implementation: None chooses by platform; a named one is used or refused.
@@ -65,7 +70,8 @@ class EngineConfig:
       compile_ahead: compile every bucket when the engine starts instead of at first use.
       compilation_cache_dir: folder in which JAX keeps compiled programs, one per process; "auto"
         is the one JAX is configured with, else `~/.cache/pallas-paged`; None leaves JAX's
-        configuration as it is. Another folder than the process already uses is refused.
+        configuration as it is. Another folder than the process already uses is refused; one that
+        cannot be written to is reported, and nothing is kept.
       enable_prefix_caching: keep full blocks of finished requests for later ones that begin with
         the same tokens. On by default: cached blocks only take memory that nobody else asks for.
       swap_space: GiB of host memory for the blocks of requests that are preempted. 0: they are
@@ -90,7 +96,7 @@ class EngineConfig:
     num_blocks: int | None = None
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
-    seed: int = 0
+    seed: int | None = 0
     max_logprobs: int = 20
     attention_implementation: str | None = None
     cache_implementation: str | None = None
@@ -105,6 +111,10 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
 
     def __post_init__(self) -> None:
+        if self.dtype in _DTYPE_ALIASES:
+            object.__setattr__(self, "dtype", _DTYPE_ALIASES[self.dtype])
+        if self.seed is None or self.seed == -1:
+            object.__setattr__(self, "seed", secrets.randbits(63))
         ok = self.load_format in LOAD_FORMATS
         _require(ok, self, "load_format", f"must be one of {LOAD_FORMATS}")
         for name, choices in (("dtype", DTYPES), ("kv_cache_dtype", ("auto", *KV_CACHE_DTYPES))):
@@ -115,7 +125,8 @@ class EngineConfig:
             value = getattr(self, name)
             ok = value is None or _is_int(value, least)
             _require(ok, self, name, f"must be None or an integer >= {least}")
-        _require(_is_int(self.seed, 0), self, "seed", "must be an integer >= 0")
+        ok = _is_int(self.seed, 0)
+        _require(ok, self, "seed", "must be an integer >= 0; None or -1 draws one")
         ok = _is_int(self.max_logprobs, -1)
         _require(ok, self, "max_logprobs", "must be an integer >= -1; -1 allows the vocabulary")
         share = self.gpu_memory_utilization

@@ -16,6 +16,7 @@ from pallas_paged.engine.intake import Intake
 from pallas_paged.engine.kv_stats import KVStats, kv_stats
 from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.metrics import Counts
 from pallas_paged.engine.outputs import RequestOutput, logprobs_by_token
 from pallas_paged.engine.requests import Completion, Request, output_of, update_text
 from pallas_paged.engine.runner import InFlight, Runner
@@ -68,7 +69,7 @@ class Engine:
         self.memory = memory
         self.tokenizer = tokenizer
         self.num_steps = 0
-        self.num_generated_tokens = 0
+        self.counts = Counts()
         self.runner = runner
         self._vocab_size = vocab_size
         self._intake = Intake(
@@ -129,6 +130,7 @@ class Engine:
             self.scheduler.check(group)
             self._requests[group.request_id] = Request(group, prompt, completions, final_only)
             self.scheduler.add(group)
+            self.counts.num_prompt_tokens += group.num_prompt_tokens
 
     def _completion(self, sequence: Sequence) -> Completion:
         params = sequence.sampling_params
@@ -309,7 +311,7 @@ class Engine:
         ]
         advanced = self.scheduler.commit(in_flight.step, results)
         self._keep_logprobs(in_flight.step, logprobs, advanced)
-        self.num_generated_tokens += len(advanced)
+        self.counts.num_generated_tokens += len(advanced)
         changed |= dict.fromkeys(advanced)
         self._deliver(changed)
 
@@ -338,8 +340,10 @@ class Engine:
     def _give_out(self, request: Request) -> None:
         """Gives out a request as far as it has come, and forgets it when it is finished."""
         self._undelivered.append(output_of(request))
-        if request.group.is_finished:
-            del self._requests[request.group.request_id]
+        group = request.group
+        if group.is_finished:
+            del self._requests[group.request_id]
+            self.counts.num_finished[group.sequences[0].finish_reason or "abort"] += 1
 
     def _keep_logprobs(
         self,

@@ -32,8 +32,8 @@ class SamplingParams:
       top_p: in (0, 1]; keeps the smallest set of most likely tokens that has this mass. 1 is off.
       top_k: keeps the k most likely tokens. 0 or -1 is off; held as 0.
       min_p: in [0, 1]; drops tokens less likely than this share of the most likely one's. 0 is off.
-      seed: 0 to 2**64 - 1; the same seed gives the same tokens whatever else is running. None: the
-        engine picks one.
+      seed: 0 to 2**64 - 1; the same seed gives the same tokens whatever else is running. None or
+        -1: the engine picks one; held as None.
       stop: a string or strings that end the request when they appear in its text; held as a tuple.
       stop_token_ids: tokens that end the request besides EOS; held as a tuple.
       ignore_eos: go on after an EOS token.
@@ -242,6 +242,13 @@ def _top_k(field: str, value: Any) -> int:
     return max(k, 0)
 
 
+def _seed(field: str, value: Any) -> int | None:
+    if _is_int(value) and value == -1:
+        return None
+    rule = "use None or -1 to let the engine pick one"
+    return _integer(0, MAX_SEED, rule, optional=True)(field, value)
+
+
 def _strings(field: str, value: Any, *, single: bool = False) -> tuple[str, ...]:
     rule = f"{'a string, ' if single else ''}a list of strings or None"
     items = (value,) if single and isinstance(value, str) else value
@@ -316,7 +323,7 @@ _CHECKS: dict[str, _Check] = {
     "top_p": _real(lambda x: 0 < x <= 1, "in (0, 1]", "use 1 to keep every token"),
     "top_k": _top_k,
     "min_p": _real(lambda x: 0 <= x <= 1, "in [0, 1]", "use 0 to keep every token"),
-    "seed": _integer(0, MAX_SEED, "use None to let the engine pick one", optional=True),
+    "seed": _seed,
     "stop": _stop,
     "stop_token_ids": _token_ids,
     "ignore_eos": _flag,

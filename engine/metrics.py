@@ -1,0 +1,81 @@
+"""What an engine counts, under the names that vLLM's users and dashboards know."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+
+from pallas_paged.engine.kv_stats import KVStats
+from pallas_paged.engine.scheduler import Scheduler
+from pallas_paged.engine.sequence import FinishReason
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A figure with a name.
+
+    Attributes:
+      name: begins with "vllm:".
+      labels: what tells it from others of the name; `model_name` always.
+      value: the figure.
+    """
+
+    name: str
+    labels: Mapping[str, str]
+    value: float
+
+
+class Gauge(Metric):
+    """A figure of this moment."""
+
+
+class Counter(Metric):
+    """A figure that only grows, from the engine's start."""
+
+
+@dataclasses.dataclass
+class Counts:
+    """What the engine counts of requests, beside what scheduler and memory count.
+
+    Attributes:
+      num_prompt_tokens: of the requests that were taken in.
+      num_generated_tokens: tokens that steps have brought.
+      num_finished: requests by the reason of their first completion.
+    """
+
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_finished: collections.Counter[FinishReason] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+
+
+def metrics(
+    scheduler: Scheduler, stats: KVStats, counts: Counts, model_name: str
+) -> list[Metric]:
+    """Returns an engine's figures; `model_name` is their label."""
+    gauges = {
+        "num_requests_running": scheduler.num_running,
+        "num_requests_waiting": scheduler.num_waiting,
+        "kv_cache_usage_perc": stats.num_allocated_blocks / stats.num_blocks,
+    }
+    counters = {
+        "prefix_cache_queries": stats.num_queried_tokens,
+        "prefix_cache_hits": stats.num_hit_tokens,
+        "num_preemptions": scheduler.num_preemptions,
+        "prompt_tokens": counts.num_prompt_tokens,
+        "generation_tokens": counts.num_generated_tokens,
+    }
+    labels = {"model_name": model_name}
+    reasons: tuple[FinishReason, ...] = ("stop", "length", "abort")
+    return [
+        *(Gauge(f"vllm:{name}", labels, value) for name, value in gauges.items()),
+        *(Counter(f"vllm:{name}", labels, value) for name, value in counters.items()),
+        *(
+            Counter(
+                "vllm:request_success",
+                labels | {"finished_reason": reason},
+                counts.num_finished[reason],
+            )
+            for reason in reasons
+        ),
+    ]
