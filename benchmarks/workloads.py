@@ -153,7 +153,10 @@ def load(
         if pair is None:
             without += 1
             continue
-        prompt, output = (tuple(encode(text)) for text in pair)
+        try:
+            prompt, output = (tuple(encode(text)) for text in pair)
+        except ValueError as error:
+            raise ValueError(f"{path}: entry {index}: {error}") from error
         if not prompt or not output:
             without += 1
         elif len(prompt) + len(output) > max_model_len:
@@ -178,7 +181,7 @@ def _read_list(path: str | os.PathLike[str]) -> list[Any]:
     with open(path, encoding="utf-8") as file:
         try:
             entries = json.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not one JSON document ({error}); ShareGPT and Alpaca are published as "
                 "one list, so turn JSON Lines into a list first"
@@ -212,7 +215,7 @@ def _from_sharegpt(path: Any, index: int, entry: Any) -> tuple[str, str] | None:
         ) from error
     for (asker, prompt), (answerer, answer) in itertools.pairwise(turns):
         if asker in ("human", "user") and answerer in ("gpt", "chatgpt", "bing", "bard"):
-            return prompt, answer
+            return _texts(path, index, prompt, answer)
     return None
 
 
@@ -226,7 +229,15 @@ def _from_alpaca(path: Any, index: int, entry: Any) -> tuple[str, str] | None:
         ) from error
     if not instruction or not output:
         return None
+    instruction, output, below = _texts(path, index, instruction, output, below or "")
     return (f"{instruction}\n{below}" if below else instruction), output
+
+
+def _texts(path: Any, index: int, *values: Any) -> tuple[Any, ...]:
+    for value in values:
+        if not isinstance(value, str):
+            raise ValueError(f"{path}: entry {index} holds {value!r:.80} in the place of a text")
+    return values
 
 
 def check_scale(scale: float) -> float:

@@ -70,7 +70,7 @@ class Intake:
             `max_logprobs`; rules for the logits that cannot be, see `logit_rules.resolve`.
             The message names field, value and way out.
         """
-        ids = _token_ids(prompt_token_ids, self._vocab_size)
+        ids = checked_token_ids(prompt_token_ids, self._vocab_size)
         for token_id in params.stop_token_ids or ():
             if token_id >= self._vocab_size:
                 raise ValueError(
@@ -158,7 +158,19 @@ class Intake:
         return dataclasses.replace(params, seed=int(self._seeds.integers(1 << 63)))
 
 
-def _token_ids(token_ids: Seq[int], vocab_size: int) -> tuple[int, ...]:
+def checked_token_ids(token_ids: Seq[int], vocab_size: int) -> tuple[int, ...]:
+    """Returns a prompt's tokens.
+
+    Raises:
+      ValueError: there are none, they are no flat list of integers, or one is not below
+        `vocab_size`.
+    """
+    types = set(map(type, token_ids)) if isinstance(token_ids, list | tuple) else set()
+    if not types.isdisjoint({bool, np.bool_}):  # integers to Python and NumPy
+        raise ValueError(
+            f"prompt_token_ids={token_ids!r:.80} must be a flat list of integers; True and False "
+            "are none"
+        )
     try:
         ids = np.asarray(token_ids)
     except ValueError as error:

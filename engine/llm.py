@@ -47,8 +47,13 @@ from pallas_paged.engine.sequence import SequenceGroup
 from pallas_paged.engine.swap import HostPool
 from pallas_paged.engine.tokenizer import known_eos_token_ids, load_tokenizer
 from pallas_paged.kv_cache import KVCache
-from pallas_paged.models import ModelConfig, init_model, load_eos_token_ids, load_model
-from pallas_paged.models.checkpoint import model_file
+from pallas_paged.models import (
+    ModelConfig,
+    init_model,
+    load_config,
+    load_eos_token_ids,
+    load_model,
+)
 from pallas_paged.ops.attention.api import attention_implementation
 from pallas_paged.ops.kv_write.api import write_implementation
 
@@ -78,7 +83,7 @@ class LLM:
     def __init__(self, model: str | Path, **options: Any):
         self.config = config = EngineConfig(model=str(model), **options)
         _use_compilation_cache(config.compilation_cache_dir)
-        model_file(config.model, "config.json")  # before a tokenizer is blamed
+        load_config(config.model)  # what is wrong with it is not the tokenizer's
         self.tokenizer = load_tokenizer(config.tokenizer or config.model)
         network = (
             init_model(config.model, dtype=config.dtype, seed=config.seed)

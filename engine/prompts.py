@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pallas_paged.engine.intake import checked_token_ids
 from pallas_paged.engine.sampling_params import BeamSearchParams, SamplingParams
 from pallas_paged.engine.text import check_text
 from pallas_paged.engine.tokenizer import Tokenizer, require_tokenizer
@@ -94,10 +95,9 @@ class PromptReader:
     def read(self, prompt: Prompt) -> tuple[str | None, Seq[int]]:
         """Returns a prompt's text, if it has one, and its tokens.
 
-        Tokens that the caller sends are checked for their types only; the engine checks the rest.
-
         Raises:
-          ValueError: it is no prompt, or there is no tokenizer for its text.
+          ValueError: it is no prompt, there is no tokenizer for its text, or the model has no such
+            tokens.
         """
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
@@ -114,7 +114,7 @@ class PromptReader:
         label = prompt.get("prompt")
         if label is not None:
             label = _checked_string("prompt", label)
-        return label, _checked_token_ids(prompt["prompt_token_ids"])
+        return label, checked_token_ids(prompt["prompt_token_ids"], self._vocab_size)
 
     def from_chat(self, messages: Seq[Message], name: str = "messages", **options: Any) -> Prompt:
         """Returns the prompt of one conversation; see `chat.render`."""
@@ -155,17 +155,8 @@ def split_conversations(
     return [(f"messages[{index}]", one) for index, one in enumerate(conversations)]
 
 
-def _checked_string(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name}={value!r:.80} must be a string")
-    check_text(f"{name}={value!r:.80}", value)
+def _checked_string(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        name = f"{name}={value!r:.80}"
+    check_text(name, value)
     return value
-
-
-def _checked_token_ids(token_ids: Any) -> Seq[int]:
-    """Refuses booleans, which are integers to Python and NumPy."""
-    items = token_ids if isinstance(token_ids, list | tuple) else ()
-    for item in items:
-        if isinstance(item, bool | np.bool_):
-            raise ValueError(f"prompt_token_ids holds {item}, and must be a flat list of integers")
-    return token_ids

@@ -5,8 +5,10 @@ def check_text(name: str, text: str) -> None:
     """Refuses half of a surrogate pair, which Python's strings can hold and no text does.
 
     Raises:
-      ValueError: there is one; the message calls the text `name`.
+      ValueError: there is one, or `text` is no string; the message calls it `name`.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"{name}={text!r:.80} must be a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -45,13 +45,11 @@ class Tokenizer:
           ValueError: it is no text, or has a character that the tokenizer has no token for.
         """
         check_text("the text", text)
-        try:
+        with _translated(f"the tokenizer of {self.path} cannot split it"):
             # How long a text may be is the engine's business: it knows the model.
             return self._implementation.encode(
                 text, add_special_tokens=add_special_tokens, verbose=False
             )
-        except Exception as error:  # tokenizers raises Exception itself
-            raise ValueError(f"the tokenizer of {self.path} cannot split it: {error}") from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of the tokens; ids that the tokenizer does not know have none."""
@@ -93,7 +91,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
     with _no_news_of_pytorch():
         import transformers  # a second or more to import
 
-    try:
+    with _translated(
+        f"cannot load the tokenizer of {folder} from {', '.join(files)}",
+        "; a tokenizer.json as save_pretrained writes it always works, in this folder or in one "
+        "that tokenizer= names",
+    ):
         if files == ["tokenizer.model"] and (reference := _sentencepiece(folder)) is not None:
             implementation = _of_llama(folder, reference)
         else:
@@ -102,12 +104,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
             )
         if not set(implementation.get_vocab()) - set(implementation.all_special_tokens):
             raise ValueError("transformers finds no token in it")  # and does not say so
-    except Exception as error:  # transformers raises many kinds, none of them documented
-        raise ValueError(
-            f"cannot load the tokenizer of {folder} from {', '.join(files)}: {error}; a "
-            "tokenizer.json as save_pretrained writes it always works, in this folder or in one "
-            "that tokenizer= names"
-        ) from error
     return Tokenizer(folder, implementation)
 
 
@@ -189,6 +185,20 @@ def _of_llama(folder: Path, reference: Any) -> Any:
         if implementation.encode(text, add_special_tokens=False) != reference.encode(text):
             raise ValueError(f"transformers splits {text!r} in another way than sentencepiece")
     return implementation
+
+
+@contextlib.contextmanager
+def _translated(what: str, way_out: str = "") -> Iterator[None]:
+    """Raises `ValueError`, with the reason behind `what`, whatever transformers raises.
+
+    Its errors are of many kinds, none of them documented; that of Rust code is no `Exception`.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {error}{way_out}") from error
 
 
 @contextlib.contextmanager

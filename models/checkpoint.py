@@ -87,7 +87,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; `ValueError` where there is none."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold a JSON object, not {type(values).__name__}")

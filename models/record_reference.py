@@ -95,6 +95,8 @@ def _prompts(hf_dir: str, model: Any) -> list[np.ndarray]:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
+    for text in _PROMPT.value:
+        text.encode()  # half of a surrogate pair is a ValueError here, and a TypeError below
     prompts = [np.array(tokenizer.encode(text), np.int32) for text in _PROMPT.value]
     for text, prompt in zip(_PROMPT.value, prompts, strict=True):
         if not 0 < len(prompt) <= longest:
@@ -107,12 +109,12 @@ def _prompts(hf_dir: str, model: Any) -> list[np.ndarray]:
 
 def main(argv: Sequence[str]) -> None:
     """Records the checkpoint of the flags."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     try:
+        if len(argv) > 1:
+            raise ValueError(f"unexpected arguments {argv[1:]}; all of them are --flag=value")
         _record_file(_HF_DIR.value, _OUT.value)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -129,9 +131,12 @@ def _record_file(hf_dir: str, out: str) -> None:
             f"{error}: recording runs the checkpoint with transformers on torch, in an environment "
             "that has both; a copy of this file alone runs there too"
         ) from error
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        hf_dir, local_files_only=True, dtype=getattr(torch, _DTYPE.value)
-    ).eval()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            hf_dir, local_files_only=True, dtype=getattr(torch, _DTYPE.value)
+        ).eval()
+    except Exception as error:  # of many kinds, none of them documented
+        raise ValueError(f"transformers cannot load {hf_dir}: {error}") from error
     prompts = _prompts(hf_dir, model)
     recorded = record(model, prompts, num_with_logits=NUM_WITH_LOGITS, num_greedy=_NUM_GREEDY.value)
     with open(out, "xb") as file:

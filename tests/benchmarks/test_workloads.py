@@ -44,6 +44,8 @@ ALPACA = [
 
 
 def words(text: str) -> list[int]:
+    if "refused" in text:
+        raise ValueError("the tokenizer refuses it")
     return [len(word) for word in text.split()]
 
 
@@ -91,8 +93,13 @@ def test_a_seed_fixes_which_entries_are_used(tmp_path):
         ([SHAREGPT[0], {"conversations": [{"role": "user"}]}], "entry 1 must hold"),
         ([SHAREGPT[0], ALPACA[0]], "entry 1 must hold 'conversations'"),
         ([ALPACA[0], {"instruction": "a"}], "entry 1 must hold 'instruction' and 'output'"),
+        ([{"instruction": 3, "output": "a"}] * 2, "entry . holds 3 in the place of a text"),
+        ([{"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "a"}]}] * 2,
+         "entry . holds 3 in the place of a text"),
+        ([{"instruction": "refused", "output": "a"}] * 2, "entry .: the tokenizer refuses it"),
+        ("[" * 100_000, "not one JSON document .*recursion"),
     ],
-)
+)  # fmt: skip
 def test_other_files_are_refused(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, content, 2)

@@ -78,10 +78,17 @@ def test_what_a_prompt_may_be(prompts, expected):
         ({"prompt": None}, "prompt=None must be a string"),
         ({"prompt": 3, "prompt_token_ids": [1]}, "prompt=3 must be a string"),
         ("a\ud800", r"prompt='a\\ud800' holds '\\ud800' at character 1, half of a surrogate pair"),
-        ([True, False], "prompt_token_ids holds True, and must be a flat list of integers"),
-        ([1, True], "prompt_token_ids holds True"),
-        ([np.True_], "prompt_token_ids holds True"),
-        ({"prompt_token_ids": [1, False]}, "prompt_token_ids holds False"),
+        *(
+            ({"prompt_token_ids": ids}, "prompt_token_ids.* must be a flat list of integers")
+            for ids in (3, None, "ab", [1, False], [1, 2.5], [[1], [2, 3]], [[1]], {1: 2}, [2**70])
+        ),
+        ([True, False], "prompt_token_ids=.* True and False are none"),
+        ([1, True], "prompt_token_ids=.* True and False are none"),
+        ([np.True_], "prompt_token_ids=.* True and False are none"),
+        (np.array([True]), "prompt_token_ids=.* True and False are none"),
+        ([1, "a"], "prompt_token_ids must be a flat list of integers"),
+        ([1, 20], "prompt_token_ids holds 20, which is outside the vocabulary of 20"),
+        ([[1], []], "the prompt is empty"),
         (
             "abz",
             "prompt='abz' holds 'z', which is token 26 of the tokenizer in letters, and .* 20;",
@@ -101,7 +108,7 @@ def test_a_conversation_is_a_prompt():
 
 def test_without_a_tokenizer_only_tokens_are_read():
     reader = PromptReader(None, "model", 20)
-    assert reader.read([1, 2]) == (None, [1, 2])
+    assert reader.read([1, 2]) == (None, (1, 2))
     for wants_one in (lambda: reader.read("a"), lambda: reader.from_chat([HELLO])):
         with pytest.raises(ValueError, match="model has no tokenizer files"):
             wants_one()

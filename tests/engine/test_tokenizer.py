@@ -115,6 +115,26 @@ def test_broken_files(folder):
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    "field",
+    [{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, {"model": {}}],
+)
+def test_damaged_files(folder, field):
+    """The first one's error is a panic of Rust code, which is no Exception."""
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(whole | field))
+    with pytest.raises(ValueError, match="cannot load the tokenizer"):
+        load_tokenizer(folder)
+
+
+def test_a_panic_while_splitting_is_translated(folder):
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    whole["post_processor"]["special_tokens"] = {}
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=r"cannot split it: no entry|cannot load"):
+        load_tokenizer(folder).encode("the")
+
+
 def test_code_in_the_folder_is_not_run(folder):
     config = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

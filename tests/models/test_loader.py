@@ -236,7 +236,11 @@ class TestFiles:
 
     @pytest.mark.parametrize(
         ("text", "message"),
-        [("{", "config.json is not valid JSON"), ("[]", "must hold a JSON object, not list")],
+        [
+            ("{", "config.json is not valid JSON"),
+            ("[" * 100_000, "config.json is not valid JSON: .*recursion"),
+            ("[]", "must hold a JSON object, not list"),
+        ],
     )
     def test_malformed_config(self, tmp_path, text, message):
         (tmp_path / "config.json").write_text(text)
