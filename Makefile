@@ -7,10 +7,8 @@ OLDEST_JAX := 0.11.2
 
 .PHONY: demo test check format oldest kernels-full kernels-mutate sharing-mutate dist clean
 
-# The test tools hold JAX's CUDA plugin without CUDA's libraries: it complains unless told to rest.
 demo: $(VENV)/.base
-	@if [ -f $(VENV)/.test ] && ! command -v nvidia-smi >/dev/null; then export JAX_PLATFORMS=cpu; fi; \
-	$(PY) -m pallas_paged.engine.demo
+	@$(PY) -m pallas_paged.engine.demo
 
 test: $(VENV)/.test
 	@$(PY) -m pytest -n 2 --dist=loadfile

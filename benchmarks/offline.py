@@ -54,9 +54,14 @@ _DTYPE = flags.DEFINE_enum(
 _MAX_MODEL_LEN = flags.DEFINE_integer(
     "max_model_len", None, "Most tokens of a request; also what the baselines reserve for each."
 )
-_MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 64, "Most sequences at once.", lower_bound=1)
+_MAX_NUM_SEQS = flags.DEFINE_integer(
+    "max_num_seqs", None, "Most sequences at once; without it LLM's default.", lower_bound=1
+)
 _MAX_NUM_BATCHED_TOKENS = flags.DEFINE_integer(
-    "max_num_batched_tokens", 512, "Most tokens per step.", lower_bound=1
+    "max_num_batched_tokens",
+    None,
+    "Most tokens per step; without it LLM's default.",
+    lower_bound=1,
 )
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens per block.", lower_bound=1)
 _NUM_BLOCKS = flags.DEFINE_integer("num_blocks", None, "Size of the KV pool in blocks.")
@@ -167,7 +172,7 @@ def describe(llm: LLM, workload: Workload) -> str:
     return (
         f"model: {model}, {dtype}; jax {jax.__version__} on {jax.devices()[0].device_kind}\n"
         f"KV pool: {memory.num_usable_blocks} blocks of {memory.state.block_size} tokens; at most "
-        f"{_MAX_NUM_SEQS.value} sequences of {llm.max_model_len} tokens\n"
+        f"{llm.config.max_num_seqs} sequences of {llm.max_model_len} tokens\n"
         f"workload: {len(workload.requests)} requests, {workload.source}\n"
         f"mean tokens: prompt {prompt:.2f}, output {output:.2f}; greedy, EOS ignored, no text made"
     )
@@ -209,7 +214,7 @@ def baseline_engine(llm: LLM) -> tuple[Engine, int]:
         llm.runner,
         vocab_size=llm.model_config.vocab_size,
         max_model_len=llm.max_model_len,
-        seed=llm.config.seed,
+        seed=_SEED.value,
         async_scheduling=llm.config.async_scheduling,
     )
     return engine, memory.num_places

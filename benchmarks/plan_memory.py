@@ -113,7 +113,7 @@ def main() -> None:
         if one_less is not None:
             of_a_layer = f" of which the last layer {counts.total - one_less.launches.total},"
         print(
-            f"{'decode' if bucket.is_decode else 'mixed'} {bucket.num_tokens}x{bucket.num_seqs}: "
+            f"{bucket}: "
             f"{counts.total} launches ({len(counts.kernels)} kernels, {len(counts.products)} "
             f"matrix products, {len(counts.others)} others),{of_a_layer} and "
             f"{len(counts.loops)} loops; temporaries "

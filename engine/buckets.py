@@ -20,6 +20,10 @@ class Bucket:
     is_decode: bool
     is_full: bool = False
 
+    def __str__(self) -> str:
+        kind = "decode" if self.is_decode else "mixed"
+        return f"{kind} {self.num_tokens}x{self.num_seqs}{' full' if self.is_full else ''}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import secrets
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -35,7 +36,7 @@ class EngineConfig:
       model: folder with a Hugging Face checkpoint, or with a ported one.
       tokenizer: folder with tokenizer files; None means `model`.
       dtype: of parameters and activations: "auto" (the checkpoint's), "float32" or "float",
-        "bfloat16", "float16" or "half"; held under the first name.
+        "bfloat16", "float16" or "half", or such a NumPy or JAX dtype; held under the first name.
       load_format: "auto" reads the checkpoint's weights, "dummy" draws random ones (from `seed`)
         for the shape in `config.json`, the only file then needed.
       kv_cache_dtype: of the KV cache: "auto" (the model's dtype), "float32", "bfloat16", "float16",
@@ -111,8 +112,7 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
 
     def __post_init__(self) -> None:
-        if self.dtype in _DTYPE_ALIASES:
-            object.__setattr__(self, "dtype", _DTYPE_ALIASES[self.dtype])
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         if self.seed is None or self.seed == -1:
             object.__setattr__(self, "seed", secrets.randbits(63))
         ok = self.load_format in LOAD_FORMATS
@@ -168,6 +168,16 @@ class EngineConfig:
                 name,
                 f"is not supported yet; leave it at {neutral!r}",
             )
+
+
+def _dtype_name(dtype: Any) -> Any:
+    """Returns the first name of a dtype; what is none is left for the check."""
+    if isinstance(dtype, str):
+        return _DTYPE_ALIASES.get(dtype, dtype)
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return dtype
 
 
 def _is_int(value: object, least: int) -> bool:

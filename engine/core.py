@@ -178,6 +178,11 @@ class Engine:
         with self._all_or_nobody():
             return self.scheduler.unpin(token_ids, salt)
 
+    def reset_prefix_cache(self) -> bool:
+        """Forgets what is cached and not in use; returns whether that is all but pinned blocks."""
+        with self._all_or_nobody():
+            return self.memory.reset_prefix_cache()
+
     def _completions_of_beams(self, group: SequenceGroup) -> list[Completion]:
         """Returns those of the results of a beam search, or of its beams while it runs."""
         assert group.beams is not None

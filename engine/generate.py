@@ -91,8 +91,9 @@ def main() -> None:
         dtype=_DTYPE.value,
         max_model_len=_MAX_MODEL_LEN.value,
         num_blocks=_NUM_BLOCKS.value,
-        seed=time.time_ns(),
+        seed=None,
     )
+    llm.announce = lambda line: print(line, "...", file=sys.stderr, flush=True)
     inputs: list[Prompt] = (
         [
             llm.chat_prompt([{"role": "user", "content": prompt}], _CHAT_TEMPLATE.value)
@@ -114,11 +115,10 @@ def main() -> None:
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> list[RequestOutput]:
     """Prints the prompt, if it is echoed, and its completion as it grows."""
-    outputs = llm.stream(prompt, params)
-    if isinstance(prompt, str) and _ECHO.value:
-        print(prompt, end="", flush=True)
     shown = 0
-    for output in outputs:
+    for index, output in enumerate(llm.stream(prompt, params)):
+        if not index and isinstance(prompt, str) and _ECHO.value:
+            print(prompt, end="")
         text = output.outputs[0].text or ""
         print(text[shown:], end="", flush=True)
         shown = len(text)

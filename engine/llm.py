@@ -1,7 +1,9 @@
 """The offline API: prompts in, completions out."""
 
+import dataclasses
+import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from flax import nnx
 from tqdm import tqdm
 
 from pallas_paged.dispatch import target_device
+from pallas_paged.engine import device_memory
 from pallas_paged.engine.buckets import Buckets
+from pallas_paged.engine.compilation_cache import use_compilation_cache
 from pallas_paged.engine.config import (
     EngineConfig,
     resolve_kv_cache_dtype,
@@ -20,6 +24,7 @@ from pallas_paged.engine.config import (
 from pallas_paged.engine.core import Engine
 from pallas_paged.engine.kv_stats import KVStats
 from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.metrics import Metric, metrics
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.policies import (
     CheaperRecovery,
@@ -45,7 +50,8 @@ from pallas_paged.engine.sampling_params import BeamSearchParams, SamplingParams
 from pallas_paged.engine.scheduler import Scheduler
 from pallas_paged.engine.sequence import SequenceGroup
 from pallas_paged.engine.swap import HostPool
-from pallas_paged.engine.tokenizer import known_eos_token_ids, load_tokenizer
+from pallas_paged.engine.tokenizer import known_eos_token_ids, load_tokenizer, require_tokenizer
+from pallas_paged.engine.turns import Turns
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import (
     ModelConfig,
@@ -53,6 +59,7 @@ from pallas_paged.models import (
     load_config,
     load_eos_token_ids,
     load_model,
+    load_sampling_defaults,
 )
 from pallas_paged.ops.attention.api import attention_implementation
 from pallas_paged.ops.kv_write.api import write_implementation
@@ -70,10 +77,17 @@ _SWAP_OVERHEAD_S = 1e-4
 class LLM:
     """A model, its KV cache and the engine that serves it from this process.
 
+    Several threads may use it: their requests run in one batch, and a step runs in the thread that
+    waits for it. A forked child cannot use it.
+
     Args:
       model: folder with a Hugging Face checkpoint: `config.json`, safetensors, and tokenizer files
         if text is to go in or out; or with what `pallas_paged.models.port` made of one.
       **options: the other fields of `EngineConfig`.
+
+    Attributes:
+      announce: called with a line while a request waits for a compilation, after two seconds and
+        where no progress bar says so; logs it, and may be replaced.
 
     Raises:
       ValueError: an option or the checkpoint is not usable; the message names the field or tensor.
@@ -81,17 +95,20 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **options: Any):
+        stats = device_memory.memory_stats()
+        options = device_memory.with_limits(options, stats)
         self.config = config = EngineConfig(model=str(model), **options)
-        _use_compilation_cache(config.compilation_cache_dir)
-        load_config(config.model)  # what is wrong with it is not the tokenizer's
+        assert config.seed is not None
+        use_compilation_cache(config.compilation_cache_dir)
+        shape = load_config(config.model)  # first: what is wrong with it is not the tokenizer's
+        self.max_model_len = resolve_max_model_len(config, shape)
+        self.model_config = shape = shape.for_length(self.max_model_len)
         self.tokenizer = load_tokenizer(config.tokenizer or config.model)
         network = (
-            init_model(config.model, dtype=config.dtype, seed=config.seed)
+            init_model(config.model, config.dtype, config.seed, config=shape)
             if config.load_format == "dummy"
-            else load_model(config.model, dtype=config.dtype)
+            else load_model(config.model, config.dtype, config=shape)
         )
-        self.model_config = network.config
-        self.max_model_len = resolve_max_model_len(config, network.config.max_model_len)
         dtype = jax.tree.leaves(nnx.state(network))[0].dtype
         cache_dtype = resolve_kv_cache_dtype(config, dtype)
         caches = cache_shapes(network.config, 2, config.block_size, cache_dtype)
@@ -159,6 +176,8 @@ class LLM:
             max_logprobs=config.max_logprobs,
             async_scheduling=config.async_scheduling,
         )
+        self.announce: Callable[[str], object] = logger.info
+        self._turns = Turns()
         self._awaited: set[str] = set()
         self._outputs: dict[str, RequestOutput] = {}
         if config.compile_ahead:
@@ -166,7 +185,9 @@ class LLM:
 
     def warm_up(self) -> None:
         """Compiles every program, so that no request waits for a compilation."""
-        self.runner.warm_up()
+        with self._turns:
+            self.runner.programs.announce = self.announce
+            self.runner.warm_up()
 
     def generate(
         self,
@@ -179,9 +200,10 @@ class LLM:
 
         Args:
           prompts: one or several of `Prompt`; a list of integers is one.
-          sampling_params: one for all, or one per prompt; None means `SamplingParams()`. Some may
-            be `BeamSearchParams`.
-          use_tqdm: show progress on standard error.
+          sampling_params: one for all, or one per prompt; None means what
+            `get_default_sampling_params` returns, of whose `max_tokens` as many as fit. Some may be
+            `BeamSearchParams`.
+          use_tqdm: show progress on standard error, compilations too.
           priority: one number per prompt, lower ones first; for `scheduling_policy="priority"`.
 
         Returns:
@@ -191,16 +213,16 @@ class LLM:
           ValueError: a prompt or parameter is not usable; the message says which of several.
             Nothing has been run, and the next call gives what it would have given without this.
         """
-        with self.engine.all_or_none():
-            requests = self._check_all(prompts, sampling_params)
-            self._set_priorities([group for group, _ in requests], priority)
+        requests = self._check_all(prompts, sampling_params, priority)
         done: dict[str, RequestOutput] = {}
         with tqdm(total=len(requests), unit="request", disable=not use_tqdm) as progress:
-            begin = self.engine.num_generated_tokens
-            for output in self._run(requests, final_only=True):
+            counts = self.engine.counts
+            begin = counts.num_generated_tokens
+            announce = progress.set_postfix_str if use_tqdm else self.announce
+            for output in self._run(requests, announce, final_only=True):
                 done[output.request_id] = output
                 progress.update()
-                tokens = self.engine.num_generated_tokens - begin
+                tokens = counts.num_generated_tokens - begin
                 seconds = max(progress.format_dict["elapsed"], 1e-9)
                 progress.set_postfix_str(f"{tokens / seconds:.1f} output tokens/s")
         return [done[group.request_id] for group, _ in requests]
@@ -234,6 +256,7 @@ class LLM:
         self,
         prompts: Prompt | Seq[Prompt],
         sampling_params: Params | Seq[Params] | None = None,
+        priority: Seq[int] | None = None,
     ) -> Iterator[RequestOutput]:
         """Completes prompts like `generate`, and yields each output whenever it has grown.
 
@@ -242,9 +265,7 @@ class LLM:
         those of other iterations. Leaving the iteration early aborts what has not finished.
         A beam search is yielded once, when it is over.
         """
-        with self.engine.all_or_none():
-            requests = self._check_all(prompts, sampling_params)
-        return self._run(requests)
+        return self._run(self._check_all(prompts, sampling_params, priority), self.announce)
 
     def chat(
         self,
@@ -256,6 +277,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: Seq[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: Seq[int] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation, or several as one batch.
 
@@ -273,6 +295,7 @@ class LLM:
           tools: functions that the model may call, as JSON schemas or as Python functions with type
             hints and a docstring; what it answers is text, as always.
           chat_template_kwargs: further variables of the template, such as `enable_thinking`.
+          priority: see `generate`; one number per conversation.
 
         Raises:
           ValueError: there is no tokenizer or no such template, the template does not accept the
@@ -290,7 +313,7 @@ class LLM:
             )
             for name, conversation in split_conversations(messages)
         ]
-        return self.generate(prompts, sampling_params, use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm, priority)
 
     def chat_prompt(
         self,
@@ -313,7 +336,8 @@ class LLM:
 
     def abort(self, request_id: str) -> None:
         """Ends a request that `stream` is running; unknown and finished ones are ignored."""
-        self.engine.abort(request_id)
+        with self._turns:
+            self.engine.abort(request_id)
 
     def pin_prefix(self, prompt: Prompt) -> int:
         """Computes a prefix, such as a system prompt, and keeps it until `unpin_prefix`.
@@ -333,9 +357,13 @@ class LLM:
         request: Prompt = {"prompt_token_ids": ids}
         if salt is not None:
             request = {"prompt_token_ids": ids, "cache_salt": salt}
-        while not self.engine.pin(ids, salt):
+        while not self._pin(ids, salt):
             self.generate(request, once, use_tqdm=False)
         return len(ids)
+
+    def _pin(self, token_ids: tuple[int, ...], salt: str | None) -> bool:
+        with self._turns:
+            return self.engine.pin(token_ids, salt)
 
     def unpin_prefix(self, prompt: Prompt) -> None:
         """Lets a pinned prefix go; it stays cached until its memory is needed.
@@ -343,7 +371,10 @@ class LLM:
         Raises:
           ValueError: the prefix is not pinned.
         """
-        if not self.engine.unpin(*self._prefix(prompt)):
+        prefix = self._prefix(prompt)
+        with self._turns:
+            was_pinned = self.engine.unpin(*prefix)
+        if not was_pinned:
             raise ValueError(f"prompt={prompt!r:.80} is not pinned; `pin_prefix` was never called")
 
     def _prefix(self, prompt: Prompt) -> tuple[tuple[int, ...], str | None]:
@@ -361,7 +392,50 @@ class LLM:
 
     def kv_stats(self) -> KVStats:
         """Returns what the blocks of the KV pool hold now, and counts since the engine began."""
-        return self.engine.kv_stats()
+        with self._turns:
+            return self.engine.kv_stats()
+
+    def get_metrics(self) -> list[Metric]:
+        """Returns gauges and counters by the names of vLLM, see `pallas_paged.engine.metrics`."""
+        with self._turns:
+            engine = self.engine
+            stats = engine.kv_stats()
+            return metrics(engine.scheduler, stats, engine.counts, self.config.model)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets the cached blocks that no request uses and nobody has pinned.
+
+        Returns:
+          Whether those are all; otherwise call it again when the running requests have ended.
+        """
+        with self._turns:
+            return self.engine.reset_prefix_cache()
+
+    def get_tokenizer(self) -> Any:
+        """Returns the tokenizer, as transformers made it.
+
+        Raises:
+          ValueError: the folder has none.
+        """
+        return require_tokenizer(self.tokenizer, self.config.model).implementation
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns `SamplingParams` with what the model's `generation_config.json` advises.
+
+        These are its temperature, top_k, top_p, min_p, repetition_penalty and max_new_tokens, where
+        it has them; see `pallas_paged.models.load_sampling_defaults`.
+
+        Raises:
+          ValueError: one of them is not usable; requests then have to bring their own.
+        """
+        defaults: dict[str, Any] = dict(load_sampling_defaults(self.config.model))
+        try:
+            return SamplingParams(**defaults)
+        except ValueError as error:
+            raise ValueError(
+                f"the generation_config.json of {self.config.model}: {error}; or pass "
+                "sampling_params"
+            ) from error
 
     @property
     def kv_cache_usage(self) -> float:
@@ -373,69 +447,109 @@ class LLM:
         self,
         prompts: Prompt | Seq[Prompt],
         sampling_params: Params | Seq[Params] | None,
+        priority: Seq[int] | None,
     ) -> list[tuple[SequenceGroup, str | None]]:
         """Returns a group for each prompt, and the prompt's text; queues nothing yet."""
         split = split_prompts(prompts)
+        priorities = self._priorities(priority, len(split))
+        most_tokens = None
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+            most_tokens = sampling_params.max_tokens
+            sampling_params = dataclasses.replace(sampling_params, max_tokens=None)
         params = broadcast_params(sampling_params, len(split))
+        texts_and_ids = [self._named(i, split, self._prompts.read, p) for i, p in enumerate(split)]
         checked = []
-        for index, (prompt, one) in enumerate(zip(split, params, strict=True)):
-            try:
-                text, ids = self._prompts.read(prompt)
-                group = self.engine.make_group(ids, one, cache_salt=cache_salt(prompt))
+        with self._turns, self.engine.all_or_none():
+            for index, (text, ids) in enumerate(texts_and_ids):
+                salt = cache_salt(split[index])
+                make = functools.partial(self.engine.make_group, cache_salt=salt)
+                group = self._named(index, split, make, ids, params[index])
+                group.priority = priorities[index]
+                if most_tokens is not None:
+                    group.max_tokens = min(group.max_tokens, most_tokens)
                 checked.append((group, text))
-            except ValueError as error:
-                if len(split) == 1:
-                    raise
-                raise ValueError(f"prompts[{index}]: {error}") from error
         return checked
 
-    def _set_priorities(self, groups: Seq[SequenceGroup], priority: Seq[int] | None) -> None:
-        """Gives each group its priority; 0 without any."""
+    @staticmethod
+    def _named[T](index: int, split: list[Prompt], function: Callable[..., T], *args: Any) -> T:
+        """Calls the function; what it raises says which of several prompts is meant."""
+        try:
+            return function(*args)
+        except ValueError as error:
+            if len(split) == 1:
+                raise
+            raise ValueError(f"prompts[{index}]: {error}") from error
+
+    def _priorities(self, priority: Seq[int] | None, count: int) -> Seq[int]:
+        """Returns each prompt's priority; 0 without any."""
         if priority is None:
-            return
+            return [0] * count
         if self.config.scheduling_policy != "priority":
             raise ValueError(
                 f"priority={priority!r:.80} needs scheduling_policy='priority', and this engine "
                 f"has {self.config.scheduling_policy!r}"
             )
-        if len(priority) != len(groups) or not all(type(p) is int for p in priority):
+        is_list = isinstance(priority, list | tuple) and len(priority) == count
+        if not is_list or not all(type(p) is int for p in priority):
             raise ValueError(
-                f"priority={priority!r:.80} must be one integer for each of {len(groups)} prompts"
+                f"priority={priority!r:.80} must be a list of one integer for each of {count} "
+                "prompts"
             )
-        for group, one in zip(groups, priority, strict=True):
-            group.priority = one
+        return priority
 
     def _run(
-        self, requests: list[tuple[SequenceGroup, str | None]], *, final_only: bool = False
+        self,
+        requests: list[tuple[SequenceGroup, str | None]],
+        announce: Callable[[str], object],
+        *,
+        final_only: bool = False,
     ) -> Iterator[RequestOutput]:
         """Queues the requests and steps the engine until they are done.
 
-        Several iterations may be under way: each step's outputs are left for whoever waits.
+        Several iterations may be under way, also in several threads: each step's outputs are left
+        for whoever waits. `announce` is told of compilations.
         """
         unfinished = {group.request_id for group, _ in requests}
         try:
-            self._awaited |= unfinished
-            for group, text in requests:
-                self.engine.add(group, text, final_only=final_only)
+            with self._turns:
+                self._awaited |= unfinished
+                for group, text in requests:
+                    self.engine.add(group, text, final_only=final_only)
             while unfinished:
-                if unfinished.isdisjoint(self._outputs):
-                    assert self.engine.has_unfinished, f"nothing will come for {unfinished}"
-                    for output in self.engine.step():
-                        if output.request_id in self._awaited:
-                            self._outputs[output.request_id] = output
-                for request_id in sorted(unfinished & self._outputs.keys()):
-                    output = self._outputs.pop(request_id)
+                with self._turns:
+                    ready = self._next_outputs(unfinished, announce)
+                for output in ready:
                     if output.finished:
-                        unfinished.discard(request_id)
-                        self._awaited.discard(request_id)
+                        unfinished.discard(output.request_id)
                     yield output
         finally:
-            for request_id in unfinished:
-                self._awaited.discard(request_id)
-                self._outputs.pop(request_id, None)
-                self.engine.abort(request_id)
-            if not self._awaited:
-                self.engine.drain()
+            if self._turns.is_here:
+                with self._turns:
+                    self._leave(unfinished)
+
+    def _next_outputs(
+        self, request_ids: set[str], announce: Callable[[str], object]
+    ) -> list[RequestOutput]:
+        """Returns what there is of these requests, after a step if there is nothing."""
+        if request_ids.isdisjoint(self._outputs):
+            assert self.engine.has_unfinished, f"nothing will come for {request_ids}"
+            self.runner.programs.announce = announce
+            for output in self.engine.step():
+                if output.request_id in self._awaited:
+                    self._outputs[output.request_id] = output
+        ready = [self._outputs.pop(each) for each in sorted(request_ids & self._outputs.keys())]
+        self._awaited -= {output.request_id for output in ready if output.finished}
+        return ready
+
+    def _leave(self, unfinished: set[str]) -> None:
+        """Ends what an iteration leaves behind; nobody waits for it any more."""
+        for request_id in unfinished:
+            self._awaited.discard(request_id)
+            self._outputs.pop(request_id, None)
+            self.engine.abort(request_id)
+        if not self._awaited:
+            self.engine.drain()
 
 
 def _recovery(config: EngineConfig, plan: PoolPlan) -> ChooseRecovery:
@@ -464,18 +578,3 @@ def _choose_writes(config: EngineConfig, shape: ModelConfig, dtype: Any, cache: 
     """Returns what writes such a model's keys and values."""
     k = jax.ShapeDtypeStruct((1, shape.num_kv_heads, shape.head_dim), dtype)
     return write_implementation(config.cache_implementation, k, cache)
-
-
-def _use_compilation_cache(folder: str | None) -> None:
-    """Lets JAX keep compiled programs in `folder`; see `EngineConfig`."""
-    current = jax.config.jax_compilation_cache_dir
-    if folder is None or (folder == "auto" and current is not None):
-        return
-    path = str(Path.home() / ".cache" / "pallas-paged" if folder == "auto" else Path(folder))
-    if current is not None and current != path:
-        raise ValueError(
-            f"compilation_cache_dir={path!r}, but this process already uses {current!r}, and JAX "
-            "keeps one folder per process; leave it at 'auto' or choose the same"
-        )
-    jax.config.update("jax_compilation_cache_dir", path)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -256,6 +256,17 @@ class BlockTableMemory:
         self._pinned -= collections.Counter([prefix])
         return True
 
+    def reset_prefix_cache(self) -> bool:
+        """Forgets the cached blocks that no row uses and nobody has pinned.
+
+        Returns whether the pinned ones are all that is left.
+        """
+        if self.prefix_cache is None:
+            return True
+        evicted = self.prefix_cache.evict(self.num_evictable_blocks, self._ref_counts)
+        self.state = block_tables.release(self.state, np.array(evicted, np.int32))
+        return len(self.prefix_cache) == len(self.pins)
+
     def num_pinned_for_others(self, blocks: collections.abc.Sequence[int]) -> int:
         """Returns how many pinned blocks are none of these."""
         return len(self.pins.keys() - set(blocks))

@@ -49,9 +49,7 @@ class Counts:
     )
 
 
-def metrics(
-    scheduler: Scheduler, stats: KVStats, counts: Counts, model_name: str
-) -> list[Metric]:
+def metrics(scheduler: Scheduler, stats: KVStats, counts: Counts, model_name: str) -> list[Metric]:
     """Returns an engine's figures; `model_name` is their label."""
     gauges = {
         "num_requests_running": scheduler.num_running,

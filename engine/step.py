@@ -10,8 +10,9 @@ import concurrent.futures
 import dataclasses
 import functools
 import logging
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,9 @@ from pallas_paged.models.attend import paged_attend
 logger = logging.getLogger(__name__)
 
 Caches = tuple[KVCache, ...]
+
+ANNOUNCED_AFTER_S = 2.0
+"""A compilation that is longer under way is announced."""
 
 NUM_PROMPT_ROWS = 64
 """Tokens whose log-probabilities one call of the program for prompts computes."""
@@ -178,6 +182,7 @@ class StepPrograms:
       cache_implementation: of the writes to the caches.
       deterministic: see `EngineConfig`.
       num_traces: how often each bucket was traced.
+      announce: called with a line, in another thread, while a compilation takes its time.
     """
 
     model: CausalLM
@@ -189,6 +194,7 @@ class StepPrograms:
     cache_implementation: str | None = None
     deterministic: bool = False
     num_traces: dict[Bucket, int] = dataclasses.field(default_factory=dict)
+    announce: Callable[[str], object] = logger.info
 
     def __post_init__(self) -> None:
         self.graphdef, self.params = nnx.split(self.model)
@@ -252,7 +258,19 @@ class StepPrograms:
     def compile(self, buckets: Iterable[Bucket]) -> None:
         """Compiles the programs of those `buckets` that have none yet, two at a time."""
         missing = [bucket for bucket in buckets if bucket not in self._compiled]
+        if not missing:
+            return
+        names = ", ".join(map(str, missing))
         begin = time.perf_counter()
+        if_slow = threading.Timer(ANNOUNCED_AFTER_S, self.announce, [f"compiling {names}"])
+        if_slow.start()
+        try:
+            self._compile(missing)
+        finally:
+            if_slow.cancel()
+        logger.info("compiled %s in %.1f s", names, time.perf_counter() - begin)
+
+    def _compile(self, missing: list[Bucket]) -> None:
         # Tracing runs Python and gains nothing from threads; XLA's compiler leaves the lock.
         lowered = [self.lower(bucket) for bucket in missing]
         for bucket, program in zip(missing, lowered, strict=True):
@@ -262,13 +280,6 @@ class StepPrograms:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             compiled = pool.map(lambda program: program.compile(), lowered)
             self._compiled.update(zip(missing, compiled, strict=True))
-        if missing:
-            names = ", ".join(
-                f"{'decode' if b.is_decode else 'mixed'} {b.num_tokens}x{b.num_seqs}"
-                f"{' full' if b.is_full else ''}"
-                for b in missing
-            )
-            logger.info("compiled %s in %.1f s", names, time.perf_counter() - begin)
 
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
         """Traces the program of one bucket."""

@@ -27,12 +27,13 @@ class Tokenizer:
       path: the folder.
       vocab_size: number of ids, added tokens included; a model's vocabulary may be larger.
       eos_token_id: the EOS token of the tokenizer's config, or None.
+      implementation: the tokenizer of transformers.
     """
 
     def __init__(self, path: Path, implementation: Any):
         """Wraps a transformers tokenizer; see `load_tokenizer`."""
         self.path = path
-        self._implementation = implementation
+        self.implementation = implementation
         self._decode = _decoder_of(implementation)
         self._token_texts: dict[int, str] = {}
         self.vocab_size: int = len(implementation)
@@ -47,7 +48,7 @@ class Tokenizer:
         check_text("the text", text)
         with _translated(f"the tokenizer of {self.path} cannot split it"):
             # How long a text may be is the engine's business: it knows the model.
-            return self._implementation.encode(
+            return self.implementation.encode(
                 text, add_special_tokens=add_special_tokens, verbose=False
             )
 
@@ -66,7 +67,7 @@ class Tokenizer:
         self, messages: Sequence[Mapping[str, Any]], name: str = "messages", **options: Any
     ) -> str:
         """Returns the text of a conversation, special tokens included; see `chat.render`."""
-        return chat.render(self._implementation, self.path, messages, name, **options)
+        return chat.render(self.implementation, self.path, messages, name, **options)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
