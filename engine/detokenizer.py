@@ -46,10 +46,8 @@ class Detokenizer:
         """Starts behind the prompt, of which only the end matters."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        context = self._context(prompt_token_ids)
-        self._window = context  # read tokens, then pending ones
-        self._num_read = len(context)
-        self._text = self._read_text = self._decode(context)
+        self._window, self._text = self._context(prompt_token_ids)  # read tokens, then pending ones
+        self._num_read, self._read_text = len(self._window), self._text
 
     def append(self, token_id: int) -> str:
         """Takes the next token and returns the text that is settled by it, often empty."""
@@ -68,15 +66,18 @@ class Detokenizer:
         """Returns the rest, in which incomplete characters are replacement characters."""
         return self._read_up_to(len(self._window), self._text)
 
-    def _context(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """Returns enough of the prompt's end to stand for all of it, or nothing; see the class."""
+    def _context(self, prompt_token_ids: Sequence[int]) -> tuple[list[int], str]:
+        """Returns enough of the prompt's end to stand for all of it, and its text; or nothing.
+
+        Nothing where the prompt ends inside a character, see the class.
+        """
         size = NUM_CONTEXT
         text = self._decode(prompt_token_ids[-size:])
         # Skipped special tokens alone have no text, and the cut may go through a character.
         while (not text or text.endswith(REPLACEMENT)) and size < len(prompt_token_ids):
             size *= 2
             text = self._decode(prompt_token_ids[-size:])
-        return [] if text.endswith(REPLACEMENT) else list(prompt_token_ids[-size:])
+        return ([], "") if text.endswith(REPLACEMENT) else (list(prompt_token_ids[-size:]), text)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)

@@ -25,9 +25,11 @@ class Counting:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.num_decoded = 0
+        self.num_calls = 0
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         self.num_decoded += len(token_ids)
+        self.num_calls += 1
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
 
@@ -158,3 +160,14 @@ def test_cost_per_token_does_not_grow(data):
     for i in range(1200):
         detokenizer.append(ids[i % len(ids)])
     assert tokenizer.num_decoded < 50 * 1200
+
+
+@every_kind
+def test_a_token_is_decoded_about_once(kind):
+    ids = kind().encode("the fox jumps over the lazy dog, and the dog sleeps. " * 20).ids
+    tokenizer = Counting(kind())
+    detokenizer = Detokenizer(tokenizer, ids[:12])
+    for token in ids:
+        detokenizer.append(token)
+    assert tokenizer.num_calls < 1.25 * len(ids)
+    assert tokenizer.num_decoded < 10 * len(ids)
