@@ -7,7 +7,7 @@ is three of those modules and `gate_up_proj` two (see `pallas_paged.models.tenso
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import jax
 from flax import nnx
@@ -82,7 +82,7 @@ class DecoderConfig(ModelConfig):
         """See `ModelConfig.default_max_model_len`."""
         return self.rope.default_max_model_len(self.max_position_embeddings)
 
-    def for_length(self, max_model_len: int) -> Self:
+    def for_length(self, max_model_len: int) -> "DecoderConfig":
         """See `ModelConfig.for_length`."""
         return dataclasses.replace(self, rope=self.rope.for_length(max_model_len))
 

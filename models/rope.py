@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al., 2021); those for longer sequences: `rope_scaling`."""
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +48,7 @@ class Rope:
         """Returns the same where nobody says how long sequences are to be."""
         return self.max_model_len(max_position_embeddings)
 
-    def for_length(self, max_model_len: int) -> Self:
+    def for_length(self, max_model_len: int) -> "Rope":
         """Returns the embedding for sequences of up to so many tokens; mostly it is this one."""
         return self
 

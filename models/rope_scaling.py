@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class DynamicRope(Rope):
     def __post_init__(self) -> None:
         check_positive(self, "rope_theta", "factor", "max_position_embeddings")
 
-    def for_length(self, max_model_len: int) -> Self:
+    def for_length(self, max_model_len: int) -> "DynamicRope":
         """See `Rope.for_length`."""
         return dataclasses.replace(self, longest=max_model_len)
 
@@ -241,7 +241,7 @@ class LongRope(Rope):
         """Returns the length of the original sequences."""
         return min(self.original_max_position_embeddings, max_position_embeddings)
 
-    def for_length(self, max_model_len: int) -> Self:
+    def for_length(self, max_model_len: int) -> "LongRope":
         """See `Rope.for_length`."""
         return dataclasses.replace(self, longest=max_model_len)
 

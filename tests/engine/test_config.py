@@ -82,6 +82,17 @@ def test_max_model_len() -> None:
         resolve_max_model_len(EngineConfig("m", max_model_len=100), shape)
 
 
+def test_names_that_users_know() -> None:
+    assert EngineConfig("m", dtype="half").dtype == "float16"
+    assert EngineConfig("m", dtype="float").dtype == "float32"
+    assert EngineConfig("m", dtype=jnp.bfloat16).dtype == "bfloat16"  # type: ignore[arg-type]
+    seeds = {EngineConfig("m", seed=seed).seed for seed in (None, -1, None, -1)}
+    assert len(seeds) == 4
+    for wrong in (["float16"], 16, jnp.int8):
+        with pytest.raises(ValueError, match=r"dtype=.* must be one of"):
+            EngineConfig("m", dtype=wrong)  # type: ignore[arg-type]
+
+
 def test_a_scaled_model_takes_the_sequences_that_it_was_scaled_for(tmp_path: Path) -> None:
     fields = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 16}
     fields |= {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}

@@ -53,6 +53,16 @@ def test_a_prompt_is_completed_with_the_demo_model(cache: pathlib.Path) -> None:
     assert "PyTorch" not in done.stderr
 
 
+def test_platforms_that_are_not_there_are_no_news(cache: pathlib.Path) -> None:
+    """Nobody told JAX which: it looks for a TPU and a proxy, and its CUDA plugin for a GPU."""
+    variables = {k: v for k, v in environment(cache).items() if k != "JAX_PLATFORMS"}
+    program = [sys.executable, "-m", "pallas_paged.engine.generate", "--prompt=x", *TINY]
+    done = subprocess.run(program, capture_output=True, text=True, env=variables, timeout=300)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("compiling ")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("8 tokens in")
+
+
 def test_prompts_come_from_a_file_and_from_standard_input(
     cache: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

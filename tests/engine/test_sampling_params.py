@@ -49,7 +49,7 @@ REFUSED: list[tuple[str, object, str]] = [
     *(("top_k", value, "from -1 to 2147483647; use 0 or -1")
       for value in (-2, 2**31, True, 5.0, "5", None, NAN)),
     *(("min_p", value, r"in \[0, 1\]; use 0") for value in (-0.1, 1.1, NAN, INF, False, "0", None)),
-    *(("seed", value, "or None; use None") for value in (-1, 2**64, True, 1.5, "1", NAN)),
+    *(("seed", value, "or None; use None") for value in (-2, 2**64, True, 1.5, "1", NAN)),
     *(("stop", value, "a string, a list of strings or None")
       for value in (5, b"x", [5], ["a", None], {"a": 1}, {"a"}, True)),
     *(("stop", value, "none of them empty; leave '' out") for value in ("", [""], ["a", ""])),
@@ -80,6 +80,7 @@ ACCEPTED: list[tuple[str, object, object]] = [
     ("top_k", 10**9, 10**9),
     ("min_p", 1, 1.0),
     ("seed", 0, 0),
+    ("seed", -1, None),
     ("seed", 2**64 - 1, 2**64 - 1),
     ("stop", None, ()),
     ("stop", [], ()),

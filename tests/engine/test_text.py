@@ -114,6 +114,17 @@ def test_chat_goes_through_the_template(llm: LLM) -> None:
     assert llm.chat_prompt(begun, **options)["prompt"] == continued.prompt
 
 
+def test_conversations_have_priorities(llm: LLM) -> None:
+    """They go the way of `generate`'s; this engine has none."""
+    with pytest.raises(ValueError, match=r"priority=\[1\] needs scheduling_policy='priority'"):
+        llm.chat([{"role": "user", "content": "x"}], GREEDY, priority=[1])
+
+
+def test_the_tokenizer_is_the_one_of_transformers(llm: LLM) -> None:
+    ids = llm.get_tokenizer()("class Stack:\n")["input_ids"]
+    assert generate(llm, "class Stack:\n")[0].prompt_token_ids == tuple(ids)
+
+
 def test_a_bad_conversation_is_named(llm: LLM) -> None:
     good = [{"role": "user", "content": "a"}]
     with pytest.raises(ValueError, match=r"messages\[1\]\[0\]='b' must be a mapping"):
