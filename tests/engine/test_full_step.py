@@ -142,13 +142,16 @@ def test_temperature_and_filters_do_not_change_logprobs(llm: LLM) -> None:
 
 
 def test_a_stream_has_logprobs_for_every_token_it_has(llm: LLM) -> None:
-    params = dataclasses.replace(PLAIN, logprobs=2)
-    lengths = []
+    params = dataclasses.replace(PLAIN, logprobs=2, prompt_logprobs=1)
+    lengths, of_prompts = [], []
     for output in llm.stream(PROMPTS[:2], params):
         (completion,) = output.outputs
+        assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+        of_prompts.append(output.prompt_logprobs)
         assert len(completion.logprobs) == len(completion.token_ids)
         lengths.append(len(completion.logprobs))
     assert len(lengths) == 24
+    assert len({id(found) for found in of_prompts}) == 2  # not copied for every token
 
 
 def test_generate_makes_one_output_of_each_request(
