@@ -81,11 +81,7 @@ class Admission:
                 f"request {name!r}: a prompt of {prompt_len} tokens leaves no room for output in "
                 f"max_model_len={self.max_model_len}; shorten the prompt or raise max_model_len"
             )
-        if group.num_seqs > self.max_num_seqs:
-            raise ValueError(
-                f"request {name!r}: {group.num_seqs} sequences run together, and max_num_seqs="
-                f"{self.max_num_seqs}; ask for fewer completions or raise max_num_seqs"
-            )
+        self.check_num_seqs(name, group.num_seqs)
         num_blocks, others = self._worst_case(group), self._pinned_for_others(group)
         if num_blocks + others > self.memory.num_usable_blocks:
             pinned = f" besides {others} pinned for other prompts" if others else ""
@@ -95,6 +91,18 @@ class Admission:
                 f"may take {self.max_length(group)} tokens{together}, {num_blocks} blocks, and the "
                 f"KV cache has {self.memory.num_usable_blocks - others}{pinned}; lower max_tokens, "
                 "shorten the prompt or enlarge the cache"
+            )
+
+    def check_num_seqs(self, request_id: str, num_seqs: int) -> None:
+        """Tells whether so many sequences can run together.
+
+        Raises:
+          ValueError: they cannot.
+        """
+        if num_seqs > self.max_num_seqs:
+            raise ValueError(
+                f"request {request_id!r}: {num_seqs} sequences run together, and max_num_seqs="
+                f"{self.max_num_seqs}; ask for fewer completions or raise max_num_seqs"
             )
 
     def longest_output(self, group: SequenceGroup) -> int:

@@ -81,8 +81,10 @@ class Intake:
         stop_token_ids = frozenset(params.stop_token_ids or ())
         params, beams = self._checked_params(params, eos_token_ids | stop_token_ids)
         num_seqs = params.n if beams is None else beams.width
+        name = f"request-{self._num_named}" if request_id is None else request_id
+        self._scheduler.admission.check_num_seqs(name, num_seqs)  # each has a copy of the prompt
         group = SequenceGroup(
-            request_id=f"request-{self._num_named}" if request_id is None else request_id,
+            request_id=name,
             prompt_token_ids=ids,
             max_tokens=1 if params.max_tokens is None else params.max_tokens,
             eos_token_ids=eos_token_ids,

@@ -27,7 +27,8 @@ class PoolPlan:
       block_size: S.
       block_bytes: bytes of one block over all layers, scales of quantised caches included.
       weight_bytes: bytes of the model's parameters.
-      row_state_bytes: bytes of what penalties and bias need, see `RowState`.
+      row_state_bytes: bytes of `RowState`, from the first request on that asks for penalties, bias
+        or log-probabilities.
       temporary_bytes: bytes of the largest step's temporaries; None where the pool's size did not
         need them.
     """
@@ -46,7 +47,7 @@ class PoolPlan:
             f"weights {_mib(self.weight_bytes)}",
             f"KV pool {_mib(self.num_blocks * self.block_bytes)}"
             f" ({self.num_blocks} blocks of {self.block_size} tokens, {slots} tokens)",
-            f"penalties and bias {_mib(self.row_state_bytes)}",
+            f"penalties and bias {_mib(self.row_state_bytes)} from their first use on",
         ]
         if self.temporary_bytes is not None:
             parts.append(f"temporaries of the largest step {_mib(self.temporary_bytes)}")
@@ -64,7 +65,8 @@ def plan_pool(
     """Sizes the pool by `num_blocks`, else by bytes, else by the device.
 
     On a CPU the device's default is a stated size; on a GPU it is the configured share of its
-    memory less what is in use (the weights) and less the temporaries of the largest compiled step.
+    memory less what is in use (the weights), less the temporaries of the largest compiled step and
+    less `row_state_bytes`, for else the first request with a penalty would run out of memory.
     Unless `num_blocks` asks for it, no pool is larger than all sequences at their longest need.
 
     Raises:

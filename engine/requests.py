@@ -7,7 +7,7 @@ from typing import Any
 
 from pallas_paged.engine import beam_groups
 from pallas_paged.engine.detokenizer import Detokenizer
-from pallas_paged.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from pallas_paged.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from pallas_paged.engine.sequence import Sequence, SequenceGroup
 from pallas_paged.engine.stop import StopMatcher
 
@@ -43,13 +43,22 @@ class Completion:
 class Request:
     """A request between arrival and its last output.
 
-    The completions of a beam search are made when it ends; until then there is a first beam.
+    Attributes:
+      group: its sequences.
+      prompt: its text, if it came as text.
+      completions: one per sequence; those of a beam search are made when it ends, and until then
+        there is a first beam.
+      final_only: whether nobody wants an output before the last.
+      prompt_logprobs: as they were given out last.
+      first_scheduled_time_s: see `RequestMetrics`, as is the next one.
+      first_token_time_s: likewise.
     """
 
     group: SequenceGroup
     prompt: str | None
     completions: list[Completion]
     final_only: bool = False
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     first_scheduled_time_s: float | None = None
     first_token_time_s: float | None = None
 
@@ -71,15 +80,15 @@ def update_text(completion: Completion, detokenizer: Detokenizer, new: Seq[int])
 def output_of(request: Request) -> RequestOutput:
     """Returns a request as far as it has come."""
     group = request.group
+    if group.sampling_params.prompt_logprobs is not None:
+        count = 1 + len(group.prompt_logprobs)
+        if request.prompt_logprobs is None or len(request.prompt_logprobs) != count:
+            request.prompt_logprobs = (None, *group.prompt_logprobs)
     return RequestOutput(
         request_id=group.request_id,
         prompt=request.prompt,
         prompt_token_ids=group.prompt_token_ids,
-        prompt_logprobs=(
-            None
-            if group.sampling_params.prompt_logprobs is None
-            else (None, *group.prompt_logprobs)
-        ),
+        prompt_logprobs=request.prompt_logprobs,
         outputs=tuple(map(_completion_output, request.completions)),
         finished=group.is_finished,
         metrics=RequestMetrics(

@@ -70,7 +70,16 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """Runs a model's steps on JAX's default device."""
+    """Runs a model's steps on JAX's default device.
+
+    Attributes:
+      buckets: the shapes of steps.
+      kv_caches: one per layer; replaced by every step.
+      last_tokens: i32[R + 1], see `StepResult`.
+      row_state: what full steps keep of the rows; None before the first of them.
+      programs: the compiled steps.
+      block_programs: the compiled copies of blocks.
+    """
 
     def __init__(
         self,
@@ -99,7 +108,8 @@ class ModelRunner:
         self.kv_caches = self._make_caches()
         self._num_rows = max_num_seqs
         self._vocab_size = config.vocab_size
-        self.last_tokens, self.row_state, self._row_edits = self._fresh_rows()
+        self.row_state: RowState | None = None
+        self.last_tokens, self._row_edits = self._fresh_rows()
         self.programs = StepPrograms(
             model,
             self.kv_caches,
@@ -130,20 +140,27 @@ class ModelRunner:
         if len(step.copies.src):
             self.kv_caches = self.block_programs.copy(self.kv_caches, step.copies)
         packed = jax.device_put(batch.build(step, state, bucket))
-        for edit in self._row_edits.next_edits(step):
-            self.row_state = self.programs.edit_rows(
-                self.row_state, self.last_tokens, jax.device_put(edit)
-            )
-        result = self.programs(bucket, self.kv_caches, self.last_tokens, packed, self.row_state)
+        row_state = self._edited_rows(step) if bucket.is_full else None
+        result = self.programs(bucket, self.kv_caches, self.last_tokens, packed, row_state)
         self.kv_caches, self.last_tokens = result.kv_caches, result.last_tokens
-        if result.counts is not None:
-            self.row_state = self.row_state._replace(counts=result.counts)
+        if row_state is not None and result.counts is not None:
+            self.row_state = row_state._replace(counts=result.counts)
         wants_logprobs = any(map(batch.wants_logprobs, step.scheduled))
         packed_logprobs = result.logprobs if wants_logprobs else None
         copied = result.tokens if packed_logprobs is None else packed_logprobs
         copied.copy_to_host_async()
         in_flight = InFlight(step, result.tokens, packed_logprobs)
         return self._dispatch_prompts(in_flight, targets, result.hidden)
+
+    def _edited_rows(self, step: ScheduledStep) -> RowState:
+        """Returns what a full step needs of the rows, which is not there before the first one."""
+        if self.row_state is None:
+            self.row_state = self.programs.new_row_state()
+        for edit in self._row_edits.next_edits(step):
+            self.row_state = self.programs.edit_rows(
+                self.row_state, self.last_tokens, jax.device_put(edit)
+            )
+        return self.row_state
 
     def _dispatch_prompts(
         self, in_flight: InFlight, targets: list[range], hidden: jax.Array | None
@@ -206,13 +223,12 @@ class ModelRunner:
         """Replaces the caches: a failed step may have taken them, or left its error in them."""
         self.kv_caches = ()  # first, for there may be no room for two
         self.kv_caches = self._make_caches()
-        self.last_tokens, self.row_state, self._row_edits = self._fresh_rows()
+        self.row_state = None
+        self.last_tokens, self._row_edits = self._fresh_rows()
 
-    def _fresh_rows(self) -> tuple[jax.Array, RowState, RowEdits]:
+    def _fresh_rows(self) -> tuple[jax.Array, RowEdits]:
         """Returns rows that nobody uses."""
-        last_tokens = jnp.zeros(self._num_rows + 1, jnp.int32)
-        row_state = RowState.zeros(self._num_rows, self._vocab_size)
-        return last_tokens, row_state, RowEdits(self._num_rows)
+        return jnp.zeros(self._num_rows + 1, jnp.int32), RowEdits(self._num_rows)
 
     def warm_up(self) -> None:
         """Compiles every program, so that no step waits for a compilation."""

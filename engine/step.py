@@ -202,6 +202,7 @@ class StepPrograms:
         self.kv_caches = jax.eval_shape(lambda: self.kv_caches)
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
         self._compiled_edit: jax.stages.Compiled | None = None
+        self._compiled_rows: jax.stages.Compiled | None = None
         self._compiled_prompt: dict[int, jax.stages.Compiled] = {}  # by T
         self._hidden: dict[int, jax.ShapeDtypeStruct] = {}  # by T, of full steps
 
@@ -211,13 +212,23 @@ class StepPrograms:
         kv_caches: Caches,
         last_tokens: jax.Array,
         packed: jax.Array,
-        row_state: RowState,
+        row_state: RowState | None = None,
     ) -> StepResult:
-        """Runs the step; donates `kv_caches`, `last_tokens` and, to a full step, the counts."""
+        """Runs the step; donates `kv_caches`, `last_tokens` and, to a full step, the counts.
+
+        A full step needs `row_state`, and a plain one takes none.
+        """
+        assert bucket.is_full == (row_state is not None)
         if bucket not in self._compiled:
             self.compile([bucket])
-        state = (row_state.counts, row_state.bias) if bucket.is_full else ()
+        state = () if row_state is None else (row_state.counts, row_state.bias)
         return self._compiled[bucket](self.params, kv_caches, last_tokens, packed, *state)
+
+    def new_row_state(self) -> RowState:
+        """Returns the state of rows that nobody uses, newly allocated."""
+        self.compile_rows()
+        assert self._compiled_rows is not None
+        return self._compiled_rows()
 
     def edit_rows(self, row_state: RowState, last_tokens: jax.Array, packed: jax.Array) -> RowState:
         """Runs `logits.edit_rows`; donates `row_state`."""
@@ -233,6 +244,11 @@ class StepPrograms:
         jitted = jax.jit(edit_rows, donate_argnums=0)
         lowered = jitted.lower(self._row_state(), self._last_tokens(), packed)
         self._compiled_edit = lowered.compile()
+
+    def compile_rows(self) -> None:
+        """Compiles the program of `new_row_state`, if it is not."""
+        if self._compiled_rows is None:
+            self._compiled_rows = jax.jit(self._zero_rows).lower().compile()
 
     def prompt_logprobs(self, hidden: jax.Array, packed: jax.Array) -> jax.Array:
         """Runs `prompt_logprobs`."""
@@ -250,6 +266,7 @@ class StepPrograms:
     def compile_all(self, buckets: Iterable[Bucket]) -> None:
         """Compiles every program that steps of the `buckets` may run."""
         self.compile(buckets)
+        self.compile_rows()
         self.compile_edit()
         for num_tokens, hidden in self._hidden.items():
             if num_tokens not in self._compiled_prompt:
@@ -321,8 +338,10 @@ class StepPrograms:
         return jax.ShapeDtypeStruct((self.max_num_seqs + 1,), jnp.int32)
 
     def _row_state(self) -> RowState:
-        vocab_size = self.model.config.vocab_size
-        return jax.eval_shape(lambda: RowState.zeros(self.max_num_seqs, vocab_size))
+        return jax.eval_shape(self._zero_rows)
+
+    def _zero_rows(self) -> RowState:
+        return RowState.zeros(self.max_num_seqs, self.model.config.vocab_size)
 
     def temporary_bytes(self, bucket: Bucket) -> int:
         """Returns the bytes of a bucket's compiled program beside inputs and what is in place."""

@@ -16,7 +16,6 @@ from benchmarks.gpu_suite.stage import Case, Context, Row, Stage
 from pallas_paged import KVCache
 from pallas_paged.engine import batch
 from pallas_paged.engine.buckets import Bucket
-from pallas_paged.engine.logits import RowState
 from pallas_paged.engine.step import StepPrograms
 from pallas_paged.models import ModelConfig
 from pallas_paged.models.registry import FAMILIES, config_from_hf
@@ -105,7 +104,6 @@ def run(step: Step, context: Context) -> Row:
         cache_implementation=ours,
     )
     bucket = Bucket(step.batch, step.batch, is_decode=True)
-    unread = RowState.zeros(1, 1)  # full steps alone have it
     calls, repeats = (20, 5) if context.on_gpu else (2, 1)
     row: Row = {"implementation": ours, "temporary_bytes": programs.temporary_bytes(bucket)}
     for name, temperature in (("us", 0.8), ("greedy_us", 0.0)):
@@ -115,7 +113,7 @@ def run(step: Step, context: Context) -> Row:
             jax.block_until_ready(tokens)
             begin = time.perf_counter()
             for _ in range(calls):
-                result = programs(bucket, caches, tokens, packed, unread)
+                result = programs(bucket, caches, tokens, packed)
                 caches, tokens = result.kv_caches, result.last_tokens
             jax.block_until_ready(tokens)
             seconds.append((time.perf_counter() - begin) / calls)

@@ -9,11 +9,12 @@ import sys
 from tests.mutations import Mutation, run
 
 _TABLES = "pallas_paged/block_tables.py"
-_ADMISSION, _CACHE, _GROUPS, _MEMORY, _POLICIES, _RUNNER, _SCHEDULER, _STATS, _SWAP = (
+_ADMISSION, _CACHE, _CORE, _GROUPS, _MEMORY, _POLICIES, _RUNNER, _SCHEDULER, _STATS, _SWAP = (
     f"pallas_paged/engine/{name}.py"
     for name in (
         "admission",
         "prefix_cache",
+        "core",
         "groups",
         "memory",
         "policies",
@@ -27,6 +28,7 @@ _UNIT = (
     "tests/engine/test_memory.py tests/engine/test_scheduler.py "
     "tests/engine/test_sharing.py::TestEqualBlocks"
 )
+_INTERRUPTS = "tests/engine/test_interrupts.py"
 _RECOVERY = "tests/engine/test_recovery.py"
 _LIVES = "tests/engine/test_scheduler_stateful.py"
 _HITS, _PINS, _EVICTION = (
@@ -171,6 +173,60 @@ MUTATIONS = {
         "return waiting.priority < running.priority",
         "return waiting.priority <= running.priority",
         f"{_UNIT} {_LIVES}",
+    ),
+    "preempted though the head will not fit": Mutation(
+        _SCHEDULER,
+        "if not fits(len(victims)):\n            return []",
+        "pass",
+        _UNIT,
+    ),
+    "preempted though the others grow into it": Mutation(
+        _SCHEDULER,
+        "self.memory.num_free_after(freed_rows, rows, list(growth.values()))",
+        "self.memory.num_free_after(freed_rows, (), ())",
+        _UNIT,
+    ),
+    "preempted though the head gets no token": Mutation(
+        _SCHEDULER,
+        "if sum(count for _, count in planned) == self.max_num_batched_tokens:",
+        "if False:",
+        _UNIT,
+    ),
+    "the head's blocks counted as the victims'": Mutation(
+        _MEMORY,
+        "ref_counts = np.asarray(self._without(freed_rows).ref_counts)",
+        "ref_counts = self._ref_counts",
+        _UNIT,
+    ),
+    "hits of before that are gone": Mutation(
+        _CACHE,
+        "while known and self._keys.get(known[-1].block) is not known[-1].key:",
+        "while False:",
+        f"{_EVICTION} {_LIVES}",
+    ),
+    "an entry planned for other hits": Mutation(
+        _ADMISSION,
+        "basis = group.swapped, group.num_rows, lengths, hits",
+        "basis = group.swapped, group.num_rows, lengths",
+        _LIVES,
+    ),
+    "a block left to an interrupted verb": Mutation(
+        _MEMORY,
+        "self.pins, self._pinned = collections.Counter(), collections.Counter()\n",
+        "pass\n",
+        _INTERRUPTS,
+    ),
+    "an interrupted recovery forgotten": Mutation(
+        _CORE,
+        "if self._failure is not None:\n            self._fail_all(self._failure)",
+        "pass",
+        _INTERRUPTS,
+    ),
+    "tokens given out before they are taken in": Mutation(
+        _CORE,
+        "if group.beams is not None or completion.num_tokens < sequence.num_output_tokens:",
+        "if group.beams is not None:",
+        _INTERRUPTS,
     ),
     "back before its earlier life is over": Mutation(
         _SCHEDULER,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_paged.block_tables import BlockTables
-from pallas_paged.engine import LLM, SamplingParams, batch, core
+from pallas_paged.engine import LLM, SamplingParams, batch, core, intake
 from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core import Engine
@@ -332,6 +332,16 @@ def test_max_tokens_none_means_as_many_as_fit() -> None:
     assert engine.make_group([1] * 10, SamplingParams(max_tokens=None)).max_tokens == 54
     small = make_engine(num_blocks=6)
     assert small.make_group([1] * 10, SamplingParams(max_tokens=None)).max_tokens == 10
+
+
+def test_more_sequences_than_run_together_are_refused_before_any_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each would have a copy of the prompt."""
+    engine = make_engine()
+    monkeypatch.setattr(intake, "SequenceGroup", lambda **options: pytest.fail("made"))
+    with pytest.raises(ValueError, match="16384 sequences run together, and max_num_seqs=8"):
+        engine.make_group([1] * 50, SamplingParams(n=16384))
 
 
 def pinned_engine(prefix: list[int], num_blocks: int) -> Engine:

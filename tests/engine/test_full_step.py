@@ -9,6 +9,7 @@ from scipy import special
 from pallas_paged.engine import LLM, RequestOutput, SamplingParams
 from pallas_paged.engine.buckets import Bucket
 from pallas_paged.engine.core import Engine
+from pallas_paged.engine.step import StepPrograms
 from tests.engine.bigram_model import expected, make_table, run
 from tests.engine.bigram_model import make_engine as make_bigram_engine
 from tests.engine.serving import assert_idle, make_llm, nothing_compiles, reference_requests
@@ -42,16 +43,16 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def ran(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[Bucket]:
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Bucket]:
     """Collects the programs that run."""
     buckets: list[Bucket] = []
-    programs = llm.runner.programs
+    run_program = StepPrograms.__call__
 
-    def call(bucket: Bucket, *args: object) -> object:
+    def call(programs: StepPrograms, bucket: Bucket, *args: object) -> object:
         buckets.append(bucket)
-        return programs(bucket, *args)
+        return run_program(programs, bucket, *args)
 
-    monkeypatch.setattr(llm.runner, "programs", call)
+    monkeypatch.setattr(StepPrograms, "__call__", call)
     return buckets
 
 
@@ -61,6 +62,18 @@ def test_steps_that_need_nothing_of_it_are_plain(llm: LLM, ran: list[Bucket]) ->
     params = [dataclasses.replace(PLAIN, max_tokens=3, logprobs=0), PLAIN]
     llm.generate(PROMPTS[:2], params, use_tqdm=False)
     assert 0 < sum(bucket.is_full for bucket in ran) < 6
+
+
+def test_what_full_steps_keep_is_not_there_before_the_first(llm: LLM) -> None:
+    penalised = dataclasses.replace(PLAIN, temperature=0, repetition_penalty=1.5)
+    for params in (dataclasses.replace(PLAIN, logprobs=1), penalised):
+        llm.engine.scheduler.abort_all()
+        llm.runner.recover()
+        llm.generate(PROMPTS[:2], PLAIN, use_tqdm=False)
+        assert llm.runner.row_state is None
+        first, again = (llm.generate(PROMPTS[0], params, use_tqdm=False)[0] for _ in range(2))
+        assert llm.runner.row_state is not None
+        assert first.outputs == again.outputs
 
 
 def test_nothing_compiles_after_warm_up(engine: Engine) -> None:
@@ -129,13 +142,16 @@ def test_temperature_and_filters_do_not_change_logprobs(llm: LLM) -> None:
 
 
 def test_a_stream_has_logprobs_for_every_token_it_has(llm: LLM) -> None:
-    params = dataclasses.replace(PLAIN, logprobs=2)
-    lengths = []
+    params = dataclasses.replace(PLAIN, logprobs=2, prompt_logprobs=1)
+    lengths, of_prompts = [], []
     for output in llm.stream(PROMPTS[:2], params):
         (completion,) = output.outputs
+        assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+        of_prompts.append(output.prompt_logprobs)
         assert len(completion.logprobs) == len(completion.token_ids)
         lengths.append(len(completion.logprobs))
     assert len(lengths) == 24
+    assert len({id(found) for found in of_prompts}) == 2  # not copied for every token
 
 
 def test_generate_makes_one_output_of_each_request(

@@ -734,6 +734,24 @@ class TestPriority:
             expected = generate_alone(sequence, 64)
             assert (sequence.output_token_ids, sequence.finish_reason, None) == expected
 
+    def test_blocks_that_the_head_takes_over_are_not_free_for_it_too(self) -> None:
+        prompt = tuple(range(1, 13))
+        a = request("a", 1, 3, priority=0)
+        b = SequenceGroup("b", (*prompt, 50), 3, priority=2).sequences[0]
+        engine = make_engine(order=PriorityOrder(), num_blocks=6, enable_prefix_caching=True)
+        add(engine, a, b)
+        engine.step(overlap=False)
+        head = SequenceGroup("head", (*prompt, *range(20, 27)), 1, priority=1).sequences[0]
+        add(engine, head)  # three blocks of `b`'s and two more; `b` has one more, and none is free
+        step = engine.step(overlap=False)
+        assert step is not None
+        assert not step.preempted
+        engine.run()
+        assert engine.scheduler.num_preemptions == 0
+        assert head.group.num_cached_tokens == 12
+        for sequence in (a, b, head):
+            assert sequence.output_token_ids == generate_alone(sequence, 64)[0]
+
     def test_without_the_policy_nobody_overtakes(self) -> None:
         engine = make_engine(max_num_seqs=1)
         a, b = request("a", 3, 2, priority=1), request("b", 3, 2, priority=0)
