@@ -10,6 +10,7 @@ from flax import nnx
 
 from pallas_paged.engine.buckets import Buckets
 from pallas_paged.engine.config import DEFAULT_CPU_KV_CACHE_BYTES, EngineConfig, round_num_blocks
+from pallas_paged.engine.device_memory import memory_stats, usable_bytes
 from pallas_paged.engine.logits import RowState
 from pallas_paged.engine.logprobs import width_for
 from pallas_paged.engine.step import StepPrograms
@@ -106,9 +107,14 @@ def plan_pool(
                 config.deterministic,
             )
             temporary_bytes = max(map(programs.temporary_bytes, buckets.largest()))
-            stats = jax.local_devices()[0].memory_stats()
-            limit = int(stats["bytes_limit"] * config.gpu_memory_utilization)
-            pool_bytes = limit - stats["bytes_in_use"] - temporary_bytes - row_state_bytes
+            stats = memory_stats()
+            if stats is None:
+                raise ValueError(
+                    "JAX does not tell the memory of this device, so that no share of it is known; "
+                    "set num_blocks or kv_cache_memory_bytes"
+                )
+            usable = usable_bytes(stats, config.gpu_memory_utilization)
+            pool_bytes = usable - stats["bytes_in_use"] - temporary_bytes - row_state_bytes
         num_blocks = round_num_blocks(max(0, pool_bytes) // block_bytes)
         if num_blocks < 2:
             raise ValueError(
@@ -138,7 +144,7 @@ def plan_pool(
 
 def _memory_bytes() -> int:
     """Returns the memory of JAX's default device: what it may use of a GPU, or the machine's."""
-    stats = jax.local_devices()[0].memory_stats()
+    stats = memory_stats()
     if stats is not None:
         return stats["bytes_limit"]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
