@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 OLDEST := .venv-oldest
 OLDEST_JAX := 0.11.2
 
-.PHONY: demo test check format oldest kernels-full kernels-mutate sharing-mutate dist clean
+.PHONY: demo test check format strict oldest kernels-full kernels-mutate sharing-mutate dist clean
 
 demo: $(VENV)/.base
 	@$(PY) -m pallas_paged.engine.demo
@@ -22,6 +22,23 @@ check: $(VENV)/.test
 format: $(VENV)/.test
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+# What a program of a user's own may have switched on: 64-bit types, and a search for NaN. Tests of
+# kernels poison memory with NaN on purpose, so that the search goes through engines alone.
+STRICT_ENGINE := tests/engine/test_logprobs.py \
+  tests/engine/test_logit_rules.py::test_many_requests_of_all_kinds \
+  tests/engine/test_full_step.py::test_prompt_logprobs_across_every_chunk_split \
+  'tests/engine/test_recovery.py::test_a_tenth_of_the_memory_gives_the_same_tokens[swap]' \
+  $(addprefix tests/engine/test_sampling.py::,test_a_seed_gives_these_tokens \
+    test_top_k_keeps_the_first_k_however_they_are_found)
+STRICT_KERNELS := tests/kernels/test_kv_write.py tests/kernels/test_block_tables.py \
+  tests/kernels/test_block_copies.py \
+  $(addprefix tests/kernels/test_attention.py::,test_equals_dense_softmax test_example_by_hand \
+    test_decode_loop_equals_prefill)
+
+strict: $(VENV)/.test
+	@JAX_ENABLE_X64=1 $(PY) -m pytest -n 2 --dist=loadfile $(STRICT_ENGINE) $(STRICT_KERNELS)
+	@JAX_DEBUG_NANS=1 $(PY) -m pytest -n 2 --dist=loadfile $(STRICT_ENGINE)
 
 # Kernels, block tables and a request from end to end on the oldest JAX we support; random operations
 # on block tables are the newest JAX's, and what kernels spill is in this JAX's table.

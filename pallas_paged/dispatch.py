@@ -55,7 +55,8 @@ def choose_implementation(
       operation: the operation's name, for messages.
       offered: its implementations by name, the preferred one first.
       requested: the name the caller asks for; None takes the first that can do the job, which is
-        logged once per process and choice, with the reasons of those passed over.
+        logged at level DEBUG, once per process and choice, with the reasons of those passed over:
+        `logging.getLogger("pallas_paged.dispatch").setLevel(logging.DEBUG)` asks for it.
       *args: what the implementations look at to say whether they can: arrays or their shapes.
       **kwargs: likewise.
 
@@ -70,7 +71,9 @@ def choose_implementation(
         for name, implementation in offered.items():
             reason = implementation.unsupported(*args, **kwargs)
             if reason is None:
-                _log_choice(operation, name, target_device().device_kind, tuple(passed_over))
+                # What is not shown is not remembered as shown: a user may ask later.
+                if _logger.isEnabledFor(logging.DEBUG):
+                    _log_choice(operation, name, target_device().device_kind, tuple(passed_over))
                 return name
             passed_over.append(f"not {name!r}: {reason}")
         raise NotImplementedError(f"{operation}: {'; '.join(passed_over)}")
@@ -161,4 +164,4 @@ def interpret_kernels(
 @functools.cache
 def _log_choice(operation: str, choice: str, device: str, passed_over: tuple[str, ...]) -> None:
     reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
-    _logger.info("%s runs as %r on %s by automatic choice%s", operation, choice, device, reasons)
+    _logger.debug("%s runs as %r on %s by automatic choice%s", operation, choice, device, reasons)

@@ -11,6 +11,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # An interpreted kernel blocks one of the CPU client's threads for each of its own that waits at a
 # barrier; with as many threads as two cores give, it would wait forever.
 os.environ.setdefault("NPROC", "16")
+# In the environment, so that the programs which tests run are as strict.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Most of the time goes into compiling small CPU programs: LLVM need not make them fast.
 os.environ["XLA_FLAGS"] = " ".join(
     (
@@ -24,9 +27,6 @@ import jax
 import pytest
 from hypothesis import Phase, settings
 from jaxtyping import install_import_hook
-
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Many tests build the same small engine: what one of them compiled the next one finds. One folder
 # for each of the test processes, for JAX writes its files in place.

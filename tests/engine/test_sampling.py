@@ -340,7 +340,7 @@ def test_both_words_of_the_seed_count():
 
 
 def test_swapping_seed_index_and_position_draws_other_tokens():
-    logits = jnp.zeros((64, 3000))
+    logits = jnp.zeros((64, 3000), jnp.float32)
     numbers = [(1, 2, 3), (1, 3, 2), (2, 1, 3), (2, 3, 1), (3, 1, 2), (3, 2, 1)]
     rows = [Options(seed=a, sample_index=b, position=c) for a, b, c in numbers]
     rows += [Options(temperature=0)] * (64 - len(rows))
@@ -395,4 +395,4 @@ def test_options_of_a_greedy_row_are_ignored():
     row = Options(temperature=0, top_k=3, top_p=0.1, min_p=0.9, seed=9)
     other = Options(temperature=1.0, seed=1)
     logits = jnp.asarray(np.random.default_rng(4).standard_normal((8, 300)), jnp.float32)
-    assert sample(logits, inputs_of([row] + [other] * 7))[0] == logits[0].argmax()
+    assert sample(logits, inputs_of([row] + [other] * 7))[0] == int(logits[0].argmax())

@@ -123,7 +123,7 @@ def test_equals_dense_softmax(implementation, options):
 def test_reference_equals_jax_attention_on_contiguous_keys(window):
     length, heads, kv_heads, dim, size = 32, 6, 2, 16, 8
     q, k, v = (
-        jax.random.normal(jax.random.key(i), (length, h, dim))
+        jax.random.normal(jax.random.key(i), (length, h, dim), jnp.float32)
         for i, h in enumerate((heads, kv_heads, kv_heads))
     )
     cache = KVCache.zeros(1 + length // size, kv_heads, size, dim, jnp.float32)
@@ -302,8 +302,9 @@ def test_partial_results_merge():
     arguments = build(spec)
     sinks = jnp.ones(spec.num_q_heads, jnp.float32)
     expected, expected_lse = run(arguments, "reference", sinks=sinks)
+    lens = jnp.array([16, 16], jnp.int32)
     first = arguments._replace(
-        metadata=AttentionMetadata(**dict(vars(arguments.metadata), seq_lens=jnp.array([16, 16])))
+        metadata=AttentionMetadata(**dict(vars(arguments.metadata), seq_lens=lens))
     )
     rest = AttentionMetadata(
         **dict(

@@ -89,7 +89,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"dst is int32\[1\]; src and dst must be int32\[P\]"):
         copy_blocks(cache, ints(1, 2), ints(1))
     with pytest.raises(ValueError, match=r"src is float32\[2\]"):
-        copy_blocks(cache, jnp.ones(2), ints(1, 2))
+        copy_blocks(cache, jnp.ones(2, jnp.float32), ints(1, 2))
     with pytest.raises(ValueError, match=r"block_ids is int32\[1, 2\], must be int32\[P\]"):
         gather_blocks(cache, ints(1, 2)[None])
     with pytest.raises(ValueError, match=r"blocks.k is float32\[2, 2, 8, 16\], must be float32\[3"):

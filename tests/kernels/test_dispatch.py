@@ -30,6 +30,9 @@ def test_the_first_that_can_is_chosen_and_logged_once_with_the_reasons(caplog):
     _log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="pallas_paged"):
         assert choose_implementation("op", OFFERED, None, VECTOR) == "mosaic_gpu"
+    assert not caplog.records  # a line for every operation would be many in an engine's start
+    with caplog.at_level(logging.DEBUG, logger="pallas_paged"):
+        assert choose_implementation("op", OFFERED, None, VECTOR) == "mosaic_gpu"
         assert choose_implementation("op", OFFERED, None, MATRIX) == "xla"
         assert choose_implementation("op", OFFERED, None, MATRIX) == "xla"
         assert choose_implementation("op", OFFERED, "xla", VECTOR) == "xla"
