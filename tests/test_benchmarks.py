@@ -25,7 +25,7 @@ SMALL = (
             "--max_num_batched_tokens=32 --max_model_len=128",
         ),
         ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
-        ("host_step", "--num_seqs=4 --num_tokens=40 --num_steps=3 --waiting_len=256"),
+        ("host_step", "--num_seqs=4 --num_tokens=400 --num_steps=3 --waiting_len=256"),
         ("sampling", "--shapes=2x300 --rounds=1 --hidden=16 --layers=1 --heads=2/1 --context=4"),
         ("recovery", "--block_sizes=8 --num_requests=8 --prompt_len=9 --output_len=20"),
         (
