@@ -106,6 +106,7 @@ class Engine:
         cache_salt: str | None = None,
     ) -> SequenceGroup:
         """Returns a group that `add` accepts, and queues nothing; see `Intake.make_group`."""
+        self._recover()
         return self._intake.make_group(prompt_token_ids, params, request_id, cache_salt)
 
     def all_or_none(self) -> contextlib.AbstractContextManager[None]:
@@ -238,10 +239,9 @@ class Engine:
 
         But not by `refusals`, before which nothing has changed. An interrupt may strike anywhere,
         also while all requests are failed: `_failure` stands until that is done, and whatever comes
-        next begins with it.
+        next begins with `_recover`.
         """
-        if self._failure is not None:
-            self._fail_all(self._failure)
+        self._recover()
         self._failure = "interrupted"
         try:
             yield
@@ -253,6 +253,11 @@ class Engine:
             self._fail_all(self._failure)
             raise
         self._failure = None
+
+    def _recover(self) -> None:
+        """Ends what an interrupt has cut short."""
+        if self._failure is not None:
+            self._fail_all(self._failure)
 
     def _fail_all(self, cause: str) -> None:
         """Leaves an empty engine, and each request's last output to be given out.

@@ -26,7 +26,7 @@ SMALL = (
         ),
         ("products", "--shapes=8x16 --rows=1,4 --dtype=bfloat16 --repeats=1"),
         ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
-        ("host_step", "--num_seqs=4 --num_tokens=40 --num_steps=3 --waiting_len=256"),
+        ("host_step", "--num_seqs=4 --num_tokens=400 --num_steps=3 --waiting_len=256"),
         ("sampling", "--shapes=2x300 --rounds=1 --hidden=16 --layers=1 --heads=2/1 --context=4"),
         ("recovery", "--block_sizes=8 --num_requests=8 --prompt_len=9 --output_len=20"),
         (

@@ -250,6 +250,30 @@ def test_a_second_interrupt_before_any_line_of_the_recovery() -> None:
         assert life.groups[0].request_id in life.outputs
 
 
+def test_a_recovery_that_was_cut_short_is_the_first_thing_of_the_next_call() -> None:
+    engine = make_engine()
+    life = Life(engine)
+    life.add((*PREFIX, 7), SAMPLED)
+    life.drain()
+    assert engine.pin(PREFIX, None)
+    life.add((1, 2, 3), SAMPLED)
+    engine.scheduler.memory.free_all, free_all = interrupt, engine.scheduler.memory.free_all
+    engine.runner.fails_in = 1
+    with pytest.raises(KeyboardInterrupt):
+        life.steps(2)
+    engine.scheduler.memory.free_all = free_all
+    assert engine.has_unfinished
+    engine.make_group((30,), SAMPLED)
+    engine.scheduler.check_invariants()
+    assert not engine.memory.pins
+    life.add((30, 31), SAMPLED)
+    life.drain()
+    engine.check_idle()
+    life.check(is_whole=True)
+    reasons = [life.outputs[group.request_id].outputs[0].finish_reason for group in life.groups]
+    assert reasons == ["length", "abort", "length"]
+
+
 def test_an_abort_in_the_middle_of_a_step_waits_for_the_next_one() -> None:
     """As when the collector of garbage closes a stream that nobody reads any more."""
     first = Life(make_engine())
