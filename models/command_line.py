@@ -6,9 +6,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import jax
-from absl import app
+from absl import app, flags
 
 _OF_THE_USER = (ValueError, OSError, ImportError, NotImplementedError)
 """What the package raises for what a caller got wrong; anything else is a mistake of ours."""
@@ -27,10 +28,21 @@ def run(main: Callable[[], None]) -> None:
                 raise ValueError(f"unexpected arguments {argv[1:]}; all of them are --flag=value")
             main()
         except _OF_THE_USER as error:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-            sys.exit(2)
+            _refuse(str(error))
 
-    app.run(guarded)
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _refuse(f"{error}; --help lists the flags")
+
+
+def _refuse(reason: str) -> NoReturn:
+    print("error:", " ".join(reason.split()), file=sys.stderr)
+    sys.exit(2)
 
 
 def _settle_jax() -> None:

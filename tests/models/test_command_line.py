@@ -41,6 +41,16 @@ def test_there_are_no_arguments_but_flags(monkeypatch, capsys):
     assert "error: unexpected arguments ['word']" in capsys.readouterr().err
 
 
+def test_a_wrong_flag_is_one_line_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program", "--no_such_flag=3"])
+    with pytest.raises(SystemExit) as ended:
+        command_line.run(lambda: None)
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: Unknown command line flag 'no_such_flag'")
+    assert shown.count("\n") == 1
+
+
 def test_mistakes_of_ours_keep_their_traceback(monkeypatch):
     def main() -> None:
         raise AssertionError("an invariant")
