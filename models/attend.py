@@ -100,9 +100,11 @@ def dense_attend(
         )
     q, k, v = (x.reshape(-1, length, *x.shape[1:]) for x in (q, k, v))
     window = None if sliding_window is None else (sliding_window - 1, 0)
-    out = jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, local_window_size=window
-    )
+    # JAX's own function relies on implicit promotion where the dtype has 16 bits.
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, local_window_size=window
+        )
     return out.reshape(num_tokens, *out.shape[2:]), None
 
 

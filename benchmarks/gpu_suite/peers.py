@@ -1,5 +1,6 @@
 """Other ways to attend, on the same sizes: JAX's deprecated paged attention, dense attention."""
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -78,14 +79,14 @@ def dense(context: Context, shape: Shape) -> timing.Loop:
 
     def step(turn: jax.Array, q: jax.Array, layers: Any) -> jax.Array:
         del turn
-        for k, v in layers:
-            q = jax.nn.dot_product_attention(
-                q,
-                k,
-                v,
-                is_causal=shape.queries > 1,
-                implementation="cudnn" if context.on_gpu else "xla",
-            )
+        attend = functools.partial(
+            jax.nn.dot_product_attention,
+            is_causal=shape.queries > 1,
+            implementation="cudnn" if context.on_gpu else "xla",
+        )
+        with jax.numpy_dtype_promotion("standard"):  # it relies on implicit promotion
+            for k, v in layers:
+                q = attend(q, k, v)
         return q
 
     return timing.Loop(step, make, *length(context, shape, copies), calls=copies)

@@ -49,13 +49,13 @@ def test_the_programs_of_a_step(shape: ModelConfig, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(StepPrograms, "_lower", trace)
     with jax.enable_x64(True):
         family: Any = FAMILIES[shape.architecture].model
-        model = nnx.eval_shape(lambda: family(shape, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: family(shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
         caches = cache_shapes(shape, 20, 8, jnp.dtype(jnp.int8))
         programs = StepPrograms(model, caches, 4, 16, logprobs_width=32)
         for bucket in BUCKETS:
             programs.lower(bucket)
     assert found == set()
-    hidden = jax.ShapeDtypeStruct((16, 32), jnp.float32)
+    hidden = jax.ShapeDtypeStruct((16, 32), jnp.bfloat16)
     prompt = functools.partial(prompt_logprobs, graphdef=programs.graphdef, width=32)
     packed = jax.ShapeDtypeStruct((2, 64), jnp.int32)
     assert wide_types(prompt, programs.params, hidden, packed) == set()
