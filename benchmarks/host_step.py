@@ -11,10 +11,9 @@ which are cached, and has as many more; a step's blocks are cached too.
 import json
 import statistics
 import time
-from collections.abc import Sequence
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import tables
 from pallas_paged.block_tables import BlockTables
@@ -25,6 +24,7 @@ from pallas_paged.engine.outputs import logprobs_by_token
 from pallas_paged.engine.runner import Collected, InFlight
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
+from pallas_paged.models import command_line
 
 _NUM_SEQS = flags.DEFINE_integer("num_seqs", 256, "Sequences that decode at once.", lower_bound=1)
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 4000, "Output tokens of each.", lower_bound=1)
@@ -101,10 +101,8 @@ def measure(final_only: bool, logprobs: int | None, waits: bool = False) -> dict
     return {"ms": 1e3 * statistics.median(seconds), "max ms": 1e3 * max(seconds)}
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Prints a row for each kind of request."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
     kinds = [("every step", logprobs, False) for logprobs in (None, 1)]
     kinds += [("the last", None, False), ("the last", 1, False), ("the last", None, True)]
     rows = [
@@ -121,4 +119,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -11,13 +11,14 @@ the product is an operand of something, as in a model. All figures are GFLOP/s, 
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
 from benchmarks import tables
+from pallas_paged.models import command_line
 from pallas_paged.models.layers import product
 
 _SHAPES = flags.DEFINE_list(
@@ -41,17 +42,15 @@ FORMS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Prints a row for each shape and number of rows."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     try:
         shapes = [tuple(map(int, shape.split("x"))) for shape in _SHAPES.value]
         counts = [int(count) for count in _ROWS.value]
         if any(len(shape) != 2 or min(shape) < 1 for shape in shapes) or min(counts) < 1:
             raise ValueError("not positive")
     except ValueError as error:
-        raise app.UsageError(
+        raise ValueError(
             f"--shapes={_SHAPES.value} must be like 4096x768, and --rows={_ROWS.value} like 1,16"
         ) from error
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, {_DTYPE.value}")
@@ -92,4 +91,4 @@ def _seconds(form: Callable[..., jax.Array], x: jax.Array, weight: jax.Array) ->
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)
