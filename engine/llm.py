@@ -458,11 +458,14 @@ class LLM:
             most_tokens = sampling_params.max_tokens
             sampling_params = dataclasses.replace(sampling_params, max_tokens=None)
         params = broadcast_params(sampling_params, len(split))
-        texts_and_ids = [self._named(i, split, self._prompts.read, p) for i, p in enumerate(split)]
+
+        def read(prompt: Prompt) -> tuple[str | None, Seq[int], str | None]:
+            return *self._prompts.read(prompt), cache_salt(prompt)
+
+        prompts_read = [self._named(index, split, read, each) for index, each in enumerate(split)]
         checked = []
         with self._turns, self.engine.all_or_none():
-            for index, (text, ids) in enumerate(texts_and_ids):
-                salt = cache_salt(split[index])
+            for index, (text, ids, salt) in enumerate(prompts_read):
                 make = functools.partial(self.engine.make_group, cache_salt=salt)
                 group = self._named(index, split, make, ids, params[index])
                 group.priority = priorities[index]

@@ -8,6 +8,7 @@ collected, after the next one was dispatched.
 
 import collections
 import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +23,12 @@ from pallas_paged.engine.core import Engine
 from pallas_paged.engine.groups import CopyPairs
 from pallas_paged.engine.logprobs import TokenLogprobs
 from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.prompts import PromptReader
 from pallas_paged.engine.runner import Collected, InFlight
 from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
 from pallas_paged.engine.sequence import Sequence, SequenceGroup
 from pallas_paged.engine.swap import BlockMove, HostPool
+from pallas_paged.engine.turns import Turns
 from tests.engine import beam_oracle
 
 VOCAB_SIZE = 61
@@ -351,5 +354,9 @@ def make_mock_llm(**options: Any) -> LLM:
     llm.engine = make_whole_engine(**options)
     llm.tokenizer = llm.engine.tokenizer
     llm.config = EngineConfig("mock", block_size=llm.engine.memory.block_size)
+    llm.runner = types.SimpleNamespace(programs=types.SimpleNamespace())  # type: ignore[assignment]
+    llm.announce = print
+    llm._prompts = PromptReader(llm.tokenizer, "mock", VOCAB_SIZE)
+    llm._turns = Turns()
     llm._awaited, llm._outputs = set(), {}
     return llm

@@ -44,7 +44,7 @@ from pallas_paged.models.llama import LlamaConfig
         ("gpu_memory_utilization", 0, "gpu_memory_utilization=0 must be in (0, 1]"),
         ("gpu_memory_utilization", 1.1, "gpu_memory_utilization=1.1 must be in (0, 1]"),
         ("gpu_memory_utilization", float("nan"), "must be in (0, 1]"),
-        ("seed", -1, "seed=-1 must be"),
+        ("seed", -2, "seed=-2 must be"),
         ("max_logprobs", -2, "max_logprobs=-2 must be an integer >= -1"),
         ("attention_implementation", "triton", "attention_implementation='triton' must be"),
         ("cache_implementation", "triton", "cache_implementation='triton' must be"),

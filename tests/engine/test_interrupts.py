@@ -42,6 +42,9 @@ class Letters:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return "".join(chr(ord("A") + token) for token in token_ids)
 
+    def decode_token(self, token_id: int) -> str:
+        return self.decode([token_id], skip_special_tokens=False)
+
 
 def mixed_recovery(group: SequenceGroup) -> Recovery:
     """One kind is computed again, the others are swapped out."""

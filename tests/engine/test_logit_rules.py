@@ -226,7 +226,7 @@ def sequences(tokenizer: Any, word: str) -> set[str]:
     assert rules is not None
     assert set(rules.values.values()) <= {-math.inf}
     found = [*((token,) for token in rules.values), *rules.bad_sequences]
-    return {"|".join(tokenizer._implementation.convert_ids_to_tokens(ids)) for ids in found}
+    return {"|".join(tokenizer.implementation.convert_ids_to_tokens(ids)) for ids in found}
 
 
 WORDS = [

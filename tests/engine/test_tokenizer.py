@@ -175,7 +175,7 @@ def test_texts_of_single_tokens_are_those_of_decoding_them(folder):
     tokenizer = load_tokenizer(folder)
     for _ in range(2):
         for token in [*range(tokenizer.vocab_size), 999]:
-            alone = tokenizer._implementation.decode([token], skip_special_tokens=False)
+            alone = tokenizer.implementation.decode([token], skip_special_tokens=False)
             assert tokenizer.decode_token(token) == alone
 
 

@@ -16,7 +16,7 @@ from pallas_paged.models import ModelConfig
 from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.opt import OPTConfig
 from pallas_paged.models.registry import FAMILIES
-from pallas_paged.models.rope import YarnRope
+from pallas_paged.models.rope_scaling import YarnRope
 from tests.wide_types import wide_types
 
 BUCKETS = (

@@ -2,12 +2,23 @@
 
 import pathlib
 import sys
+import types
 
 import pytest
+from absl import flags
 
 from pallas_paged.models import command_line
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_flags(monkeypatch):
+    """Those of programs that other tests import in this process, some of them required."""
+    alone = types.SimpleNamespace(FLAGS=flags.FlagValues(), Error=flags.Error)
+    monkeypatch.setattr(command_line, "flags", alone)
+    app = types.SimpleNamespace(run=lambda main, flags_parser: main(flags_parser(sys.argv)))
+    monkeypatch.setattr(command_line, "app", app)
 
 
 @pytest.mark.parametrize(
