@@ -48,7 +48,7 @@ def _random(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jax.typing.DTypeLike)
 
 
 MAX_ROWS_OF_LEFT_WEIGHTS = 64
-"""Up to so many rows a float32 product has the weight on its left; see `product`."""
+"""Up to so many rows, on a CPU, a float32 product has the weight on its left; see `product`."""
 
 
 def product(
@@ -58,21 +58,17 @@ def product(
 ) -> Float[Array, "*n out"]:
     """Returns `x @ weight.T` in `dtype`, by default that of `x`.
 
-    To a GPU every form of it is the same. To XLA's CPU compiler, by `benchmarks/products.py`:
-
-    - both operands have two axes: a weight with three is copied into another order in every step;
-    - few float32 rows are up to 2.5 times as fast with the weight, as it lies, on the left;
-    - one 16-bit row would be a sum in float32, and the weight converted for it in every step.
+    Both operands have two axes: a weight with three is copied into another order in every step by
+    XLA's CPU compiler. Where that compiles, few rows are multiplied in another form; what is gained
+    `benchmarks/products.py` measures.
     """
     rows = x.reshape(-1, x.shape[-1])
-    is_wide = rows.dtype == jnp.float32
-    if is_wide and rows.shape[0] <= MAX_ROWS_OF_LEFT_WEIGHTS:
-        y = jnp.einsum("ok,nk->on", weight, rows, preferred_element_type=dtype).T
-    elif not is_wide and rows.shape[0] == 1:
-        plain, padded = (functools.partial(f, dtype=dtype) for f in (_product, _product_of_row))
-        y = lax.platform_dependent(rows, weight, cpu=padded, default=plain)
-    else:
-        y = _product(rows, weight, dtype)
+    y = lax.platform_dependent(
+        rows,
+        weight,
+        cpu=functools.partial(_product_on_cpu, dtype=dtype),
+        default=functools.partial(_product, dtype=dtype),
+    )
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -80,9 +76,15 @@ def _product(x: Array, weight: Array, dtype: jax.typing.DTypeLike | None) -> Arr
     return jnp.einsum("nk,ok->no", x, weight, preferred_element_type=dtype)
 
 
-def _product_of_row(x: Array, weight: Array, dtype: jax.typing.DTypeLike | None) -> Array:
-    """Returns the product of one row, computed as that of two."""
-    return _product(jnp.pad(x, ((0, 1), (0, 0))), weight, dtype)[:1]
+def _product_on_cpu(x: Array, weight: Array, dtype: jax.typing.DTypeLike | None) -> Array:
+    if x.dtype == jnp.float32 and 1 < len(x) <= MAX_ROWS_OF_LEFT_WEIGHTS:
+        y = jnp.einsum("ok,nk->on", weight, x, preferred_element_type=dtype)
+        # XLA would see that the transpose of this product is the other one.
+        return lax.optimization_barrier(y).T
+    if x.dtype != jnp.float32 and len(x) == 1:
+        # One row is a sum in float32 to XLA, and the weight converted for it; two are a product.
+        return _product(jnp.pad(x, ((0, 1), (0, 0))), weight, dtype)[:1]
+    return _product(x, weight, dtype)
 
 
 class Linear(nnx.Module):

@@ -5,6 +5,7 @@ saw it but by measuring. For GPUs `test_whole_step_deviceless.py` asks the same.
 """
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +45,19 @@ OPT = OPTConfig(
 TIED = dataclasses.replace(LLAMA, tie_word_embeddings=True)
 
 
-def moved(config, bucket, dtype=jnp.float32, cache_dtype=None):
+def compiled(config, bucket, dtype=jnp.float32, cache_dtype=None):
+    """Returns a step's text, and what it may not move."""
     build = FAMILIES[config.architecture].model
     model = nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
     caches = cache_shapes(config, 777, 16, dtype if cache_dtype is None else cache_dtype)
     programs = StepPrograms(model, caches, 16, 20, 32)
     text = programs.lower(bucket).compile().as_text()
     assert text is not None
-    return moves(text, jax.tree.leaves((programs.params, caches)))
+    return text, jax.tree.leaves((programs.params, caches))
+
+
+def moved(*args, **kwargs):
+    return moves(*compiled(*args, **kwargs))
 
 
 @pytest.mark.parametrize("config", [LLAMA, TIED, OPT], ids=["llama", "tied", "opt"])
@@ -72,3 +78,13 @@ def test_one_16_bit_row_converts_no_weight_that_two_do_not():
     """Whether a CPU has products of 16-bit numbers at all depends on the CPU."""
     one, two = (moved(LLAMA, Bucket(n, n, True), jnp.bfloat16) for n in (1, 2))
     assert len(one) == len(two)
+
+
+@pytest.mark.parametrize("num_rows", [2, 64, 128])
+def test_few_rows_have_the_weight_on_the_left(num_rows):
+    """XLA knows that the other product is the transpose of this one, and took it instead."""
+    text, _ = compiled(LLAMA, Bucket(num_rows, num_rows, True))
+    products = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", text)
+    left, right = ({(n, num_rows)[::s] for n in (224, 320, 736, 2018)} for s in (1, -1))
+    found = {(int(a), int(b)) for a, b in products}
+    assert (left <= found, right <= found) == (num_rows <= 64, num_rows > 64), found
