@@ -539,15 +539,22 @@ class LLM:
         self, request_ids: set[str], announce: Callable[[str], object]
     ) -> list[RequestOutput]:
         """Returns what there is of these requests, after a step if there is nothing."""
+        self._file_outputs()  # those that an interrupt kept from it
         if request_ids.isdisjoint(self._outputs):
             assert self.engine.has_unfinished, f"nothing will come for {request_ids}"
             self.runner.programs.announce = announce
-            for output in self.engine.step():
-                if output.request_id in self._awaited:
-                    self._outputs[output.request_id] = output
+            self.engine.advance()
+            self._file_outputs()
         ready = [self._outputs.pop(each) for each in sorted(request_ids & self._outputs.keys())]
         self._awaited -= {output.request_id for output in ready if output.finished}
         return ready
+
+    def _file_outputs(self) -> None:
+        """Puts the engine's outputs where those who wait for them look; may be begun again."""
+        for output in self.engine.undelivered:
+            if output.request_id in self._awaited:
+                self._outputs[output.request_id] = output
+        self.engine.undelivered.clear()
 
     def _leave(self, unfinished: set[str]) -> None:
         """Ends what an iteration leaves behind; nobody waits for it any more.

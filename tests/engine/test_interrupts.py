@@ -323,3 +323,30 @@ def test_a_stream_at_its_end_is_closed_in_the_middle_of_another_call() -> None:
         assert interrupted_at(line, 1, functools.partial(use, llm), stream.close)
         assert next(stream, None) is None
         llm.engine.check_idle()
+
+
+def test_an_interrupted_stream_takes_no_output_of_another_along() -> None:
+    def start(llm: LLM) -> Iterator[RequestOutput]:
+        other = llm.stream({"prompt_token_ids": [*range(30, 36)]}, SAMPLED)
+        next(other)
+        return other
+
+    def use(llm: LLM) -> None:
+        collections.deque(llm.stream({"prompt_token_ids": [1, 2, 3]}, SAMPLED), maxlen=0)
+
+    llm = make_mock_llm()
+    other = start(llm)
+    (*_, whole) = start(make_mock_llm())
+    lines = lines_of(functools.partial(use, llm), ["llm.py", "core.py"])
+    reasons = collections.Counter()
+    for line, visits in lines.items():
+        llm = make_mock_llm()
+        other = start(llm)
+        assert interrupted_at(line, visits, functools.partial(use, llm)), line
+        (*_, last) = other
+        reasons[last.outputs[0].finish_reason] += 1
+        if last.outputs[0].finish_reason == "length":
+            assert last.outputs[0].token_ids == whole.outputs[0].token_ids
+        llm.engine.drain()
+        llm.engine.check_idle()
+    assert reasons.keys() == {"length", "abort"}
