@@ -49,6 +49,9 @@ class Engine:
       seed: where the seeds of requests that bring none are drawn from.
       max_logprobs: see `EngineConfig`.
       async_scheduling: keep one step in flight while the next is scheduled.
+
+    Attributes:
+      undelivered: outputs that `step` returns next; who calls `advance` takes them from here.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class Engine:
         self._async_scheduling = async_scheduling
         self._requests: dict[str, Request] = {}
         self._in_flight: InFlight | None = None
-        self._undelivered: list[RequestOutput] = []
+        self.undelivered: list[RequestOutput] = []
         self._failure: str | None = None  # of a change that is under way, or was cut short
         self._late_aborts: list[str] = []  # asked for during a change
 
@@ -196,7 +199,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything left to do."""
-        waiting = self._requests or self._undelivered or self._failure
+        waiting = self._requests or self.undelivered or self._failure
         return bool(waiting) or self._in_flight is not None
 
     # --- steps --------------------------------------------------------------------------------
@@ -213,12 +216,16 @@ class Engine:
             requests' last outputs, with the error as `stop_reason`. So it is after an error in
             `add`, `abort`, `pin` or `unpin`, but for the errors that their docstrings name.
         """
+        self.advance()
+        outputs, self.undelivered = self.undelivered, []
+        return outputs
+
+    def advance(self) -> None:
+        """Does what `step` does, and leaves what changed in `undelivered`."""
         with self._all_or_nobody():
             while self._late_aborts:
                 self._abort(self._late_aborts.pop())
             self._step()
-        outputs, self._undelivered = self._undelivered, []
-        return outputs
 
     def drain(self) -> None:
         """Steps until nothing is left to do; what the requests still get is lost."""
@@ -349,7 +356,7 @@ class Engine:
 
     def _give_out(self, request: Request) -> None:
         """Gives out a request as far as it has come, and forgets it when it is finished."""
-        self._undelivered.append(output_of(request))
+        self.undelivered.append(output_of(request))
         group = request.group
         if group.is_finished:
             del self._requests[group.request_id]

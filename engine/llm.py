@@ -351,6 +351,7 @@ class LLM:
         Raises:
           ValueError: the prompt is not usable, shorter than a block, or so long that a request
             which is running could not end beside it; prefix caching is off.
+          RuntimeError: it could not be computed; the message says why.
         """
         ids, salt = self._prefix(prompt)
         once = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
@@ -358,7 +359,10 @@ class LLM:
         if salt is not None:
             request = {"prompt_token_ids": ids, "cache_salt": salt}
         while not self._pin(ids, salt):
-            self.generate(request, once, use_tqdm=False)
+            (output,) = self.generate(request, once, use_tqdm=False)
+            if output.outputs[0].finish_reason == "abort":
+                reason = output.outputs[0].stop_reason
+                raise RuntimeError(f"prompt={prompt!r:.80} was not computed: {reason}")
         return len(ids)
 
     def _pin(self, token_ids: tuple[int, ...], salt: str | None) -> bool:
@@ -535,23 +539,34 @@ class LLM:
         self, request_ids: set[str], announce: Callable[[str], object]
     ) -> list[RequestOutput]:
         """Returns what there is of these requests, after a step if there is nothing."""
+        self._file_outputs()  # those that an interrupt kept from it
         if request_ids.isdisjoint(self._outputs):
             assert self.engine.has_unfinished, f"nothing will come for {request_ids}"
             self.runner.programs.announce = announce
-            for output in self.engine.step():
-                if output.request_id in self._awaited:
-                    self._outputs[output.request_id] = output
+            self.engine.advance()
+            self._file_outputs()
         ready = [self._outputs.pop(each) for each in sorted(request_ids & self._outputs.keys())]
         self._awaited -= {output.request_id for output in ready if output.finished}
         return ready
 
+    def _file_outputs(self) -> None:
+        """Puts the engine's outputs where those who wait for them look; may be begun again."""
+        for output in self.engine.undelivered:
+            if output.request_id in self._awaited:
+                self._outputs[output.request_id] = output
+        self.engine.undelivered.clear()
+
     def _leave(self, unfinished: set[str]) -> None:
-        """Ends what an iteration leaves behind; nobody waits for it any more."""
+        """Ends what an iteration leaves behind; nobody waits for it any more.
+
+        The collector of garbage may close an iteration in the middle of a call of this thread, and
+        a step that is under way is no time for another one.
+        """
+        self._awaited -= unfinished  # first and at once: what is interrupted here is not kept
         for request_id in unfinished:
-            self._awaited.discard(request_id)
             self._outputs.pop(request_id, None)
             self.engine.abort(request_id)
-        if not self._awaited:
+        if not self._awaited and not self._turns.is_nested:
             self.engine.drain()
 
 

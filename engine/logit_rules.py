@@ -47,6 +47,11 @@ class LogitRules:
         """Whether anything is added to the logits."""
         return bool(self.values or self.bad_sequences or self.min_tokens or self.fill)
 
+    @property
+    def max_looked_at(self) -> int:
+        """How many of the last tokens `bans` looks at, at most."""
+        return max(map(len, self.bad_sequences), default=1) - 1
+
     def value_of(self, token: int, num_output_tokens: int) -> float:
         """Returns what is added to a token's logit after so many tokens, bad sequences aside."""
         if num_output_tokens < self.min_tokens and token in self.ending_ids:
@@ -57,7 +62,8 @@ class LogitRules:
         """Returns the tokens that would now complete a bad sequence, as (token, condition) pairs.
 
         Args:
-          output: the tokens generated so far, all but the last if that one is not known.
+          output: the tokens generated so far, all but the last if that one is not known; the last
+            `max_looked_at` of them are enough.
           last_is_known: otherwise the condition of each pair is the last token under which it
             holds; it is -1 where all is known.
         """

@@ -223,7 +223,8 @@ class RowEdits:
             if held.is_short != is_short:
                 changed |= rules.ending_ids
             edit.values.extend((row, t, rules.value_of(t, num_output)) for t in changed)
-        output = sequence.token_ids[sequence.num_prompt_tokens : position]
+        num_looked_at = min(num_output, rules.max_looked_at)
+        output = sequence.token_ids[position - num_looked_at : position]
         bans = rules.bans(output, last_is_known=not share.input_on_device)
         edit.bans.extend((row, token, condition) for token, condition in bans)
         banned = [token for token, _ in bans]

@@ -1,5 +1,6 @@
 """Threads that use one engine, one after the other."""
 
+import contextlib
 import os
 import threading
 from types import TracebackType
@@ -15,7 +16,9 @@ class Turns:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._next, self._held = threading.Lock(), threading.Lock()
+        # The thread that has one of them may take it again: right behind `acquire`, where it is not
+        # the owner yet, the collector of garbage may close a stream, which takes a turn of its own.
+        self._next, self._held = threading.RLock(), threading.RLock()
         self._owner: int | None = None
         self._depth = 0
 
@@ -23,6 +26,11 @@ class Turns:
     def is_here(self) -> bool:
         """Whether this is the process that it was made in."""
         return os.getpid() == self._pid
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the thread whose turn it is was in it already when it came in again."""
+        return self._depth > 1
 
     def __enter__(self) -> None:
         if not self.is_here:
@@ -32,11 +40,19 @@ class Turns:
                 "multiprocessing.get_context('spawn')"
             )
         me = threading.get_ident()
-        if self._owner != me:
+        if self._owner == me:
+            self._depth += 1
+            return
+        try:
             with self._next:  # held until it is this thread's turn: nobody overtakes it
                 self._held.acquire()
-            self._owner = me
-        self._depth += 1
+                self._owner, self._depth = me, 1
+        except BaseException:  # an interrupt, while this thread waited or right afterwards
+            if self._owner == me:
+                self._owner = None
+            with contextlib.suppress(RuntimeError):  # it was not its turn yet
+                self._held.release()
+            raise
 
     def __exit__(
         self,

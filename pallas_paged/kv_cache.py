@@ -147,6 +147,7 @@ class AttentionMetadata:
           seq_lens: i32[B], tokens per sequence, the new one included.
           block_size: S.
         """
+        block_tables, seq_lens = jnp.asarray(block_tables), jnp.asarray(seq_lens)  # from the host
         num_rows, max_blocks = block_tables.shape
         is_real = seq_lens > 0
         positions = jnp.maximum(seq_lens - 1, 0)

@@ -11,16 +11,18 @@ import pytest
 
 from pallas_paged.block_tables import BlockTables
 from pallas_paged.engine import LLM, SamplingParams
+from pallas_paged.engine.groups import NO_COPIES
 from pallas_paged.engine.logits import RowEdits
 from pallas_paged.engine.memory import BlockTableMemory
 from pallas_paged.engine.runner import InFlight
-from pallas_paged.engine.scheduler import ScheduledStep
+from pallas_paged.engine.scheduled import ScheduledSequence, ScheduledStep
 from pallas_paged.engine.sequence import Sequence, SequenceGroup
 from tests.engine.mock_model import (
     MockDevice,
     generate_alone,
     make_engine,
     make_mock_llm,
+    make_whole_engine,
 )
 
 SAMPLED = SamplingParams(temperature=1, max_tokens=4)
@@ -113,13 +115,40 @@ def test_a_finished_sequence_is_not_kept_for_its_row() -> None:
 
 
 class CountingList(list):
-    """A sequence's tokens; counts how often a part of them is looked at."""
+    """A sequence's tokens; counts how often a part of them is looked at, and how large it was."""
 
     num_slices = 0
+    largest = 0
 
     def __getitem__(self, place: Any) -> Any:
-        self.num_slices += isinstance(place, slice)
-        return super().__getitem__(place)
+        found = super().__getitem__(place)
+        if isinstance(place, slice):
+            self.num_slices += 1
+            self.largest = max(self.largest, len(found))
+        return found
+
+
+@pytest.mark.parametrize("last_is_known", [True, False])
+@pytest.mark.parametrize(
+    ("bad_sequences", "banned"), [((), []), (((5, 6, 7), (8, 9), (6, 1)), [7, 1])]
+)
+def test_rules_look_at_the_end_of_an_output(
+    bad_sequences: tuple[tuple[int, ...], ...], banned: list[int], last_is_known: bool
+) -> None:
+    params = dataclasses.replace(SAMPLED, max_tokens=40, logit_bias={3: 1.0})
+    group = make_whole_engine().make_group([1, 2], params)
+    assert group.logit_rules is not None
+    group.logit_rules = dataclasses.replace(group.logit_rules, bad_sequences=bad_sequences)
+    (sequence,) = group.sequences
+    sequence.token_ids = tokens = CountingList([1, 2, *range(10, 40), 5, 6])
+    if not last_is_known:
+        tokens.pop()
+        banned = [sequence[-1] for sequence in bad_sequences if sequence[-2] in (6, 8)]
+    share = ScheduledSequence(sequence, 0, 33, 1, samples=True, input_on_device=not last_is_known)
+    edits = RowEdits(8)
+    edits.next_edits(ScheduledStep(0, (share,), 1, (), (), NO_COPIES, ()))
+    assert edits._held[0].banned == banned
+    assert tokens.largest <= 2
 
 
 def test_a_waiting_prompt_is_looked_at_once() -> None:

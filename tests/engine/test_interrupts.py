@@ -9,17 +9,17 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from types import CodeType
 
 import pytest
 
-from pallas_paged.engine import BeamSearchParams, SamplingParams
+from pallas_paged.engine import LLM, BeamSearchParams, SamplingParams
 from pallas_paged.engine.core import Engine
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.policies import PriorityOrder, Recovery
 from pallas_paged.engine.sequence import SequenceGroup
-from tests.engine.mock_model import generate_alone, make_whole_engine, search_alone
+from tests.engine.mock_model import generate_alone, make_mock_llm, make_whole_engine, search_alone
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
@@ -295,3 +295,58 @@ def test_an_abort_in_the_middle_of_a_step_waits_for_the_next_one() -> None:
         life.check(is_whole=True)
         assert life.outputs[group.request_id].outputs[0].finish_reason == "abort"
         assert life.outputs[other.request_id].outputs[0].finish_reason == "length"
+
+
+def test_a_stream_at_its_end_is_closed_in_the_middle_of_another_call() -> None:
+    """By the collector of garbage: nothing is left to be done, and above all no step."""
+    prefix, prompt = {"prompt_token_ids": [*range(20, 30)]}, {"prompt_token_ids": [*range(1, 10)]}
+
+    def make() -> tuple[LLM, Generator[RequestOutput]]:
+        llm = make_mock_llm(enable_prefix_caching=True)
+        llm.generate(prefix, SAMPLED, use_tqdm=False)
+        stream = llm.stream(prompt, SAMPLED)
+        assert isinstance(stream, Generator)
+        while not next(stream).finished:
+            pass
+        return llm, stream
+
+    def use(llm: LLM) -> None:
+        assert llm.pin_prefix(prefix) == 8
+        assert llm.kv_stats().num_pinned_blocks == 2
+        llm.unpin_prefix(prefix)
+        assert llm.reset_prefix_cache()
+
+    lines = lines_of(functools.partial(use, make()[0]), [*FILES["memory"], "scheduler.py"])
+    assert len(lines) > 60
+    for line in [*lines][::3]:
+        llm, stream = make()
+        assert interrupted_at(line, 1, functools.partial(use, llm), stream.close)
+        assert next(stream, None) is None
+        llm.engine.check_idle()
+
+
+def test_an_interrupted_stream_takes_no_output_of_another_along() -> None:
+    def start(llm: LLM) -> Iterator[RequestOutput]:
+        other = llm.stream({"prompt_token_ids": [*range(30, 36)]}, SAMPLED)
+        next(other)
+        return other
+
+    def use(llm: LLM) -> None:
+        collections.deque(llm.stream({"prompt_token_ids": [1, 2, 3]}, SAMPLED), maxlen=0)
+
+    llm = make_mock_llm()
+    other = start(llm)
+    (*_, whole) = start(make_mock_llm())
+    lines = lines_of(functools.partial(use, llm), ["llm.py", "core.py"])
+    reasons = collections.Counter()
+    for line, visits in lines.items():
+        llm = make_mock_llm()
+        other = start(llm)
+        assert interrupted_at(line, visits, functools.partial(use, llm)), line
+        (*_, last) = other
+        reasons[last.outputs[0].finish_reason] += 1
+        if last.outputs[0].finish_reason == "length":
+            assert last.outputs[0].token_ids == whole.outputs[0].token_ids
+        llm.engine.drain()
+        llm.engine.check_idle()
+    assert reasons.keys() == {"length", "abort"}

@@ -9,7 +9,13 @@ from pallas_paged.engine import SamplingParams
 from pallas_paged.engine.groups import FullBlocks
 from pallas_paged.engine.prefix_cache import PrefixCache
 from pallas_paged.engine.sequence import Sequence, SequenceGroup
-from tests.engine.mock_model import MockEngine, generate_alone, make_engine
+from tests.engine.mock_model import (
+    VOCAB_SIZE,
+    MockEngine,
+    generate_alone,
+    make_engine,
+    make_mock_llm,
+)
 from tests.engine.serving import assert_idle, make_llm
 
 PROMPT = tuple(range(1, 15))  # three blocks of 4, and two tokens
@@ -240,6 +246,20 @@ class TestEviction:
         assert self.enter(cache, [3, 4, 5], [5, 6, 7], merges=True) == [5]
         assert self.replaced == {3: 1, 4: 2}
         cache.check_invariants()
+
+
+def test_a_prefix_that_cannot_be_computed_is_not_tried_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llm = make_mock_llm(enable_prefix_caching=True)
+    runner = llm.engine.runner
+    collect = runner.collect
+    no_token = [VOCAB_SIZE]  # the logits are not finite
+    monkeypatch.setattr(runner, "collect", lambda step: collect(step)._replace(tokens=no_token))
+    with pytest.raises(RuntimeError, match="was not computed: logits are not finite"):
+        llm.pin_prefix({"prompt_token_ids": PROMPT})
+    monkeypatch.undo()
+    assert llm.pin_prefix({"prompt_token_ids": PROMPT}) == 12
 
 
 def test_an_engine_finds_pins_and_reports() -> None:

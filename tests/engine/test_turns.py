@@ -1,5 +1,6 @@
 """Threads that take turns at one engine, and a forked child that has no engine."""
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from pallas_paged.engine.turns import Turns
+from tests.engine.test_interrupts import Line, interrupted_at, lines_of
 from tests.models.references import DATA
 
 FORK = """
@@ -87,6 +89,46 @@ def test_an_error_inside_gives_the_turn_back() -> None:
     other.start()
     other.join(timeout=30)
     assert not other.is_alive()
+
+
+def one_turn(turns: Turns) -> None:
+    with turns:
+        pass
+
+
+def comes_next(turns: Turns) -> bool:
+    """Whether another thread gets its turn."""
+    other = threading.Thread(target=one_turn, args=(turns,), daemon=True)
+    other.start()
+    other.join(timeout=10)
+    return not other.is_alive()
+
+
+def lines_of_coming_in() -> list[Line]:
+    lines = lines_of(lambda: one_turn(Turns()), ["turns.py"])
+    found = [line for line in lines if line[0].co_name == "__enter__"]
+    assert len(found) > 5
+    return found
+
+
+def test_an_interrupt_before_any_line_of_coming_in_keeps_nobody_out() -> None:
+    for line in lines_of_coming_in():
+        turns = Turns()
+        assert interrupted_at(line, 1, lambda turns=turns: one_turn(turns))
+        assert comes_next(turns), line
+        one_turn(turns)
+
+
+def test_a_turn_may_be_taken_before_any_line_of_coming_in() -> None:
+    """As the collector of garbage does when it closes a stream."""
+    for line in lines_of_coming_in():
+        turns = Turns()
+        work = functools.partial(one_turn, turns)
+        thread = threading.Thread(target=interrupted_at, args=(line, 1, work, work), daemon=True)
+        thread.start()
+        thread.join(timeout=10)
+        assert not thread.is_alive(), line
+        assert comes_next(turns), line
 
 
 def test_a_forked_child_is_refused_at_once() -> None:

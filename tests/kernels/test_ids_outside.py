@@ -155,6 +155,13 @@ def test_a_decode_step_s_token_without_a_place_has_no_slot():
     np.testing.assert_array_equal(made.slot_mapping, [3 * S, 0, 0, 0, 0])
 
 
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_decode_step_of_block_tables_on_the_host():
+    state, _ = bt.append(bt.create(10, 3, 4, S), np.array([17, 1, 0], np.int32))
+    made = AttentionMetadata.for_decode(state.tables, state.seq_lens, S)
+    np.testing.assert_array_equal(made.slot_mapping, [2 * S, 3 * S, 0])
+
+
 # ---- block tables ------------------------------------------------------------------------------
 
 WRONG_ROWS, WRONG_BLOCKS = (-1, -3, 3, 2**31 - 1), (-1, -9, 10, 2**31 - 1)
