@@ -32,8 +32,11 @@ from pallas_paged.ops.attention import arg_specs, xla
 
 _PARTS = flags.DEFINE_list("parts", ["decode", "width", "prefill"], "Which tables; also: tune.")
 _BATCH = flags.DEFINE_list("batch", ["16", "64"], "Sequences in a decode step.")
+command_line.integers_only("batch", "16")
 _CONTEXT = flags.DEFINE_list("context", ["256", "1024"], "Tokens per sequence.")
+command_line.integers_only("context", "256")
 _HEADS = flags.DEFINE_list("heads", ["12/4", "8/8"], "Query heads / KV heads.")
+command_line.integers_only("heads", "12/4")
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Size of a head.", lower_bound=1)
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens per block.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of everything.")

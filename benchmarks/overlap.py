@@ -28,9 +28,11 @@ from pallas_paged.engine.tokenizer import load_tokenizer
 from pallas_paged.models import command_line
 from pallas_paged.models.demo import DEMO_MODEL
 
-_DEVICE_MS = flags.DEFINE_float("device_ms", 100, "Duration of the mock device's step.")
-_NUM_SEQS = flags.DEFINE_integer("num_seqs", 256, "Sequences that decode at once.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 30, "Decode steps to time.")
+_DEVICE_MS = flags.DEFINE_float(
+    "device_ms", 100, "Duration of the mock device's step.", lower_bound=0
+)
+_NUM_SEQS = flags.DEFINE_integer("num_seqs", 256, "Sequences that decode at once.", lower_bound=1)
+_NUM_STEPS = flags.DEFINE_integer("num_steps", 30, "Decode steps to time.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 

@@ -63,6 +63,8 @@ def main() -> None:
         max_num_seqs=_MAX_NUM_SEQS.value,
         max_num_batched_tokens=_MAX_NUM_BATCHED_TOKENS.value,
         block_size=_BLOCK_SIZE.value,
+        max_model_len=_MAX_MODEL_LEN.value,
+        gpu_memory_utilization=_SHARE.value,
     )
     max_model_len = min(_MAX_MODEL_LEN.value, shape.max_model_len)
     num_blocks = 1024  # neither launches nor temporaries depend on it

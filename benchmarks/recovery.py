@@ -29,6 +29,7 @@ _MODEL = flags.DEFINE_enum(
     "random_model", "tiny", list(random_models.CONFIGS), "Shape of the model."
 )
 _BLOCK_SIZES = flags.DEFINE_list("block_sizes", ["8", "16", "32", "64", "128"], "Block sizes.")
+command_line.integers_only("block_sizes", "8")
 _NUM_REQUESTS = flags.DEFINE_integer("num_requests", 24, "Requests.", lower_bound=1)
 _PROMPT_LEN = flags.DEFINE_integer("prompt_len", 60, "Tokens of a prompt.", lower_bound=1)
 _OUTPUT_LEN = flags.DEFINE_integer("output_len", 100, "Tokens of an output.", lower_bound=1)

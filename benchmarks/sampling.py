@@ -39,6 +39,7 @@ from pallas_paged.models.decoder import Decoder
 from pallas_paged.models.llama import LlamaConfig
 
 _SHAPES = flags.DEFINE_list("shapes", ["64x16384", "16x131072"], "Rows x vocabulary.")
+command_line.integers_only("shapes", "64x16384")
 _SPREAD = flags.DEFINE_float(
     "spread", 2.0, "Standard deviation of the logits; a larger one makes top-p keep fewer tokens."
 )
@@ -46,6 +47,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 20, "Calls timed per figure.", lower_bo
 _HIDDEN = flags.DEFINE_integer("hidden", 768, "Size of the model's hidden states.", lower_bound=8)
 _LAYERS = flags.DEFINE_integer("layers", 12, "Layers of the model.", lower_bound=1)
 _HEADS = flags.DEFINE_string("heads", "12/4", "Query / KV heads of the model.")
+command_line.integers_only("heads", "12/4")
 _CONTEXT = flags.DEFINE_integer("context", 256, "Tokens in front of each new one.", lower_bound=1)
 _SORT = flags.DEFINE_boolean("sort", True, "Also sort the logits.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures, in milliseconds, to this file.")

@@ -40,13 +40,19 @@ from pallas_paged.models import command_line
 
 _NUM_REQUESTS = flags.DEFINE_integer("num_requests", 400, "Requests of each run.", lower_bound=1)
 _BLOCK_SIZE = flags.DEFINE_integer("block_size", 16, "Tokens per block.", lower_bound=1)
-_NUM_SLOTS = flags.DEFINE_integer("num_slots", 15_700, "Slots of the pool (the paper's OPT-13B).")
-_MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 256, "Sequences that run at once.")
+_NUM_SLOTS = flags.DEFINE_integer(
+    "num_slots", 15_700, "Slots of the pool (the paper's OPT-13B).", lower_bound=1
+)
+_MAX_NUM_SEQS = flags.DEFINE_integer(
+    "max_num_seqs", 256, "Sequences that run at once.", lower_bound=1
+)
 _BEAM_REQUESTS = flags.DEFINE_integer(
     "beam_requests", 32, "Beam searches of each width; at most 48 beams run at once.", lower_bound=1
 )
-_PREFIX_LEN = flags.DEFINE_integer("prefix_len", 341, "Tokens of the shared prefix.")
-_PREFIX_REQUESTS = flags.DEFINE_integer("prefix_requests", 64, "Requests that share it.")
+_PREFIX_LEN = flags.DEFINE_integer("prefix_len", 341, "Tokens of the shared prefix.", lower_bound=1)
+_PREFIX_REQUESTS = flags.DEFINE_integer(
+    "prefix_requests", 64, "Requests that share it.", lower_bound=1
+)
 _WALL_TIME = flags.DEFINE_bool("wall_time", False, "Time the shared prefix with a model.")
 _MODEL = flags.DEFINE_enum(
     "random_model", "20m", list(random_models.CONFIGS), "Its shape, for --wall_time."

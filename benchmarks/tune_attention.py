@@ -13,7 +13,6 @@ import itertools
 import math
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,8 +32,11 @@ from pallas_paged.ops.attention.mosaic_gpu import decode_key
 from pallas_paged.quantisation import LARGEST, is_quantised
 
 _HEAD_DIMS = flags.DEFINE_list("head_dims", ["64", "128"], "head_dim of the cases.")
+command_line.integers_only("head_dims", "64")
 _BLOCK_SIZES = flags.DEFINE_list("block_sizes", ["16", "32", "64"], "Block sizes of the cases.")
+command_line.integers_only("block_sizes", "16")
 _GROUPS = flags.DEFINE_list("groups", ["8"], "Query heads per KV head of the cases.")
+command_line.integers_only("groups", "8")
 _DTYPE = flags.DEFINE_enum(
     "cache_dtype",
     "bfloat16",
@@ -162,7 +164,7 @@ def main() -> None:
     """Tunes, prints a line per case, and writes the file."""
     reason = unsupported_target([(9, 0)])
     if reason is not None:
-        sys.exit(f"tune_attention cannot measure here: {reason}")
+        raise NotImplementedError(f"tune_attention cannot measure here: {reason}")
     sizes = itertools.product(*(map(int, f.value) for f in (_GROUPS, _HEAD_DIMS, _BLOCK_SIZES)))
     dtype = "bfloat16" if is_quantised(_DTYPE.value) else _DTYPE.value
     cases = [

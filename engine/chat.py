@@ -9,9 +9,10 @@ from typing import Any
 from pallas_paged.engine.text import check_text
 
 _LOOP_OVER_CONTENT = re.compile(
-    r"""\{%-?\s*for\s+\w+\s+in\s+(?:[\w.\[\]]*[.\[])?['"]?content['"]?\]?\s*(?:if\b[^%]*)?-?%\}"""
+    r"""\{%-?\s*for\s+\w+\s+in\s+(?:[\w.\[\]]*[.\[])?['"]?content['"]?\]?"""
+    r"""\s*(?:(?:\||if\b)[^%]*)?-?%\}"""
 )
-"""`{% for part in message.content %}`, with the message under any name."""
+"""`{% for part in message.content %}`, with the message under any name, filtered or not."""
 
 
 def render(
@@ -90,6 +91,8 @@ def _choose_template(
                 "tokenizer_config.json), so messages cannot be turned into a prompt; send the "
                 "prompt as text, or a chat_template"
             )
+        if len(by_name) == 1:
+            return next(iter(by_name.values()))
         name = "tool_use" if tools is not None and "tool_use" in by_name else "default"
         if name not in by_name:
             raise ValueError(

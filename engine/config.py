@@ -1,6 +1,8 @@
 """Engine configuration: frozen, checked when built; derived values are functions of it."""
 
 import dataclasses
+import math
+import os
 import secrets
 from typing import Any
 
@@ -125,8 +127,11 @@ class EngineConfig:
             value = getattr(self, name)
             ok = value is None or _is_int(value, least)
             _require(ok, self, name, f"must be None or an integer >= {least}")
-        ok = _is_int(self.seed, 0)
-        _require(ok, self, "seed", "must be an integer >= 0; None or -1 draws one")
+        ok = _is_int(self.seed, 0, 2**63 - 1)
+        _require(ok, self, "seed", "must be an integer from 0 to 2**63 - 1; None or -1 draws one")
+        folder = self.compilation_cache_dir
+        ok = folder is None or (isinstance(folder, str | os.PathLike) and bool(os.fspath(folder)))
+        _require(ok, self, "compilation_cache_dir", "must be 'auto', the name of a folder or None")
         ok = _is_int(self.max_logprobs, -1)
         _require(ok, self, "max_logprobs", "must be an integer >= -1; -1 allows the vocabulary")
         share = self.gpu_memory_utilization
@@ -180,8 +185,8 @@ def _dtype_name(dtype: Any) -> Any:
         return dtype
 
 
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_int(value: object, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _require(condition: bool, config: EngineConfig, name: str, rule: str) -> None:

@@ -39,13 +39,14 @@ def usable_bytes(
     share = int(card_bytes(stats, environment) * utilization)
     limit = stats["bytes_limit"]
     if limit < share:
+        is_set = [name for name in _FRACTION_SETTINGS if environment.get(name)]
         logger.warning(
             "gpu_memory_utilization=%s of the card are %.1f GiB, and JAX may use %.1f GiB: set the "
             "environment variable %s=%s before Python starts to use all of them",
             utilization,
             share / 2**30,
             limit / 2**30,
-            _FRACTION_SETTINGS[0],
+            (is_set or _FRACTION_SETTINGS)[0],  # JAX refuses both of them together
             utilization,
         )
     return min(share, limit)

@@ -335,7 +335,13 @@ class LLM:
         )
 
     def abort(self, request_id: str) -> None:
-        """Ends a request that `stream` is running; unknown and finished ones are ignored."""
+        """Ends a request that `stream` is running; unknown and finished ones are ignored.
+
+        Raises:
+          ValueError: `request_id` is no string.
+        """
+        if not isinstance(request_id, str):
+            raise ValueError(f"request_id={request_id!r:.80} must be a string: abort one by one")
         with self._turns:
             self.engine.abort(request_id)
 

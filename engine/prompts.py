@@ -31,6 +31,7 @@ def split_prompts(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """
     if isinstance(prompts, str | Mapping):
         return [prompts]
+    prompts = _as_numpy(prompts)
     try:
         several = list(prompts)
     except TypeError:
@@ -101,7 +102,7 @@ class PromptReader:
         """
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
-        elif isinstance(prompt, list | tuple | np.ndarray):
+        elif isinstance(_as_numpy(prompt), list | tuple | np.ndarray):
             prompt = {"prompt_token_ids": prompt}
         if not isinstance(prompt, Mapping) or not prompt or prompt.keys() - _PROMPT_KEYS:
             raise ValueError(
@@ -153,6 +154,11 @@ def split_conversations(
     if messages and isinstance(messages[0], Mapping):
         return [("messages", conversations)]
     return [(f"messages[{index}]", one) for index, one in enumerate(conversations)]
+
+
+def _as_numpy(value: Any) -> Any:
+    """Returns an array of another library, such as JAX's, as NumPy's; anything else as it is."""
+    return np.asarray(value) if hasattr(value, "__array__") else value
 
 
 def _checked_string(name: str, value: Any) -> str:

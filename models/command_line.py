@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -13,6 +14,8 @@ from absl import app, flags
 
 _OF_THE_USER = (ValueError, OSError, ImportError, NotImplementedError)
 """What the package raises for what a caller got wrong; anything else is a mistake of ours."""
+_NO_CUDA_DEVICE = (34, 100)
+"""What CUDA's driver answers where it is a stub, or sees no GPU; JAX is to tell of other errors."""
 
 
 def run(main: Callable[[], None]) -> None:
@@ -33,6 +36,22 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
+def integers_only(flag: str, form: str) -> None:
+    """Refuses values of a flag, a list or a string, that are not written like `form`.
+
+    Args:
+      flag: the flag's name.
+      form: an example of one value, such as "12/4": integers, each at least 1 in the flag's values.
+    """
+    pattern = re.sub(r"\d+", r"0*[1-9]\\d*", form)
+
+    def is_like(value: str | list[str]) -> bool:
+        values = [value] if isinstance(value, str) else value
+        return all(re.fullmatch(pattern, each) for each in values)
+
+    flags.register_validator(flag, is_like, f"must be like {form}, of integers >= 1")
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
@@ -48,14 +67,14 @@ def _refuse(reason: str) -> NoReturn:
 def _settle_jax() -> None:
     """Makes JAX's settings, where nobody has, those of a program that has the machine for itself.
 
-    It may use nine tenths of a GPU, not three quarters; where its CUDA plugin is installed without
-    a driver, the CPU; and it tells nothing of platforms that are not there.
+    It may use nine tenths of a GPU, not three quarters; where its CUDA plugin is installed and no
+    GPU is there, or none is visible, the CPU; and it tells nothing of platforms that are not there.
     """
     logging.getLogger("jax").setLevel(logging.WARNING)
     settings = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
     if not any(name in os.environ for name in settings):
         os.environ[settings[0]] = "0.9"
-    if not jax.config.jax_platforms and _has_cuda_plugin() and not _has_cuda_driver():
+    if not jax.config.jax_platforms and _has_cuda_plugin() and not _has_cuda_device():
         jax.config.update("jax_platforms", "cpu")
 
 
@@ -66,9 +85,9 @@ def _has_cuda_plugin() -> bool:
     return any(importlib.util.find_spec(name) is not None for name in names)
 
 
-def _has_cuda_driver() -> bool:
+def _has_cuda_device() -> bool:
     try:
-        ctypes.CDLL("libcuda.so.1")
+        status = ctypes.CDLL("libcuda.so.1").cuInit(0)
     except OSError:
         return False
-    return True
+    return status not in _NO_CUDA_DEVICE

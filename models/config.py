@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -10,6 +9,10 @@ logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 """The parameter dtypes models can have."""
+
+MAX_INTEGER = 2**31 - 1
+"""The largest integer of a `config.json`: what the device counts with has 32 bits."""
+_MAX_FLOAT32 = 3.4028234e38  # what the device computes with
 
 _REQUIRED: Any = object()
 
@@ -33,6 +36,16 @@ _NEUTRAL: dict[str, Any] = {
 """Fields of any architecture that we support at one value only, or null."""
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 """What a layer can be in the field `layer_types`."""
+
+
+def is_finite(value: object) -> bool:
+    """Returns whether a value of a JSON file is a number, and one that float32 can hold."""
+    # NaN is within nothing; an integer too large for a float does not overflow here.
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= _MAX_FLOAT32
+    )
 
 
 class HFFields:
@@ -64,7 +77,10 @@ class HFFields:
 
     def integer(self, name: str, default: Any = _REQUIRED) -> int:
         """Returns an integer field; `default` where it is absent, `ValueError` without one."""
-        return self._get(name, (int,), default)
+        value = self._get(name, (int,), default)
+        if value is not default and abs(value) > MAX_INTEGER:
+            raise ValueError(f"{self._source}: {name}={value!r:.80} must be at most {MAX_INTEGER}")
+        return value
 
     def nullable_integer(self, name: str, default: int | None) -> int | None:
         """Returns an integer field, None where it is null, and `default` where it is absent."""
@@ -91,7 +107,7 @@ class HFFields:
         return values
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """Returns a real-valued field as a float; `ValueError` where it is not finite."""
+        """Returns a real-valued field as a float; `ValueError` where float32 cannot hold it."""
         value = self._get(name, (int, float), default)
         return value if value is default else self._finite(name, value)
 
@@ -101,9 +117,10 @@ class HFFields:
         return tuple(self._finite(name, value) for value in values)
 
     def _finite(self, name: str, value: Any) -> float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            raise ValueError(f"{self._source}: {name} has {value!r}, which is no finite number")
+        if not is_finite(value):
+            raise ValueError(
+                f"{self._source}: {name} has {value!r:.80}, which is no finite number of 32 bits"
+            )
         return float(value)
 
     def flag(self, name: str, default: bool, null: bool | None = None) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_paged.models.checkpoint import model_file, read_json
+from pallas_paged.models.config import is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +72,9 @@ def load_sampling_defaults(path: str | os.PathLike[str]) -> dict[str, float | in
         if name not in _SAMPLING or value is None:
             continue
         ours, kind = _SAMPLING[name]
-        kinds = (int,) if kind is int else (int, float)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
+        if not is_finite(value) or (kind is int and not isinstance(value, int)):
             what = "an integer" if kind is int else "a finite number"
-            raise ValueError(f"{file}: {name}={value!r} must be {what}")
+            raise ValueError(f"{file}: {name}={value!r:.80} must be {what}")
         defaults[ours] = kind(value)
     return defaults
 

@@ -11,7 +11,7 @@ The file holds the arrays that `record` returns, as `numpy.savez` writes them.
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from absl import app, flags
@@ -107,6 +107,18 @@ def _prompts(hf_dir: str, model: Any) -> list[np.ndarray]:
     return prompts
 
 
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _refuse(f"{error}; --help lists the flags")
+
+
+def _refuse(reason: str) -> NoReturn:
+    print("error:", " ".join(reason.split()), file=sys.stderr)
+    sys.exit(2)
+
+
 def main(argv: Sequence[str]) -> None:
     """Records the checkpoint of the flags."""
     try:
@@ -114,8 +126,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"unexpected arguments {argv[1:]}; all of them are --flag=value")
         _record_file(_HF_DIR.value, _OUT.value)
     except (ValueError, OSError, ImportError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
 
 
 def _record_file(hf_dir: str, out: str) -> None:
@@ -148,4 +159,4 @@ def _record_file(hf_dir: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse)

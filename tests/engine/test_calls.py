@@ -159,6 +159,12 @@ def test_metrics_and_a_prefix_cache_that_is_reset(llm: LLM) -> None:
     assert_idle(llm)
 
 
+def test_requests_are_aborted_one_by_one(llm: LLM) -> None:
+    llm.abort("nobody")
+    with pytest.raises(ValueError, match=r"request_id=\['request-0'\] must be a string"):
+        llm.abort(["request-0"])  # type: ignore[arg-type]
+
+
 def test_a_slow_compilation_is_said_where_the_user_looks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

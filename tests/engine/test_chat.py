@@ -98,6 +98,12 @@ def test_none_of_several_templates_is_the_default(folder, way):
         tokenizer.render_chat(HELLO)
 
 
+@pytest.mark.parametrize("way", ["config", "files"])
+def test_an_only_template_is_taken_whatever_its_name(folder, way):
+    named(folder, way, ("tool_use",))
+    assert load_tokenizer(folder).render_chat(HELLO) == "tool_use"
+
+
 def test_text_parts_are_joined_for_templates_that_expect_a_string(folder):
     messages = [{"role": "user", "content": PARTS}]
     assert load_tokenizer(folder).render_chat(messages) == "<s>user: one\ntwo\nassistant:"
@@ -111,6 +117,7 @@ def test_text_parts_are_joined_for_templates_that_expect_a_string(folder):
         LOOPING.replace("message['content']", "message.content"),
         LOOPING.replace("message['content']", "messages[0].content"),
         LOOPING.replace("message['content']", "message.content if part.type == 'text'"),
+        LOOPING.replace("message['content']", "message.content | selectattr('type', 'eq', 'text')"),
         LOOPING.replace(
             "{%- for part in message['content'] -%}",
             "{%- set content = message.content %}{% for part in content %}",

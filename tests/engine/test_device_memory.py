@@ -25,6 +25,10 @@ def test_more_than_jax_may_use_is_said(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.WARNING):
         assert usable_bytes({"bytes_limit": 60 * GIB}, 0.9, {}) == 60 * GIB
     assert "set the environment variable XLA_CLIENT_MEM_FRACTION=0.9" in caplog.text
+    old_name = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}
+    with caplog.at_level(logging.WARNING):
+        assert usable_bytes({"bytes_limit": 40 * GIB}, 0.9, old_name) == 40 * GIB
+    assert "set the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.9" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -40,8 +44,13 @@ def test_more_than_jax_may_use_is_said(caplog: pytest.LogCaptureFixture) -> None
     ],
 )
 def test_limits_of_a_step(
-    gib: int | None, options: dict[str, int], expected: tuple[int, int]
+    gib: int | None,
+    options: dict[str, int],
+    expected: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name in (SETTING, "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
     stats = None if gib is None else {"bytes_limit": gib * GIB * 3 // 4}
     config = EngineConfig("m", **with_limits({"block_size": 8, **options}, stats))
     assert (config.max_num_seqs, config.max_num_batched_tokens) == expected

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -57,6 +58,8 @@ def read(prompts: Any) -> list[tuple[str | None, list[int]]]:
         (["a", [1], {"prompt": "b"}], [("a", [0, 1]), (None, [1]), ("b", [0, 2])]),
         ({"prompt_token_ids": [1], "prompt": "label"}, [("label", [1])]),
         ({"prompt_token_ids": np.array([1]), "cache_salt": "s"}, [(None, [1])]),
+        (jnp.array([1, 2, 3]), [(None, [1, 2, 3])]),
+        ([jnp.array([1, 2]), [3]], [(None, [1, 2]), (None, [3])]),
         ([], []),
     ],
 )

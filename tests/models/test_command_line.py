@@ -1,6 +1,8 @@
 """How programs end."""
 
+import functools
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -19,6 +21,7 @@ def no_flags(monkeypatch):
     monkeypatch.setattr(command_line, "flags", alone)
     app = types.SimpleNamespace(run=lambda main, flags_parser: main(flags_parser(sys.argv)))
     monkeypatch.setattr(command_line, "app", app)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")  # or it is set, and stays
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,33 @@ def test_a_wrong_flag_is_one_line_too(monkeypatch, capsys):
     assert shown.count("\n") == 1
 
 
+def test_the_program_that_is_a_file_of_its_own_says_so_in_one_line_too():
+    program = str(ROOT / "models" / "record_reference.py")
+    for wrong in (["--no_such_flag=3"], [], ["--hf_dir=a", "--out=b", "--num_greedy=0"]):
+        done = subprocess.run([sys.executable, program, *wrong], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert (done.stderr.count("\n"), done.stdout) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("value", "is_right"),
+    [("12/4", True), ("8/8,16/2", True), ("x", False), ("12", False), ("12/0", False)],
+)
+def test_lists_of_integers_are_checked_with_the_flags(value, is_right):
+    values = flags.FlagValues()
+    flags.DEFINE_list("heads", ["12/4"], "Heads.", flag_values=values)
+    command_line.flags.register_validator = functools.partial(
+        flags.register_validator, flag_values=values
+    )
+    command_line.integers_only("heads", "12/4")
+    if is_right:
+        values(["program", f"--heads={value}"])
+    else:
+        with pytest.raises(flags.Error, match=r"--heads=.* must be like 12/4, of integers >= 1"):
+            values(["program", f"--heads={value}"])
+
+
 def test_mistakes_of_ours_keep_their_traceback(monkeypatch):
     def main() -> None:
         raise AssertionError("an invariant")
@@ -69,6 +99,27 @@ def test_mistakes_of_ours_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["program"])
     with pytest.raises(AssertionError, match="an invariant"):
         command_line.run(main)
+
+
+@pytest.mark.parametrize(
+    ("status", "platforms"), [(0, None), (100, "cpu"), (34, "cpu"), (999, None), (None, "cpu")]
+)
+def test_the_cpu_is_for_machines_without_a_gpu_that_is_visible(monkeypatch, status, platforms):
+    """`CUDA_VISIBLE_DEVICES=` hides all of them, and the driver stays; 999 is a broken one."""
+
+    def load(name: str) -> types.SimpleNamespace:
+        if status is None:
+            raise OSError(f"{name}: cannot open shared object file")
+        return types.SimpleNamespace(cuInit=lambda flags: status)
+
+    config = types.SimpleNamespace(jax_platforms=None)
+    config.update = lambda name, value: setattr(config, name, value)
+    monkeypatch.setattr(command_line, "jax", types.SimpleNamespace(config=config))
+    monkeypatch.setattr(command_line, "ctypes", types.SimpleNamespace(CDLL=load))
+    monkeypatch.setattr(command_line, "_has_cuda_plugin", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    command_line.run(lambda: None)
+    assert config.jax_platforms == platforms
 
 
 def test_every_program_ends_that_way():

@@ -236,6 +236,8 @@ def test_rope_in_both_spellings(fields, expected):
         (LLAMA, {"num_attention_heads": 5}, "hidden_size=32 must be a multiple of"),
         (LLAMA, {"head_dim": 7}, "head_dim=7 must be even"),
         (LLAMA, {"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be positive"),
+        (LLAMA, {"rms_norm_eps": 10**400}, "rms_norm_eps has 10+, which is no finite number of 32"),
+        (LLAMA, {"num_hidden_layers": 10**400}, "num_hidden_layers=10+ must be at most 2147483647"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only silu"),
         (LLAMA, {"attention_bias": 1}, "attention_bias=1 must be of type bool"),
         (LLAMA, {"pretraining_tp": 2}, "pretraining_tp=2 is not supported, only 1"),
@@ -290,6 +292,11 @@ def test_rope_in_both_spellings(fields, expected):
             LLAMA,
             {"rope_scaling": {"type": "linear", "factor": math.inf}},
             "factor has inf, which is no finite number",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": {"type": "linear", "factor": 1e308}},
+            r"factor has 1e\+308, which is no finite number of 32 bits",
         ),
         (
             LLAMA,

@@ -381,6 +381,8 @@ class TestSamplingDefaults:
             ({"temperature": "0.5"}, "temperature='0.5' must be a finite number"),
             ({"temperature": True}, "temperature=True must be a finite number"),
             ({"top_p": float("nan")}, "top_p=nan must be a finite number"),
+            ({"min_p": 10**400}, "min_p=10+ must be a finite number"),
+            ({"top_k": 10**400}, "top_k=10+ must be an integer"),
             ({"top_k": 20.0}, "top_k=20.0 must be an integer"),
             ({"top_k": False}, "top_k=False must be an integer"),
             ({"max_new_tokens": [1]}, r"max_new_tokens=\[1\] must be an integer"),
