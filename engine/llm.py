@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
@@ -78,7 +79,8 @@ class LLM:
     """A model, its KV cache and the engine that serves it from this process.
 
     Several threads may use it: their requests run in one batch, and a step runs in the thread that
-    waits for it. A forked child cannot use it.
+    waits for it. If that is interrupted, or fails, it raises there, and the other threads' requests
+    end with `finish_reason="abort"` and the error as `stop_reason`. A forked child cannot use it.
 
     Args:
       model: folder with a Hugging Face checkpoint: `config.json`, safetensors, and tokenizer files
@@ -111,6 +113,7 @@ class LLM:
         )
         dtype = jax.tree.leaves(nnx.state(network))[0].dtype
         cache_dtype = resolve_kv_cache_dtype(config, dtype)
+        _warn_of_slow_types(dtype, cache_dtype)
         caches = cache_shapes(network.config, 2, config.block_size, cache_dtype)
         implementation = _choose_attention(config, network.config, dtype, caches[0])
         writes = _choose_writes(config, network.config, dtype, caches[0])
@@ -574,6 +577,21 @@ class LLM:
             self.engine.abort(request_id)
         if not self._awaited and not self._turns.is_nested:
             self.engine.drain()
+
+
+def _warn_of_slow_types(dtype: jnp.dtype, cache_dtype: jnp.dtype) -> None:
+    """Says what XLA does not have on a CPU, so that every step converts or copies all of it."""
+    if target_device().platform != "cpu":
+        return
+    if dtype == jnp.float16:
+        logger.warning(
+            "a CPU multiplies no float16: every step converts the weights; dtype='float32' is faster"
+        )
+    if cache_dtype == jnp.float8_e4m3fn:
+        logger.warning(
+            "a CPU has no float8_e4m3fn: every step copies the KV cache; kv_cache_dtype='int8' is "
+            "faster"
+        )
 
 
 def _recovery(config: EngineConfig, plan: PoolPlan) -> ChooseRecovery:

@@ -96,6 +96,19 @@ def test_names_that_users_know() -> None:
             EngineConfig("m", dtype=wrong)  # type: ignore[arg-type]
 
 
+def test_types_that_a_cpu_does_not_have_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 16}
+    fields |= {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    LLM(tmp_path, load_format="dummy", dtype="float32", num_blocks=8)
+    assert not any("a CPU" in message for message in caplog.messages)
+    LLM(tmp_path, load_format="dummy", dtype="half", kv_cache_dtype="fp8", num_blocks=8)
+    warnings = [message for message in caplog.messages if "a CPU" in message]
+    assert ["float16" in warnings[0], "float8_e4m3fn" in warnings[1]] == [True, True]
+
+
 def test_a_scaled_model_takes_the_sequences_that_it_was_scaled_for(tmp_path: Path) -> None:
     fields = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 16}
     fields |= {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}

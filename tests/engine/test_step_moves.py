@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from pallas_paged.engine.block_programs import BlockPrograms
 from pallas_paged.engine.buckets import Bucket
 from pallas_paged.engine.pool import cache_shapes
 from pallas_paged.engine.step import StepPrograms
@@ -72,6 +73,22 @@ def test_float32_on_a_cpu(config, bucket):
 
 def test_a_quantised_cache_on_a_cpu():
     assert moved(LLAMA, Bucket(4, 4, True), cache_dtype=jnp.int8) == []
+
+
+def test_programs_beside_the_step_on_a_cpu():
+    """Copies of blocks, and the log-probabilities of prompts."""
+    build = FAMILIES[LLAMA.architecture].model
+    model = nnx.eval_shape(lambda: build(LLAMA, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    caches = cache_shapes(LLAMA, 777, 16, jnp.float32)
+    blocks = BlockPrograms(caches, 16, swaps=True)
+    for name, size in (("copy", 4), ("gather", 8), ("scatter", 8)):
+        text = blocks._lower(name, size).compile().as_text()
+        assert moves(text, jax.tree.leaves(caches)) == [], name
+    programs = StepPrograms(model, caches, 16, 20, 32)
+    hidden = jax.ShapeDtypeStruct((32, LLAMA.hidden_size), jnp.float32)
+    programs._compile_prompt(hidden)
+    text = programs._compiled_prompt[32].as_text()
+    assert moves(text, jax.tree.leaves(programs.params)) == []
 
 
 def test_one_16_bit_row_converts_no_weight_that_two_do_not():
