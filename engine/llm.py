@@ -585,12 +585,11 @@ def _warn_of_slow_types(dtype: jnp.dtype, cache_dtype: jnp.dtype) -> None:
         return
     if dtype == jnp.float16:
         logger.warning(
-            "a CPU multiplies no float16: every step converts the weights; dtype='float32' is faster"
+            "a CPU multiplies no float16: every step converts the weights; use dtype='float32'"
         )
     if cache_dtype == jnp.float8_e4m3fn:
         logger.warning(
-            "a CPU has no float8_e4m3fn: every step copies the KV cache; kv_cache_dtype='int8' is "
-            "faster"
+            "a CPU has no float8_e4m3fn: every step copies the KV cache; use kv_cache_dtype='int8'"
         )
 
 
