@@ -145,7 +145,7 @@ def _read_prompts() -> list[str]:
         return _PROMPT.value
     if _PROMPTS_FILE.value:
         if _PROMPTS_FILE.value == "-":
-            text = _read_text(sys.stdin.buffer, "standard input")
+            text = _read_standard_input()
         else:
             with open(_PROMPTS_FILE.value, "rb") as file:
                 text = _read_text(file, f"--prompts_file={_PROMPTS_FILE.value}")
@@ -154,12 +154,17 @@ def _read_prompts() -> list[str]:
         if not prompts:
             raise ValueError(f"--prompts_file={_PROMPTS_FILE.value} holds no prompt")
         return prompts
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         raise ValueError("no prompt: give --prompt, --prompts_file or text on standard input")
-    text = _read_text(sys.stdin.buffer, "standard input")
+    text = _read_standard_input()
     if not text:
         raise ValueError("standard input is empty; give it a prompt, or use --prompt")
     return [text]
+
+
+def _read_standard_input() -> str:
+    """Returns the rest of it; nothing where a parent process has closed it."""
+    return "" if sys.stdin is None else _read_text(sys.stdin.buffer, "standard input")
 
 
 def _read_text(file: BinaryIO, name: str) -> str:

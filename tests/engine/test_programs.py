@@ -109,6 +109,14 @@ WRONG = [
     (["a prompt"], "", "unexpected arguments ['a prompt']"),
 ]
 
+
+def test_standard_input_may_be_closed() -> None:
+    command = f'exec "{sys.executable}" -m pallas_paged.engine.generate <&-'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard input is empty")
+
+
 FORKED = """
 import json, os, sys
 from pallas_paged.engine import generate
