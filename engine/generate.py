@@ -13,7 +13,7 @@ import io
 import logging
 import sys
 import time
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from absl import flags
 
@@ -21,7 +21,7 @@ from pallas_paged.engine.llm import LLM, Prompt
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.text import check_text
-from pallas_paged.models import command_line
+from pallas_paged.models import command_line, load_sampling_defaults
 from pallas_paged.models.demo import DEMO_MODEL
 
 _MODEL = flags.DEFINE_string(
@@ -39,12 +39,25 @@ _CHAT_TEMPLATE = flags.DEFINE_string(
     None,
     "With --chat: name of one of the folder's templates, or a Jinja template.",
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Smallest set of tokens with this much probability.")
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Most likely tokens to sample from; 0 is all.")
-_MIN_P = flags.DEFINE_float("min_p", 0.0, "Least probability, relative to the likeliest token.")
+# Without one of these, what the model's generation_config.json advises, if anything.
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", None, "0 is greedy; by default the model's own in generation_config.json, or 1."
+)
+_TOP_P = flags.DEFINE_float(
+    "top_p",
+    None,
+    "Smallest set of tokens with this much probability; by default the model's, or 1.",
+)
+_TOP_K = flags.DEFINE_integer(
+    "top_k", None, "Most likely tokens to sample from, 0 for all; by default the model's, or 0."
+)
+_MIN_P = flags.DEFINE_float(
+    "min_p", None, "Least probability, of the likeliest token's; by default the model's, or 0."
+)
 _REPETITION_PENALTY = flags.DEFINE_float(
-    "repetition_penalty", 1.0, "Makes tokens of prompt and output less likely above 1."
+    "repetition_penalty",
+    None,
+    "Makes tokens of prompt and output less likely above 1; by default the model's, or 1.",
 )
 _PRESENCE_PENALTY = flags.DEFINE_float(
     "presence_penalty", 0.0, "Taken from the logits of tokens that the output holds."
@@ -72,12 +85,15 @@ def main() -> None:
     if _CHAT_TEMPLATE.value is not None and not _CHAT.value:
         raise ValueError("--chat_template is for messages; add --chat")
     prompts = _read_prompts()
+    given = {
+        flag.name: flag.value
+        for flag in (_TEMPERATURE, _TOP_P, _TOP_K, _MIN_P, _REPETITION_PENALTY)
+        if flag.value is not None
+    }
+    sampling: dict[str, Any] = load_sampling_defaults(_MODEL.value) | given
+    sampling.pop("max_tokens", None)  # a flag with a default of its own
     params = SamplingParams(
-        temperature=_TEMPERATURE.value,
-        top_p=_TOP_P.value,
-        top_k=_TOP_K.value,
-        min_p=_MIN_P.value,
-        repetition_penalty=_REPETITION_PENALTY.value,
+        **sampling,
         presence_penalty=_PRESENCE_PENALTY.value,
         frequency_penalty=_FREQUENCY_PENALTY.value,
         bad_words=_BAD_WORD.value,

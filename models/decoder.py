@@ -63,6 +63,8 @@ class DecoderConfig(ModelConfig):
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
         self.rope.inv_freq(self.head_dim)  # or it raises
+        if self.max_model_len < 2:
+            raise ValueError(f"{self.rope} leaves max_model_len={self.max_model_len} tokens")
         windows = self.sliding_windows
         if windows and len(windows) != self.num_layers:
             raise ValueError(

@@ -97,6 +97,8 @@ def test_without_parameters_the_models_own_defaults_apply(llm: LLM, advised: Pat
     whole = SamplingParams(temperature=0, max_tokens=longest)
     assert list(output.outputs[0].token_ids) == list(tokens_of(llm, PROMPTS[:1], whole)[0])
     assert llm.get_default_sampling_params() == SamplingParams()
+    (advised / "generation_config.json").write_text('{"max_new_tokens": 5, "temperature": 0}')
+    assert len(other.generate(PROMPTS[0], use_tqdm=False)[0].outputs[0].token_ids) == 5
 
 
 def test_defaults_that_cannot_be_used_stop_only_who_asks_for_them(

@@ -1,6 +1,7 @@
 """How programs end."""
 
 import functools
+import logging
 import pathlib
 import subprocess
 import sys
@@ -90,6 +91,14 @@ def test_lists_of_integers_are_checked_with_the_flags(value, is_right):
     else:
         with pytest.raises(flags.Error, match=r"--heads=.* must be like 12/4, of integers >= 1"):
             values(["program", f"--heads={value}"])
+
+
+def test_jax_tells_nothing_of_platforms_that_are_not_there(monkeypatch):
+    logger = logging.getLogger("jax")
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    command_line.run(lambda: None)
+    assert not logging.getLogger("jax._src.xla_bridge").isEnabledFor(logging.INFO)
 
 
 def test_mistakes_of_ours_keep_their_traceback(monkeypatch):
