@@ -214,7 +214,7 @@ def baseline_engine(llm: LLM) -> tuple[Engine, int]:
         llm.runner,
         vocab_size=llm.model_config.vocab_size,
         max_model_len=llm.max_model_len,
-        seed=_SEED.value,
+        seed=llm.config.seed or 0,
         async_scheduling=llm.config.async_scheduling,
     )
     return engine, memory.num_places

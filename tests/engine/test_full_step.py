@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy import special
 
-from pallas_paged.engine import LLM, RequestOutput, SamplingParams
+from pallas_paged.engine import LLM, RequestOutput, SamplingParams, core
 from pallas_paged.engine.buckets import Bucket
 from pallas_paged.engine.core import Engine
+from pallas_paged.engine.requests import Request, output_of
 from pallas_paged.engine.step import StepPrograms
 from tests.engine.bigram_model import expected, make_table, run
 from tests.engine.bigram_model import make_engine as make_bigram_engine
@@ -158,8 +159,12 @@ def test_generate_makes_one_output_of_each_request(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outputs: list[RequestOutput] = []
-    step = llm.engine.step
-    monkeypatch.setattr(llm.engine, "step", lambda: outputs.extend(made := step()) or made)
+
+    def recorded(request: Request) -> RequestOutput:
+        outputs.append(output_of(request))
+        return outputs[-1]
+
+    monkeypatch.setattr(core, "output_of", recorded)
     done = llm.generate(PROMPTS[:3], dataclasses.replace(PLAIN, logprobs=1), use_tqdm=False)
     assert sorted(map(id, done)) == sorted(map(id, outputs))
 
