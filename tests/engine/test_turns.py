@@ -56,7 +56,7 @@ def test_one_thread_at_a_time_and_the_waiting_one_is_next() -> None:
             with turns:
                 assert inside.acquire(blocking=False), "two threads are in"
                 order.append(name)
-                time.sleep(1e-3)
+                time.sleep(1e-2)  # longer than another process may keep a thread waiting
                 inside.release()
 
     threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
