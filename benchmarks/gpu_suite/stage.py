@@ -1,34 +1,61 @@
-"""Stages, their cases, and the file in which a stage's results pile up.
+"""Stages, their cases, and the file in which a stage's results pile up. No jax here.
 
-A stage runs in a process of its own, and appends a line before and after every case to its file: a
-case that takes the process with it is known by its missing result, and a new process goes on behind
-it. No jax here: whoever holds the stages together must not hold the GPU.
+What a case needs compiled, or worked out on the host, is made ahead by other processes, so that
+running it takes seconds; see `programs.py`. Cases run in processes of their own, see `supervise.py`.
 """
 
 import json
 import pathlib
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 OPEN = ("unmeasured", "out of time")
-"""States of cases that another run with the same folder measures."""
+"""States of cases that the next run with these results measures."""
+BROKEN = ("failed", "crashed", "timed out", "out of memory")
+"""States of cases that something is wrong with."""
+
+
+class Program(NamedTuple):
+    """A function that is compiled before the case that calls it.
+
+    Attributes:
+      name: unique in the suite, and different for every function and every shape.
+      function: of arrays or pytrees of them; returns arrays or pytrees of them.
+      arguments: returns its arguments, arrays or `jax.ShapeDtypeStruct`s; may take its time.
+      donate: which of the arguments it may overwrite.
+      options: XLA's own, by name, as `xla_gpu_enable_command_buffer`; on a GPU only.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: Callable[[], tuple[Any, ...]]
+    donate: tuple[int, ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
 
 
 class Context(NamedTuple):
     """What a case knows of the run.
 
     Attributes:
-      on_gpu: whether there is a GPU. Without one, kernels are interpreted and sizes are toys.
-      results: the folder with what earlier stages found.
-      executable: the file of `--executable`, or None.
+      platform: "cpu", or the GPU's architecture, as "sm_90". On a CPU kernels are interpreted and
+        sizes are toys.
+      results: the folder with the results of these sources, one file per stage.
+      work: the folder for everything else: compiled programs, arrays, caches.
+      carried: folders with programs that were compiled elsewhere.
     """
 
-    on_gpu: bool
+    platform: str
     results: pathlib.Path
-    executable: str | None = None
+    work: pathlib.Path
+    carried: tuple[pathlib.Path, ...] = ()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether there is a GPU."""
+        return self.platform != "cpu"
 
     def ceiling(self, name: str) -> float | None:
         """Returns a measured ceiling of the device, or None where there is none."""
@@ -42,11 +69,26 @@ class Case(NamedTuple):
       name: unique in its stage.
       run: returns figures; raises `NotImplementedError` for what an implementation refuses.
       skip: called first; returns why it cannot be run here, or None. Only now the device is asked.
+      programs: what it loads with `programs.load`, compiled ahead; called often, so it makes no
+        arrays.
+      prepare: whatever else other processes do ahead, as working out what is expected, or filling
+        the compilers' caches.
+      limit_s: seconds after which it is given up, once everything is prepared.
+      run_s: about how long it takes; for the plan.
+      prepare_s: about how long one process prepares it, its programs apart; for the plan. Those
+        that take long are begun first.
+      environment: variables of the processes that prepare and run it.
     """
 
     name: str
     run: Callable[[Context], Row]
-    skip: Callable[[], str | None] = lambda: None
+    skip: Callable[[Context], str | None] = lambda context: None
+    programs: Callable[[], tuple[Program, ...]] = tuple
+    prepare: Callable[[Context], None] | None = None
+    limit_s: float = 10.0
+    run_s: float = 0.5
+    prepare_s: float = 1.0
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 class Stage(NamedTuple):
@@ -54,27 +96,21 @@ class Stage(NamedTuple):
 
     Attributes:
       name: also of its file.
-      budget_s: seconds for all of it.
-      case_limit_s: seconds after which a case is given up, and its process with it.
+      budget_s: seconds for all of it, of the suite's 480; what earlier stages left over is added.
       cases: called with the context.
       columns: keys of the figures that the readable table shows.
       toy: whether it runs without a GPU only when toys are asked for, because it measures speed.
-      needs_jax: whether its process uses jax.
+      parallel: whether several cases may run at a time, because none is timed.
+      aims: the cases that the summary shows figures of; all if it is None.
     """
 
     name: str
     budget_s: float
-    case_limit_s: float
     cases: Callable[[Context], list[Case]]
     columns: tuple[str, ...]
     toy: bool = True
-    needs_jax: bool = True
-
-    def scaled(self, factor: float) -> "Stage":
-        """Returns the stage with `factor` times as much time."""
-        return self._replace(
-            budget_s=factor * self.budget_s, case_limit_s=factor * self.case_limit_s
-        )
+    parallel: bool = False
+    aims: int | None = None
 
 
 def append(folder: pathlib.Path, stage: str, row: Row) -> None:
@@ -83,47 +119,36 @@ def append(folder: pathlib.Path, stage: str, row: Row) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def read(folder: pathlib.Path, stage: str) -> list[Row]:
-    """Returns the lines of the stage's file; one that was cut off is dropped."""
+def results(folder: pathlib.Path, stage: str) -> dict[str, Row]:
+    """Returns the last result of each case that has one, by the case's name.
+
+    A line that was cut off is none.
+    """
     path = folder / f"{stage}.jsonl"
-    rows: list[Row] = []
+    rows: dict[str, Row] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     for line in lines:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        rows[row["case"]] = row
     return rows
 
 
-def results(folder: pathlib.Path, stage: str) -> dict[str, Row]:
-    """Returns the last result of each case that has one, by the case's name."""
-    return {row["case"]: row for row in read(folder, stage) if "status" in row}
-
-
-def is_done(result: Row | None) -> bool:
+def is_done(result: Mapping[str, Any] | None) -> bool:
     """Whether a case's result stands."""
     return result is not None and result["status"] not in OPEN
-
-
-def unfinished(folder: pathlib.Path, stage: str) -> tuple[str, float] | None:
-    """Returns the case that began and has no result, and when it began; None if there is none."""
-    rows = read(folder, stage)
-    if not rows or "status" in rows[-1]:
-        return None
-    return rows[-1]["case"], rows[-1]["began"]
 
 
 def run_case(case: Case, context: Context) -> Row:
     """Runs a case; whatever it raises becomes part of the result."""
     begin = time.monotonic()
     try:
-        reason = case.skip()
+        reason = case.skip(context)
         if reason is not None:
             return {"case": case.name, "status": "skipped", "reason": reason}
         row = {"status": "ok"} | case.run(context)
-    except NotImplementedError as error:
-        row = {"status": "unsupported", "reason": str(error)}
     except Exception as error:
         row = failure(error)
     return {"case": case.name} | row | {"took_s": round(time.monotonic() - begin, 2)}
@@ -131,6 +156,8 @@ def run_case(case: Case, context: Context) -> Row:
 
 def failure(error: Exception) -> Row:
     """Returns an error as a result: what it says, and where it came from."""
+    if isinstance(error, NotImplementedError):
+        return {"status": "unsupported", "reason": str(error)[:2000]}
     where = "".join(traceback.format_exception(error)[-4:])
     text = f"{type(error).__name__}: {error}"
     is_memory = "RESOURCE_EXHAUSTED" in text or "out of memory" in text
