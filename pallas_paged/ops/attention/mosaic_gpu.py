@@ -30,8 +30,9 @@ from pallas_paged.ops.attention import (
 from pallas_paged.ops.attention.ampere_problem import AmpereProblem
 from pallas_paged.ops.attention.config import SM80, SM90, DecodeConfig, DecodeKey, decode_config
 from pallas_paged.ops.attention.decode_problem import DecodeProblem
-from pallas_paged.ops.attention.prefill_config import PrefillTuning, prefill_tuning
+from pallas_paged.ops.attention.prefill_config import PrefillTuning
 from pallas_paged.ops.attention.prefill_plan import plan_prefill
+from pallas_paged.ops.attention.prefill_tuned import prefill_key, prefill_tuning_for
 from pallas_paged.ops.attention.work_list import divide, make_work_list, split_queries
 from pallas_paged.quantisation import LARGEST, is_quantised
 
@@ -153,7 +154,9 @@ def paged_attention(
     results = _decode_part(*arrays, problem=problem, config=config, num_ctas=num_ctas)
     if metadata.max_query_len <= problem.max_tokens:
         return results
-    tuning = tuning or prefill_tuning(head_dim, is_interpreting())
+    if tuning is None:
+        kind = target_device().device_kind
+        tuning = prefill_tuning_for(prefill_key(problem), kind, is_interpreting())
     return _prefill_part(*arrays, results, problem=problem, tuning=tuning)
 
 
