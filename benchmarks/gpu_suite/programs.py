@@ -29,6 +29,8 @@ from pallas_paged import deviceless
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 _SOURCES = (
+    "engine/*.py",
+    "models/*.py",
     "pallas_paged/*.py",
     "pallas_paged/ops/**/*.py",
     "pallas_paged/ops/attention/tuned/*.json",
