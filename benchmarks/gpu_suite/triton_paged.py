@@ -40,7 +40,8 @@ class Config(NamedTuple):
 
 
 CONFIGS = (Config(64, 4, 5), Config(64, 4, 3), Config(64, 4, 7), Config(128, 8, 3))
-"""What is tried: compiled for an H100 none of them spills registers."""
+"""What is tried. Triton 3.6 compiles all of them for an H100 without spilling registers; 3.9 spills
+8 bytes of the last at head_dim 128."""
 
 
 def _attend(  # type: ignore[no-untyped-def]
