@@ -4,8 +4,11 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 OLDEST := .venv-oldest
 OLDEST_JAX := 0.11.2
+GPU := .venv-gpu
+GPU_JAX ?= 0.11.2
 
-.PHONY: demo test check format strict oldest kernels-full kernels-mutate sharing-mutate dist clean
+.PHONY: demo test check format strict oldest kernels-full kernels-mutate sharing-mutate \
+  gpu-programs dist clean
 
 demo: $(VENV)/.base
 	@$(PY) -m pallas_paged.engine.demo
@@ -64,6 +67,11 @@ sharing-mutate: $(VENV)/.test
 	@$(PY) -m tests.engine.mutate_sharing
 	@$(PY) -m tests.engine.mutate_beams
 
+# What the GPU suite runs, compiled here for a machine with that JAX for CUDA 13: it loads it with
+# `python -m benchmarks.gpu_suite --out=DIR --programs=.gpu-programs`.
+gpu-programs: $(GPU)/.gpu
+	@JAX_PLATFORMS=cpu $(GPU)/bin/python -m benchmarks.gpu_suite.carry --out=.gpu-programs
+
 # sdist -> wheel -> an empty environment -> a request, run from another directory.
 dist: $(VENV)/.test
 	@rm -rf dist && $(PY) -m build --outdir dist .
@@ -74,7 +82,7 @@ dist: $(VENV)/.test
 	  --prompt='def main():' --max_tokens=8 --temperature=0
 
 clean:
-	rm -rf $(VENV) $(OLDEST) dist
+	rm -rf $(VENV) $(OLDEST) $(GPU) .gpu-programs dist
 
 # --- set-up -----------------------------------------------------------------------------------
 
@@ -92,6 +100,13 @@ $(OLDEST)/.oldest: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.test
 	@$(OLDEST)/bin/pip install --quiet jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) \
 	  jax-cuda12-plugin==$(OLDEST_JAX) jax-cuda12-pjrt==$(OLDEST_JAX)
+	@touch $@
+
+$(GPU)/.gpu: pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory VENV=$(GPU) $(GPU)/.base
+	@$(GPU)/bin/pip install --quiet --no-deps jax==$(GPU_JAX) jaxlib==$(GPU_JAX) \
+	  jax-cuda13-plugin==$(GPU_JAX) jax-cuda13-pjrt==$(GPU_JAX) \
+	  'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*'
 	@touch $@
 
 # The first Python >= 3.12 found; the names that most systems, pyenv (.python-version) and uv give.

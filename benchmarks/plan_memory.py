@@ -114,11 +114,13 @@ def main() -> None:
         of_a_layer = ""
         if one_less is not None:
             of_a_layer = f" of which the last layer {counts.total - one_less.launches.total},"
+        buffers = report.schedule.command_buffers
         print(
             f"{bucket}: "
             f"{counts.total} launches ({len(counts.kernels)} kernels, {len(counts.products)} "
             f"matrix products, {len(counts.others)} others),{of_a_layer} and "
-            f"{len(counts.loops)} loops; temporaries "
+            f"{len(counts.loops)} loops; command buffers {len(buffers)}, which hold "
+            f"{sum(map(len, buffers))} of them; temporaries "
             f"{_gib(report.temporary_bytes)}, weights and caches made anew: {len(report.moves)}"
         )
     if _JSON.value:

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_paged.deviceless import target_device, without_compilation_cache
+from pallas_paged.deviceless import compile_with_schedule, target_device
 from pallas_paged.engine.buckets import Bucket
 from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype
 from pallas_paged.engine.logprobs import width_for
 from pallas_paged.engine.pool import cache_shapes
 from pallas_paged.engine.step import StepPrograms
-from pallas_paged.launches import Launches, launches
+from pallas_paged.launches import Launches, Schedule, launches
 from pallas_paged.models import ModelConfig
 from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.opt import OPTConfig
@@ -59,6 +59,7 @@ class StepReport:
       in_place_bytes: of the arguments that the step overwrites.
       temporary_bytes: of everything beside its arguments and results.
       launches: what it launches.
+      schedule: which of that is in command buffers.
       moves: instructions that write a weight, or an array of a cache, anew; see `moves`.
     """
 
@@ -68,6 +69,7 @@ class StepReport:
     in_place_bytes: int
     temporary_bytes: int
     launches: Launches
+    schedule: Schedule
     moves: tuple[str, ...]
 
 
@@ -95,8 +97,8 @@ def compile_step(
         config.attention_implementation,
         config.cache_implementation,
     )
-    with without_compilation_cache(), jax.default_device(target_device(target)):
-        compiled = programs.lower(bucket).compile()
+    with jax.default_device(target_device(target)):
+        compiled, schedule = compile_with_schedule(programs.lower(bucket))
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
     assert memory is not None, "XLA gave no memory analysis of a compiled program"
@@ -107,6 +109,7 @@ def compile_step(
         in_place_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         launches=launches(text),
+        schedule=schedule,
         moves=tuple(moves(text, jax.tree.leaves((nnx.state(model), caches)))),
     )
 

@@ -3,7 +3,9 @@
 Needs the packages `jax-cuda12-plugin` and `jax-cuda12-pjrt` of jax's own version and
 `nvidia-cuda-nvcc-cu12` (none of their dependencies), and on a machine without a GPU the environment
 variable `JAX_PLATFORMS=cpu`. A description of the GPU takes the place of the GPU; `targets/` has
-some. Matrix products are not autotuned then.
+some. Matrix products are not autotuned then. The descriptions say CUDA 13.0 for driver, runtime and
+toolkit, whichever plugin compiles: without versions XLA records no custom call in a command buffer,
+and its dumps show other launches than those of a machine with a recent driver.
 
 JAX assembles all Mosaic GPU kernels of a process for the architecture of the first one: a process
 that looks at their machine code should compile for A100s only, or for H100s and H200s only.
@@ -13,6 +15,7 @@ import contextlib
 import functools
 import io
 import os
+import pathlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +25,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
+
+from pallas_paged.launches import Schedule, schedule
 
 TARGETS = ("a100-40gb", "a100-80gb", "h100", "h200")
 """The GPUs whose descriptions come with the package."""
@@ -91,6 +96,21 @@ def compile_for(
         jitted = jax.jit(function, donate_argnums=donate_argnums)
     with without_compilation_cache(), jax.default_device(target_device(target)):
         return jitted.lower(*args).compile()
+
+
+def compile_with_schedule(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Schedule]:
+    """Returns a program, compiled, and how a host would launch it.
+
+    Args:
+      lowered: the program, lowered under `jax.default_device(target_device(...))`.
+    """
+    with tempfile.TemporaryDirectory() as folder, without_compilation_cache():
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        thunks, names = (
+            next(pathlib.Path(folder).glob(f"*.{kind}.txt")).read_text()
+            for kind in ("thunk_sequence_after_thunk_passes", "thunk_metadata")
+        )
+    return compiled, schedule(thunks, names)
 
 
 def kernel_resources(

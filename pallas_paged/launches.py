@@ -1,6 +1,12 @@
-"""What a compiled GPU program launches, read from XLA's text of it."""
+"""What a compiled GPU program launches, read from XLA's texts of it.
+
+`launches` reads the program, `schedule` what XLA made of it for the GPU: which launches it records
+in command buffers (CUDA graphs), each one launch for the host, and which the host launches one by
+one. The program's text knows nothing of command buffers.
+"""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 
@@ -9,6 +15,9 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations)=\{?%([\w.\-]+)")
+_THUNK = re.compile(r"^( *)(\d+): k(\w+)", re.MULTILINE)
+_THUNK_NAME = re.compile(r'profile_annotation: "([^"]*)"\s+thunk_id: (\d+)')
+_INDENT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +42,25 @@ class Launches:
         return len(self.kernels) + len(self.products) + len(self.others)
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How the host launches one run of a program, what loops and branches hold apart.
+
+    Attributes:
+      command_buffers: of each command buffer the names of the launches in it, as `Launches` has
+        them; a loop or conditional in it counts as one.
+      outside: names of what the host launches by itself, loops and conditionals included.
+    """
+
+    command_buffers: tuple[tuple[str, ...], ...]
+    outside: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All launches, in the order of the attributes."""
+        return (*itertools.chain(*self.command_buffers), *self.outside)
+
+
 def launches(compiled_text: str) -> Launches:
     """Returns what the program `compiled.as_text()` of a GPU launches."""
     computations, entry = computations_of(compiled_text)
@@ -49,6 +77,33 @@ def launches(compiled_text: str) -> Launches:
             kind = "others"
         found[kind].append(name)
     return Launches(**{kind: tuple(names) for kind, names in found.items()})
+
+
+def schedule(thunks: str, thunk_names: str) -> Schedule:
+    """Returns how the host launches a program.
+
+    Args:
+      thunks: what XLA dumps as `thunk_sequence_after_thunk_passes.txt`.
+      thunk_names: what it dumps as `thunk_metadata.txt`.
+    """
+    names = {number: name for name, number in _THUNK_NAME.findall(thunk_names)}
+    buffers: list[list[str]] = []
+    outside: list[str] = []
+    current: list[str] | None = None  # the command buffer that indented lines belong to
+    for indent, number, kind in _THUNK.findall(thunks):
+        if indent and (current is None or len(indent) > _INDENT):
+            continue  # in a loop, a conditional or a fusion
+        if kind == "CommandBuffer":
+            assert not indent, "a command buffer in another"
+            current = []
+            buffers.append(current)
+        elif indent:
+            assert current is not None
+            current.append(names[str(int(number))])
+        else:
+            current = None
+            outside.append(names[str(int(number))])
+    return Schedule(tuple(map(tuple, buffers)), tuple(outside))
 
 
 def computations_of(text: str) -> tuple[Mapping[str, list[str]], str]:

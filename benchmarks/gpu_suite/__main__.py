@@ -1,129 +1,212 @@
-"""Runs everything that needs a GPU, once, in under ten minutes.
+"""Runs everything that needs a GPU, once, in eight minutes: is all of it right, and how fast is it?
 
   python -m benchmarks.gpu_suite --out=DIR
-  python -m benchmarks.gpu_suite --out=DIR --stages=device,decode     # some of it
-  JAX_PLATFORMS=cpu python -m benchmarks.gpu_suite --out=DIR --toy    # does the program work?
+  python -m benchmarks.gpu_suite --out=DIR2 --previous=DIR --rerun=failed   # what was wrong, again
+  python -m benchmarks.gpu_suite --out=DIR --stages=decode --cases='64 x 4096'
+  python -m benchmarks.gpu_suite --dry_run                                   # what would it do?
+  JAX_PLATFORMS=cpu python -m benchmarks.gpu_suite --out=DIR --toy           # does the suite work?
 
 From the root of the repository, with jax (CUDA), flax, numpy, absl-py, jaxtyping and transformers
-installed; it needs neither this package installed nor a network. Each stage is a process with a
-time budget, and writes every result to DIR/STAGE.jsonl at once. The same command with the same DIR
-goes on where an earlier one stopped, also with what time had cut off. suite.json and suite.txt hold
-all of it, with device, versions and date.
+installed; it needs neither this package installed nor a network. Programs are compiled by many
+processes while others run them; what was compiled elsewhere, by `benchmarks.gpu_suite.carry`, is
+loaded from --programs. A case that hangs or crashes costs that case alone.
 
-Without a GPU kernels are interpreted at small sizes, and speeds stay unmeasured; --toy runs the
-speed stages too, at sizes that measure nothing.
+After each stage DIR has summary.txt (what matters, at most 6 kB, also printed last), results.tar.gz
+(every figure, suite.txt to read, suite.json, logs, tuned configurations) and programs-1.tar, ...
+with what was compiled and autotuned. Results are kept apart by device and sources. The exit status
+is 1 if something is wrong, 2 for wrong flags.
+
+Without a GPU kernels are interpreted at small sizes, and speeds stay unmeasured; --toy runs all
+stages, at sizes that measure nothing, and cases that fail, hang and crash on purpose.
 """
 
+import os
 import pathlib
+import re
+import shutil
 import sys
+import tempfile
 import time
 
-import jax
 from absl import flags
 
 from benchmarks.gpu_suite import (
-    attention_speed,
-    cache_speed,
-    correctness,
-    device,
-    executable,
-    model_step,
+    archive,
+    choose,
+    conduct,
+    plan,
+    preparation,
+    programs,
+    rehearsal,
     report,
-    supervise,
-    torch_peer,
 )
 from benchmarks.gpu_suite import stage as stages
-from benchmarks.gpu_suite.stage import Context, Stage
+from benchmarks.gpu_suite.all_stages import STAGES
+from benchmarks.gpu_suite.choose import Choice
+from benchmarks.gpu_suite.stage import Case, Context, Row
+from benchmarks.gpu_suite.supervise import START_LIMIT_S, Worker
 from pallas_paged.models import command_line
 
-STAGES: tuple[Stage, ...] = (
-    device.STAGE,
-    correctness.STAGE,
-    attention_speed.DECODE,
-    attention_speed.PREFILL,
-    model_step.STAGE,
-    cache_speed.STAGE,
-    torch_peer.STAGE,
-    executable.STAGE,
-)
-_NAMES = [stage.name for stage in STAGES]
-_OUT = flags.DEFINE_string("out", None, "Folder for the results.", required=True)
+_NAMES = [stage.name for stage in STAGES if stage is not rehearsal.STAGE]
+_OUT = flags.DEFINE_string("out", None, "Folder for summary and archives.")
 _STAGES = flags.DEFINE_list("stages", _NAMES, f"Which of {', '.join(_NAMES)}.")
-_TIME_LIMIT_S = flags.DEFINE_float("time_limit_s", 590.0, "Seconds for everything.")
-_SCALE = flags.DEFINE_float("budget_scale", 1.0, "Factor of every stage's and case's time budget.")
-_TOY = flags.DEFINE_bool("toy", False, "Without a GPU, run the speed stages at toy sizes.")
-_EXECUTABLE = flags.DEFINE_string(
-    "executable", None, "A program that benchmarks.gpu_suite.executable made elsewhere, to check."
+_CASES = flags.DEFINE_string(
+    "cases", "", "Only cases whose STAGE: CASE has this regular expression."
 )
-_WORKER = flags.DEFINE_enum("worker", None, _NAMES, "For the program itself: run this stage here.")
+_RERUN = flags.DEFINE_enum(
+    "rerun",
+    "missing",
+    choose.RERUN,
+    "Cases to run: without a result of these sources, those that failed last, or all.",
+)
+_PREVIOUS = flags.DEFINE_string(
+    "previous", None, "Folder that an earlier run wrote, to go on from."
+)
+_PROGRAMS = flags.DEFINE_list("programs", [], "Folders of benchmarks.gpu_suite.carry.")
+_BUDGET_S = flags.DEFINE_float("budget_s", 480.0, "Seconds for everything.", lower_bound=1.0)
+_JOBS = flags.DEFINE_integer("jobs", None, "Processes that compile; all cores'.", lower_bound=1)
+_TOY = flags.DEFINE_bool("toy", False, "Without a GPU, run the speed stages too, at toy sizes.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would run on an H100, and for how long.")
 flags.register_validator(
     "stages", lambda names: set(names) <= set(_NAMES), f"must be a list of {', '.join(_NAMES)}"
 )
 
 
-def work(stage: Stage, context: Context) -> int:
-    """Runs a stage's cases that have no result, in this process; returns its exit status."""
-    folder = context.results
-    known = stages.results(folder, stage.name)
-    before = stages.results(folder, "device").get("description")
-    if stage.needs_jax and before is not None:
-        identity = device.identity()
-        if {name: before.get(name) for name in identity} != identity:
-            return supervise.WRONG_FOLDER
-    for case in stage.cases(context):
-        if stages.is_done(known.get(case.name)):
-            continue
-        stages.append(folder, stage.name, {"case": case.name, "began": time.time()})
-        row = stages.run_case(case, context)
-        stages.append(folder, stage.name, row)
-        if row["status"] == "failed" and stage.needs_jax and not _is_healthy():
-            return 1
-    return 0
-
-
-def _is_healthy() -> bool:
-    """Whether the device still computes: after an illegal access nothing works any more."""
+def _is_pattern(text: str) -> bool:
     try:
-        return bool(jax.jit(lambda x: x + 1)(jax.numpy.int32(1)) == 2)
-    except Exception:
+        re.compile(text)
+    except re.error:
         return False
+    return True
 
 
-def _context(folder: pathlib.Path) -> Context:
-    """Returns what the device stage found out."""
-    description = stages.results(folder, "device").get("description", {})
-    return Context(description.get("platform") == "gpu", folder, _EXECUTABLE.value)
+flags.register_validator("cases", _is_pattern, "must be a regular expression")
 
 
 def main() -> None:
-    """Runs the stages one after the other and keeps the report up to date."""
-    folder = pathlib.Path(_OUT.value).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    by_name = {stage.name: stage for stage in STAGES}
-    if _WORKER.value is not None:
-        on_gpu = jax.default_backend() == "gpu" if _WORKER.value == "device" else None
-        context = _context(folder)
-        if on_gpu is not None:
-            context = context._replace(on_gpu=on_gpu)
-        sys.exit(work(by_name[_WORKER.value], context))
+    """Plans, or runs all stages and keeps summary and archives up to date."""
     begin = time.monotonic()
-    options = [f"--out={folder}"]
-    if _EXECUTABLE.value is not None:
-        options.append(f"--executable={pathlib.Path(_EXECUTABLE.value).absolute()}")
-    for name in ["device", *(name for name in _STAGES.value if name != "device")]:
-        stage, context = by_name[name], _context(folder)
-        left_s = _TIME_LIMIT_S.value - (time.monotonic() - begin)
-        if stage.toy and not context.on_gpu and not _TOY.value:
-            row = {"case": "all", "status": "unmeasured", "reason": "there is no GPU"}
-            stages.append(folder, stage.name, row)
-        else:
-            stage = stage.scaled(_SCALE.value)
-            budget_s = min(stage.budget_s, left_s)
-            command = [sys.executable, "-m", "benchmarks.gpu_suite", f"--worker={name}", *options]
-            supervise.run(stage, context, command, budget_s)
-        text = report.write(folder, STAGES)
-        print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
-    print(f"\n{text}\n{folder}/suite.json, {folder}/suite.txt")
+    out = None if _OUT.value is None else pathlib.Path(_OUT.value).absolute()
+    if out is None and not _DRY_RUN.value:
+        raise ValueError("--out=DIR is needed, or --dry_run")
+    work = pathlib.Path(tempfile.mkdtemp(prefix="gpu_suite_"))
+    try:
+        if _PREVIOUS.value is not None:
+            archive.read(pathlib.Path(_PREVIOUS.value), work)
+        if out is None or _DRY_RUN.value:
+            print(_planned(Context("sm_90", work / "results" / "none", work, _carried())))
+        elif wrong := _run(work, out, begin):
+            print(f"wrong: {'; '.join(wrong)}"[:500])
+            sys.exit(1)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _planned(context: Context) -> str:
+    cases = _chosen(context)
+    plans = plan.plan(STAGES, cases, context, jobs := _JOBS.value or 16, _BUDGET_S.value)
+    return plan.table(plans, jobs, _BUDGET_S.value)
+
+
+def _carried() -> tuple[pathlib.Path, ...]:
+    folders = tuple(pathlib.Path(folder).absolute() for folder in _PROGRAMS.value)
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"--programs: there is no folder {folder}")
+    return folders
+
+
+def _chosen(context: Context) -> dict[str, list[Case]]:
+    names = set(_STAGES.value)
+    if not context.on_gpu and _TOY.value:
+        names.add(rehearsal.STAGE.name)
+    if not context.on_gpu and not _TOY.value:
+        names -= {stage.name for stage in STAGES if stage.toy}
+    last = choose.last_results(context.work / "results", STAGES)
+    return choose.chosen(STAGES, context, Choice(names, _CASES.value, _RERUN.value, last))
+
+
+def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
+    """Runs everything; returns what should have ended otherwise."""
+    budget_s, logs = _BUDGET_S.value, work / "logs"
+    end = begin + budget_s
+    carried = _carried()
+    out.mkdir(parents=True, exist_ok=True)
+    asked = Worker(logs / "describe.log", {})
+    described = asked.ask({"do": "describe"}, START_LIMIT_S, end)
+    asked.stop()
+    if described["status"] != "ok":
+        raise RuntimeError(f"no device answers: {described['reason']}")
+    context = Context(described["architecture"], work / "results" / _name(described), work, carried)
+    context.results.mkdir(parents=True, exist_ok=True)
+    cases = _chosen(context)
+    every = [(name, case) for name in cases for case in cases[name]]
+    limits = plan.deadlines(STAGES, cases, budget_s)
+    new_worker = conduct.worker_factory(context, logs)
+    jobs = _JOBS.value or os.cpu_count() or 1
+    preparing = preparation.Preparation(
+        preparation.in_order(every, plan.estimate_s),
+        context,
+        lambda number, variables: new_worker(
+            f"prepares-{number}", {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | variables
+        ),
+        plan.num_preparing(jobs),
+        end,
+    )
+    runners = conduct.Runners(context, preparing, new_worker)
+    try:
+        for stage in STAGES:
+            if stage.name in cases:
+                runners.run_stage(stage, cases[stage.name], begin + limits[stage.name])
+            elif stage.toy and not context.on_gpu and stage.name in _STAGES.value:
+                row = {"case": "all", "status": "unmeasured", "reason": "there is no GPU"}
+                stages.append(context.results, stage.name, row)
+            seconds = f"{time.monotonic() - begin:.0f} s"
+            print(f"{stage.name}: {seconds}", flush=True)
+            summary = _keep(out, context, f"GPU suite, {seconds} of {budget_s:.0f} s")
+    finally:
+        preparing.stop()
+        runners.stop()
+    print(f"\n{summary}\n{out}")
+    return _wrong(context, cases)
+
+
+def _name(described: Row) -> str:
+    """Returns the name of the folder for results of this device and these sources."""
+    device = re.sub(r"[^a-z0-9]+", "_", described["device"].lower())
+    return f"{described['sources']}-jax{described['versions']['jax']}-{device}"
+
+
+def _keep(out: pathlib.Path, context: Context, first: str) -> str:
+    """Writes report, archives and summary; returns the summary."""
+    report.write(context.results, STAGES)
+    version = programs.version(context.platform)
+    names = [p.name for s in STAGES for case in s.cases(context) for p in case.programs()]
+    left = archive.write(out, context.work, archive.wanted_files(names, version))
+    last = f"all of it: {out.name}/results.tar.gz"
+    if left.files:
+        last += (
+            f"; {left.files} files of {left.num_bytes >> 20} MiB found no room in programs-*.tar"
+        )
+    summary = report.summary(context.results, STAGES, first, last)
+    (out / "summary.txt").write_text(summary, encoding="utf-8")
+    return summary
+
+
+def _wrong(context: Context, cases: dict[str, list[Case]]) -> list[str]:
+    """Returns the cases that should have ended otherwise."""
+    wrong = []
+    for name in cases:
+        results = stages.results(context.results, name)
+        for case in cases[name]:
+            status = results[case.name]["status"]
+            if name == rehearsal.STAGE.name:
+                is_wrong = status != rehearsal.EXPECTED[case.name]
+            else:
+                is_wrong = status in stages.BROKEN
+            if is_wrong:
+                wrong.append(f"{name}: {case.name}: {status}")
+    return wrong
 
 
 if __name__ == "__main__":

@@ -123,4 +123,4 @@ def _cases(context: Context) -> list[Case]:
     ]
 
 
-STAGE = Stage("device", 60, 40, _cases, ("device", "per_second", "unit", "us", "file"), toy=False)
+STAGE = Stage("device", 40, _cases, ("per_second", "unit", "us", "file"), toy=False, aims=4)

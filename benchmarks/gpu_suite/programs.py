@@ -8,12 +8,14 @@ loaded with pickle: do not load what somebody else made.
 Arrays that are worked out ahead, as inputs and expected results, lie beside them.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
 import pathlib
 import pickle
 import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +29,8 @@ from pallas_paged import deviceless
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 _SOURCES = (
+    "engine/*.py",
+    "models/*.py",
     "pallas_paged/*.py",
     "pallas_paged/ops/**/*.py",
     "pallas_paged/ops/attention/tuned/*.json",
@@ -38,12 +42,16 @@ _NOT_COMPILED = (
     "carry",
     "conduct",
     "plan",
+    "preparation",
     "report",
     "summary",
     "supervise",
     "worker",
 )
 """Modules of the suite that have no part in what is compiled."""
+
+COMPILE_LIMIT_S = 120.0
+"""Seconds that a program may take to compile."""
 
 
 class Loaded:
@@ -62,7 +70,7 @@ class Loaded:
         return self._compiled(*jax.tree.leaves(arguments))
 
 
-class Missing(Exception):
+class NotCompiledError(Exception):
     """A program that other processes could not compile; says why, and with what status."""
 
     def __init__(self, row: Row) -> None:
@@ -70,14 +78,27 @@ class Missing(Exception):
         self.row = row
 
 
+@functools.cache
 def version(platform: str) -> str:
     """Returns a hash of what all programs depend on."""
     digest = hashlib.sha256(f"{importlib.metadata.version('jax')} {platform}".encode())
+    if platform != "cpu":
+        digest.update(_cuda().encode())
     for pattern in _SOURCES:
         for path in sorted(ROOT.glob(pattern)):
             if "gpu_suite" not in pattern or path.stem not in _NOT_COMPILED:
                 digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _cuda() -> str:
+    """Returns for which CUDA this environment's JAX compiles."""
+    for plugin in ("jax-cuda13-plugin", "jax-cuda12-plugin"):
+        try:
+            return f"{plugin} {importlib.metadata.version(plugin)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "no CUDA"
 
 
 def file_name(name: str, version: str) -> str:
@@ -87,7 +108,7 @@ def file_name(name: str, version: str) -> str:
 
 
 def path_of(name: str, context: Context, suffix: str) -> pathlib.Path:
-    """Returns where this run keeps a compiled program (.bin), a failure (.json) or arrays (.npz)."""
+    """Returns where this run keeps a program (.bin), its failure (.json), or arrays (.npz)."""
     return context.work / "programs" / f"{file_name(name, version(context.platform))}{suffix}"
 
 
@@ -108,19 +129,20 @@ def is_settled(name: str, context: Context) -> bool:
 
 
 def compile_ahead(program: Program, context: Context) -> Row:
-    """Compiles a program for this process's device, and keeps it, or why it failed."""
+    """Compiles a program and keeps it, or why it failed; returns that, and the seconds it took."""
+    begin = time.perf_counter()
     try:
-        content = serialized(program, autotuned=context.work / "autotuned")
+        content = serialized(program, context.target, context.work / "autotuned")
         write(path_of(program.name, context, ".bin"), content)
-        return {"status": "ok"}
+        row: Row = {"status": "ok"}
     except Exception as error:
         row = failure(error)
         keep_failure(program.name, context, row)
-        return row
+    return row | {"seconds": time.perf_counter() - begin}
 
 
 def keep_failure(name: str, context: Context, row: Row) -> None:
-    """Lets `load` of a program raise `Missing` with `row`."""
+    """Lets `load` of a program raise `NotCompiledError` with `row`."""
     write(path_of(name, context, ".json"), json.dumps(row).encode())
 
 
@@ -150,7 +172,7 @@ def load(program: Program, context: Context) -> Loaded:
     One that cannot be loaded is compiled here, and its `source` says so.
 
     Raises:
-      Missing: other processes tried to compile it, and it failed.
+      NotCompiledError: other processes tried to compile it, and it failed.
       NotImplementedError: likewise, because an implementation refuses it.
     """
     found = find(program.name, context)
@@ -170,8 +192,9 @@ def load(program: Program, context: Context) -> Loaded:
             row = json.loads(failed.read_text())
             if row["status"] == "unsupported":
                 raise NotImplementedError(row["reason"])
-            raise Missing(row)
+            raise NotCompiledError(row)
         reason = "not compiled ahead"
+    context.more_time(COMPILE_LIMIT_S)
     flat, leaves, donated = _flattened(program)
     lowered = jax.jit(flat, donate_argnums=donated, keep_unused=True).lower(*leaves)
     options = _options(program, jax.devices()[0], context.work / "autotuned")
@@ -217,7 +240,7 @@ def save_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
     """Writes arrays of any of JAX's dtypes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     host = {name: np.asarray(array) for name, array in arrays.items()}
-    raw = {
+    raw: dict[str, Any] = {
         f"{name}:{array.dtype.name}": array.view(f"u{array.dtype.itemsize}")
         if array.dtype.kind == "V" or hasattr(ml_dtypes, array.dtype.name)
         else array

@@ -1,7 +1,8 @@
 """Stages, their cases, and the file in which a stage's results pile up. No jax here.
 
 What a case needs compiled, or worked out on the host, is made ahead by other processes, so that
-running it takes seconds; see `programs.py`. Cases run in processes of their own, see `supervise.py`.
+running it takes seconds; see `programs.py`. Cases run in processes of their own; see
+`supervise.py`.
 """
 
 import json
@@ -45,17 +46,39 @@ class Context(NamedTuple):
       results: the folder with the results of these sources, one file per stage.
       work: the folder for everything else: compiled programs, arrays, caches.
       carried: folders with programs that were compiled elsewhere.
+      target: one of `deviceless.TARGETS`, where programs are compiled for a GPU that is not there.
+      more_time: called with seconds that a case needs beyond its limit, to compile something that
+        could not be loaded.
     """
 
     platform: str
     results: pathlib.Path
     work: pathlib.Path
     carried: tuple[pathlib.Path, ...] = ()
+    target: str | None = None
+    more_time: Callable[[float], None] = lambda seconds: None
 
     @property
     def on_gpu(self) -> bool:
         """Whether there is a GPU."""
         return self.platform != "cpu"
+
+    def fields(self) -> Row:
+        """Returns all but `more_time` as what JSON can hold."""
+        return {
+            "platform": self.platform,
+            "results": str(self.results),
+            "work": str(self.work),
+            "carried": [str(folder) for folder in self.carried],
+            "target": self.target,
+        }
+
+    @classmethod
+    def of(cls, fields: Row) -> "Context":
+        """Returns the context with these `fields`."""
+        results, work = pathlib.Path(fields["results"]), pathlib.Path(fields["work"])
+        carried = tuple(map(pathlib.Path, fields["carried"]))
+        return cls(fields["platform"], results, work, carried, fields["target"])
 
     def ceiling(self, name: str) -> float | None:
         """Returns a measured ceiling of the device, or None where there is none."""
@@ -101,7 +124,7 @@ class Stage(NamedTuple):
       columns: keys of the figures that the readable table shows.
       toy: whether it runs without a GPU only when toys are asked for, because it measures speed.
       parallel: whether several cases may run at a time, because none is timed.
-      aims: the cases that the summary shows figures of; all if it is None.
+      aims: how many of the first cases the summary shows with their figures before all others.
     """
 
     name: str
@@ -110,7 +133,7 @@ class Stage(NamedTuple):
     columns: tuple[str, ...]
     toy: bool = True
     parallel: bool = False
-    aims: int | None = None
+    aims: int = 0
 
 
 def append(folder: pathlib.Path, stage: str, row: Row) -> None:

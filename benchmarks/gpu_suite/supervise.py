@@ -1,82 +1,148 @@
-"""Runs a stage in processes of its own, and outlives what they do not."""
+"""Handles of worker processes; what they do not survive, their owner does. No jax here."""
 
+import contextlib
+import json
 import os
 import pathlib
+import re
+import selectors
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import IO
 
-from benchmarks.gpu_suite import stage as stages
-from benchmarks.gpu_suite.stage import Context, Stage
+from benchmarks.gpu_suite.stage import Row
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-WRONG_FOLDER = 4
-"""Exit status of a process that found another device's results in the folder."""
-_MAX_PROCESSES = 20
+START_LIMIT_S = 120.0
+"""Seconds that a process may take to import everything."""
+
+_MAX_LOG_BYTES = 1 << 20
+_TELLING = re.compile(r"Fatal|Check failed|CUDA_ERROR|^F\d{4}|[Ee]rror:|Killed")
 
 
-def run(stage: Stage, context: Context, command: Sequence[str], budget_s: float) -> None:
-    """Runs the cases of a stage that have no result yet, within `budget_s` seconds.
+class Worker:
+    """A process of `worker.py`, started when it is first asked for something.
 
-    A case during which its process dies, or that runs longer than the stage allows, gets a result
-    that says so, and another process goes on with the next one. A process is started with
-    `command`.
-
-    Raises:
-      RuntimeError: the folder holds results of another device or version.
+    For one thread at a time, and the same one always: the process ends with the thread.
     """
-    deadline = time.monotonic() + budget_s
-    for _ in range(_MAX_PROCESSES):
-        if not _pending(stage, context) or time.monotonic() >= deadline:
-            break
-        status = _run_process(stage, context, command, deadline)
-        if status == WRONG_FOLDER:
-            raise RuntimeError(f"{context.results} holds results of another device or version")
-    for name in _pending(stage, context):
-        row = {"case": name, "status": "out of time", "reason": "the stage's time was over"}
-        stages.append(context.results, stage.name, row)
 
+    def __init__(self, log: pathlib.Path, environment: Mapping[str, str]) -> None:
+        """The process's output goes to `log`; `environment` goes over this process's own."""
+        self.log = log
+        self.environment = dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._unread = b""
+        self._log_begin = 0
 
-def _pending(stage: Stage, context: Context) -> list[str]:
-    results = stages.results(context.results, stage.name)
-    return [
-        case.name for case in stage.cases(context) if not stages.is_done(results.get(case.name))
-    ]
+    def ask(self, message: Row, limit_s: float, deadline: float) -> Row:
+        """Returns the answer to a message, or a row that says what became of the process.
 
+        Args:
+          message: see `worker.answer`.
+          limit_s: seconds after which the process is killed, its start apart.
+          deadline: of `time.monotonic()`, when it is killed in any case: "out of time".
+        """
+        if self._process is None or self._process.poll() is not None:
+            row = self._start(deadline)
+            if row["status"] != "ready":
+                return row
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return self._crashed()
+        return self._receive(limit_s, deadline)
 
-def _run_process(stage: Stage, context: Context, command: Sequence[str], deadline: float) -> int:
-    """Starts a process for the stage; returns its exit status, after killing it if need be."""
-    log = context.results / f"{stage.name}.log"
-    defaults = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
-    if not context.on_gpu:
-        # An interpreted kernel blocks one of JAX's threads for each of its own that waits; with as
-        # many as two cores give, it would wait forever.
-        defaults["NPROC"] = "16"
-    environment = defaults | dict(os.environ)
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
-    reason = None
-    while process.poll() is None:
-        time.sleep(0.1)
-        current = stages.unfinished(context.results, stage.name)
-        if current is not None and time.time() - current[1] > stage.case_limit_s:
-            reason = f"longer than {stage.case_limit_s:g} s"
-        elif time.monotonic() > deadline:
-            reason = "the stage's time was over"
-        if reason is not None:
-            process.kill()
-            process.wait()
-            break
-    current = stages.unfinished(context.results, stage.name)
-    if current is not None:
-        over = reason == "the stage's time was over"
-        status = "out of time" if over else "timed out" if reason else "crashed"
-        row = {
-            "case": current[0],
-            "status": status,
-            "reason": reason or f"exit status {process.returncode}, see {log.name}",
-        }
-        stages.append(context.results, stage.name, row)
-    return process.returncode
+    def kill(self) -> None:
+        """Kills the process and all that it started, from any thread; who asked is answered so."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Kills the process and all that it started, and forgets it."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        self._process = None
+        self._unread = b""
+
+    def _start(self, deadline: float) -> Row:
+        self.stop()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._log_begin = log.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.gpu_suite.worker"],
+                cwd=ROOT,
+                env=dict(os.environ) | self.environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self._receive(START_LIMIT_S, deadline)
+
+    def _receive(self, limit_s: float, deadline: float) -> Row:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        end = time.monotonic() + limit_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while True:
+                line, found, rest = self._unread.partition(b"\n")
+                if found:
+                    self._unread = rest
+                    row = json.loads(line)
+                    if "more_s" not in row:
+                        return row
+                    limit_s += row["more_s"]
+                    end += row["more_s"]
+                    continue
+                left_s = min(end, deadline) - time.monotonic()
+                if left_s <= 0:
+                    is_over = deadline < end
+                    self.stop()
+                    if is_over:
+                        return {"status": "out of time", "reason": "the time for it was over"}
+                    return {"status": "timed out", "reason": f"longer than {limit_s:g} s"}
+                if selector.select(left_s) and not self._read(self._process.stdout):
+                    return self._crashed()
+
+    def _read(self, pipe: IO[bytes]) -> bool:
+        """Takes what there is to read; returns whether the pipe is still open."""
+        chunk = os.read(pipe.fileno(), 1 << 16)
+        self._unread += chunk
+        return bool(chunk)
+
+    def _crashed(self) -> Row:
+        assert self._process is not None
+        try:
+            status = self._process.wait(10)
+            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        except subprocess.TimeoutExpired:
+            how = "its output closed"
+        self.stop()
+        reason = f"its process ended: {how}; {self._last_words()}"
+        return {"status": "crashed", "reason": reason}
+
+    def _last_words(self) -> str:
+        """Returns the line of the log that tells most of an end, of what this process wrote."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_begin)
+            lines = log.read(_MAX_LOG_BYTES).decode(errors="replace").splitlines()
+        words = [line.strip() for line in lines if line.strip()]
+        telling = [line for line in words if _TELLING.search(line)]
+        return f"{self.log.name}: {(telling or words or ['(nothing)'])[-1][-300:]}"

@@ -37,10 +37,27 @@ def check_in_place(step: StepReport) -> None:
     assert not any("while" in loop for loop in step.launches.loops), step.launches.loops
 
 
+def check_one_command_buffer(step: StepReport) -> None:
+    """One launch of the host for all layers and greedy sampling.
+
+    The host looks whether any sequence samples otherwise. What needs the sampled tokens follows:
+    their place in the next step's input, and -1 for those of broken logits.
+    """
+    launches, schedule = step.launches, step.schedule
+    every = (*launches.kernels, *launches.products, *launches.others, *launches.loops)
+    assert sorted(schedule.names) == sorted(every)
+    (held,) = schedule.command_buffers
+    assert {*launches.kernels, *launches.products} <= {*held}, schedule.outside
+    assert schedule.outside[:1] == launches.loops
+    assert len(schedule.outside) <= 5, schedule.outside
+
+
 def test_what_a_layer_adds_to_a_decode_step() -> None:
     """Its launches, listed, and no memory but its cache's."""
     one, two = (report("llama-8b", n, DECODE, "h100") for n in (1, 2))
-    check_in_place(two)
+    for step in (one, two):
+        check_in_place(step)
+        check_one_command_buffer(step)
     assert two.cache_bytes == 2 * one.cache_bytes
     assert two.temporary_bytes < 100 << 20 < two.cache_bytes
     assert two.temporary_bytes <= 1.1 * one.temporary_bytes
@@ -71,6 +88,7 @@ def test_two_layers_in_place_with_few_launches(
     """What a step launches whatever its layers are, and twice what one of these does."""
     step = report(name, 2, bucket, "h100", vocab_size=1152, kv_cache_dtype=kv_cache_dtype)
     check_in_place(step)
+    check_one_command_buffer(step)
     assert step.temporary_bytes < 100 << 20 < step.cache_bytes
     assert len(step.launches.kernels) == 2 * num_kernels, step.launches.kernels
     assert step.launches.total <= most_launches, step.launches
@@ -80,6 +98,7 @@ def test_a_mixed_step_on_an_a100(in_sm80_process: Callable[..., StepReport]) -> 
     """In its layer the write, the attention of all sequences in one launch, and its merge."""
     step = in_sm80_process(report, "llama-8b", 1, MIXED, "a100-40gb")
     check_in_place(step)
+    check_one_command_buffer(step)
     assert step.temporary_bytes < 150 << 20 < step.cache_bytes
     assert len(step.launches.kernels) == 3, step.launches.kernels
 

@@ -9,14 +9,46 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_paged.dispatch import Implementation, choose_implementation
+from pallas_paged.dispatch import Implementation, choose_implementation, compute_capability
 from pallas_paged.kv_cache import AttentionMetadata, CacheArray, check_scales
 from pallas_paged.ops.attention import mosaic_gpu, reference, xla
+from pallas_paged.ops.attention.prefill_plan import plan_prefill
 from pallas_paged.ops.blocks import inside_or_null
-from pallas_paged.quantisation import LARGEST
+from pallas_paged.quantisation import LARGEST, is_quantised
+
+_MAX_TILES = 65_535  # of prefill: they are an axis of its grid, and CUDA allows no more
+
+
+def _kernels_unsupported(
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k_cache: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    deterministic: bool,
+    metadata: AttentionMetadata | None,
+) -> str | None:
+    """Returns why the kernels cannot compute this, or None; without metadata, of few tokens."""
+    reason = mosaic_gpu.unsupported(q, k_cache, deterministic=deterministic)
+    if reason is not None or metadata is None or q.shape[0] <= _MAX_TILES:
+        return reason
+    if compute_capability() < (9, 0):
+        return None  # one kernel for all, with as many thread blocks as the GPU holds
+    group, head_dim, queries = q.shape[1] // k_cache.shape[1], q.shape[2], metadata.max_query_len
+    decoded = mosaic_gpu.max_decode_tokens(group, head_dim, queries, is_quantised(k_cache.dtype))
+    if queries <= decoded:
+        return None
+    plan = functools.partial(plan_prefill, num_tokens=q.shape[0], group=group, head_dim=head_dim)
+    shapes = jax.eval_shape(functools.partial(plan, sliding_window=None), metadata)
+    num_tiles = shapes.tiles.shape[0]
+    if num_tiles <= _MAX_TILES:
+        return None
+    return (
+        f"{q.shape[0]} tokens of {len(metadata.seq_lens)} sequences may be {num_tiles} tiles of "
+        f"prefill, more than the {_MAX_TILES} of one launch; make the step smaller"
+    )
+
 
 _IMPLEMENTATIONS = {
-    "mosaic_gpu": Implementation(mosaic_gpu.paged_attention, mosaic_gpu.unsupported),
+    "mosaic_gpu": Implementation(mosaic_gpu.paged_attention, _kernels_unsupported),
     "xla": Implementation(xla.paged_attention),
     "reference": Implementation(reference.paged_attention),
 }
@@ -148,6 +180,7 @@ def paged_attention(
         q,
         k_cache,
         deterministic=deterministic,
+        metadata=metadata,
     )
     if not promise_in_bounds:
         metadata = _inside(metadata, q.shape[0], k_cache.shape[0], k_cache.shape[2])
@@ -174,11 +207,13 @@ def attention_implementation(
     k_cache: jax.Array | jax.ShapeDtypeStruct,
     *,
     deterministic: bool = False,
+    metadata: AttentionMetadata | None = None,
 ) -> str:
     """Returns the name of the implementation that `paged_attention` runs for such arguments.
 
     Args:
-      implementation, q, k_cache, deterministic: as there, shapes and dtypes are enough.
+      implementation, q, k_cache, deterministic, metadata: as there, shapes and dtypes are enough.
+        Without metadata, for steps of up to 65,535 tokens; the kernels refuse some larger ones.
 
     Raises:
       ValueError: `implementation` is no implementation's name.
@@ -191,6 +226,7 @@ def attention_implementation(
         q,
         k_cache,
         deterministic=deterministic,
+        metadata=metadata,
     )
 
 

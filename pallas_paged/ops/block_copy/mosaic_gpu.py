@@ -25,7 +25,7 @@ def copy_blocks(kv_cache: KVCache, src: jax.Array, dst: jax.Array) -> KVCache:
     if not len(src):
         return kv_cache
     arrays = flat(kv_cache)
-    grid = (len(src), num_pieces(arrays[0]))
+    grid = (num_pieces(arrays[0]), len(src))  # the last axis alone may exceed 65,535
     refs = [jax.new_ref(array) for array in arrays]
 
     def copy_pair(src_ref: Ref, dst_ref: Ref, *refs: Ref) -> None:
@@ -37,5 +37,5 @@ def copy_blocks(kv_cache: KVCache, src: jax.Array, dst: jax.Array) -> KVCache:
             for ref in refs:
                 move_block(ref, source, ref, destination)
 
-    plgpu.kernel(copy_pair, grid=grid, grid_names=("pair", "piece"))(src, dst, *refs)
+    plgpu.kernel(copy_pair, grid=grid, grid_names=("piece", "pair"))(src, dst, *refs)
     return unflat([jax.freeze(ref) for ref in refs], kv_cache)

@@ -29,8 +29,8 @@ def gather_blocks(kv_cache: KVCache, block_ids: jax.Array) -> KVCache:
         for source, destination in zip(refs[: len(arrays)], refs[len(arrays) :], strict=True):
             move_block(source, ids_ref[i], destination, i)
 
-    grid = (num_blocks, num_pieces(arrays[0]))
-    kernel = plgpu.kernel(gather_block, out_type=shapes, grid=grid, grid_names=("block", "piece"))
+    grid = (num_pieces(arrays[0]), num_blocks)  # the last axis alone may exceed 65,535
+    kernel = plgpu.kernel(gather_block, out_type=shapes, grid=grid, grid_names=("piece", "block"))
     return unflat(kernel(block_ids, *arrays), kv_cache)
 
 
@@ -54,7 +54,7 @@ def scatter_blocks(kv_cache: KVCache, block_ids: jax.Array, blocks: KVCache) -> 
             for source, destination in zip(refs[: len(sources)], refs[len(sources) :], strict=True):
                 move_block(source, i, destination, block)
 
-    grid = (len(block_ids), num_pieces(sources[0]))
-    kernel = plgpu.kernel(scatter_block, grid=grid, grid_names=("block", "piece"))
+    grid = (num_pieces(sources[0]), len(block_ids))
+    kernel = plgpu.kernel(scatter_block, grid=grid, grid_names=("piece", "block"))
     kernel(block_ids, *sources, *destinations)
     return unflat([jax.freeze(ref) for ref in destinations], kv_cache)

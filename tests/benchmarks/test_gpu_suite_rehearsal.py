@@ -1,0 +1,194 @@
+"""The whole GPU suite on a CPU, as it will run on a GPU: two runs, the second one from the first."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from typing import NamedTuple
+
+import pytest
+
+from benchmarks.gpu_suite import programs, rehearsal, report
+from benchmarks.gpu_suite.all_stages import STAGES
+from benchmarks.gpu_suite.stage import BROKEN
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+CARRIED = "^(rehearsal: works|correctness: xla)"
+LIMIT_S = 120.0
+
+
+class Run(NamedTuple):
+    status: int
+    output: str
+    errors: str
+    seconds: float
+
+
+def suite(*options: str, module: str = "benchmarks.gpu_suite") -> Run:
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", module, *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    return Run(done.returncode, done.stdout, done.stderr, time.monotonic() - begin)
+
+
+def results(folder: pathlib.Path) -> dict[str, dict[str, dict]]:
+    """Returns the results of one run by stage and case, from its archive."""
+    with tarfile.open(folder / "results.tar.gz") as archive:
+        (name,) = (name for name in archive.getnames() if name.endswith("/suite.json"))
+        file = archive.extractfile(name)
+        assert file is not None
+        found = json.load(file)
+    return {stage: {row["case"]: row for row in rows} for stage, rows in found["stages"].items()}
+
+
+@pytest.fixture(scope="module")
+def carried(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("carried")
+    options = ["--target=cpu", f"--out={folder}", f"--cases={CARRIED}"]
+    done = suite(*options, module="benchmarks.gpu_suite.carry")
+    assert done.status == 0, done.errors
+    assert "0 failed" in done.output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(carried, tmp_path_factory) -> tuple[pathlib.Path, Run]:
+    out = tmp_path_factory.mktemp("out")
+    return out, suite(f"--out={out}", "--toy", f"--programs={carried}", "--budget_s=240")
+
+
+@pytest.mark.slow
+def test_every_stage_runs_and_what_goes_wrong_costs_one_case(first):
+    out, done = first
+    assert done.status == 0, done.output + done.errors
+    found = results(out)
+    assert {stage.name for stage in STAGES} == found.keys()
+    for stage, rows in found.items():
+        assert rows, stage
+        for row in rows.values():
+            if stage == "rehearsal":
+                assert row["status"] == rehearsal.EXPECTED[row["case"]], row
+            else:
+                assert row["status"] in ("ok", "unsupported", "skipped"), (stage, row)
+    assert found["rehearsal"].keys() == rehearsal.EXPECTED.keys()
+    assert {row["status"] for row in found["correctness"].values()} == {"ok"}
+    assert {"hangs", "crashes", "fails"} <= found["rehearsal"].keys()
+
+
+@pytest.mark.slow
+def test_it_takes_less_than_two_minutes(first):
+    _, done = first
+    (seconds,) = re.findall(r"^GPU suite, (\d+) s of 240 s$", done.output, re.MULTILINE)
+    assert int(seconds) <= LIMIT_S
+
+
+@pytest.mark.slow
+def test_few_files_are_left_and_the_summary_is_printed_last(first):
+    out, done = first
+    assert sorted(path.name for path in out.iterdir()) == [
+        "programs-1.tar",
+        "results.tar.gz",
+        "summary.txt",
+    ]
+    summary = (out / "summary.txt").read_text()
+    assert len(summary.encode()) <= report.SUMMARY_BYTES
+    assert "NO GPU" in summary
+    assert done.output.rstrip().endswith(f"{summary}\n{out}")
+    # Every stage says when it ended.
+    for stage in STAGES:
+        assert re.search(rf"^{stage.name}: \d+ s$", done.output, re.MULTILINE), stage.name
+
+
+@pytest.mark.slow
+def test_programs_made_elsewhere_are_loaded(first, carried):
+    out, _ = first
+    found = results(out)
+    assert found["rehearsal"]["works"]["program"] == "carried"
+    of_xla = [row for name, row in found["correctness"].items() if name.startswith("xla")]
+    assert of_xla
+    assert {row["program"] for row in of_xla} == {"carried"}
+    # They are not archived again, what was compiled in the run is.
+    with tarfile.open(out / "programs-1.tar") as archive:
+        names = {pathlib.Path(name).name for name in archive.getnames()}
+    assert not names & {path.name for path in carried.iterdir()}
+    assert any(name.endswith(".bin") for name in names)
+
+
+@pytest.mark.slow
+def test_the_next_run_begins_with_this_one(first, tmp_path):
+    out, _ = first
+    before = results(out)
+    again = suite(f"--out={tmp_path}", "--toy", f"--previous={out}", "--rerun=failed")
+    assert again.status == 0, again.output + again.errors
+    after = results(tmp_path)
+    for stage, rows in before.items():
+        for name, row in rows.items():
+            is_run = row["status"] in BROKEN
+            assert (after[stage][name] == row) != is_run, (stage, name)
+    assert after["rehearsal"]["crashes"]["status"] == "crashed"
+    # And with nothing left to do there is nothing to wait for.
+    idle = suite(f"--out={tmp_path}", "--toy", f"--previous={tmp_path}")
+    assert idle.status == 0, idle.output + idle.errors
+    assert results(tmp_path) == after
+
+
+@pytest.mark.slow
+def test_without_toys_speeds_are_unmeasured(tmp_path):
+    done = suite(f"--out={tmp_path}", "--stages=decode,model", "--cases=nothing of the kind")
+    assert done.status == 0, done.errors
+    found = results(tmp_path)
+    for stage in ("decode", "model"):
+        assert found[stage]["all"]["reason"] == "there is no GPU"
+    assert not found["correctness"]
+    assert not found["rehearsal"]
+
+
+def test_the_plan_for_an_h100_fits_the_budget():
+    done = suite("--dry_run", "--jobs=16")
+    assert done.status == 0, done.errors
+    rows = dict(re.findall(r"^(\w+) +(\d+) .*$", done.output, re.MULTILINE))
+    assert rows.keys() >= {stage.name for stage in STAGES} - {"rehearsal"}
+    (seconds,) = re.findall(r"^About (\d+) s of 480 s\.$", done.output, re.MULTILINE)
+    assert int(seconds) <= 480
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--out=DIR is needed, or --dry_run"),
+        (("--dry_run", "--stages=decoding"), "must be a list of device, "),
+        (("--dry_run", "--cases=("), "must be a regular expression"),
+        (("--dry_run", "--previous=/nonexistent"), "holds no results.tar.gz"),
+        (("--dry_run", "--programs=/nonexistent"), "there is no folder /nonexistent"),
+        (("--dry_run", "--rerun=some"), "should be one of <missing|failed|all>"),
+        (("--dry_run", "--budget_s=0"), "budget_s"),
+    ],
+)
+def test_wrong_flags_are_refused_in_one_line(options, message):
+    done = suite(*options)
+    assert done.status == 2
+    assert done.errors.startswith("error: ")
+    assert message in done.errors
+    assert len(done.errors.splitlines()) == 1
+
+
+def test_programs_of_other_sources_are_deleted_from_the_folder(carried):
+    version = programs.version("cpu")
+    works = carried / f"{programs.file_name(rehearsal.DOUBLE.name, version)}.bin"
+    assert works.exists()
+    stale = carried / "stale.bin"
+    stale.write_bytes(b"")
+    options = ["--target=cpu", f"--out={carried}", f"--cases={CARRIED}"]
+    done = suite(*options, module="benchmarks.gpu_suite.carry")
+    assert done.status == 0, done.errors
+    assert not stale.exists()
+    count = len(list(carried.glob("*.bin")))
+    assert f"{count} of {count} programs are there" in done.output

@@ -1,0 +1,289 @@
+"""Who prepares and runs the GPU suite's cases, and what becomes of cases that go wrong."""
+
+import pathlib
+import threading
+import time
+
+import pytest
+
+from benchmarks.gpu_suite import conduct, preparation, programs, rehearsal
+from benchmarks.gpu_suite import stage as stages
+from benchmarks.gpu_suite.preparation import Preparation, Task, in_order, tasks_of
+from benchmarks.gpu_suite.stage import Case, Context, Program, Stage
+from benchmarks.gpu_suite.supervise import Worker
+
+FAR = 60.0
+
+
+@pytest.fixture
+def context(tmp_path: pathlib.Path) -> Context:
+    (tmp_path / "results").mkdir()
+    return Context("cpu", tmp_path / "results", tmp_path)
+
+
+class FakeWorker:
+    """Answers at once what `answers` says, and keeps what it was asked."""
+
+    def __init__(self, asked, answers, environment):
+        self.asked, self.answers, self.environment = asked, answers, environment
+        self.is_stopped = False
+
+    def ask(self, message, limit_s, deadline):
+        self.asked.append((message["do"], message["name"], self.environment))
+        answer = self.answers.get(message["name"], {"status": "ok"})
+        return answer() if callable(answer) else answer
+
+    def kill(self):
+        self.is_stopped = True
+
+    stop = kill
+
+
+class Fakes:
+    def __init__(self, **answers):
+        self.asked, self.answers, self.workers = [], answers, []
+
+    def __call__(self, name, environment):
+        self.workers.append(FakeWorker(self.asked, self.answers, environment))
+        return self.workers[-1]
+
+
+def program(name):
+    return Program(name, lambda x: x, lambda: ())
+
+
+def case(name, *needed, **fields):
+    return Case(name, lambda context: {}, programs=lambda: tuple(map(program, needed)), **fields)
+
+
+def prepare(context, fakes, cases, number=1, deadline_s=FAR):
+    tasks = in_order([("s", each) for each in cases], lambda task, case: case.prepare_s)
+    return Preparation(tasks, context, fakes, number, time.monotonic() + deadline_s)
+
+
+def finish(preparing):
+    while not preparing.is_over():
+        preparing.wait(0.01)
+
+
+# --- preparing ------------------------------------------------------------------------------------
+
+
+def test_tasks_come_once_in_the_order_of_cases_but_long_ones_first():
+    cases = [
+        case("a", "p", "q"),
+        case("b", "q", "r", prepare=lambda context: None),
+        case("c", "slow", prepare_s=90.0),
+    ]
+    tasks = in_order([("s", each) for each in cases], lambda task, case: case.prepare_s)
+    names = [(task.do, task.name) for task in tasks]
+    assert names == [
+        ("compile", "slow"),
+        ("compile", "p"),
+        ("compile", "q"),
+        ("compile", "r"),
+        ("prepare", "b"),
+    ]
+
+
+def test_what_is_compiled_or_known_not_to_compile_is_not_asked_for_again(context):
+    programs.write(programs.path_of("there", context, ".bin"), b"")
+    programs.keep_failure("broken", context, {"status": "failed", "reason": "no"})
+    carried = context.work / "carried"
+    programs.write(carried / programs.path_of("carried", context, ".bin").name, b"")
+    context = context._replace(carried=(carried,))
+    fakes = Fakes()
+    preparing = prepare(context, fakes, [case("a", "there", "broken", "carried", "new")])
+    finish(preparing)
+    assert [name for _, name, _ in fakes.asked] == ["new"]
+    assert preparing.is_ready(tasks_of("s", case("a", "there", "broken", "carried", "new")))
+
+
+@pytest.mark.parametrize("status", ["crashed", "timed out"])
+def test_a_program_that_takes_its_compiler_with_it_is_not_compiled_by_who_runs(context, status):
+    fakes = Fakes(bad=lambda: {"status": status, "reason": "gone"})
+    finish(prepare(context, fakes, [case("a", "bad", "good")]))
+    with pytest.raises(programs.NotCompiledError, match=f"{status} while compiling: gone"):
+        programs.load(program("bad"), context)
+
+
+def test_time_that_is_over_is_no_failure_of_a_program(context):
+    fakes = Fakes(late=lambda: {"status": "out of time", "reason": "over"})
+    finish(prepare(context, fakes, [case("a", "late")]))
+    assert not programs.is_settled("late", context)
+
+
+def test_other_variables_take_another_process(context):
+    other = (("JAX_PLATFORMS", "cpu"),)
+    cases = [
+        case("a", "p", prepare=lambda context: None, environment=other),
+        case("b", "q"),
+    ]
+    fakes = Fakes()
+    finish(prepare(context, fakes, cases))
+    assert [(name, bool(environment)) for _, name, environment in fakes.asked] == [
+        ("p", False),
+        ("a", True),
+        ("q", False),
+    ]
+    assert len(fakes.workers) == 3
+    assert all(worker.is_stopped for worker in fakes.workers)
+
+
+def test_several_processes_share_the_tasks(context):
+    both = threading.Barrier(2, timeout=FAR)
+    fakes = Fakes(p=lambda: {"status": "ok", "n": both.wait()}, q=lambda: {"n": both.wait()} | OK)
+    finish(prepare(context, fakes, [case("a", "p", "q")], number=2))
+    assert len(fakes.workers) == 2
+
+
+OK = {"status": "ok"}
+
+
+def test_nothing_is_begun_after_the_time(context):
+    fakes = Fakes()
+    finish(prepare(context, fakes, [case("a", "p")], deadline_s=-1.0))
+    assert fakes.asked == []
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def run(context, fakes, cases, preparing, parallel=False, deadline_s=FAR):
+    stage = Stage("s", 1, lambda context: cases, (), parallel=parallel)
+    runners = conduct.Runners(context, preparing, fakes)
+    runners.run_stage(stage, cases, time.monotonic() + deadline_s)
+    runners.stop()
+    return stages.results(context.results, "s")
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_what_is_ready_runs_while_something_else_is_compiled(context, parallel):
+    go = threading.Event()
+    preparer = Fakes(slow=lambda: {"status": "ok", "waited": go.wait(FAR)})
+    cases = [case("first", "slow"), case("second"), case("third")]
+    preparing = prepare(context, preparer, cases)
+
+    def third():
+        go.set()
+        return OK
+
+    fakes = Fakes(third=third)
+    rows = run(context, fakes, cases, preparing, parallel)
+    assert [name for _, name, _ in fakes.asked] == ["second", "third", "first"]
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert all(worker.is_stopped for worker in fakes.workers)
+
+
+def test_cases_of_a_stage_that_times_share_one_process_and_others_do_not(context):
+    cases = [case(str(number)) for number in range(6)]
+    for parallel, most in ((False, 1), (True, 2)):
+        fakes = Fakes()
+        run(context, fakes, cases, prepare(context, Fakes(), cases), parallel)
+        assert 1 <= len(fakes.workers) <= most
+
+
+def test_a_stage_whose_time_is_over_says_what_it_waited_for(context):
+    go = threading.Event()
+    preparer = Fakes(slow=lambda: {"status": "ok", "waited": go.wait(FAR)})
+    cases = [case("a"), case("b", "slow")]
+    preparing = prepare(context, preparer, cases)
+    rows = run(context, Fakes(), cases, preparing, deadline_s=0.5)
+    go.set()
+    assert rows["a"]["status"] == "ok"
+    assert rows["b"]["status"] == "out of time"
+    assert "before 'slow' was ready" in rows["b"]["reason"]
+
+
+def test_a_case_that_could_not_be_prepared_does_not_run(context):
+    ready = lambda context: None  # noqa: E731
+    cases = [
+        case("bad", prepare=ready),
+        case("refused", prepare=ready),
+        case("good", prepare=ready),
+    ]
+    preparer = Fakes(
+        bad={"status": "failed", "reason": "wrong"},
+        refused={"status": "unsupported", "reason": "cannot"},
+    )
+    fakes = Fakes()
+    rows = run(context, fakes, cases, prepare(context, preparer, cases))
+    assert [name for _, name, _ in fakes.asked] == ["good"]
+    assert rows["bad"]["reason"] == "while it was prepared: wrong"
+    assert (rows["refused"]["status"], rows["refused"]["reason"]) == ("unsupported", "cannot")
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def worker(context):
+    return Worker(
+        context.work / "log", conduct.worker_factory(context, context.work)("", {}).environment
+    )
+
+
+def asked(handle, context, name, limit_s=FAR, deadline_s=FAR, **more):
+    message = {"do": "run", "stage": "rehearsal", "name": name, "context": context.fields()}
+    return handle.ask(message | more, limit_s, time.monotonic() + deadline_s)
+
+
+@pytest.mark.slow
+def test_a_process_that_crashes_or_hangs_is_replaced(context):
+    handle = worker(context)
+    try:
+        assert asked(handle, context, "fails")["reason"] == "ValueError: this case fails on purpose"
+        row = asked(handle, context, "crashes")
+        assert row["status"] == "crashed"
+        assert "SIGABRT; log: Fatal Python error: Aborted" in row["reason"]
+        begin = time.monotonic()
+        row = asked(handle, context, "hangs", limit_s=0.5)
+        assert (row["status"], row["reason"]) == ("timed out", "longer than 0.5 s")
+        assert time.monotonic() - begin < 60
+        # Nobody compiled its program ahead: it takes its time here, beyond the limit if need be.
+        row = asked(handle, context, "works", limit_s=FAR)
+        assert row["status"] == "ok"
+        assert row["program"] == "here: not compiled ahead"
+        assert asked(handle, context, "hangs", deadline_s=0.5)["status"] == "out of time"
+    finally:
+        handle.stop()
+
+
+@pytest.mark.slow
+def test_compiling_what_was_not_loaded_gets_more_time(context, monkeypatch):
+    found = []
+    (works,) = (each for each in rehearsal.cases(context) if each.name == "works")
+    stages.run_case(works, context._replace(more_time=found.append))
+    assert found == [programs.COMPILE_LIMIT_S]
+
+
+def test_preparing_is_killed_when_the_suite_ends(context):
+    preparing = Preparation(
+        [Task("prepare", "hangs", "rehearsal")],
+        context,
+        lambda number, variables: worker(context),
+        1,
+        time.monotonic() + FAR,
+    )
+    time.sleep(0.5)
+    begin = time.monotonic()
+    preparing.stop()
+    assert preparing.is_over()
+    assert time.monotonic() - begin < 10
+
+
+def test_memory_is_divided_on_a_gpu_only(context):
+    fakes = Fakes()
+    for platform in ("cpu", "sm_90"):
+        there = context._replace(platform=platform)
+        cases = [case(platform)]
+        run(there, fakes, cases, prepare(there, Fakes(), cases))
+    on_cpu, on_gpu = (environment for _, _, environment in fakes.asked)
+    assert on_cpu == {}
+    assert on_gpu == {"XLA_CLIENT_MEM_FRACTION": str(conduct.ALONE_MEMORY)}
+    made = [
+        conduct.worker_factory(context._replace(platform=platform), context.work)("x", {"A": "b"})
+        for platform in ("cpu", "sm_90")
+    ]
+    assert [each.environment.get("NPROC") for each in made] == ["16", None]
+    assert all(each.environment["A"] == "b" for each in made)
+    assert preparation.PREPARE_LIMIT_S >= 60

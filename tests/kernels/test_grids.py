@@ -1,0 +1,164 @@
+"""The launch grids of all kernels at their largest: within CUDA's limits, for Mosaic aborts beyond.
+
+CUDA takes 2^31 - 1 thread blocks along a grid's first axis and 65,535 along each other one. The
+last axis of a Mosaic GPU kernel's grid is CUDA's first. Read where JAX lowers kernels for a GPU.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax._src.pallas.mosaic_gpu import lowering
+
+import pallas_paged
+from pallas_paged import AttentionMetadata, paged_attention
+from pallas_paged.deviceless import TARGETS, compile_for, target_device
+from pallas_paged.ops.attention.api import attention_implementation
+from pallas_paged.ops.attention.prefill_plan import tile_tokens
+from tests.kernels.test_mosaic_cache_ops import operations, shapes
+
+LIMIT = 65_535
+MANY = 70_000
+# With 16 query heads per KV head, the most there may be, a tile of prefill has the fewest tokens;
+# so many tokens of one sequence may be LIMIT tiles, and one token more another tile.
+GROUP, TILE_TOKENS = 16, 8
+MOST_TOKENS = TILE_TOKENS * (LIMIT + 1) - 1 - 2 * (TILE_TOKENS - 1)
+
+# Where the tests below see the kernels launched. A new one belongs there too.
+FILES = {
+    "copy_pair": "block_copy/mosaic_gpu.py",
+    "gather_block": "block_transfer/mosaic_gpu.py",
+    "scatter_block": "block_transfer/mosaic_gpu.py",
+    "write_token": "kv_write/mosaic_gpu.py",
+    "paged_decode": "attention/mosaic_gpu_decode.py",
+    "paged_decode_merge": "attention/mosaic_gpu_decode_merge.py",
+    "paged_prefill": "attention/mosaic_gpu_prefill.py",
+    "paged_attention_sm80": "attention/mosaic_gpu_ampere.py",
+    "paged_attention_sm80_merge": "attention/mosaic_gpu_ampere.py",
+}
+
+
+@pytest.fixture
+def grids(monkeypatch):
+    """Grids by the kernels' names, CUDA's first axis first, of what is lowered in a test."""
+    found = {}
+    lower = lowering.lower_jaxpr_to_module
+
+    def lower_and_note(*args, **kwargs):
+        result = lower(*args, **kwargs)
+        (jaxpr,) = (each for each in (*args, *kwargs.values()) if hasattr(each, "debug_info"))
+        found[jaxpr.debug_info.func_name] = result.grid
+        return result
+
+    monkeypatch.setattr(lowering, "lower_jaxpr_to_module", lower_and_note)
+    return found
+
+
+def check(grids, *names):
+    assert grids.keys() == {*names} <= FILES.keys()
+    for name, (x, *others) in grids.items():
+        assert 0 < x < 2**31, (name, x)
+        assert len(others) == 2
+        assert all(0 < size <= LIMIT for size in others), (name, x, others)
+
+
+def ints(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def test_every_kernel_is_among_them():
+    ops = pathlib.Path(pallas_paged.__file__).parent / "ops"
+    files = [path for path in ops.rglob("*.py") if "plgpu.kernel" in path.read_text()]
+    assert {str(path.relative_to(ops)) for path in files} == {*FILES.values()}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_many_blocks_are_copied_gathered_and_scattered(grids, dtype):
+    """Compiled down to machine code; blocks are divided, so that no axis is 1 by chance."""
+    sizes = (8, 32, 128, dtype)
+    cache = shapes(MANY, *sizes)
+    for name, arguments in (
+        ("copy_blocks", (ints(MANY), ints(MANY))),
+        ("scatter_blocks", (ints(MANY), cache)),
+        ("gather_blocks", (ints(MANY),)),
+    ):
+        compile_for("h100", operations(sizes)[name][0], cache, *arguments)
+    check(grids, "copy_pair", "scatter_block", "gather_block")
+    pieces = 8 if dtype == "bfloat16" else 4
+    assert {*grids.values()} == {(MANY, pieces, 1)}
+
+
+def test_many_tokens_are_written(grids):
+    sizes = (8, 16, 128, "bfloat16")
+    rows = jax.ShapeDtypeStruct((1 << 20, 8, 128), jnp.bfloat16)
+    write, _ = operations(sizes)["write_kv"]
+    with jax.default_device(target_device("h100")):
+        jax.jit(write).lower(shapes(MANY, *sizes), rows, rows, ints(1 << 20))
+    check(grids, "write_token")
+    assert grids["write_token"] == (1 << 20, 1, 1)
+
+
+def attend(target, num_tokens, num_seqs, max_query_len):
+    """Lowers attention in the kernels; returns what runs where nobody names an implementation."""
+    q = jax.ShapeDtypeStruct((num_tokens, 2 * GROUP, 64), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((4000, 2, 16, 64), jnp.bfloat16)
+    step = (ints(num_seqs, 64), ints(num_seqs), ints(num_seqs + 1))
+    chosen = []
+
+    def run(q, k, v, *step):
+        unread = jnp.zeros(num_tokens, jnp.int32)
+        metadata = AttentionMetadata(unread, unread, *step, max_query_len)
+        chosen.append(attention_implementation(None, q, k, metadata=metadata))
+        return paged_attention(q, k, v, metadata, implementation="mosaic_gpu")
+
+    with jax.default_device(target_device(target)):
+        try:
+            jax.jit(run).lower(q, cache, cache, *step)
+        except NotImplementedError as error:
+            return chosen[0], str(error)
+    return chosen[0], None
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_many_sequences_are_decoded(grids, target):
+    """By as many thread blocks as the GPU holds, whatever the step is."""
+    assert attend(target, MANY, MANY, 1) == ("mosaic_gpu", None)
+    if target.startswith("a100"):
+        check(grids, "paged_attention_sm80", "paged_attention_sm80_merge")
+    else:
+        check(grids, "paged_decode", "paged_decode_merge")
+    num_sms = target_device(target).core_count
+    assert all(x % num_sms == 0 and x <= 4 * num_sms for x, *_ in grids.values())
+
+
+def test_many_tokens_are_prefilled(grids):
+    """As many tiles as one launch takes: they lie along CUDA's second axis."""
+    sizes = [tile_tokens(group, dim) for group in range(1, 17) for dim in (64, 80, 96, 128, 192)]
+    assert min(sizes) == tile_tokens(GROUP, 64) == TILE_TOKENS
+    assert attend("h200", MOST_TOKENS, 1, MOST_TOKENS) == ("mosaic_gpu", None)
+    check(grids, "paged_decode", "paged_decode_merge", "paged_prefill")
+    assert grids["paged_prefill"] == (2, LIMIT, 1)
+
+
+def test_a_step_of_any_size_on_an_a100(grids):
+    """It has no tiles of prefill: the thread blocks that the GPU holds share all work."""
+    assert attend("a100-40gb", 2 * MOST_TOKENS, 64, MOST_TOKENS) == ("mosaic_gpu", None)
+    check(grids, "paged_attention_sm80", "paged_attention_sm80_merge")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tiles"),
+    [
+        ((MOST_TOKENS + 1, 1, MOST_TOKENS), LIMIT + 1),  # one sequence of many
+        ((LIMIT + 1, LIMIT + 1, 9), LIMIT + 1),  # many of few
+    ],
+    ids=["one-long", "many-short"],
+)
+def test_more_tiles_than_one_launch_takes_are_refused(sizes, tiles):
+    chosen, reason = attend("h100", *sizes)
+    assert chosen == "xla"
+    assert f"may be {tiles} tiles of prefill, more than the 65535 of one launch; make" in reason
+    chosen, reason = attend("a100-80gb", *sizes)
+    assert chosen == "mosaic_gpu"
+    assert reason is None
