@@ -1,36 +1,37 @@
-"""Finds the decode kernel's fastest configurations on this GPU, and writes them into the package.
+"""Finds the attention kernels' fastest configurations on this GPU; writes them into the package.
 
-Every configuration that fits the chip is timed on a few steps (many short sequences, a few long
-ones, one very long) for each case of head_dim, block size and group. The one with the smallest
-geometric mean of its times is kept, if it beats the configuration by rule by more than the noise.
-The default cases take less than ten minutes; when `--budget_s` is over, what was measured is kept.
+For each case of kernel, head_dim, block size and group, every configuration that fits the chip is
+compiled by `--jobs` processes, and then timed on a few steps: of decode many sequences, a few short
+ones and one long one; of prefill whole prompts and pieces of them. One whose results are not those
+of the configuration by rule is left out. The one with the smallest geometric mean of its times is
+kept, if it beats the configuration by rule by more than the noise. When `--budget_s` is over, what
+was measured is kept.
 
-  python -m benchmarks.tune_attention --head_dims=64,128 --block_sizes=16,32,64 --groups=8
+  python -m benchmarks.tune_attention --head_dims=64,128 --block_sizes=16,32,64 --groups=4,8
 """
 
-import datetime
+import concurrent.futures
 import itertools
-import math
+import multiprocessing
+import os
 import pathlib
-import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
+from benchmarks.gpu_suite import programs
+from benchmarks.gpu_suite.stage import Context, Row
+from benchmarks.gpu_suite.tuning import BUDGET_S, loader
+from benchmarks.gpu_suite.tuning_choice import Outcome, keep, tune
+from benchmarks.gpu_suite.tuning_problems import KERNELS, Problem, describe
 from pallas_paged.dispatch import target_device, unsupported_target
-from pallas_paged.kv_cache import to_stored
 from pallas_paged.models import command_line
 from pallas_paged.ops.attention import config as attention_config
-from pallas_paged.ops.attention.config import DecodeConfig, DecodeKey, format_tuned, parse_tuned
-from pallas_paged.ops.attention.decode_cases import DecodeCase, candidate_configs, make_case
-from pallas_paged.ops.attention.mosaic_gpu import decode_key
-from pallas_paged.quantisation import LARGEST, is_quantised
+from pallas_paged.quantisation import LARGEST
 
+_KERNELS = flags.DEFINE_list("kernels", list(KERNELS), f"Of {', '.join(KERNELS)}.")
 _HEAD_DIMS = flags.DEFINE_list("head_dims", ["64", "128"], "head_dim of the cases.")
 command_line.integers_only("head_dims", "64")
 _BLOCK_SIZES = flags.DEFINE_list("block_sizes", ["16", "32", "64"], "Block sizes of the cases.")
@@ -43,147 +44,128 @@ _DTYPE = flags.DEFINE_enum(
     ["bfloat16", "float16", *map(str, LARGEST)],
     "Dtype of the cache; queries have the same, or bfloat16 if the cache is quantised.",
 )
+_JOBS = flags.DEFINE_integer(
+    "jobs",
+    max(1, (os.cpu_count() or 2) - 2),
+    "Processes that compile.",
+    lower_bound=1,
+)
 _BUDGET = flags.DEFINE_float("budget_s", 540.0, "Seconds after which no more cases are begun.")
 _OUT = flags.DEFINE_string(
     "tuned_dir", None, "Folder for the file of this kind of GPU; the package's own if not given."
 )
 
-_STEPS = ((128, 512), (32, 4096), (1, 65536))  # (sequences, tokens of each)
-_NOISE = 0.02
-_REPEATS = 20
+
+@flags.validator("kernels", message=f"use some of {', '.join(KERNELS)}: --kernels=decode")
+def _kernels_are_known(kernels: list[str]) -> bool:
+    return bool(kernels) and set(kernels) <= set(KERNELS)
 
 
-class Measured(NamedTuple):
-    """Seconds of one configuration in each of the steps."""
+def make_problems(
+    kernels: Iterable[str],
+    groups: Iterable[int],
+    head_dims: Iterable[int],
+    block_sizes: Iterable[int],
+    cache_dtype: str,
+) -> list[Problem]:
+    """Returns a problem for each configuration that the package looks up."""
+    problems: dict[object, Problem] = {}
+    for group, head_dim, block_size, kernel in itertools.product(
+        groups, head_dims, block_sizes, kernels
+    ):
+        problem = Problem(kernel, head_dim, block_size, (group,), cache_dtype)
+        known = problems.get(problem.key)
+        groups_so_far = known.groups if known else ()
+        if group not in groups_so_far:
+            problems[problem.key] = problem._replace(groups=(*groups_so_far, group))
+    return list(problems.values())
 
-    config: DecodeConfig
-    times_s: tuple[float, ...]
 
-    @property
-    def mean_s(self) -> float:
-        """The geometric mean: each step counts by its ratio, not by its length."""
-        return math.exp(statistics.fmean(map(math.log, self.times_s)))
+def compile_all(problem: Problem, context: Context, jobs: int) -> None:
+    """Compiles a problem's programs in other processes, for the device that is there.
+
+    What is not compiled, because it failed or took its process with it, `programs.load` will say.
+    """
+    names = [program.name for program in problem.programs()]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        min(jobs, len(names)), mp_context=spawn, initializer=_take_little_memory
+    ) as pool:
+        futures = [pool.submit(_compile, problem, i, context.fields()) for i in range(len(names))]
+    for name, future in zip(names, futures, strict=True):
+        error = future.exception()
+        if error is not None and not programs.is_settled(name, context):
+            reason = f"{type(error).__name__}: {error}"
+            programs.keep_failure(name, context, {"status": "crashed", "reason": reason})
 
 
-def choose(default: DecodeConfig, measured: Sequence[Measured], noise: float = _NOISE) -> Measured:
-    """Returns the fastest, or the one with the default configuration if that is as fast."""
-    fastest = min(measured, key=lambda result: result.mean_s)
-    by_rule = [result for result in measured if result.config == default]
-    if by_rule and by_rule[0].mean_s <= fastest.mean_s * (1 + noise):
-        return by_rule[0]
-    return fastest
+def _take_little_memory() -> None:
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
-def tune(
-    cases: Iterable[DecodeCase],
-    candidates: Callable[[DecodeCase], Sequence[DecodeConfig]],
-    measure: Callable[[DecodeCase], tuple[float, ...]],
+def _compile(problem: Problem, index: int, fields: Row) -> None:
+    programs.compile_ahead(problem.programs()[index], Context.of(fields))
+
+
+def tune_all(
+    problems: Iterable[Problem],
+    tune_one: Callable[[Problem], Outcome],
+    keep_one: Callable[[Problem, Outcome], None],
     budget_s: float,
     clock: Callable[[], float] = time.monotonic,
-) -> dict[DecodeKey, Measured]:
-    """Returns the choice for each case that was begun within the budget, by its key.
+) -> int:
+    """Tunes and keeps one problem after the other; returns how many.
 
     Args:
-      cases: with the configuration by rule.
-      candidates: the configurations to try for a case.
-      measure: seconds of a case with its configuration in each of the steps; may raise
-        `jax.errors.JaxRuntimeError` where it cannot run, which leaves that configuration out.
-      budget_s: seconds.
+      problems: the most important first.
+      tune_one: measures one; whatever it raises leaves that one out.
+      keep_one: called with each outcome, at once.
+      budget_s: seconds after which no more are begun.
       clock: seconds since whenever.
     """
-    chosen: dict[DecodeKey, Measured] = {}
-    end = clock() + budget_s
-    for case in cases:
+    done, end = 0, clock() + budget_s
+    for problem in problems:
         if clock() > end:
             break
-        results = []
-        for config in candidates(case):
-            try:
-                results.append(Measured(config, measure(case._replace(config=config))))
-            except jax.errors.JaxRuntimeError as error:
-                print(f"  left out: {config}: {str(error).splitlines()[0]}")
-        if results:
-            chosen[decode_key(case.problem)] = choose(case.config, results)
-    return chosen
-
-
-def merged_file(old: str | None, chosen: Mapping[DecodeKey, Measured], device_kind: str) -> str:
-    """Returns the new text of a file of configurations: the chosen ones over those of before."""
-    configs = parse_tuned(old) if old is not None else {}
-    configs |= {key: result.config for key, result in chosen.items()}
-    about = {
-        "device": device_kind,
-        "jax": jax.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
-    return format_tuned(configs, about)
-
-
-def measure_on_device(case: DecodeCase) -> tuple[float, ...]:
-    """Returns the median seconds of the case's kernels in each of the steps."""
-    return tuple(_time(case, *step) for step in _STEPS)
-
-
-def _time(case: DecodeCase, num_sequences: int, length: int) -> float:
-    function = jax.jit(case.function)
-    caches = [_arguments(case, num_sequences, length, seed) for seed in range(2)]
-    for arguments in caches:
-        jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        results = [function(*caches[i % len(caches)]) for i in range(_REPEATS)]
-        jax.block_until_ready(results)
-        times.append((time.perf_counter() - begin) / _REPEATS)
-    return statistics.median(times)
-
-
-def _arguments(case: DecodeCase, num_sequences: int, length: int, seed: int) -> tuple[Any, ...]:
-    """Returns random arrays, the blocks in random order."""
-    blocks_per_sequence = -(-length // case.problem.block_size)
-    num_blocks = num_sequences * blocks_per_sequence + 1
-    q, cache, *_, slopes, sinks = case.arguments(num_sequences, num_blocks, blocks_per_sequence)
-    keys = jax.random.split(jax.random.key(seed), 3)
-    random_q, k, v = (
-        jax.random.normal(key, array.shape, q.dtype)
-        for key, array in zip(keys, (q, cache.k, cache.v), strict=True)
-    )
-    tables = np.random.default_rng(seed).permutation(np.arange(1, num_blocks, dtype=np.int32))
-    return (
-        random_q,
-        jax.jit(to_stored)(k, v, cache),
-        jnp.asarray(tables.reshape(num_sequences, blocks_per_sequence)),
-        jnp.full(num_sequences, length, jnp.int32),
-        jnp.arange(num_sequences + 1, dtype=jnp.int32),
-        jnp.zeros(slopes.shape, slopes.dtype),
-        jnp.zeros(sinks.shape, sinks.dtype),
-    )
+        try:
+            outcome = tune_one(problem)
+        except Exception as error:
+            print(f"{problem.name}: left out: {type(error).__name__}: {error}")
+            continue
+        keep_one(problem, outcome)
+        done += 1
+        for config, reason in outcome.left_out.items():
+            print(f"  left out: {config}: {reason}")
+        times = ", ".join(f"{seconds * 1e6:.1f}" for seconds in outcome.best.times_s)
+        ratio = outcome.by_rule.mean_s / outcome.best.mean_s
+        print(f"{problem.name}: {describe(outcome.best.config)}: {times} us, rule/best {ratio:.3f}")
+    return done
 
 
 def main() -> None:
-    """Tunes, prints a line per case, and writes the file."""
+    """Tunes, prints a line per case, and writes the file after each."""
     reason = unsupported_target([(9, 0)])
     if reason is not None:
         raise NotImplementedError(f"tune_attention cannot measure here: {reason}")
-    sizes = itertools.product(*(map(int, f.value) for f in (_GROUPS, _HEAD_DIMS, _BLOCK_SIZES)))
-    dtype = "bfloat16" if is_quantised(_DTYPE.value) else _DTYPE.value
-    cases = [
-        make_case(group, head_dim, block_size, dtype=dtype, cache_dtype=_DTYPE.value)
-        for group, head_dim, block_size in sizes
-    ]
-    chosen = tune(
-        cases, lambda case: candidate_configs(case.problem), measure_on_device, _BUDGET.value
+    groups, head_dims, block_sizes = (
+        [int(number) for number in flag.value] for flag in (_GROUPS, _HEAD_DIMS, _BLOCK_SIZES)
     )
-    for key, result in chosen.items():
-        microseconds = ", ".join(f"{seconds * 1e6:.1f}" for seconds in result.times_s)
-        print(f"{key}: {result.config}: {microseconds} us")
-    print(f"{len(chosen)} of {len(cases)} cases")
-    device_kind = target_device().device_kind
+    problems = make_problems(_KERNELS.value, groups, head_dims, block_sizes, _DTYPE.value)
     folder = pathlib.Path(_OUT.value or pathlib.Path(attention_config.__file__).parent / "tuned")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / attention_config.tuned_file_name(device_kind)
-    file.write_text(merged_file(file.read_text() if file.exists() else None, chosen, device_kind))
-    print(file)
+    device_kind = target_device().device_kind
+    with tempfile.TemporaryDirectory() as work:
+        context = Context("sm_90", results=folder, work=pathlib.Path(work))
+
+        def tune_one(problem: Problem) -> Outcome:
+            compile_all(problem, context, _JOBS.value)
+            return tune(problem, loader(problem, context), BUDGET_S)
+
+        def keep_one(problem: Problem, outcome: Outcome) -> None:
+            keep(folder, {problem.key: outcome.best.config}, device_kind)
+
+        done = tune_all(problems, tune_one, keep_one, _BUDGET.value)
+    print(f"{done} of {len(problems)} cases")
+    print(folder / attention_config.tuned_file_name(device_kind))
 
 
 if __name__ == "__main__":

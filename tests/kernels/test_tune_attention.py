@@ -1,65 +1,103 @@
-"""The tuning program's choices, with a timer that knows the answer; its refusal without a GPU."""
+"""The tuning program: which problems it has, what it compiles, its budget, its refusals."""
 
+import os
 import subprocess
 import sys
 
 import jax
 import pytest
 
-from benchmarks.tune_attention import Measured, choose, merged_file, tune
-from pallas_paged.ops.attention.config import DecodeConfig, DecodeKey, parse_tuned
-from pallas_paged.ops.attention.decode_cases import make_case
-from pallas_paged.ops.attention.mosaic_gpu import decode_key
+from benchmarks import tune_attention
+from benchmarks.gpu_suite import programs
+from benchmarks.gpu_suite.stage import Context
+from benchmarks.gpu_suite.tuning import problems as toys
+from benchmarks.gpu_suite.tuning_choice import Measured, Outcome
+from benchmarks.gpu_suite.tuning_problems import Problem
+from benchmarks.tune_attention import compile_all, make_problems, tune_all
+from pallas_paged.ops.attention.config import DecodeConfig
 
-SLOW, RULE, FAST, BROKEN = (DecodeConfig(num_stages=n) for n in (2, 3, 4, 6))
-CASES = [make_case(4, 128, size) for size in (16, 32, 64)]
-TIMES = {SLOW: (3.0, 3.0), RULE: (1.0, 4.0), FAST: (1.0, 1.0)}
-
-
-def measure(case):
-    if case.config == BROKEN:
-        raise jax.errors.JaxRuntimeError("out of something\nand more")
-    return TIMES[case.config]
+PROBLEMS = [Problem("decode", 128, size, (4,)) for size in (16, 32, 64)]
+SLOW, FAST = Measured(DecodeConfig(), (3.0, 3.0)), Measured(DecodeConfig(tile=128), (1.0, 1.0))
+OUTCOME = Outcome(FAST, SLOW, (SLOW, FAST), {"some": "out of something"}, (), ("one", "two"))
 
 
-def test_the_fastest_by_ratios_is_chosen(capsys):
-    chosen = tune(CASES, lambda case: [SLOW, BROKEN, RULE, FAST], measure, 100.0)
-    assert list(chosen) == [decode_key(case.problem) for case in CASES]
-    assert {result.config for result in chosen.values()} == {FAST}
-    assert capsys.readouterr().out.count("left out: ") == 3
-    # Means 3 and 2, although the sums are 6 and 5.1: times count by their ratios.
-    assert choose(FAST, [Measured(SLOW, (3.0, 3.0)), Measured(RULE, (5.0, 0.1))]).config == RULE
+def test_one_problem_for_each_key():
+    found = make_problems(["decode", "prefill"], [4, 8, 16], [128], [16, 64], "bfloat16")
+    assert len({problem.key for problem in found}) == len(found) == 2 * 2 + 2 * 3
+    groups = [(p.kernel, p.groups) for p in found if p.block_size == 16]
+    # 4 and 8 heads are 8 columns of the decode kernel, 16 heads are others.
+    decode = [("decode", (4, 8)), ("decode", (16,))]
+    assert sorted(groups) == [*sorted(decode), *(("prefill", (g,)) for g in (4, 8, 16))]
+    again = make_problems(["decode"], [8, 8], [64], [16], "int8")
+    assert [(p.groups, p.cache_dtype) for p in again] == [((8,), "int8")]
 
 
-def test_the_rule_stays_unless_beaten_by_more_than_noise():
-    assert CASES[0].config == RULE
-    close = [Measured(RULE, (1.01,)), Measured(FAST, (1.0,))]
-    assert choose(RULE, close).config == RULE
-    assert choose(RULE, close, noise=0.001).config == FAST
-    assert choose(SLOW, close).config == FAST
+def test_each_outcome_is_kept_at_once_and_said(capsys):
+    kept = []
+
+    def tune_one(problem):
+        assert len(kept) == PROBLEMS.index(problem) - (problem is PROBLEMS[2])
+        if problem is PROBLEMS[1]:
+            raise jax.errors.JaxRuntimeError("out of memory")
+        return OUTCOME
+
+    done = tune_all(PROBLEMS, tune_one, lambda *args: kept.append(args), 100.0)
+    assert done == 2
+    assert kept == [(PROBLEMS[0], OUTCOME), (PROBLEMS[2], OUTCOME)]
+    said = capsys.readouterr().out
+    assert "block 32, group 4: left out: JaxRuntimeError: out of memory" in said
+    assert said.count("  left out: some: out of something") == 2
+    assert "tile 128, num_stages 3, ctas_per_sm 2, min_tiles 1: 1000000.0, 1000000.0 us" in said
+    assert "rule/best 3.000" in said
 
 
 def test_the_budget_ends_it():
-    now = iter((0.0, 1.0, 90.0, 101.0, 102.0))
-    chosen = tune(CASES, lambda case: [FAST], measure, 100.0, clock=lambda: next(now))
-    assert list(chosen) == [decode_key(case.problem) for case in CASES[:2]]
+    now, tuned = iter((0.0, 1.0, 90.0, 101.0, 102.0)), []
+    tune_all(
+        PROBLEMS,
+        lambda problem: tuned.append(problem) or OUTCOME,
+        lambda *args: None,
+        100.0,
+        clock=lambda: next(now),
+    )
+    assert tuned == PROBLEMS[:2]
 
 
-def test_nothing_runs_nothing_is_chosen():
-    assert tune(CASES[:1], lambda case: [BROKEN], measure, 1.0) == {}
+def test_other_processes_compile(tmp_path, monkeypatch):
+    context = Context("cpu", tmp_path, tmp_path)
+    problem = toys(context)[0]
+    compile_all(problem, context, jobs=2)
+    for program in problem.programs():
+        assert programs.find(program.name, context) is not None
+    # One whose process dies is known not to compile.
+    monkeypatch.setattr(tune_attention, "_compile", die)
+    other = problem._replace(block_size=32)
+    compile_all(other, context, jobs=1)
+    with pytest.raises(
+        programs.NotCompiledError, match="crashed while compiling: BrokenProcessPool"
+    ):
+        programs.load(other.inputs(), context)
 
 
-def test_measured_before_is_kept():
-    keys = [DecodeKey("bfloat16", 128, 8, size) for size in (16, 32)]
-    first = merged_file(None, {key: Measured(SLOW, (1.0,)) for key in keys}, "A GPU")
-    second = merged_file(first, {keys[1]: Measured(FAST, (1.0,))}, "A GPU")
-    assert parse_tuned(second) == {keys[0]: SLOW, keys[1]: FAST}
+def die(*args):
+    os._exit(1)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU to measure on")
-def test_it_refuses_without_a_gpu():
-    command = [sys.executable, "-m", "benchmarks.tune_attention"]
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        (
+            "--kernels=decode",
+            "error: tune_attention cannot measure here: "
+            "it needs an NVIDIA GPU of compute capability 9.0",
+        ),
+        ("--kernels=decoding", "use some of decode, prefill"),
+        ("--block_sizes=few", "block_sizes"),
+    ],
+)
+def test_it_refuses(flag, says):
+    command = [sys.executable, "-m", "benchmarks.tune_attention", flag]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    reason = "it needs an NVIDIA GPU of compute capability 9.0"
-    assert f"error: tune_attention cannot measure here: {reason}" in done.stderr
+    assert says in done.stderr

@@ -72,7 +72,13 @@ def prefill_tuning_for(
 
 
 def fits(key: PrefillKey, tuning: PrefillTuning) -> bool:
-    """Whether a thread block of the kernel with this tuning fits into an SM's shared memory."""
+    """Whether the kernel can be cut so, on the chips that it is for.
+
+    A step is of whole blocks or a block of whole steps, and the shared memory holds a thread block.
+    """
+    larger, smaller = sorted((tuning.tile_keys, key.block_size), reverse=True)
+    if larger % smaller:
+        return False
     problem = Problem(
         num_kv_heads=1,
         group=key.group,
@@ -127,12 +133,14 @@ def merged(
     Raises:
       ValueError: `old` is refused by `parse`.
     """
-    old_decode, old_prefill = ({}, {}) if old is None else parse(old)
-    content = json.loads(format_tuned(old_decode | decode, about))
+    all_decode, all_prefill = ({}, {}) if old is None else parse(old)
+    all_decode.update(decode)
+    all_prefill.update(prefill)
+    content = json.loads(format_tuned(all_decode, about))
     content["prefill"] = [
         {"key": dataclasses.asdict(key), "config": dataclasses.asdict(tuning)}
         for key, tuning in sorted(
-            (old_prefill | prefill).items(), key=lambda item: dataclasses.astuple(item[0])
+            all_prefill.items(), key=lambda item: dataclasses.astuple(item[0])
         )
     ]
     return json.dumps(content, indent=2) + "\n"
