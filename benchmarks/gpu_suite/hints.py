@@ -9,12 +9,13 @@ but all temporaries of a program are one piece of memory.
 """
 
 import functools
+import json
 import pathlib
 import shutil
 import sys
 
 from benchmarks.gpu_suite import hints_child, hints_tools, hints_work, programs
-from benchmarks.gpu_suite.stage import Case, Context, Row, Stage
+from benchmarks.gpu_suite.stage import Case, Context, Row, Stage, failure
 
 LIMIT_S = 60.0
 """Of a case; its tool is given up some seconds before, so that what it printed is kept."""
@@ -118,7 +119,17 @@ def dump_thunks(loops: bool, context: Context) -> None:
       RuntimeError: the process failed.
     """
     path = _thunks_path(loops, context)
-    folder = context.work / "hints" / path.stem
+    path.with_suffix(".json").unlink(missing_ok=True)
+    try:
+        programs.write(path, _dumped(loops, context).encode())
+    except Exception as error:
+        programs.write(path.with_suffix(".json"), json.dumps(failure(error)).encode())
+        raise
+
+
+def _dumped(loops: bool, context: Context) -> str:
+    """Returns the thunks of the step that another process compiles."""
+    folder = context.work / "hints" / _thunks_path(loops, context).stem
     shutil.rmtree(folder, ignore_errors=True)
     autotuned = context.work / "autotuned"
     autotuned.mkdir(parents=True, exist_ok=True)
@@ -134,13 +145,16 @@ def dump_thunks(loops: bool, context: Context) -> None:
         if not context.on_gpu and "cannot compile for" in ran.output:
             raise NotImplementedError(end)
         raise RuntimeError(f"{_how_it_ended(ran)}; its output ends:\n{end}")
-    programs.write(path, hints_work.dumped_sequence(folder).encode())
+    sequence = hints_work.dumped_sequence(folder)
     shutil.rmtree(folder)
+    return sequence
 
 
 def count_thunks(loops: bool, context: Context) -> Row:
     """Counts the thunks of the step, dumped ahead; keeps the dump."""
     path = _thunks_path(loops, context)
+    if path.with_suffix(".json").exists():
+        return json.loads(path.with_suffix(".json").read_text())
     if not path.exists():
         dump_thunks(loops, context)
     sequence = path.read_text()
@@ -164,11 +178,8 @@ def _child(
         "-m",
         "benchmarks.gpu_suite.hints_child",
         f"--job={job}",
-        f"--platform={context.platform}",
-        f"--results={context.results.absolute()}",
-        f"--work={context.work.absolute()}",
+        f"--context={json.dumps(context.fields())}",
         f"--times={times}",
-        *(f"--carried={folder.absolute()}" for folder in context.carried),
         *(f"--leave_out={name}" for name in leave_out),
     ]
 
@@ -178,7 +189,7 @@ def _left_out(job: str, context: Context) -> dict[str, str]:
 
     Raises:
       NotImplementedError: an implementation refuses all of them.
-      programs.Missing, RuntimeError: none of them is compiled.
+      programs.NotCompiledError, RuntimeError: none of them is compiled.
     """
     reasons: dict[str, Exception] = {}
     wanted = hints_work.programs(job, context)
@@ -190,7 +201,7 @@ def _left_out(job: str, context: Context) -> dict[str, str]:
             continue
         try:
             programs.load(program, context)
-        except (NotImplementedError, programs.Missing) as error:
+        except (NotImplementedError, programs.NotCompiledError) as error:
             reasons[program.name] = error
     if len(reasons) == len(wanted):
         raise next(iter(reasons.values()))

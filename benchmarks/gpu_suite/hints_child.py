@@ -1,6 +1,6 @@
 """The program that the stage "hints" runs under NVIDIA's tools; by hand it is of little use."""
 
-import pathlib
+import json
 import time
 
 import jax
@@ -16,9 +16,7 @@ MARK = "hints: ran "
 
 def main() -> None:
     """Runs the programs of a job, each some times, or compiles the step for its dump."""
-    carried = tuple(map(pathlib.Path, _CARRIED.value or ()))
-    results, work = pathlib.Path(_RESULTS.value), pathlib.Path(_WORK.value)
-    context = Context(_PLATFORM.value, results, work, carried)
+    context = Context.of(json.loads(_CONTEXT.value))
     if _JOB.value == "thunks":
         hints_work.compile_step(context)
         return
@@ -40,10 +38,7 @@ if __name__ == "__main__":
     _JOB = flags.DEFINE_enum(
         "job", None, ["smallest", "decode", "prefill", "thunks"], "What.", required=True
     )
-    _PLATFORM = flags.DEFINE_string("platform", None, "Of the run's context.", required=True)
-    _RESULTS = flags.DEFINE_string("results", None, "A folder.", required=True)
-    _WORK = flags.DEFINE_string("work", None, "A folder.", required=True)
-    _CARRIED = flags.DEFINE_multi_string("carried", None, "Folders.")
+    _CONTEXT = flags.DEFINE_string("context", None, "Its fields, as JSON.", required=True)
     _LEAVE_OUT = flags.DEFINE_multi_string("leave_out", None, "Programs that do not compile.")
     _TIMES = flags.DEFINE_integer("times", 1, "How often each program runs.")
     command_line.run(main)

@@ -165,8 +165,8 @@ def _bfloat16(*shape: int) -> Any:
 def compile_step(context: Context) -> None:
     """Compiles the engine's decode step of a Llama, for XLA to dump it.
 
-    On a GPU for that GPU, with the sizes of Llama 3 8B and `THUNK_LAYERS` layers. Without one, a
-    toy with XLA's attention, for an H100.
+    On a GPU for that GPU, or for the context's target, with the sizes of Llama 3 8B and
+    `THUNK_LAYERS` layers. Without one, a toy with XLA's attention, for an H100.
 
     Raises:
       RuntimeError: there is no GPU, and what compiles without one is not installed.
@@ -175,7 +175,8 @@ def compile_step(context: Context) -> None:
     name, implementation = ("8b", "mosaic_gpu") if context.on_gpu else ("tiny", "xla")
     fields = random_models.CONFIGS[name] | {"num_hidden_layers": THUNK_LAYERS}
     config = config_from_hf(fields)
-    device = jax.devices()[0] if context.on_gpu else deviceless.target_device(_TOY_TARGET)
+    target = context.target or (None if context.on_gpu else _TOY_TARGET)
+    device = jax.devices()[0] if target is None else deviceless.target_device(target)
     build = functools.partial(FAMILIES[config.architecture].model, config, dtype=jnp.bfloat16)
     max_blocks = -(-sizes["context"] // sizes["block_size"])
     pool = 1 + sizes["batch"] * max_blocks, config.num_kv_heads, sizes["block_size"]

@@ -151,7 +151,7 @@ def test_without_a_gpu_the_child_runs_with_no_tool_in_front(name, context):
     context = context._replace(platform="cpu")
     case = case_of(name, context)
     for program in case.programs():
-        assert programs.compile_ahead(program, context) == {"status": "ok"}
+        assert programs.compile_ahead(program, context)["status"] == "ok"
     row = run_case(case, context)
     assert (row["status"], row["tool"]) == ("ok", "none, there is no GPU"), row
     assert row["ran"] == {program.name: "compiled" for program in case.programs()}
@@ -173,6 +173,23 @@ def test_thunks_are_dumped_and_counted(context):
     assert row["took_s"] < 5  # it was prepared
 
 
+def test_thunks_that_were_not_dumped_ahead_are_not_dumped_again(context, monkeypatch):
+    def fail(*args):
+        raise NotImplementedError("cannot compile for h100")
+
+    monkeypatch.setattr(hints, "_dumped", fail)
+    case = case_of("thunks", context)
+    assert case.prepare is not None
+    with pytest.raises(NotImplementedError):
+        case.prepare(context)
+    monkeypatch.undo()
+    row = run_case(case, context)
+    assert (row["status"], row["reason"]) == ("unsupported", "cannot compile for h100")
+    monkeypatch.setattr(hints, "_dumped", lambda *args: "000: kCopy [source | sink] kCopy\n")
+    case.prepare(context)
+    assert run_case(case, context)["thunks"] == 1
+
+
 # --- stand-ins for the tools ----------------------------------------------------------------------
 
 
@@ -187,7 +204,7 @@ def test_a_clean_report_is_ok(context, install):
     assert "--tool=synccheck" in text
     assert "--padding" not in text
     assert " platform false\n" in text  # each array apart, and no memory taken that others need
-    assert "-m benchmarks.gpu_suite.hints_child --job=smallest --platform=sm_90" in text
+    assert "-m benchmarks.gpu_suite.hints_child --job=smallest --context=" in text
 
 
 def test_reported_errors_fail_and_are_shown(context, install):
