@@ -140,13 +140,15 @@ def test_the_cases_are_in_order_of_importance(context):
     names = [case.name for case in hints.STAGE.cases(context)]
     assert names[:4] == ["memcheck", "synccheck", "ncu decode", "ncu prefill"]
     assert names[4:] == ["thunks", "thunks, loops in command buffers"]
+    toys = hints.STAGE.cases(context._replace(platform="cpu"))
+    assert [case.name for case in toys] == ["memcheck", "ncu decode", "thunks"]
     assert sum(case.run_s for case in hints.STAGE.cases(context)) <= hints.STAGE.budget_s
     per_job = [hints_work.programs(job, context) for job in ("smallest", "decode", "prefill")]
     every = [program.name for job in per_job for program in job]
     assert len(set(every)) == len(every) == 8
 
 
-@pytest.mark.parametrize("name", ["memcheck", "ncu prefill"])
+@pytest.mark.parametrize("name", ["memcheck", "ncu decode"])
 def test_without_a_gpu_the_child_runs_with_no_tool_in_front(name, context):
     context = context._replace(platform="cpu")
     case = case_of(name, context)
