@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import pickle
 import re
@@ -34,6 +35,8 @@ _SOURCES = (
     "pallas_paged/*.py",
     "pallas_paged/ops/**/*.py",
     "pallas_paged/ops/attention/tuned/*.json",
+    "pallas_paged/targets/*.txtpb",
+    "benchmarks/random_models.py",
     "benchmarks/gpu_suite/*.py",
 )
 _NOT_COMPILED = (
@@ -41,6 +44,9 @@ _NOT_COMPILED = (
     "archive",
     "carry",
     "conduct",
+    "guard",
+    "hints_child",
+    "hints_tools",
     "plan",
     "preparation",
     "report",
@@ -231,9 +237,14 @@ def _flattened(program: Program) -> tuple[Any, list[Any], tuple[int, ...]]:
 def write(path: pathlib.Path, content: bytes) -> None:
     """Writes a file at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
+    partial = _partial(path)
     partial.write_bytes(content)
     partial.replace(path)
+
+
+def _partial(path: pathlib.Path) -> pathlib.Path:
+    """Returns where a process writes first; several may write the same file at a time."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def save_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
@@ -246,8 +257,9 @@ def save_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
         else array
         for name, array in host.items()
     }
-    partial = path.with_name(f".{path.name}.part.npz")
-    np.savez(partial, **raw)
+    partial = _partial(path)
+    with partial.open("wb") as file:
+        np.savez(file, **raw)
     partial.replace(path)
 
 
