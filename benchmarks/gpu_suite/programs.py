@@ -17,7 +17,7 @@ import pathlib
 import pickle
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -185,11 +185,7 @@ def load(program: Program, context: Context) -> Loaded:
     if found is not None:
         path, source = found
         try:
-            payload, in_tree, out_tree = pickle.loads(path.read_bytes())
-            compiled = serialize_executable.deserialize_and_load(
-                payload, in_tree, out_tree, execution_devices=jax.devices()[:1]
-            )
-            return Loaded(compiled, source)
+            return Loaded(_deserialized(path), source)
         except Exception as error:
             reason = f"{source}, but not loaded: {type(error).__name__}: {error}"[:300]
     else:
@@ -219,6 +215,26 @@ def _options(
         options["xla_gpu_per_fusion_autotune_cache_dir"] = str(autotuned)
         options["xla_gpu_experimental_autotune_cache_mode"] = "AUTOTUNE_CACHE_MODE_UPDATE"
     return options
+
+
+def cannot_load(names: Iterable[str], context: Context) -> str | None:
+    """Returns why carried programs cannot be loaded here, or None; tries the first that is there."""
+    for name in names:
+        found = find(name, context)
+        if found is not None and found[1] == "carried":
+            try:
+                _deserialized(found[0])
+            except Exception as error:
+                return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            return None
+    return "none of them is of these sources, this jax and this platform"
+
+
+def _deserialized(path: pathlib.Path) -> jax.stages.Compiled:
+    payload, in_tree, out_tree = pickle.loads(path.read_bytes())
+    return serialize_executable.deserialize_and_load(
+        payload, in_tree, out_tree, execution_devices=jax.devices()[:1]
+    )
 
 
 def _flattened(program: Program) -> tuple[Any, list[Any], tuple[int, ...]]:
