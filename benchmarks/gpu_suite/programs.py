@@ -218,7 +218,7 @@ def _options(
 
 
 def cannot_load(names: Iterable[str], context: Context) -> str | None:
-    """Returns why carried programs cannot be loaded here, or None; tries the first that is there."""
+    """Returns why carried programs cannot be loaded here, or None; tries the first one."""
     for name in names:
         found = find(name, context)
         if found is not None and found[1] == "carried":

@@ -1,4 +1,4 @@
-"""The whole GPU suite on a CPU, as it will run on a GPU: and again, from what the first run left."""
+"""The whole GPU suite on a CPU, as it will run on a GPU: and again, from what that run left."""
 
 import json
 import pathlib
