@@ -20,7 +20,7 @@ from benchmarks.gpu_suite.shapes import (
     prefill_shapes,
 )
 from benchmarks.gpu_suite.stage import Case, Context, Program, Row, Stage, why_none
-from pallas_paged import AttentionMetadata, paged_attention
+from pallas_paged import AttentionMetadata, KVCache, paged_attention
 
 CHECKED_QUERIES = 64
 """Of each sequence, its last ones: XLA's way is too slow for all of a long prompt's."""
@@ -115,7 +115,7 @@ def paged(
     drawn = all_queries or shape.queries
     pool = num_blocks, shape.num_kv_heads, shape.block_size, HEAD_DIM
     caches = [
-        (timing.Normal(2 * i, pool), timing.Normal(2 * i + 1, pool, shape.value_scale))
+        timing.normal_cache(2 * i, pool, shape.value_scale)
         for i in range(num_caches(shape, on_gpu))
     ]
     rows = shape.batch * shape.queries, shape.num_q_heads, HEAD_DIM
@@ -147,10 +147,10 @@ def paged(
         q = queries[now][:, drawn - shape.queries :].reshape(rows)
         return timing.next_input(q, previous), metadata
 
-    def attend(q: jax.Array, cache: tuple[jax.Array, jax.Array], metadata: Any) -> jax.Array:
+    def attend(q: jax.Array, cache: KVCache, metadata: Any) -> jax.Array:
         # As in the engine, which looks at block ids once.
         return paged_attention(
-            q, *cache, metadata, implementation=implementation, promise_in_bounds=True
+            q, cache.k, cache.v, metadata, implementation=implementation, promise_in_bounds=True
         )
 
     operands = timing.zeros(rows), caches, queries, host
@@ -223,10 +223,10 @@ def compare(
     heads = shape.num_q_heads, HEAD_DIM
     checked = right.reshape(shape.batch, -1, *heads)
     result = result.reshape(shape.batch, -1, *heads)[:, -checked.shape[1] :]
-    error = relative_error(result, checked)
-    if not error <= TOLERANCE:
-        raise ValueError(f"differs from XLA's result by {error:.3g} of a row, over {TOLERANCE}")
-    return {"error": error}
+    apart = relative_error(result, checked)
+    if not apart <= TOLERANCE:
+        raise ValueError(f"differs from XLA's result by {apart:.3g} of a row, over {TOLERANCE}")
+    return {"error": apart}
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:

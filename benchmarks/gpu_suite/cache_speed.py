@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.gpu_suite import timing
 from benchmarks.gpu_suite.shapes import DTYPE_BYTES, HEAD_DIM
 from benchmarks.gpu_suite.stage import Case, Context, Row, Stage, why_none
-from pallas_paged import KVCache, copy_blocks, gather_blocks, scatter_blocks, write_kv
+from pallas_paged import copy_blocks, gather_blocks, scatter_blocks, write_kv
 
 NUM_KV_HEADS = 8
 
@@ -47,7 +47,8 @@ def _work(job: Job, implementation: str) -> Callable[..., Any]:
             src, dst = jnp.split(now, 2)
             return copy_blocks(state, src, dst, implementation=implementation)
         if job.operation == "gather_blocks":
-            now = now + jnp.isnan(state.k[0, 0, 0, 0])  # so that each turn needs the one before it
+            # So that each turn needs the one before it.
+            now = now + jnp.isnan(state.k[0, 0, 0, 0]).astype(jnp.int32)
             return gather_blocks(operands[0], now, implementation=implementation)
         return scatter_blocks(state, now, operands[0], implementation=implementation)
 
@@ -72,14 +73,14 @@ def loop(job: Job, implementation: str, on_gpu: bool) -> timing.Loop:
         functools.partial(_places, per_block, (num_blocks - 1) * per_block, rotate, per_turn),
         (rotate, per_turn),
     )
-    cache = KVCache(timing.Normal(0, pool), timing.Normal(1, pool))
+    cache = timing.normal_cache(0, pool)
     rows = (job.amount, NUM_KV_HEADS, HEAD_DIM) if is_write else (job.amount, *pool[1:])
-    new = timing.Normal(2, rows), timing.Normal(3, rows)
+    new = timing.normal_cache(2, rows)
     operands: dict[str, tuple[Any, ...]] = {
-        "write_kv": (cache, places, *new),
+        "write_kv": (cache, places, new.k, new.v),
         "copy_blocks": (cache, places),
-        "gather_blocks": (KVCache(*new), places, cache),
-        "scatter_blocks": (cache, places, KVCache(*new)),
+        "gather_blocks": (new, places, cache),
+        "scatter_blocks": (cache, places, new),
     }
     turns = 2
     if on_gpu:

@@ -81,17 +81,14 @@ def loop(name: str, size: int, turns: int) -> timing.Loop:
       size: of `SIZES`.
       turns: of the loop.
     """
-    operands: tuple[Any, ...]
+    what = f"{name} {size}"
     if name == "matmul rate":
         squares = timing.Normal(0, (size, size)), timing.Normal(1, (size, size), size**-0.5)
-        work, operands, in_place = _multiply, squares, False
-    else:
-        integers = timing.Host(functools.partial(np.arange, size, dtype=np.int32), (size,))
-        zero = timing.Host(functools.partial(np.zeros, (), np.int32), ())
-        is_copy = name == "copy bandwidth"
-        work, in_place = (_change, True) if is_copy else (_add_up, False)
-        operands = (integers,) if is_copy else (zero, integers)
-    return timing.Loop(f"{name} {size}", work, operands, turns, in_place)
+        return timing.Loop(what, _multiply, squares, turns)
+    integers = timing.Host(functools.partial(np.arange, size, dtype=np.int32), (size,))
+    if name == "copy bandwidth":
+        return timing.Loop(what, _change, (integers,), turns, in_place=True)
+    return timing.Loop(what, _add_up, (timing.zeros((), "int32"), integers), turns)
 
 
 def _multiply(turn: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -127,6 +124,5 @@ def _cases(context: Context) -> list[Case]:
     return [*cases, Case("target description", target_description, run_s=0.2)]
 
 
-STAGE = Stage(
-    "device", 20, _cases, ("per_second", "unit", "us", "noise", "file"), toy=False, aims=4
-)
+_COLUMNS = ("per_second", "unit", "us", "noise", "file")
+STAGE = Stage("device", 20, _cases, _COLUMNS, toy=False, aims=4)

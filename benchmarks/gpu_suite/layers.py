@@ -101,4 +101,5 @@ class Layers(NamedTuple):
     ) -> tuple[Row, list[tuple[list[np.ndarray], list[np.ndarray]]]]:
         """Returns `timing.per_layer`'s figures, and both loops' `timing.Timed.results`."""
         timed = timing.run(self.loops, arrays, context, self.repeats)
-        return timing.per_layer(*timed.seconds, layers=self.counts), timed.results
+        few, many = timed.seconds
+        return timing.per_layer(few, many, self.counts), timed.results

@@ -118,10 +118,7 @@ def described_caches(step: Step) -> tuple[KVCache, ...]:
     config = step.config
     num_blocks = 1 + step.batch * step.blocks_per_seq
     pool = num_blocks, config.num_kv_heads, step.block_size, config.head_dim
-    return tuple(
-        KVCache(timing.Normal(2 * i, pool), timing.Normal(2 * i + 1, pool))
-        for i in range(config.num_layers)
-    )
+    return tuple(timing.normal_cache(2 * i, pool) for i in range(config.num_layers))
 
 
 def described_parameters(step: Step) -> Any:

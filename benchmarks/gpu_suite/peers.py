@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.gpu_suite import timing
 from benchmarks.gpu_suite.layers import Layers, num_caches, rotations
 from benchmarks.gpu_suite.shapes import HEAD_DIM, Shape
+from pallas_paged import KVCache
 
 
 def jax_paged(shape: Shape, on_gpu: bool, most_splits: int) -> Layers:
@@ -27,7 +28,7 @@ def jax_paged(shape: Shape, on_gpu: bool, most_splits: int) -> Layers:
     pages = math.gcd(shape.blocks_per_seq // splits, max(1, 128 // shape.block_size))
     pool = shape.num_kv_heads, num_pages, shape.block_size, HEAD_DIM
     caches = [
-        (timing.Normal(2 * i, pool), timing.Normal(2 * i + 1, pool, shape.value_scale))
+        timing.normal_cache(2 * i, pool, shape.value_scale)
         for i in range(num_caches(shape, on_gpu))
     ]
     rows = shape.batch, shape.num_q_heads, HEAD_DIM
@@ -42,12 +43,14 @@ def jax_paged(shape: Shape, on_gpu: bool, most_splits: int) -> Layers:
         step = host["tables"][now], host["lens"][now]
         return timing.next_input(queries[now], previous), step
 
-    def attend(q: jax.Array, cache: tuple[jax.Array, jax.Array], step: Any) -> jax.Array:
+    def attend(q: jax.Array, cache: KVCache, step: Any) -> jax.Array:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
-        return paged_attention(q, *cache, *step, k_splits=splits, pages_per_compute_block=pages)
+        return paged_attention(
+            q, cache.k, cache.v, *step, k_splits=splits, pages_per_compute_block=pages
+        )
 
     operands = timing.zeros(rows), caches, timing.Normal(99, (turns_of, *rows)), host
     name = f"JAX's paged attention {shape.name}, {splits} splits"
@@ -64,20 +67,20 @@ def dense(shape: Shape, on_gpu: bool) -> Layers:
         raise NotImplementedError("its causal mask has no offset, so a chunk needs a whole mask")
     kv = shape.batch, shape.context, shape.num_kv_heads, HEAD_DIM
     caches = [
-        (timing.Normal(2 * i, kv), timing.Normal(2 * i + 1, kv, shape.value_scale))
-        for i in range(num_caches(shape, on_gpu))
+        timing.normal_cache(2 * i, kv, shape.value_scale) for i in range(num_caches(shape, on_gpu))
     ]
     rows = shape.batch, shape.queries, shape.num_q_heads, HEAD_DIM
 
     def begin(turn: jax.Array, previous: jax.Array, queries: jax.Array) -> Any:
         return timing.next_input(queries[turn % 2], previous), None
 
-    def attend(q: jax.Array, cache: tuple[jax.Array, jax.Array], step: None) -> jax.Array:
+    def attend(q: jax.Array, cache: KVCache, step: None) -> jax.Array:
         del step
         with jax.numpy_dtype_promotion("standard"):  # it relies on implicit promotion
             return jax.nn.dot_product_attention(
                 q,
-                *cache,
+                cache.k,
+                cache.v,
                 is_causal=shape.queries > 1,
                 implementation="cudnn" if on_gpu else "xla",
             )

@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks.gpu_suite import programs
 from benchmarks.gpu_suite.programs import Loaded
 from benchmarks.gpu_suite.stage import Context, Program, Row
+from pallas_paged import KVCache
 
 L2_BYTES = 60 * 2**20
 """The largest cache of the GPUs aimed at; what is rotated is twice as large."""
@@ -109,9 +110,9 @@ def make(description: Any, context: Context) -> Any:
 
     def one(leaf: Normal | Host) -> jax.Array:
         if isinstance(leaf, Host):
-            array = np.asarray(leaf.make(), jnp.dtype(leaf.dtype))
-            assert array.shape == leaf.shape, f"{array.shape} made, {leaf.shape} said"
-            return jax.device_put(array)
+            made = np.asarray(leaf.make(), jnp.dtype(leaf.dtype))
+            assert made.shape == leaf.shape, f"{made.shape} made, {leaf.shape} said"
+            return jax.device_put(made)
         program = leaf.program
         if program.name not in loaded:
             loaded[program.name] = programs.load(program, context)
@@ -295,6 +296,12 @@ def next_input(fresh: jax.Array, previous: jax.Array) -> jax.Array:
 def zeros(shape: tuple[int, ...], dtype: str = "bfloat16") -> Host:
     """Describes zeros."""
     return Host(functools.partial(np.zeros, shape, jnp.dtype(dtype)), shape, dtype)
+
+
+def normal_cache(seed: int, shape: tuple[int, ...], value_scale: float = 1.0) -> KVCache:
+    """Describes keys and values."""
+    k, v = Normal(seed, shape), Normal(seed + 1, shape, value_scale)
+    return KVCache(k, v)  # type: ignore[arg-type]
 
 
 def block_tables(
