@@ -64,7 +64,7 @@ def test_shapes_are_few_and_begin_with_the_aims():
     assert decode[:4] == list(shapes.DECODE_AIMS)
     assert prefill[:3] == list(shapes.PREFILL_AIMS)
     assert (len(set(decode)), len(set(prefill))) == (len(decode), len(prefill))
-    assert len(decode) <= 18
+    assert len(decode) <= 16
     assert len(prefill) <= 9
     assert all(s.queries in (s.context, 512) for s in prefill)
 
@@ -141,6 +141,23 @@ def test_a_plan_that_is_lost_in_noise_leaves_the_layers_their_figure():
 def test_of_five_repeats_the_outermost_are_left_out():
     assert timing.spread([5.0, 1.0, 2.0, 3.0, 100.0]) == 3.0
     assert timing.spread([5.0, 1.0]) == 4.0
+
+
+def test_each_layer_has_its_cache_and_the_last_turn_is_the_first_ones_number(context):
+    def begin(turn, state, queries):
+        return queries[turn] + 0 * state, turn
+
+    def attend(q, cache, turn):
+        return 10 * q + cache + 0 * turn
+
+    caches = [timing.Host(lambda i=i: np.full(2, i), (2,)) for i in (1, 2)]
+    queries = timing.Host(lambda: np.array([[3, 4], [5, 6]]), (2, 2))
+    some = Layers("s", begin, attend, (timing.zeros((2,), "int32"), caches, queries), (1, 3), 2, 1)
+    assert len({loop.program.name for loop in some.loops}) == 2
+    arrays = timing.make(some.operands, context)
+    for turns in (1, 2):
+        (result,) = programs.load(some.loop(3, turns).program, context)(*arrays)
+        assert result.tolist() == [3121, 4121]
 
 
 class FakeProgram:
