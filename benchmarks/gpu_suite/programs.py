@@ -34,6 +34,8 @@ _SOURCES = (
     "pallas_paged/*.py",
     "pallas_paged/ops/**/*.py",
     "pallas_paged/ops/attention/tuned/*.json",
+    "engine/*.py",
+    "models/*.py",
     "benchmarks/gpu_suite/*.py",
 )
 _NOT_COMPILED = (
