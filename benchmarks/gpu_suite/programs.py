@@ -75,6 +75,13 @@ class Loaded:
         """Returns the leaves of the results."""
         return self._compiled(*jax.tree.leaves(arguments))
 
+    def temporary_bytes(self) -> int:
+        """Returns the bytes that it needs beside its arguments and what is in their place."""
+        analysis = self._compiled.memory_analysis()
+        assert analysis is not None, "XLA gave no memory analysis of a compiled program"
+        in_place = analysis.alias_size_in_bytes
+        return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - in_place
+
 
 class NotCompiledError(Exception):
     """A program that other processes could not compile; says why, and with what status."""

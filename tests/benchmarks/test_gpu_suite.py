@@ -15,11 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu_suite import (
-    attention_speed,
-    cache_speed,
     correctness,
-    executable,
-    model_step,
     report,
     shapes,
     supervise,
@@ -79,9 +75,6 @@ def test_the_program_runs_without_a_gpu_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     "case",
     [
-        model_step.STAGE.cases(Context(False, ROOT))[0],
-        attention_speed.DECODE.cases(Context(False, ROOT))[0],
-        *cache_speed.STAGE.cases(Context(False, ROOT))[:4],
         *torch_peer.STAGE.cases(Context(False, ROOT))[:1],
     ],
     ids=lambda case: case.name,
@@ -358,31 +351,6 @@ def test_errors_become_results(context):
     assert run_case(Case("a", fail, skip=lambda: "too large"), context)["status"] == "skipped"
 
 
-# --- sizes and the report -------------------------------------------------------------------------
-
-
-def test_figures_of_a_shape_by_hand():
-    shape = shapes.Shape(2, 40, "6/3", 16, queries=4)
-    assert shape.blocks_per_seq == 3
-    assert shape.kv_bytes == 2 * (2 * 48) * 3 * 128 * 2
-    assert shape.moved_bytes == shape.kv_bytes + 2 * (2 * 4) * 6 * 128 * 2
-    assert shape.operations == 4 * 6 * 128 * 2 * (37 + 38 + 39 + 40)
-
-
-def test_grids_are_whole_and_begin_with_the_aims():
-    decode, prefill = shapes.decode_shapes(), shapes.prefill_shapes()
-    assert len(set(decode)) == len(decode)
-    assert decode[:4] == list(shapes.DECODE_AIMS)
-    grid = {(s.batch, s.context, s.heads, s.block_size) for s in decode}
-    for batch in (1, 8, 32, 64, 256):
-        for context in (512, 2048, 8192, 32768):
-            for heads in ("32/8", "32/32", "40/40"):
-                assert all((batch, context, heads, size) in grid for size in (16, 32, 64))
-    assert all(s.queries in (s.context, 512) for s in prefill)
-    assert tuple(prefill[:3]) == shapes.PREFILL_AIMS
-    assert attention_speed.why_not(Context(False, ROOT), prefill[-1]) is not None
-
-
 def test_the_report_shows_reasons_once(tmp_path):
     stages.append(
         tmp_path,
@@ -398,36 +366,6 @@ def test_the_report_shows_reasons_once(tmp_path):
     assert "12.35" in text
     assert text.count("too large (2 x, a)") == 1
     assert json.loads((tmp_path / "suite.json").read_text())["stages"]["decode"][1]["case"] == "b"
-
-
-def test_a_program_made_ahead_is_loaded_and_checked(context, tmp_path, monkeypatch):
-    path = tmp_path / "program.bin"
-    flags = f"--file={path} --target=cpu --spec=decode --implementation=xla"
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_suite.executable", *flags.split()],
-        cwd=ROOT,
-        check=True,
-        timeout=300,
-    )
-    (case,) = executable.STAGE.cases(context._replace(executable=str(path)))
-    row = run_case(case, context)
-    assert (row["status"], row["spec"]) == ("ok", "decode"), row
-    # Other inputs than it was made for are its result's error.
-    spec = executable.specs()["decode"]
-    other = arg_specs.build(spec, seed=1)
-    monkeypatch.setattr(executable, "_flat", lambda arguments: (flat(other), {}))
-    assert run_case(case, context)["status"] == "failed"
-    assert executable.STAGE.cases(context) == []
-
-
-def flat(arguments):
-    m = arguments.metadata
-    return (*arguments.arrays[:3], m.block_tables, m.seq_lens, m.query_start_loc)
-
-
-def test_specs_with_arrays_among_their_options_are_refused_ahead():
-    with pytest.raises(ValueError, match="specs with alibi_slopes are not for this"):
-        executable.build("decode alibi", executable.HOST, "xla")
 
 
 def test_errors_are_relative_and_nan_is_infinite():
