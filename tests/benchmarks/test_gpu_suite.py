@@ -7,14 +7,12 @@ import sys
 import textwrap
 import time
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks.gpu_suite import (
     attention_speed,
     cache_speed,
-    correctness,
     executable,
     model_step,
     report,
@@ -25,7 +23,6 @@ from benchmarks.gpu_suite import (
 from benchmarks.gpu_suite import stage as stages
 from benchmarks.gpu_suite.__main__ import STAGES
 from benchmarks.gpu_suite.stage import Case, Context, Stage, run_case
-from pallas_paged import KVCache, paged_attention
 from pallas_paged.ops.attention import arg_specs
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -96,104 +93,6 @@ def test_torch_is_compared_with_what_earlier_stages_measured(context, monkeypatc
     monkeypatch.setattr(torch_peer, "flex_us", lambda context, shape: None)
     assert [case.run(context)["sdpa/ours"] for case in (decode, prefill)] == [5.0, 2.0]
     assert "flex_paged/ours" not in decode.run(context)
-
-
-def test_xla_passes_the_checks_of_correctness(context):
-    cases = [case for case in correctness.STAGE.cases(context) if case.name.startswith("xla: ")]
-    assert len(cases) == 5 + 4 * 4
-    some = ("mixed", "bfloat16", "write_kv int8", "gather_blocks float8_e4m3fn")
-    cases = [case for case in cases if case.name.endswith(some)]
-    for case in cases:
-        row = run_case(case, context)
-        assert row["status"] == "ok", row
-
-
-def test_a_kernel_that_is_not_there_is_visible(context, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise NotImplementedError("no such kernel")
-
-    monkeypatch.setattr(correctness, "paged_attention", refuse)
-    row = run_case(correctness.STAGE.cases(context)[0], context)
-    assert (row["status"], row["reason"]) == ("unsupported", "no such kernel")
-
-
-def test_specs_have_names_of_their_own():
-    for specs in (correctness.gpu_specs(), correctness.interpreted_specs()):
-        assert len({spec.name for spec in specs}) == len(specs)
-    for on_gpu in (False, True):
-        names = [case.name for case in correctness.STAGE.cases(Context(on_gpu, ROOT))]
-        assert len(set(names)) == len(names)
-
-
-# --- what the checks catch ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def right():
-    arguments = arg_specs.build(correctness.interpreted_specs()[1])
-    out, lse = paged_attention(
-        *arguments.arrays, **arguments.options, return_lse=True, implementation="reference"
-    )
-    return arguments, out, lse
-
-
-def test_the_reference_itself_passes(right):
-    assert correctness.check_attention(*right)["status"] == "ok"
-
-
-@pytest.mark.parametrize(
-    "break_it",
-    [
-        lambda out, lse: (jnp.zeros_like(out), lse),
-        lambda out, lse: (out.at[0, 1, 2].add(0.1), lse),
-        lambda out, lse: (out.at[3, 0, 0].set(jnp.nan), lse),
-        lambda out, lse: (jnp.flip(out, axis=1), lse),
-        lambda out, lse: (out, lse + 0.01),
-        lambda out, lse: (out, lse.at[0, 0].set(jnp.nan)),
-        lambda out, lse: (out.at[-1].set(1), lse),
-        lambda out, lse: (out, lse.at[-1].set(0)),
-    ],
-    ids=["zeros", "one", "nan", "heads", "lse", "lse-nan", "padding", "lse-padding"],
-)
-def test_a_wrong_result_fails(right, break_it):
-    arguments, out, lse = right
-    assert int(arguments.metadata.query_start_loc[-1]) < len(out)
-    assert correctness.check_attention(arguments, *break_it(out, lse))["status"] == "failed"
-
-
-@pytest.mark.parametrize("operation", correctness.BLOCK_OPERATIONS)
-def test_a_wrong_block_fails(operation, context, monkeypatch):
-    right_way = getattr(correctness, operation)
-
-    def wrong(*args, implementation):
-        cache = right_way(*args, implementation="xla")
-        if implementation == "reference":
-            return cache
-        return cache._replace(v=cache.v.at[-1, 0, 0, 0].set(7))
-
-    monkeypatch.setattr(correctness, operation, wrong)
-    row = correctness.block_case(operation, "bfloat16", "xla", context)
-    assert row["status"] == "failed"
-
-
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-def test_quantised_numbers_may_be_one_step_off_but_few_of_them(dtype):
-    def cache(stored):
-        scale = jnp.ones((1, 1, 4), jnp.float32)
-        return KVCache(stored, stored, scale, scale)
-
-    numbers = np.full((1, 1, 4, 64), 96.0)
-    numbers[..., 0] = 127.0
-    right, few, many, far = (numbers.copy() for _ in range(4))
-    step = 1 if dtype == "int8" else 8
-    few[0, 0, 0, 5] += step
-    many[..., 5] += step
-    far[0, 0, 0, 5] += 24
-    statuses = [
-        correctness.check_quantised(cache(jnp.asarray(right, dtype)), cache(jnp.asarray(x, dtype)))
-        for x in (right, few, many, far)
-    ]
-    assert [row["status"] for row in statuses] == ["ok", "ok", "failed", "failed"]
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -354,10 +253,3 @@ def flat(arguments):
 def test_specs_with_arrays_among_their_options_are_refused_ahead():
     with pytest.raises(ValueError, match="specs with alibi_slopes are not for this"):
         executable.build("decode alibi", executable.HOST, "xla")
-
-
-def test_errors_are_relative_and_nan_is_infinite():
-    error = correctness._error(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]))
-    assert error == pytest.approx(1.0)
-    assert correctness._error(jnp.array([np.nan]), jnp.array([1.0])) == np.inf
-    assert correctness._error(jnp.array([-np.inf]), jnp.array([-np.inf])) == 0
