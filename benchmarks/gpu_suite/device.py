@@ -125,4 +125,4 @@ def _cases(context: Context) -> list[Case]:
 
 
 _COLUMNS = ("per_second", "unit", "us", "noise", "file")
-STAGE = Stage("device", 20, _cases, _COLUMNS, toy=False, aims=4)
+STAGE = Stage("device", 35, _cases, _COLUMNS, toy=False, aims=4)
