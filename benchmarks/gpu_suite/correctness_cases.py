@@ -193,7 +193,7 @@ def large_specs() -> list[AttentionSpec]:
 
 
 def interpreted_specs() -> list[AttentionSpec]:
-    """Returns sizes small enough for interpreted kernels."""
+    """Returns sizes small enough for interpreted kernels; the last four have all of it."""
     make = functools.partial(
         AttentionSpec, num_q_heads=4, num_kv_heads=2, head_dim=64, block_size=16, dtype="bfloat16"
     )

@@ -438,7 +438,7 @@ def test_xla_passes_with_programs_and_arrays_from_files(name, context, monkeypat
     assert [loaded.source for loaded in sources] == ["compiled"]
 
 
-@pytest.mark.parametrize("name", ["decode", "nothing", "one token", "write_kv nothing"])
+@pytest.mark.parametrize("name", ["float8", "nothing", "one token", "write_kv nothing"])
 def test_interpreted_kernels_pass(name, context):
     cases = correctness.CORRECTNESS.cases(context)
     (case,) = [case for case in cases if case.name == f"mosaic_gpu: {name}"]
