@@ -300,6 +300,18 @@ class StepPrograms:
 
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
         """Traces the program of one bucket."""
+        step, arguments, donated = self.function(bucket)
+        return self._lower(jax.jit(step, donate_argnums=donated), *arguments)
+
+    def function(
+        self, bucket: Bucket
+    ) -> tuple[Callable[..., StepResult], tuple[Any, ...], tuple[int, ...]]:
+        """Returns what is compiled for a bucket: `run_step` with everything but arrays filled in.
+
+        Returns:
+          the function; the shapes and dtypes of its arguments, which are the parameters and those
+          of a call; which of them are donated.
+        """
 
         def step(
             params: Any, kv_caches: Caches, last: jax.Array, packed: jax.Array, *state: jax.Array
@@ -323,8 +335,8 @@ class StepPrograms:
         size = batch.packed_size(bucket, self.max_blocks_per_seq)
         packed = jax.ShapeDtypeStruct((size,), jnp.int32)
         state = self._row_state() if bucket.is_full else ()
-        jitted = jax.jit(step, donate_argnums=(1, 2, 4) if bucket.is_full else (1, 2))
-        return self._lower(jitted, self.params, self.kv_caches, self._last_tokens(), packed, *state)
+        arguments = (self.params, self.kv_caches, self._last_tokens(), packed, *state)
+        return step, arguments, (1, 2, 4) if bucket.is_full else (1, 2)
 
     def _lower(self, jitted: Any, *args: Any) -> jax.stages.Lowered:
         """Traces a program that computes with the model's parameters."""

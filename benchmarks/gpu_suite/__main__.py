@@ -134,11 +134,18 @@ def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     asked = Worker(logs / "describe.log", {})
     described = asked.ask({"do": "describe"}, START_LIMIT_S, end)
-    asked.stop()
     if described["status"] != "ok":
+        asked.stop()
         raise RuntimeError(f"no device answers: {described['reason']}")
     context = Context(described["architecture"], work / "results" / _name(described), work, carried)
     context.results.mkdir(parents=True, exist_ok=True)
+    title = "GPU suite"
+    if carried:
+        message = {"do": "try carried", "context": context.fields()}
+        if why := asked.ask(message, START_LIMIT_S, end)["reason"]:
+            context = context._replace(carried=())
+            title += f" (--programs are not used: {why})"
+    asked.stop()
     cases = _chosen(context)
     every = [(name, case) for name in cases for case in cases[name]]
     limits = plan.deadlines(STAGES, cases, budget_s)
@@ -163,7 +170,7 @@ def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
                 stages.append(context.results, stage.name, row)
             seconds = f"{time.monotonic() - begin:.0f} s"
             print(f"{stage.name}: {seconds}", flush=True)
-            summary = _keep(out, context, f"GPU suite, {seconds} of {budget_s:.0f} s")
+            summary = _keep(out, context, f"{title}, {seconds} of {budget_s:.0f} s")
     finally:
         preparing.stop()
         runners.stop()

@@ -1,6 +1,26 @@
 """Every stage, in the order in which they run."""
 
-from benchmarks.gpu_suite import device, rehearsal
+from benchmarks.gpu_suite import (
+    attention_speed,
+    cache_speed,
+    correctness,
+    device,
+    hints,
+    model_step,
+    rehearsal,
+    torch_peer,
+)
 from benchmarks.gpu_suite.stage import Stage
 
-STAGES: tuple[Stage, ...] = (device.STAGE, rehearsal.STAGE)
+STAGES: tuple[Stage, ...] = (
+    device.STAGE,
+    rehearsal.STAGE,
+    correctness.CORRECTNESS,
+    model_step.STAGE,
+    attention_speed.DECODE,
+    attention_speed.PREFILL,
+    cache_speed.STAGE,
+    torch_peer.STAGE,
+    correctness.MORE,
+    hints.STAGE,
+)

@@ -1,14 +1,15 @@
 """The device: what it is, what it says of itself, and its ceilings."""
 
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax._src.lib import xla_client
 
 from benchmarks.gpu_suite import timing
@@ -66,61 +67,62 @@ def target_description(context: Context) -> Row:
     return {"file": path.name}
 
 
-def copy_bandwidth(context: Context) -> Row:
-    """Bytes read and written per second by changing 1 GiB in the device's memory."""
-    return _rate(context, lambda turn, x: x ^ turn, lambda: (_integers(context),), 2, "B/s")
+SIZES = {"copy bandwidth": 1 << 28, "read bandwidth": 1 << 28, "matmul rate": 8192}
+"""Integers, integers, and rows of a square."""
+TOY_SIZES = {"copy bandwidth": 1 << 16, "read bandwidth": 1 << 16, "matmul rate": 64}
 
 
-def read_bandwidth(context: Context) -> Row:
-    """Bytes read per second by adding up 1 GiB: for comparison, shares are of the copy's."""
+def loop(name: str, size: int, turns: int) -> timing.Loop:
+    """Returns what measures a ceiling.
 
-    def work(turn: jax.Array, total: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.sum(x ^ total, dtype=jnp.int32) + turn
-
-    return _rate(context, work, lambda: (jnp.int32(0), _integers(context)), 1, "B/s")
-
-
-def matmul_rate(context: Context) -> Row:
-    """Operations per second of a large bfloat16 product."""
-    size = 8192 if context.on_gpu else 64
-
-    def make() -> tuple[jax.Array, jax.Array]:
-        a, b = timing.random(0, (size, size)), timing.random(1, (size, size))
-        return a, b * jnp.asarray(size**-0.5, jnp.bfloat16)
-
-    # A rate per byte of a square of bfloat16: 2 n^3 operations over 2 n^2 bytes.
-    return _rate(context, lambda turn, a, b: a @ b, make, size, "FLOP/s")
+    Args:
+      name: "copy bandwidth" reads and writes integers by changing them; "read bandwidth" adds them
+        up, for comparison, for shares are of the copy's; "matmul rate" is a bfloat16 product.
+      size: of `SIZES`.
+      turns: of the loop.
+    """
+    what = f"{name} {size}"
+    if name == "matmul rate":
+        squares = timing.Normal(0, (size, size)), timing.Normal(1, (size, size), size**-0.5)
+        return timing.Loop(what, _multiply, squares, turns)
+    integers = timing.Host(functools.partial(np.arange, size, dtype=np.int32), (size,))
+    if name == "copy bandwidth":
+        return timing.Loop(what, _change, (integers,), turns, in_place=True)
+    return timing.Loop(what, _add_up, (timing.zeros((), "int32"), integers), turns)
 
 
-def _integers(context: Context) -> jax.Array:
-    return jnp.arange((1 << 28) if context.on_gpu else 1 << 16, dtype=jnp.int32)
+def _multiply(turn: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    del turn
+    return a @ b
 
 
-def _rate(
-    context: Context,
-    work: Callable[..., Any],
-    make: Callable[[], tuple[jax.Array, ...]],
-    per_byte: float,
-    unit: str,
-) -> Row:
-    """Returns `per_byte` times the bytes of the last array over the time of the work."""
-    loop = timing.Loop(work, make, turns=20) if context.on_gpu else timing.Loop(work, make, 2, 1)
-    us = timing.microseconds({"it": lambda: loop})["it"]
-    if isinstance(us, Exception):
-        raise us
-    last = jax.eval_shape(make)[-1]
-    num_bytes = last.size * last.dtype.itemsize
-    return {"per_second": per_byte * num_bytes / (us / 1e6), "us": us, "unit": unit}
+def _change(turn: jax.Array, x: jax.Array) -> jax.Array:
+    return x ^ (turn + 1)
+
+
+def _add_up(turn: jax.Array, total: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.sum(x ^ total, dtype=jnp.int32) + turn
+
+
+def rate(loop: timing.Loop, per_turn: float, unit: str, context: Context) -> Row:
+    """Returns a ceiling; a turn of the loop moves `per_turn` bytes, or is so many operations."""
+    timed = timing.run([loop], timing.make(loop.operands, context), context)
+    row = timing.figures(timed.seconds[0])
+    return {"per_second": per_turn / (row["us"] / 1e6), "unit": unit} | row
 
 
 def _cases(context: Context) -> list[Case]:
-    return [
-        Case("description", describe),
-        Case("copy bandwidth", copy_bandwidth),
-        Case("matmul rate", matmul_rate),
-        Case("read bandwidth", read_bandwidth),
-        Case("target description", target_description),
-    ]
+    cases = [Case("description", describe, run_s=0.2)]
+    sizes, turns = (SIZES, 20) if context.on_gpu else (TOY_SIZES, 2)
+    for name, size in sizes.items():
+        is_product = name == "matmul rate"
+        amount = 2 * size**3 if is_product else 4 * size * (2 if name == "copy bandwidth" else 1)
+        it = loop(name, size, turns)
+        of_it = functools.partial(timing.unique, (it.program, *timing.drawn_by(it.operands)))
+        measure = functools.partial(rate, it, amount, "FLOP/s" if is_product else "B/s")
+        cases.append(Case(name, measure, programs=of_it, run_s=2.0))
+    return [*cases, Case("target description", target_description, run_s=0.2)]
 
 
-STAGE = Stage("device", 40, _cases, ("per_second", "unit", "us", "file"), toy=False, aims=4)
+_COLUMNS = ("per_second", "unit", "us", "noise", "file")
+STAGE = Stage("device", 35, _cases, _COLUMNS, toy=False, aims=4)

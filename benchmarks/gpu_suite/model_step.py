@@ -1,8 +1,8 @@
 """The engine's decode step of a Llama with 8 billion random parameters, beside its floor."""
 
 import functools
-import statistics
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import random_models
-from benchmarks.gpu_suite import timing
-from benchmarks.gpu_suite.stage import Case, Context, Row, Stage
+from benchmarks.gpu_suite import programs, timing
+from benchmarks.gpu_suite.stage import Case, Context, Program, Row, Stage
 from pallas_paged import KVCache
 from pallas_paged.engine import batch
 from pallas_paged.engine.buckets import Bucket
@@ -20,47 +20,134 @@ from pallas_paged.engine.step import StepPrograms
 from pallas_paged.models import ModelConfig
 from pallas_paged.models.registry import FAMILIES, config_from_hf
 
+COMMAND_BUFFERS = {
+    "default": (),
+    "loops": (
+        (
+            "xla_gpu_enable_command_buffer",
+            "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
+        ),
+    ),
+}
+"""XLA's options by name: what it puts into command buffers; "loops" has the default, and loops."""
+
 
 class Step(NamedTuple):
-    """A decode step of `batch` sequences, the new token their `context`th."""
+    """A decode step of `batch` sequences, the new token their `context`th.
+
+    Attributes:
+      batch: sequences.
+      context: tokens of each, the new one included.
+      block_size: tokens per block.
+      command_buffers: of `COMMAND_BUFFERS`.
+      model: of `random_models.CONFIGS`.
+    """
 
     batch: int
     context: int
     block_size: int = 16
+    command_buffers: str = "default"
+    model: str = "8b"
 
     @property
     def name(self) -> str:
         """How results call it."""
-        return f"{self.batch} x {self.context}, block {self.block_size}"
+        loops = "" if self.command_buffers == "default" else ", loops in command buffers"
+        return f"{self.batch} x {self.context}, block {self.block_size}{loops}"
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
+        return config_from_hf(random_models.CONFIGS[self.model])
+
+    @property
+    def bucket(self) -> Bucket:
+        """The shape that the engine compiles."""
+        return Bucket(self.batch, self.batch, is_decode=True)
+
+    @property
+    def blocks_per_seq(self) -> int:
+        """M."""
+        return -(-self.context // self.block_size)
+
+    @property
+    def implementation(self) -> str:
+        """Of attention and of the writes to the cache."""
+        return "xla" if self.model == "tiny" else "mosaic_gpu"
+
+    def program(self) -> Program:
+        """Returns the step: of parameters, caches, last tokens and the packed inputs."""
+        name = f"{self.model} decode step {self.name}, {self.implementation}"
+        options = COMMAND_BUFFERS[self.command_buffers]
+        return Program(
+            name,
+            lambda *arguments: _compiled(self)[0](*arguments),
+            lambda: _compiled(self)[1],
+            donate=(1, 2),
+            options=options,
+        )
 
 
-def make_model(config: ModelConfig) -> tuple[nnx.GraphDef, Any]:
-    """Returns a model's graph and parameters, drawn on the device one after the other."""
+@functools.cache
+def _model(name: str) -> tuple[nnx.GraphDef, Any]:
+    """Returns the graph of a model of `random_models.CONFIGS`, and its abstract parameters."""
+    config = config_from_hf(random_models.CONFIGS[name])
     build = functools.partial(FAMILIES[config.architecture].model, config, dtype=jnp.bfloat16)
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
-    leaves, tree = jax.tree.flatten(abstract)
-    drawn = [
-        0.02 * timing.random(i, leaf.shape, leaf.dtype)
+    return nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+
+
+@functools.cache
+def _compiled(step: Step) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns the function that the engine compiles for a step, and its abstract arguments."""
+    engine = StepPrograms(
+        nnx.merge(*_model(step.model)),
+        timing.abstract(described_caches(step)),
+        max_num_seqs=step.batch,
+        max_blocks_per_seq=step.blocks_per_seq,
+        logprobs_width=1,
+        implementation=step.implementation,
+        cache_implementation=step.implementation,
+    )
+    function, arguments, donated = engine.function(step.bucket)
+    assert donated == (1, 2), "the program says what is donated before it is traced"
+    return function, arguments
+
+
+def described_caches(step: Step) -> tuple[KVCache, ...]:
+    """Returns each layer's cache, as `timing.make` takes it."""
+    config = step.config
+    num_blocks = 1 + step.batch * step.blocks_per_seq
+    pool = num_blocks, config.num_kv_heads, step.block_size, config.head_dim
+    return tuple(timing.normal_cache(2 * i, pool) for i in range(config.num_layers))
+
+
+def described_parameters(step: Step) -> Any:
+    """Returns the model's parameters, as `timing.make` takes them: matrices, and ones."""
+    leaves, tree = jax.tree.flatten(_model(step.model)[1])
+    described = [
+        timing.Normal(i, leaf.shape, 0.02, leaf.dtype.name)
         if len(leaf.shape) > 1
-        else jnp.ones(leaf.shape, leaf.dtype)
+        else timing.Host(functools.partial(np.ones, leaf.shape), leaf.shape, leaf.dtype.name)
         for i, leaf in enumerate(leaves)
     ]
-    return graph, jax.tree.unflatten(tree, drawn)
+    return jax.tree.unflatten(tree, described)
 
 
-def floor_bytes(config: ModelConfig, params: Any, step: Step) -> int:
+def floor_bytes(step: Step) -> int:
     """Returns the bytes that a step must read: all weights but the embedding table, all KV."""
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    config = step.config
+    parameters = jax.tree.leaves(_model(step.model)[1])
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in parameters)
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size * 2
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
     return weights + step.batch * step.context * per_token
 
 
-def packed_inputs(step: Step, bucket: Bucket, tables: np.ndarray, temperature: float) -> jax.Array:
+def packed_inputs(step: Step, tables: np.ndarray, temperature: float) -> jax.Array:
     """Returns the step's inputs as the engine packs them; the input tokens are on the device."""
-    packed = np.zeros(batch.packed_size(bucket, tables.shape[1]), np.int32)
-    x = batch.views(packed, bucket, tables.shape[1])
+    packed = np.zeros(batch.packed_size(step.bucket, tables.shape[1]), np.int32)
+    x = batch.views(packed, step.bucket, tables.shape[1])
     rows, last = np.arange(step.batch), step.context - 1
     x.positions[:] = last
     slots = tables[:, last // step.block_size] * step.block_size
@@ -81,57 +168,78 @@ def run(step: Step, context: Context) -> Row:
 
     Many calls in a row: all rows sample by top-p, and, as `greedy_us`, none.
     """
-    config = config_from_hf(random_models.CONFIGS["8b" if context.on_gpu else "tiny"])
-    graph, params = make_model(config)
-    M = -(-step.context // step.block_size)
-    num_blocks = 1 + step.batch * M
-    pool = num_blocks, config.num_kv_heads, step.block_size, config.head_dim
-    caches = tuple(
-        KVCache(timing.random(2 * i, pool), timing.random(2 * i + 1, pool))
-        for i in range(config.num_layers)
-    )
+    begin = time.perf_counter()
+    config = step.config
+    program = programs.load(step.program(), context)
+    loaded = time.perf_counter()
+    params = jax.tree.leaves(timing.make(described_parameters(step), context))
+    caches = jax.tree.leaves(timing.make(described_caches(step), context))
+    jax.block_until_ready((params, caches))
+    row: Row = {
+        "implementation": step.implementation,
+        "command_buffers": step.command_buffers,
+        "temporary_bytes": program.temporary_bytes(),
+        "load_s": loaded - begin,
+        "draw_s": time.perf_counter() - loaded,
+    }
     rng = np.random.default_rng(0)
-    tables = 1 + rng.permutation(num_blocks - 1).astype(np.int32).reshape(step.batch, M)
-    tokens = jnp.asarray(rng.integers(0, config.vocab_size, step.batch + 1), jnp.int32)
-    ours = "mosaic_gpu" if context.on_gpu else "xla"
-    programs = StepPrograms(
-        nnx.merge(graph, params),
-        caches,
-        max_num_seqs=step.batch,
-        max_blocks_per_seq=M,
-        logprobs_width=1,
-        implementation=ours,
-        cache_implementation=ours,
-    )
-    bucket = Bucket(step.batch, step.batch, is_decode=True)
-    calls, repeats = (20, 5) if context.on_gpu else (2, 1)
-    row: Row = {"implementation": ours, "temporary_bytes": programs.temporary_bytes(bucket)}
-    for name, temperature in (("us", 0.8), ("greedy_us", 0.0)):
-        packed = packed_inputs(step, bucket, tables, temperature)
+    num_blocks = step.batch * step.blocks_per_seq
+    tables = 1 + rng.permutation(num_blocks).astype(np.int32).reshape(step.batch, -1)
+    tokens = jax.device_put(rng.integers(0, config.vocab_size, step.batch + 1, np.int32))
+    calls, repeats = (20, 5) if context.on_gpu else (2, 2)
+    for name, temperature in (("", 0.8), ("greedy_", 0.0)):
+        packed = packed_inputs(step, tables, temperature)
         seconds = []
         for _ in range(1 + repeats):
             jax.block_until_ready(tokens)
             begin = time.perf_counter()
             for _ in range(calls):
-                result = programs(bucket, caches, tokens, packed)
-                caches, tokens = result.kv_caches, result.last_tokens
+                *caches, tokens, sampled = program(params, caches, tokens, packed)
             jax.block_until_ready(tokens)
             seconds.append((time.perf_counter() - begin) / calls)
-        row[name] = 1e6 * statistics.median(seconds[1:])
-        if bool(jnp.any(result.tokens >= config.vocab_size)):
+        if np.any(np.asarray(sampled) >= config.vocab_size):
             raise ValueError("the model's logits are not finite")
+        row |= {f"{name}{key}": value for key, value in timing.figures(seconds[1:]).items()}
     row["tokens_per_s"] = step.batch / (row["us"] / 1e6)
     if context.on_gpu and (bandwidth := context.ceiling("copy bandwidth")):
-        floor_us = 1e6 * floor_bytes(config, params, step) / bandwidth
+        floor_us = 1e6 * floor_bytes(step) / bandwidth
         row |= {"floor_us": floor_us, "us/floor": row["us"] / floor_us}
     return row
 
 
+def all_programs(step: Step) -> tuple[Program, ...]:
+    """Returns what a case loads."""
+    described = described_parameters(step), described_caches(step)
+    return timing.unique([step.program(), *timing.drawn_by(described)])
+
+
 def _cases(context: Context) -> list[Case]:
-    steps = [Step(64, 2048), Step(1, 2048), Step(8, 2048), Step(256, 512), Step(64, 2048, 64)]
+    steps = [
+        Step(64, 2048),
+        Step(64, 2048, command_buffers="loops"),
+        Step(1, 2048),
+        Step(8, 2048),
+        Step(256, 512),
+        Step(64, 2048, 64),
+    ]
     if not context.on_gpu:
-        steps = [Step(2, 40)]
-    return [Case(step.name, functools.partial(run, step)) for step in steps]
+        steps = [Step(2, 40, model="tiny")]
+    return [
+        Case(
+            step.name,
+            functools.partial(run, step),
+            programs=functools.partial(all_programs, step),
+            limit_s=60.0 if i else 150.0,
+            run_s=8.0,
+        )
+        for i, step in enumerate(steps)
+    ]
 
 
-STAGE = Stage("model", 90, 60, _cases, ("us", "greedy_us", "floor_us", "us/floor", "tokens_per_s"))
+STAGE = Stage(
+    "model",
+    80,
+    _cases,
+    ("us", "greedy_us", "noise", "floor_us", "us/floor", "tokens_per_s", "temporary_bytes"),
+    aims=2,
+)

@@ -1,7 +1,7 @@
 """What a run will do and about how long it will take: from compile times that were measured.
 
-`compile_seconds.csv` has the seconds that one process took to trace and compile each program for an
-H100, on a machine without a GPU; see `carry.py`.
+`compile_seconds.csv` has the seconds of a processor that each program took to trace and to compile
+for an H100, on a machine without a GPU; see `carry.py`.
 """
 
 import csv

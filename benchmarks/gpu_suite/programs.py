@@ -12,11 +12,12 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import pickle
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -34,6 +35,8 @@ _SOURCES = (
     "pallas_paged/*.py",
     "pallas_paged/ops/**/*.py",
     "pallas_paged/ops/attention/tuned/*.json",
+    "pallas_paged/targets/*.txtpb",
+    "benchmarks/random_models.py",
     "benchmarks/gpu_suite/*.py",
 )
 _NOT_COMPILED = (
@@ -41,6 +44,9 @@ _NOT_COMPILED = (
     "archive",
     "carry",
     "conduct",
+    "guard",
+    "hints_child",
+    "hints_tools",
     "plan",
     "preparation",
     "report",
@@ -68,6 +74,13 @@ class Loaded:
     def __call__(self, *arguments: Any) -> tuple[jax.Array, ...]:
         """Returns the leaves of the results."""
         return self._compiled(*jax.tree.leaves(arguments))
+
+    def temporary_bytes(self) -> int:
+        """Returns the bytes that it needs beside its arguments and what is in their place."""
+        analysis = self._compiled.memory_analysis()
+        assert analysis is not None, "XLA gave no memory analysis of a compiled program"
+        in_place = analysis.alias_size_in_bytes
+        return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - in_place
 
 
 class NotCompiledError(Exception):
@@ -129,8 +142,12 @@ def is_settled(name: str, context: Context) -> bool:
 
 
 def compile_ahead(program: Program, context: Context) -> Row:
-    """Compiles a program and keeps it, or why it failed; returns that, and the seconds it took."""
-    begin = time.perf_counter()
+    """Compiles a program and keeps it, or why it failed.
+
+    Returns that, and as `seconds` the processor's time that it took: another process beside this
+    one changes that little.
+    """
+    begin = time.process_time()
     try:
         content = serialized(program, context.target, context.work / "autotuned")
         write(path_of(program.name, context, ".bin"), content)
@@ -138,7 +155,7 @@ def compile_ahead(program: Program, context: Context) -> Row:
     except Exception as error:
         row = failure(error)
         keep_failure(program.name, context, row)
-    return row | {"seconds": time.perf_counter() - begin}
+    return row | {"seconds": time.process_time() - begin}
 
 
 def keep_failure(name: str, context: Context, row: Row) -> None:
@@ -179,11 +196,7 @@ def load(program: Program, context: Context) -> Loaded:
     if found is not None:
         path, source = found
         try:
-            payload, in_tree, out_tree = pickle.loads(path.read_bytes())
-            compiled = serialize_executable.deserialize_and_load(
-                payload, in_tree, out_tree, execution_devices=jax.devices()[:1]
-            )
-            return Loaded(compiled, source)
+            return Loaded(_deserialized(path), source)
         except Exception as error:
             reason = f"{source}, but not loaded: {type(error).__name__}: {error}"[:300]
     else:
@@ -215,6 +228,26 @@ def _options(
     return options
 
 
+def cannot_load(names: Iterable[str], context: Context) -> str | None:
+    """Returns why carried programs cannot be loaded here, or None; tries the first one."""
+    for name in names:
+        found = find(name, context)
+        if found is not None and found[1] == "carried":
+            try:
+                _deserialized(found[0])
+            except Exception as error:
+                return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            return None
+    return "none of them is of these sources, this jax and this platform"
+
+
+def _deserialized(path: pathlib.Path) -> jax.stages.Compiled:
+    payload, in_tree, out_tree = pickle.loads(path.read_bytes())
+    return serialize_executable.deserialize_and_load(
+        payload, in_tree, out_tree, execution_devices=jax.devices()[:1]
+    )
+
+
 def _flattened(program: Program) -> tuple[Any, list[Any], tuple[int, ...]]:
     """Returns the program as a function of leaves to leaves, the leaves, and which are donated."""
     arguments = program.arguments()
@@ -231,9 +264,14 @@ def _flattened(program: Program) -> tuple[Any, list[Any], tuple[int, ...]]:
 def write(path: pathlib.Path, content: bytes) -> None:
     """Writes a file at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
+    partial = _partial(path)
     partial.write_bytes(content)
     partial.replace(path)
+
+
+def _partial(path: pathlib.Path) -> pathlib.Path:
+    """Returns where a process writes first; several may write the same file at a time."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def save_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
@@ -246,8 +284,9 @@ def save_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
         else array
         for name, array in host.items()
     }
-    partial = path.with_name(f".{path.name}.part.npz")
-    np.savez(partial, **raw)
+    partial = _partial(path)
+    with partial.open("wb") as file:
+        np.savez(file, **raw)
     partial.replace(path)
 
 

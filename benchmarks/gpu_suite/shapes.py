@@ -1,12 +1,8 @@
 """The sizes at which attention is timed, the most important first. No jax here."""
 
-import itertools
 import math
 from typing import NamedTuple
 
-BATCHES = (64, 1, 8, 256, 32)
-HEADS = ("32/8", "32/32", "40/40")
-BLOCK_SIZES = (16, 64, 32)
 HEAD_DIM = 128
 DTYPE_BYTES = 2
 """Everything is bfloat16."""
@@ -44,6 +40,14 @@ class Shape(NamedTuple):
         return math.ceil(self.context / self.block_size)
 
     @property
+    def value_scale(self) -> float:
+        """Values' standard deviation; a decode's results are then like the queries it began with.
+
+        So one layer's result can be the next one's queries. Keys see about `context / e` values.
+        """
+        return round(math.sqrt(self.context / math.e), 3) if self.queries == 1 else 1.0
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values of all tokens."""
         tokens = self.batch * self.blocks_per_seq * self.block_size
@@ -69,35 +73,41 @@ DECODE_AIMS = (
     Shape(1, 32768, "32/8", 16),
     Shape(8, 1024, "32/8", 16),
 )
-"""What has an aim of its own; timed before the grid."""
+"""What has an aim of its own; timed before all others."""
+_OTHER_DECODES = (
+    Shape(8, 2048, "32/8", 16),
+    Shape(256, 2048, "32/8", 16),
+    Shape(64, 2048, "32/32", 16),
+    Shape(1, 4096, "32/8", 64),
+    Shape(64, 4096, "64/8", 64),
+    Shape(8, 8192, "32/8", 64),
+    Shape(64, 512, "32/8", 16),
+    Shape(64, 4096, "32/8", 32),
+    Shape(256, 512, "32/8", 16),
+    Shape(1, 32768, "32/8", 64),
+    Shape(32, 2048, "40/40", 16),
+    Shape(1, 512, "32/8", 16),
+)
 PREFILL_AIMS = (
     Shape(1, 8192, "32/8", 16, 8192),
     Shape(1, 8192, "32/8", 64, 8192),
     Shape(1, 8192, "32/8", 16, 512),
 )
+_OTHER_PREFILLS = (
+    Shape(1, 2048, "32/8", 16, 2048),
+    Shape(1, 8192, "32/8", 64, 512),
+    Shape(8, 1024, "32/8", 16, 1024),
+    Shape(1, 32768, "32/8", 64, 32768),
+    Shape(1, 8192, "32/32", 16, 8192),
+    Shape(4, 2048, "64/8", 64, 2048),
+)
 
 
 def decode_shapes() -> list[Shape]:
-    """Returns the grid of decode steps, diagonally through the orders of importance."""
-    return _ordered(DECODE_AIMS, contexts=(2048, 8192, 512, 32768), prefill=False)
+    """Returns decode steps, the most important first."""
+    return [*DECODE_AIMS, *_OTHER_DECODES]
 
 
 def prefill_shapes() -> list[Shape]:
-    """Returns the grid of whole prompts."""
-    return _ordered(PREFILL_AIMS, contexts=(2048, 8192, 512, 32768), prefill=True)
-
-
-def _ordered(aims: tuple[Shape, ...], contexts: tuple[int, ...], prefill: bool) -> list[Shape]:
-    batches = sorted(BATCHES) if prefill else BATCHES
-    axes = [list(enumerate(axis)) for axis in (batches, contexts, HEADS, BLOCK_SIZES)]
-    grid = [
-        (
-            sum(rank for rank, _ in point),
-            Shape(*(value for _, value in point)),  # type: ignore[arg-type]
-        )
-        for point in itertools.product(*axes)
-    ]
-    shapes = [shape for _, shape in sorted(grid, key=lambda ranked: ranked[0])]
-    if prefill:
-        shapes = [shape._replace(queries=shape.context) for shape in shapes]
-    return [*aims, *(shape for shape in shapes if shape not in aims)]
+    """Returns whole prompts and chunks of them, the most important first."""
+    return [*PREFILL_AIMS, *_OTHER_PREFILLS]

@@ -31,13 +31,16 @@ def answer(message: Row, more_time: Callable[[float], None]) -> Row:
     """Returns the result of what a message asks for.
 
     Args:
-      message: `do` is "describe", or, with a `context`, "compile" of the program `name`, "prepare"
-        or "run" of the case `name` of `stage`.
+      message: `do` is "describe", or, with a `context`, "try carried" (is there a `reason` why
+        carried programs cannot be loaded?), "compile" of the program `name`, "prepare" or "run" of
+        the case `name` of `stage`.
       more_time: see `Context`.
     """
     if message["do"] == "describe":
         return device.identity() | {"status": "ok", "architecture": _architecture()}
     context = Context.of(message["context"])
+    if message["do"] == "try carried":
+        return {"status": "ok", "reason": programs.cannot_load(_programs(context), context)}
     if message["do"] != "run":
         os.setpriority(os.PRIO_PROCESS, 0, _NICE)  # what runs comes first
     if message["do"] == "compile":

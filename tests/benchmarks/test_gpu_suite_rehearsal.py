@@ -1,4 +1,4 @@
-"""The whole GPU suite on a CPU, as it will run on a GPU: two runs, the second one from the first."""
+"""The whole GPU suite on a CPU, as it will run on a GPU: and again, from what that run left."""
 
 import json
 import pathlib
@@ -138,6 +138,24 @@ def test_the_next_run_begins_with_this_one(first, tmp_path):
     idle = suite(f"--out={tmp_path}", "--toy", f"--previous={tmp_path}")
     assert idle.status == 0, idle.output + idle.errors
     assert results(tmp_path) == after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"damaged", "UnpicklingError"), (None, "none of them is of these sources")],
+)
+def test_programs_that_cannot_be_loaded_are_not_used(content, reason, tmp_path):
+    made, out = tmp_path / "made", tmp_path / "out"
+    made.mkdir()
+    if content is not None:
+        name = programs.file_name(rehearsal.DOUBLE.name, programs.version("cpu"))
+        (made / f"{name}.bin").write_bytes(content)
+    options = [f"--out={out}", f"--programs={made}", "--toy", "--stages=device"]
+    done = suite(*options, "--cases=rehearsal: works")
+    assert done.status == 0, done.output + done.errors
+    assert f"(--programs are not used: {reason}" in (out / "summary.txt").read_text()
+    assert results(out)["rehearsal"]["works"]["program"] == "compiled"
 
 
 @pytest.mark.slow

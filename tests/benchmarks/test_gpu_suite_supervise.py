@@ -287,3 +287,20 @@ def test_memory_is_divided_on_a_gpu_only(context):
     assert [each.environment.get("NPROC") for each in made] == ["16", None]
     assert all(each.environment["A"] == "b" for each in made)
     assert preparation.PREPARE_LIMIT_S >= 60
+
+
+def test_errors_become_results(context):
+    def fail(error):
+        def run(context):
+            raise error
+
+        return stages.run_case(Case("a", run), context)
+
+    row = fail(ValueError("wrong"))
+    assert (row["status"], row["reason"]) == ("failed", "ValueError: wrong")
+    assert "test_gpu_suite_supervise.py" in row["where"]
+    assert fail(RuntimeError("RESOURCE_EXHAUSTED: too large"))["status"] == "out of memory"
+    row = fail(NotImplementedError("no such kernel"))
+    assert (row["status"], row["reason"]) == ("unsupported", "no such kernel")
+    skipped = Case("a", lambda context: {}, skip=lambda context: "too large")
+    assert stages.run_case(skipped, context)["reason"] == "too large"
