@@ -9,6 +9,7 @@ from benchmarks.gpu_suite import (
     model_step,
     rehearsal,
     torch_peer,
+    tuning,
 )
 from benchmarks.gpu_suite.stage import Stage
 
@@ -20,6 +21,7 @@ STAGES: tuple[Stage, ...] = (
     attention_speed.DECODE,
     attention_speed.PREFILL,
     cache_speed.STAGE,
+    tuning.STAGE,
     torch_peer.STAGE,
     correctness.MORE,
     hints.STAGE,

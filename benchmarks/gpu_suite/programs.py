@@ -50,7 +50,6 @@ _NOT_COMPILED = (
     "plan",
     "preparation",
     "report",
-    "summary",
     "supervise",
     "worker",
 )

@@ -101,7 +101,7 @@ def _why_not(context: Context) -> str | None:
 
 STAGE = Stage(
     "tuning",
-    80,
+    60,
     _cases,
     ("best", "best_us", "by_rule_us", "by_rule/best", "candidates", "left_out", "wrong"),
 )
