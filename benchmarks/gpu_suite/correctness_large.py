@@ -132,7 +132,8 @@ def run(large: Large, context: Context) -> Row:
         host = [np.asarray(leaf) for leaf in results]
         first = first or host
         differing += not same_bits(first, host)
-    return verdict(large.judge(expected, first), large.repeats, differing)
+    row = verdict(large.judge(expected, first), large.repeats, differing)
+    return row | {"program": operation.source}
 
 
 def far_ids(used: np.ndarray, num_blocks: int) -> np.ndarray:

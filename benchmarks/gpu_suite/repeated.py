@@ -81,12 +81,16 @@ def kept(name: str, context: Context) -> tuple[list[np.ndarray], dict[str, np.nd
 
 
 def run(problem: Problem, context: Context) -> Row:
-    """Runs the program on the arrays that were prepared; returns figures and a status."""
-    call: Callable[..., Sequence[jax.Array]] = (
-        _interpreted(problem.program)
-        if problem.interpreted
-        else programs.load(problem.program, context)
-    )
+    """Runs the program on the arrays that were prepared; returns figures and a status.
+
+    And as `program` where it comes from, see `programs.Loaded`.
+    """
+    call: Callable[..., Sequence[jax.Array]]
+    if problem.interpreted:
+        call, source = _interpreted(problem.program), "interpreted"
+    else:
+        call = loaded = programs.load(problem.program, context)
+        source = loaded.source
     arguments, expected = kept(problem.name, context)
     inputs = [jax.device_put(argument) for argument in arguments]
     first: Results = []
@@ -97,7 +101,8 @@ def run(problem: Problem, context: Context) -> Row:
             host = [np.asarray(leaf)[problem.ignored :] for leaf in result]
             first = first or host
             differing += not same_bits(first, host)
-    return verdict(problem.judge(expected, first), problem.repeats, differing)
+    row = verdict(problem.judge(expected, first), problem.repeats, differing)
+    return row | {"program": source}
 
 
 def same_bits(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
