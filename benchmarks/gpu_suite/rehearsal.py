@@ -53,8 +53,9 @@ def _load(program: Program, context: Context) -> Row:
 
 
 def cases(context: Context) -> list[Case]:
-    """Returns the same cases on every device."""
-    del context
+    """Returns none on a GPU, whose time is too short for this."""
+    if context.on_gpu:
+        return []
 
     def loading(name: str, program: Program) -> Case:
         return Case(name, lambda context: _load(program, context), programs=lambda: (program,))

@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks.gpu_suite import programs, rehearsal, report
+from benchmarks.gpu_suite import archive, plan, programs, rehearsal, report
 from benchmarks.gpu_suite.all_stages import STAGES
-from benchmarks.gpu_suite.stage import BROKEN
+from benchmarks.gpu_suite.stage import BROKEN, Context, append
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CARRIED = "^(rehearsal: works|correctness: xla)"
 LIMIT_S = 120.0
+H100 = Context("sm_90", pathlib.Path("/nonexistent"), pathlib.Path("/nonexistent"))
 
 
 class Run(NamedTuple):
@@ -169,13 +170,49 @@ def test_without_toys_speeds_are_unmeasured(tmp_path):
     assert not found["rehearsal"]
 
 
-def test_the_plan_for_an_h100_fits_the_budget():
-    done = suite("--dry_run", "--jobs=16")
+def planned(*options: str) -> tuple[dict[str, int], int]:
+    """Returns how many cases of each stage a plan for 16 cores has, and its seconds."""
+    done = suite("--dry_run", "--jobs=16", *options)
     assert done.status == 0, done.errors
-    rows = dict(re.findall(r"^(\w+) +(\d+) .*$", done.output, re.MULTILINE))
-    assert rows.keys() >= {stage.name for stage in STAGES} - {"rehearsal"}
-    (seconds,) = re.findall(r"^About (\d+) s of 480 s\.$", done.output, re.MULTILINE)
-    assert int(seconds) <= 480
+    rows = re.findall(r"^(\w+) +(\d+) +\d+ .*$", done.output, re.MULTILINE)
+    (seconds,) = re.findall(r"^About (\d+) s of \d+ s\.$", done.output, re.MULTILINE)
+    return {name: int(count) for name, count in rows}, int(seconds)
+
+
+def test_the_plan_for_an_h100_fits_the_budget():
+    cases, seconds = planned()
+    there = {stage.name: len(stage.cases(H100)) for stage in STAGES}
+    assert there.pop("rehearsal") == 0
+    assert cases == there
+    assert seconds <= 480
+
+
+def test_every_program_has_a_measured_compile_time():
+    """But for cuDNN's: it is compiled where its library is."""
+    known = plan.compile_seconds()
+    names = {p.name for s in STAGES for case in s.cases(H100) for p in case.programs()}
+    assert {name for name in names - known.keys() if "cudnn" not in name} == set()
+    assert known.keys() <= names
+
+
+def test_what_failed_is_run_again_in_what_is_left(tmp_path):
+    """The second call on the same machine: if every eighth case went wrong, in 200 s."""
+    folder = tmp_path / "work" / "results" / "first"
+    folder.mkdir(parents=True)
+    expected = {}
+    for stage in STAGES:
+        cases = stage.cases(H100)
+        for number, case in enumerate(cases):
+            status = "ok" if number % 8 else "failed"
+            append(folder, stage.name, {"case": case.name, "status": status})
+        if cases:
+            expected[stage.name] = -(-len(cases) // 8)
+    archive.write(tmp_path / "out", tmp_path / "work", set())
+    options = ["--rerun=failed", f"--previous={tmp_path / 'out'}", "--budget_s=200"]
+    cases, seconds = planned(*options)
+    expected["device"] = len(STAGES[0].cases(H100))
+    assert cases == expected
+    assert seconds <= 200
 
 
 @pytest.mark.parametrize(
