@@ -38,9 +38,20 @@ class Runners:
         self._alone: Worker | None = None
         self._alone_in: tuple[tuple[str, str], ...] = ()
         self._lock = threading.Lock()
+        self._beside: list[threading.Thread] = []
+        self._workers_beside: list[Worker] = []
+        self._is_stopped = False
 
     def stop(self) -> None:
-        """Kills what runs."""
+        """Kills what runs, and begins nothing more, whichever stage is under way."""
+        self._is_stopped = True
+        for worker in list(self._workers_beside):
+            worker.kill()
+        for thread in self._beside:
+            thread.join()
+        self._stop_alone()
+
+    def _stop_alone(self) -> None:
         if self._alone is not None:
             self._alone.stop()
             self._alone = None
@@ -52,14 +63,15 @@ class Runners:
         if number == 1:
             self._run(stage, todo, deadline)
         else:
-            self.stop()  # for its memory
-            threads = [
+            self._stop_alone()  # for its memory
+            self._workers_beside = []
+            self._beside = [
                 threading.Thread(target=self._run_beside, args=(stage, todo, deadline, i))
                 for i in range(min(number, len(todo)))
             ]
-            for thread in threads:
+            for thread in self._beside:
                 thread.start()
-            for thread in threads:
+            for thread in self._beside:
                 thread.join()
         for case in todo:
             self._append(stage, {"case": case.name} | self._why_not_run(stage, case))
@@ -67,7 +79,7 @@ class Runners:
     def _run(self, stage: Stage, todo: list[Case], deadline: float) -> None:
         while (case := self._take(stage, todo, deadline)) is not None:
             if self._alone is None or self._alone_in != case.environment:
-                self.stop()
+                self._stop_alone()
                 self._alone_in = case.environment
                 self._alone = self._worker("runs", ALONE_MEMORY, case)
             self._run_case(stage, case, self._alone, deadline)
@@ -75,7 +87,9 @@ class Runners:
     def _run_beside(self, stage: Stage, todo: list[Case], deadline: float, number: int) -> None:
         worker: Worker | None = None
         while (case := self._take(stage, todo, deadline)) is not None:
-            worker = worker or self._worker(f"runs-{number}", SHARED_MEMORY, case)
+            if worker is None:
+                worker = self._worker(f"runs-{number}", SHARED_MEMORY, case)
+                self._workers_beside.append(worker)
             self._run_case(stage, case, worker, deadline)
         if worker is not None:
             worker.stop()
@@ -88,7 +102,7 @@ class Runners:
 
     def _take(self, stage: Stage, todo: list[Case], deadline: float) -> Case | None:
         """Takes the first case that is ready; None if all are taken or the time is over."""
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not self._is_stopped:
             with self._lock:
                 if not todo:
                     return None
@@ -119,6 +133,8 @@ class Runners:
 
     def _append(self, stage: Stage, row: stages.Row) -> None:
         with self._lock:
+            if self._is_stopped:
+                return  # what was killed has no result
             stages.append(self._context.results, stage.name, row)
 
 

@@ -36,6 +36,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
         self._log_begin = 0
+        self._is_killed = False
 
     def ask(self, message: Row, limit_s: float, deadline: float) -> Row:
         """Returns the answer to a message, or a row that says what became of the process.
@@ -59,7 +60,11 @@ class Worker:
         return self._receive(limit_s, deadline)
 
     def kill(self) -> None:
-        """Kills the process and all that it started, from any thread; who asked is answered so."""
+        """Kills the process and all that it started, from any thread; who asked is answered so.
+
+        No other is started.
+        """
+        self._is_killed = True
         process = self._process
         if process is not None and process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -93,6 +98,9 @@ class Worker:
                 stderr=log,
                 start_new_session=True,
             )
+        if self._is_killed:
+            self.stop()
+            return {"status": "out of time", "reason": "the suite was stopped"}
         return self._receive(START_LIMIT_S, deadline)
 
     def _receive(self, limit_s: float, deadline: float) -> Row:
@@ -141,7 +149,8 @@ class Worker:
     def _last_words(self) -> str:
         """Returns the line of the log that tells most of an end, of what this process wrote."""
         with self.log.open("rb") as log:
-            log.seek(self._log_begin)
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_begin, end - _MAX_LOG_BYTES))
             lines = log.read(_MAX_LOG_BYTES).decode(errors="replace").splitlines()
         words = [line.strip() for line in lines if line.strip()]
         telling = [line for line in words if _TELLING.search(line)]

@@ -195,6 +195,52 @@ def test_a_stage_whose_time_is_over_says_what_it_waited_for(context):
     assert "before 'slow' was ready" in rows["b"]["reason"]
 
 
+def test_a_stage_is_stopped_in_the_middle_and_what_is_killed_has_no_result(context):
+    class Hanging(FakeWorker):
+        def ask(self, message, limit_s, deadline):
+            self.asked.append(message["name"])
+            assert self.killed.wait(FAR)
+            return {"status": "crashed", "reason": "killed"}
+
+        def kill(self):
+            self.killed.set()
+
+    asked, workers = [], []
+
+    def new_worker(name, environment):
+        workers.append(Hanging(asked, {}, environment))
+        workers[-1].killed = threading.Event()
+        return workers[-1]
+
+    cases = [case("a"), case("b"), case("c")]
+    runners = conduct.Runners(context, prepare(context, Fakes(), cases), new_worker)
+    stage = Stage("s", 10, lambda context: cases, (), parallel=True)
+    deadline = time.monotonic() + 3.0
+    thread = threading.Thread(target=runners.run_stage, args=(stage, cases, deadline))
+    thread.start()
+    while len(asked) < 2:
+        time.sleep(0.01)
+    runners.stop()
+    thread.join()
+    assert time.monotonic() < deadline
+    assert sorted(asked) == ["a", "b"]
+    assert not stages.results(context.results, "s")
+
+
+def test_a_process_that_was_killed_before_it_began_does_not_begin(context):
+    handle = Worker(context.work / "log", {})
+    handle.kill()
+    row = handle.ask({"do": "describe"}, FAR, time.monotonic() + FAR)
+    assert row == {"status": "out of time", "reason": "the suite was stopped"}
+    assert handle._process is None
+
+
+def test_the_last_words_of_a_long_log_are_its_last(context):
+    handle = Worker(context.work / "runs.log", {})
+    handle.log.write_text("Fatal: an old one\n" + "noise\n" * 400_000 + "Check failed: here\n")
+    assert handle._last_words() == "runs.log: Check failed: here"
+
+
 def test_a_case_that_could_not_be_prepared_does_not_run(context):
     ready = lambda context: None  # noqa: E731
     cases = [
