@@ -3,6 +3,7 @@
 import io
 import pathlib
 import tarfile
+import zlib
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ def read(previous: pathlib.Path, work: pathlib.Path) -> None:
         try:
             with tarfile.open(path) as archive:
                 archive.extractall(work, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
 
 
@@ -111,9 +112,12 @@ def _write(
 ) -> None:
     """Writes an archive at once or not at all."""
     partial = archive.with_name(f".{archive.name}.part")
-    with tarfile.open(partial, "w:gz" if archive.suffix == ".gz" else "w") as tar:
-        for path, content in files:
-            info = tarfile.TarInfo(path.relative_to(root).as_posix())
-            info.size, info.mtime = len(content), int(path.stat().st_mtime)
-            tar.addfile(info, io.BytesIO(content))
-    partial.replace(archive)
+    try:
+        with tarfile.open(partial, "w:gz" if archive.suffix == ".gz" else "w") as tar:
+            for path, content in files:
+                info = tarfile.TarInfo(path.relative_to(root).as_posix())
+                info.size, info.mtime = len(content), int(path.stat().st_mtime)
+                tar.addfile(info, io.BytesIO(content))
+        partial.replace(archive)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -145,17 +145,18 @@ def append(folder: pathlib.Path, stage: str, row: Row) -> None:
 def results(folder: pathlib.Path, stage: str) -> dict[str, Row]:
     """Returns the last result of each case that has one, by the case's name.
 
-    A line that was cut off is none.
+    A line that was cut off or damaged is none.
     """
     path = folder / f"{stage}.jsonl"
     rows: dict[str, Row] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
     for line in lines:
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        rows[row["case"]] = row
+        if isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("case", "status")):
+            rows[row["case"]] = row
     return rows
 
 

@@ -197,6 +197,15 @@ def test_a_line_that_was_cut_off_is_no_result(tmp_path):
 # --- archives -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "line", [b"[1]", b'"a"', b"{}", b'{"case": "a"}', b'{"case": [], "status": "ok"}', b"\xff"]
+)
+def test_a_damaged_line_is_no_result(line, tmp_path):
+    good = b'{"case": "b", "status": "ok"}'
+    (tmp_path / "s.jsonl").write_bytes(b"\n".join([line, good]))
+    assert stages.results(tmp_path, "s").keys() == {"b"}
+
+
 def write_files(work, **sizes):
     for name, size in sizes.items():
         path = work / name.replace("__", "/")
@@ -263,6 +272,22 @@ def test_a_folder_without_archives_and_damaged_ones_are_refused(tmp_path):
     (tmp_path / "results.tar.gz").write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"results\.tar\.gz cannot be read"):
         archive.read(tmp_path, tmp_path / "work")
+
+
+def test_an_archive_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+    out, work = tmp_path / "out", tmp_path / "work"
+    write_files(work, **{"results/a/s.jsonl": 100})
+    archive.write(out, work, set())
+    before = (out / "results.tar.gz").read_bytes()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    with pytest.raises(OSError, match="No space left"):
+        archive.write(out, work, set())
+    assert [path.name for path in out.iterdir()] == ["results.tar.gz"]
+    assert (out / "results.tar.gz").read_bytes() == before
 
 
 def test_archives_fit_what_may_be_carried():
