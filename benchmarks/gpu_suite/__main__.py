@@ -14,7 +14,9 @@ loaded from --programs. A case that hangs or crashes costs that case alone.
 After each stage DIR has summary.txt (what matters, at most 6 kB, also printed last), results.tar.gz
 (every figure, suite.txt to read, suite.json, logs, tuned configurations) and programs-1.tar, ...
 with what was compiled and autotuned. Results are kept apart by device and sources. The exit status
-is 1 if something is wrong, 2 for wrong flags.
+is 1 if something is wrong, 2 for wrong flags. What there was no time for is not wrong: the summary
+counts it, and the next run with --previous runs it. So it does after a Ctrl-C or a SIGTERM, which
+keep what was found until then. The device's stage is always run, unless its results are there.
 
 Without a GPU kernels are interpreted at small sizes, and speeds stay unmeasured; --toy runs all
 stages, at sizes that measure nothing, and cases that fail, hang and crash on purpose.
@@ -24,6 +26,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -34,6 +37,7 @@ from benchmarks.gpu_suite import (
     archive,
     choose,
     conduct,
+    device,
     plan,
     preparation,
     programs,
@@ -49,9 +53,11 @@ from pallas_paged.models import command_line
 
 _NAMES = [stage.name for stage in STAGES if stage is not rehearsal.STAGE]
 _OUT = flags.DEFINE_string("out", None, "Folder for summary and archives.")
-_STAGES = flags.DEFINE_list("stages", _NAMES, f"Which of {', '.join(_NAMES)}.")
+_STAGES = flags.DEFINE_list("stages", _NAMES, "Which stages; they keep their order.")
 _CASES = flags.DEFINE_string(
-    "cases", "", "Only cases whose STAGE: CASE has this regular expression."
+    "cases",
+    "",
+    "Only cases in whose STAGE: CASE this regular expression is found; --dry_run lists them.",
 )
 _RERUN = flags.DEFINE_enum(
     "rerun",
@@ -68,19 +74,13 @@ _JOBS = flags.DEFINE_integer("jobs", None, "Processes that compile; all cores'."
 _TOY = flags.DEFINE_bool("toy", False, "Without a GPU, run the speed stages too, at toy sizes.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would run on an H100, and for how long.")
 flags.register_validator(
-    "stages", lambda names: set(names) <= set(_NAMES), f"must be a list of {', '.join(_NAMES)}"
+    "stages",
+    lambda names: bool(names) and set(names) <= set(_NAMES),
+    f"must be a list of {', '.join(_NAMES)}",
 )
 
 
-def _is_pattern(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
-
-
-flags.register_validator("cases", _is_pattern, "must be a regular expression")
+flags.register_validator("cases", choose.is_pattern, "must be a regular expression")
 
 
 def main() -> None:
@@ -89,23 +89,56 @@ def main() -> None:
     out = None if _OUT.value is None else pathlib.Path(_OUT.value).absolute()
     if out is None and not _DRY_RUN.value:
         raise ValueError("--out=DIR is needed, or --dry_run")
+    if _RERUN.value == "failed" and _PREVIOUS.value is None:
+        raise ValueError("--rerun=failed needs --previous=DIR of the run in which they failed")
+    if out is not None and not _DRY_RUN.value:
+        _check_free(out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     work = pathlib.Path(tempfile.mkdtemp(prefix="gpu_suite_"))
     try:
         if _PREVIOUS.value is not None:
             archive.read(pathlib.Path(_PREVIOUS.value), work)
         if out is None or _DRY_RUN.value:
-            print(_planned(Context("sm_90", work / "results" / "none", work, _carried())))
+            print(_planned(Context("sm_90", _results_of_h100(work), work, _carried())))
         elif wrong := _run(work, out, begin):
             print(f"wrong: {'; '.join(wrong)}"[:500])
             sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"error: interrupted; what was found is in {out}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_free(out: pathlib.Path) -> None:
+    """Makes the folder, and raises an error if it cannot be written or has another run's results.
+
+    Results cost time on a GPU: they are replaced by a run that begins with them, and by no other.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out={out} is a file; it must be a folder, or nothing yet")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass
+    previous = None if _PREVIOUS.value is None else pathlib.Path(_PREVIOUS.value).resolve()
+    if (out / "results.tar.gz").exists() and out.resolve() != previous:
+        raise ValueError(
+            f"--out={out} holds the results of a run: go on from them with --previous={out}, or "
+            "give another folder"
+        )
+
+
+def _results_of_h100(work: pathlib.Path) -> pathlib.Path:
+    """Returns the folder with what an earlier run of these sources found on an H100."""
+    pattern = f"{device.source_hash()}-*h100*"
+    return next((work / "results").glob(pattern), work / "results" / "none")
 
 
 def _planned(context: Context) -> str:
     cases = _chosen(context)
     plans = plan.plan(STAGES, cases, context, jobs := _JOBS.value or 16, _BUDGET_S.value)
-    return plan.table(plans, jobs, _BUDGET_S.value)
+    names = [f"{name}: {case.name}" for name in cases for case in cases[name]]
+    return "\n".join([*(names if _CASES.value else ()), plan.table(plans, jobs, _BUDGET_S.value)])
 
 
 def _carried() -> tuple[pathlib.Path, ...]:
@@ -120,6 +153,9 @@ def _chosen(context: Context) -> dict[str, list[Case]]:
     names = set(_STAGES.value)
     if not context.on_gpu and _TOY.value:
         names.add(rehearsal.STAGE.name)
+    every = [f"{s.name}: {c.name}" for s in STAGES if s.name in names for c in s.cases(context)]
+    if not any(re.search(_CASES.value, name) for name in every):
+        raise ValueError(f"--cases={_CASES.value!r} matches no case, as {every[-1]!r}")
     if not context.on_gpu and not _TOY.value:
         names -= {stage.name for stage in STAGES if stage.toy}
     last = choose.last_results(context.work / "results", STAGES)
@@ -131,7 +167,6 @@ def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
     budget_s, logs = _BUDGET_S.value, work / "logs"
     end = begin + budget_s
     carried = _carried()
-    out.mkdir(parents=True, exist_ok=True)
     asked = Worker(logs / "describe.log", {})
     described = asked.ask({"do": "describe"}, START_LIMIT_S, end)
     if described["status"] != "ok":
@@ -148,6 +183,7 @@ def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
     asked.stop()
     cases = _chosen(context)
     every = [(name, case) for name in cases for case in cases[name]]
+    print(f"{len(every)} cases to run on {described['device']}", flush=True)
     limits = plan.deadlines(STAGES, cases, budget_s)
     new_worker = conduct.worker_factory(context, logs)
     jobs = _JOBS.value or os.cpu_count() or 1
@@ -169,13 +205,23 @@ def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
                 row = {"case": "all", "status": "unmeasured", "reason": "there is no GPU"}
                 stages.append(context.results, stage.name, row)
             seconds = f"{time.monotonic() - begin:.0f} s"
-            print(f"{stage.name}: {seconds}", flush=True)
-            summary = _keep(out, context, f"{title}, {seconds} of {budget_s:.0f} s")
+            if stage.name in cases:
+                print(f"{stage.name}: done at {seconds}", flush=True)
+            summary, unkept = _keep(out, context, f"{title}, {seconds} of {budget_s:.0f} s")
+    except KeyboardInterrupt:
+        preparing.stop()
+        runners.stop()
+        _keep(out, context, f"{title}, interrupted after {time.monotonic() - begin:.0f} s")
+        raise
     finally:
         preparing.stop()
         runners.stop()
     print(f"\n{summary}\n{out}")
-    return _wrong(context, cases)
+    wrong = _wrong(context, cases)
+    if unkept is not None:
+        kept = work.rename(work.with_name(f"{work.name}_kept"))
+        wrong.insert(0, f"{out} could not be written, everything is in {kept}: {unkept}")
+    return wrong
 
 
 def _name(described: Row) -> str:
@@ -184,20 +230,26 @@ def _name(described: Row) -> str:
     return f"{described['sources']}-jax{described['versions']['jax']}-{device}"
 
 
-def _keep(out: pathlib.Path, context: Context, first: str) -> str:
-    """Writes report, archives and summary; returns the summary."""
+def _keep(out: pathlib.Path, context: Context, first: str) -> tuple[str, OSError | None]:
+    """Writes report, archives and summary; returns the summary, and why `out` was not written.
+
+    A full disk may have room again after the next stage.
+    """
     report.write(context.results, STAGES)
     version = programs.version(context.platform)
     names = [p.name for s in STAGES for case in s.cases(context) for p in case.programs()]
-    left = archive.write(out, context.work, archive.wanted_files(names, version))
     last = f"all of it: {out.name}/results.tar.gz"
-    if left.files:
-        last += (
-            f"; {left.files} files of {left.num_bytes >> 20} MiB found no room in programs-*.tar"
-        )
-    summary = report.summary(context.results, STAGES, first, last)
-    (out / "summary.txt").write_text(summary, encoding="utf-8")
-    return summary
+    try:
+        left = archive.write(out, context.work, archive.wanted_files(names, version))
+        if left.files:
+            last += (
+                f"; no room in programs-*.tar for {left.files} files of {left.num_bytes >> 20} MiB"
+            )
+        summary = report.summary(context.results, STAGES, first, last)
+        (out / "summary.txt").write_text(summary, encoding="utf-8")
+    except OSError as error:
+        return report.summary(context.results, STAGES, first, f"NOT WRITTEN: {error}"), error
+    return summary, None
 
 
 def _wrong(context: Context, cases: dict[str, list[Case]]) -> list[str]:

@@ -2,23 +2,24 @@
 
   JAX_PLATFORMS=cpu python -m benchmarks.gpu_suite.carry --target=h100 --out=DIR
 
-The machine with the GPU loads them: `python -m benchmarks.gpu_suite --programs=DIR`. Both need the
-same sources, the same jax and the same CUDA plugin of it (jax-cuda13-plugin and jax-cuda13-pjrt of
-jax's version, and nvidia-cuda-nvcc), or the programs are not found there. They are compiled in the
-order in which the suite needs them, until the folder is as large as it may be; files of other
-sources are deleted from it. Without the GPU matrix products are not autotuned: by default no
-program is made here in which one is timed.
+The machine with the GPU loads them with `python -m benchmarks.gpu_suite --programs=DIR --out=...`.
+Both need the same sources, the same jax and the same CUDA plugin of it (jax-cuda13-plugin and
+jax-cuda13-pjrt of jax's version, and nvidia-cuda-nvcc), or the programs are not found there. They
+are compiled in the order in which the suite needs them, until the folder is as large as it may be;
+programs of other sources, another jax or another GPU are deleted from it. Without the GPU matrix
+products are not autotuned: by default no program is made here in which one is timed.
 """
 
 import pathlib
 import re
 import shutil
+import signal
 import tempfile
 import time
 
 from absl import flags
 
-from benchmarks.gpu_suite import conduct, plan, preparation, programs
+from benchmarks.gpu_suite import choose, conduct, plan, preparation, programs
 from benchmarks.gpu_suite.all_stages import STAGES
 from benchmarks.gpu_suite.preparation import Task
 from benchmarks.gpu_suite.stage import Case, Context
@@ -37,6 +38,9 @@ _JOBS = flags.DEFINE_integer("jobs", 2, "Processes.", lower_bound=1)
 _KEEP_SECONDS = flags.DEFINE_bool(
     "keep_seconds", False, "Write how long programs took into the suite's compile_seconds.csv."
 )
+
+
+flags.register_validator("cases", choose.is_pattern, "must be a regular expression")
 
 
 def context_of(target: str, work: pathlib.Path) -> Context:
@@ -62,6 +66,7 @@ def main() -> None:
     """Fills the folder, and says what did not compile."""
     folder = pathlib.Path(_OUT.value).absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     work = pathlib.Path(tempfile.mkdtemp(prefix="carry_"))
     try:
         failed = _fill(folder, context_of(_TARGET.value, work))
@@ -74,8 +79,10 @@ def main() -> None:
 def _fill(folder: pathlib.Path, context: Context) -> int:
     """Compiles what the folder lacks; returns how many programs failed."""
     every = tasks(context, _CASES.value)
+    if not every:
+        raise ValueError(f"--cases={_CASES.value!r} matches no case that has programs")
     version = programs.version(context.platform)
-    file_of = {task: f"{programs.file_name(task.name, version)}.bin" for task in every}
+    file_of = {task: f"{programs.file_name(task.name, version)}.bin" for task in tasks(context, "")}
     for path in folder.glob("*.bin"):
         if path.name not in file_of.values():
             path.unlink()

@@ -67,3 +67,12 @@ def last_results(folder: pathlib.Path, all_stages: Sequence[Stage]) -> dict[tupl
 def _date(folder: pathlib.Path) -> str:
     """Returns when results were begun, as text that sorts."""
     return str(stages.results(folder, DEVICE).get("description", {}).get("date", ""))
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a text is a regular expression."""
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True

@@ -1,6 +1,7 @@
 """The whole GPU suite on a CPU, as it will run on a GPU: and again, from what that run left."""
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -105,7 +106,7 @@ def test_few_files_are_left_and_the_summary_is_printed_last(first):
     assert done.output.rstrip().endswith(f"{summary}\n{out}")
     # Every stage says when it ended.
     for stage in STAGES:
-        assert re.search(rf"^{stage.name}: \d+ s$", done.output, re.MULTILINE), stage.name
+        assert re.search(rf"^{stage.name}: done at \d+ s$", done.output, re.MULTILINE), stage.name
 
 
 @pytest.mark.slow
@@ -161,7 +162,7 @@ def test_programs_that_cannot_be_loaded_are_not_used(content, reason, tmp_path):
 
 @pytest.mark.slow
 def test_without_toys_speeds_are_unmeasured(tmp_path):
-    done = suite(f"--out={tmp_path}", "--stages=decode,model", "--cases=nothing of the kind")
+    done = suite(f"--out={tmp_path}", "--stages=decode,model", "--cases=^(decode|model): ")
     assert done.status == 0, done.errors
     found = results(tmp_path)
     for stage in ("decode", "model"):
@@ -220,7 +221,11 @@ def test_what_failed_is_run_again_in_what_is_left(tmp_path):
     [
         ((), "--out=DIR is needed, or --dry_run"),
         (("--dry_run", "--stages=decoding"), "must be a list of device, "),
+        (("--dry_run", "--stages="), "must be a list of device, "),
         (("--dry_run", "--cases=("), "must be a regular expression"),
+        (("--dry_run", "--cases=nothing of the kind"), "matches no case, as 'hints: "),
+        (("--dry_run", "--rerun=failed"), "--rerun=failed needs --previous=DIR"),
+        ((f"--out={__file__}",), "is a file; it must be a folder"),
         (("--dry_run", "--previous=/nonexistent"), "holds no results.tar.gz"),
         (("--dry_run", "--programs=/nonexistent"), "there is no folder /nonexistent"),
         (("--dry_run", "--rerun=some"), "should be one of <missing|failed|all>"),
@@ -235,6 +240,41 @@ def test_wrong_flags_are_refused_in_one_line(options, message):
     assert len(done.errors.splitlines()) == 1
 
 
+def test_results_are_not_replaced_by_a_run_that_does_not_begin_with_them(tmp_path):
+    (tmp_path / "results.tar.gz").write_bytes(b"of an hour on a GPU")
+    done = suite(f"--out={tmp_path}")
+    assert done.status == 2
+    assert f"go on from them with --previous={tmp_path}" in done.errors
+    assert (tmp_path / "results.tar.gz").read_bytes() == b"of an hour on a GPU"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_terminated_keeps_what_it_found_and_leaves_nothing(tmp_path):
+    out, temporary = tmp_path / "out", tmp_path / "tmp"
+    temporary.mkdir()
+    options = [f"--out={out}", "--toy", "--stages=device", "--cases=rehearsal: (works|hangs)"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gpu_suite", *options],
+        cwd=ROOT,
+        env=dict(os.environ) | {"TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout is not None
+    while not (line := running.stdout.readline()).startswith("device: done"):
+        assert line, running.communicate()
+    running.terminate()
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert errors == f"error: interrupted; what was found is in {out}\n"
+    assert "interrupted after" in (out / "summary.txt").read_text()
+    found = results(out)
+    assert found["device"]["copy bandwidth"]["status"] == "ok"
+    assert "crashed" not in {row["status"] for row in found["rehearsal"].values()}
+    assert not list(temporary.iterdir())
+
+
 def test_programs_of_other_sources_are_deleted_from_the_folder(carried):
     version = programs.version("cpu")
     works = carried / f"{programs.file_name(rehearsal.DOUBLE.name, version)}.bin"
@@ -247,3 +287,8 @@ def test_programs_of_other_sources_are_deleted_from_the_folder(carried):
     assert not stale.exists()
     count = len(list(carried.glob("*.bin")))
     assert f"{count} of {count} programs are there" in done.output
+    # Those of other cases stay.
+    options[-1] = "--cases=^rehearsal: works"
+    done = suite(*options, module="benchmarks.gpu_suite.carry")
+    assert "1 of 1 programs are there" in done.output
+    assert len(list(carried.glob("*.bin"))) == count
