@@ -19,6 +19,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 START_LIMIT_S = 120.0
 """Seconds that a process may take to import everything."""
 
+_STOP_LIMIT_S = 20.0
+"""Seconds that a killed process may take to end: a driver may hold it while a kernel hangs."""
 _MAX_LOG_BYTES = 1 << 20
 _TELLING = re.compile(r"Fatal|Check failed|CUDA_ERROR|^F\d{4}|[Ee]rror:|Killed")
 
@@ -71,7 +73,8 @@ class Worker:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_LIMIT_S)
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
