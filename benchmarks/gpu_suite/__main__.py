@@ -20,7 +20,6 @@ Without a GPU kernels are interpreted at small sizes, and speeds stay unmeasured
 stages, at sizes that measure nothing, and cases that fail, hang and crash on purpose.
 """
 
-import os
 import pathlib
 import re
 import shutil
@@ -28,6 +27,7 @@ import sys
 import tempfile
 import time
 
+import jax
 from absl import flags
 
 from benchmarks.gpu_suite import (
@@ -64,7 +64,9 @@ _PREVIOUS = flags.DEFINE_string(
 )
 _PROGRAMS = flags.DEFINE_list("programs", [], "Folders of benchmarks.gpu_suite.carry.")
 _BUDGET_S = flags.DEFINE_float("budget_s", 480.0, "Seconds for everything.", lower_bound=1.0)
-_JOBS = flags.DEFINE_integer("jobs", None, "Processes that compile; all cores'.", lower_bound=1)
+_JOBS = flags.DEFINE_integer(
+    "jobs", None, "Processes; by default as many as there are cores, at most 16.", lower_bound=1
+)
 _TOY = flags.DEFINE_bool("toy", False, "Without a GPU, run the speed stages too, at toy sizes.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would run on an H100, and for how long.")
 flags.register_validator(
@@ -86,6 +88,8 @@ flags.register_validator("cases", _is_pattern, "must be a regular expression")
 def main() -> None:
     """Plans, or runs all stages and keeps summary and archives up to date."""
     begin = time.monotonic()
+    # Nothing here needs a device; should anything take one, it must not be the GPU's memory.
+    jax.config.update("jax_platforms", "cpu")
     out = None if _OUT.value is None else pathlib.Path(_OUT.value).absolute()
     if out is None and not _DRY_RUN.value:
         raise ValueError("--out=DIR is needed, or --dry_run")
@@ -150,7 +154,7 @@ def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
     every = [(name, case) for name in cases for case in cases[name]]
     limits = plan.deadlines(STAGES, cases, budget_s)
     new_worker = conduct.worker_factory(context, logs)
-    jobs = _JOBS.value or os.cpu_count() or 1
+    jobs = _JOBS.value or plan.num_cores()
     preparing = preparation.Preparation(
         preparation.in_order(every, plan.estimate_s),
         context,
