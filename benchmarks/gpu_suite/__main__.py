@@ -44,7 +44,7 @@ from benchmarks.gpu_suite import stage as stages
 from benchmarks.gpu_suite.all_stages import STAGES
 from benchmarks.gpu_suite.choose import Choice
 from benchmarks.gpu_suite.stage import Case, Context, Row
-from benchmarks.gpu_suite.supervise import START_LIMIT_S, Worker
+from benchmarks.gpu_suite.supervise import START_LIMIT_S, Worker, check_gpu
 from pallas_paged.models import command_line
 
 _NAMES = [stage.name for stage in STAGES if stage is not rehearsal.STAGE]
@@ -142,6 +142,7 @@ def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
         asked.stop()
         raise RuntimeError(f"no device answers: {described['reason']}")
     context = Context(described["architecture"], work / "results" / _name(described), work, carried)
+    check_gpu(context.on_gpu)
     context.results.mkdir(parents=True, exist_ok=True)
     title = "GPU suite"
     if carried:

@@ -323,6 +323,18 @@ def test_a_process_without_its_device_does_not_begin(context):
     assert "no_such_platform" in row["reason"]
 
 
+def test_a_gpu_that_is_there_must_be_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(supervise, "_GPU_FILE", tmp_path / "nvidia0")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    supervise.check_gpu(on_gpu=False)
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(RuntimeError, match="JAX uses the CPU"):
+        supervise.check_gpu(on_gpu=False)
+    supervise.check_gpu(on_gpu=True)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    supervise.check_gpu(on_gpu=False)
+
+
 def test_a_process_that_cannot_be_killed_is_left_behind(context, monkeypatch):
     monkeypatch.setattr(supervise, "_STOP_LIMIT_S", 0.1)
     handle = worker(context)
