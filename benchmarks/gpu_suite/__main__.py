@@ -47,6 +47,8 @@ from benchmarks.gpu_suite.stage import Case, Context, Row
 from benchmarks.gpu_suite.supervise import START_LIMIT_S, Worker, check_gpu
 from pallas_paged.models import command_line
 
+_TRY_LIMIT_S = 45.0
+"""Seconds that running the first carried program may take."""
 _NAMES = [stage.name for stage in STAGES if stage is not rehearsal.STAGE]
 _OUT = flags.DEFINE_string("out", None, "Folder for summary and archives.")
 _STAGES = flags.DEFINE_list("stages", _NAMES, f"Which of {', '.join(_NAMES)}.")
@@ -147,7 +149,7 @@ def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
     title = "GPU suite"
     if carried:
         message = {"do": "try carried", "context": context.fields()}
-        if why := asked.ask(message, START_LIMIT_S, end)["reason"]:
+        if why := asked.ask(message, _TRY_LIMIT_S, end)["reason"]:
             context = context._replace(carried=())
             title += f" (--programs are not used: {why})"
     asked.stop()

@@ -183,7 +183,10 @@ def serialized(
     with deviceless.without_compilation_cache(), jax.default_device(device):
         lowered = jax.jit(flat, donate_argnums=donated, keep_unused=True).lower(*shapes)
         compiled = lowered.compile(compiler_options=_options(program, device, autotuned))
-    return pickle.dumps(serialize_executable.serialize(compiled))
+    try:
+        return pickle.dumps(serialize_executable.serialize(compiled))
+    except NotImplementedError as error:  # JAX's, not that of an implementation which refuses
+        raise RuntimeError(f"the compiled program cannot be written: {error}") from error
 
 
 def load(program: Program, context: Context) -> Loaded:
