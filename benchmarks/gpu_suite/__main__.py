@@ -22,7 +22,6 @@ Without a GPU kernels are interpreted at small sizes, and speeds stay unmeasured
 stages, at sizes that measure nothing, and cases that fail, hang and crash on purpose.
 """
 
-import os
 import pathlib
 import re
 import shutil
@@ -31,6 +30,7 @@ import sys
 import tempfile
 import time
 
+import jax
 from absl import flags
 
 from benchmarks.gpu_suite import (
@@ -48,9 +48,11 @@ from benchmarks.gpu_suite import stage as stages
 from benchmarks.gpu_suite.all_stages import STAGES
 from benchmarks.gpu_suite.choose import Choice
 from benchmarks.gpu_suite.stage import Case, Context, Row
-from benchmarks.gpu_suite.supervise import START_LIMIT_S, Worker
+from benchmarks.gpu_suite.supervise import START_LIMIT_S, Worker, check_gpu
 from pallas_paged.models import command_line
 
+_TRY_LIMIT_S = 45.0
+"""Seconds that running the first carried program may take."""
 _NAMES = [stage.name for stage in STAGES if stage is not rehearsal.STAGE]
 _OUT = flags.DEFINE_string("out", None, "Folder for summary and archives.")
 _STAGES = flags.DEFINE_list("stages", _NAMES, "Which stages; they keep their order.")
@@ -70,7 +72,9 @@ _PREVIOUS = flags.DEFINE_string(
 )
 _PROGRAMS = flags.DEFINE_list("programs", [], "Folders of benchmarks.gpu_suite.carry.")
 _BUDGET_S = flags.DEFINE_float("budget_s", 480.0, "Seconds for everything.", lower_bound=1.0)
-_JOBS = flags.DEFINE_integer("jobs", None, "Processes that compile; all cores'.", lower_bound=1)
+_JOBS = flags.DEFINE_integer(
+    "jobs", None, "Processes; by default as many as there are cores, at most 16.", lower_bound=1
+)
 _TOY = flags.DEFINE_bool("toy", False, "Without a GPU, run the speed stages too, at toy sizes.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would run on an H100, and for how long.")
 flags.register_validator(
@@ -86,6 +90,8 @@ flags.register_validator("cases", choose.is_pattern, "must be a regular expressi
 def main() -> None:
     """Plans, or runs all stages and keeps summary and archives up to date."""
     begin = time.monotonic()
+    # Nothing here needs a device; should anything take one, it must not be the GPU's memory.
+    jax.config.update("jax_platforms", "cpu")
     out = None if _OUT.value is None else pathlib.Path(_OUT.value).absolute()
     if out is None and not _DRY_RUN.value:
         raise ValueError("--out=DIR is needed, or --dry_run")
@@ -173,11 +179,12 @@ def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
         asked.stop()
         raise RuntimeError(f"no device answers: {described['reason']}")
     context = Context(described["architecture"], work / "results" / _name(described), work, carried)
+    check_gpu(context.on_gpu)
     context.results.mkdir(parents=True, exist_ok=True)
     title = "GPU suite"
     if carried:
         message = {"do": "try carried", "context": context.fields()}
-        if why := asked.ask(message, START_LIMIT_S, end)["reason"]:
+        if why := asked.ask(message, _TRY_LIMIT_S, end)["reason"]:
             context = context._replace(carried=())
             title += f" (--programs are not used: {why})"
     asked.stop()
@@ -186,7 +193,7 @@ def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
     print(f"{len(every)} cases to run on {described['device']}", flush=True)
     limits = plan.deadlines(STAGES, cases, budget_s)
     new_worker = conduct.worker_factory(context, logs)
-    jobs = _JOBS.value or os.cpu_count() or 1
+    jobs = _JOBS.value or plan.num_cores()
     preparing = preparation.Preparation(
         preparation.in_order(every, plan.estimate_s),
         context,

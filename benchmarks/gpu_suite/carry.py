@@ -36,7 +36,9 @@ _CASES = flags.DEFINE_string(
 _MAX_MIB = flags.DEFINE_float("max_mib", 24.0, "The most MiB of programs.", lower_bound=0.0)
 _JOBS = flags.DEFINE_integer("jobs", 2, "Processes.", lower_bound=1)
 _KEEP_SECONDS = flags.DEFINE_bool(
-    "keep_seconds", False, "Write how long programs took into the suite's compile_seconds.csv."
+    "keep_seconds",
+    False,
+    "Compile all, and write how long programs took into the suite's compile_seconds.csv.",
 )
 
 
@@ -98,7 +100,7 @@ def _fill(folder: pathlib.Path, context: Context) -> int:
         time.monotonic() + _DAY_S,
     )
     seconds = dict(plan.compile_seconds())
-    failed = without_room = 0
+    failed, is_full = 0, False
     try:
         for number, task in enumerate(todo, 1):
             while not preparing.is_ready([task]):
@@ -114,17 +116,20 @@ def _fill(folder: pathlib.Path, context: Context) -> int:
                     left -= size
                     shutil.move(path, folder / path.name)
                 else:
-                    without_room += 1
+                    is_full = not _KEEP_SECONDS.value
                     result += ", no room"
                     path.unlink()
             failed += row["status"] not in ("ok", "unsupported")
             print(f"{number}/{len(todo)} {task.name}: {result}", flush=True)
+            if is_full:
+                print(f"the folder is full, --max_mib={_MAX_MIB.value:g}: the rest is left out")
+                break
     finally:
         preparing.stop()
     if _KEEP_SECONDS.value:
         plan.write_compile_seconds(seconds)
     kept = len(list(folder.glob("*.bin")))
-    print(f"{folder}: {kept} programs; no room for {without_room}, {failed} failed")
+    print(f"{folder}: {kept} of {len(every)} programs, {failed} failed")
     return failed
 
 

@@ -11,8 +11,10 @@ from benchmarks.gpu_suite.preparation import Preparation
 from benchmarks.gpu_suite.stage import Case, Context, Stage
 from benchmarks.gpu_suite.supervise import Worker
 
-ALONE_MEMORY, SHARED_MEMORY = 0.8, 0.18
-"""Shares of the GPU's memory that a process takes: the only one that runs, and one of several."""
+ALONE_MEMORY, SHARED_MEMORY = 0.7, 0.18
+"""Shares of the GPU's memory that a process takes: the only one that runs, and one of several.
+
+Some 20 GiB are left to those that prepare: a context each, and what XLA compares products with."""
 PARALLEL_RUNS = 4
 """Cases that run at a time in a stage where none is timed; two without a GPU."""
 
@@ -149,6 +151,10 @@ def worker_factory(context: Context, logs: pathlib.Path) -> NewWorker:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+    if context.on_gpu and context.target is None:
+        # Both are needed, whatever the environment says; and without the GPU nothing shall run.
+        common["JAX_PLATFORMS"] = "cuda,cpu"
+        common["XLA_PYTHON_CLIENT_MEM_FRACTION"] = ""  # JAX refuses it beside the new name
     if not context.on_gpu:
         # An interpreted kernel blocks one of JAX's threads for each of its own that waits; with as
         # many as two cores give, it would wait forever.

@@ -25,6 +25,8 @@ TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 LSE_TOLERANCE = 1e-3
 MAX_CHECKED = 256
 """Queries of a step that the reference computes, but for each sequence's first and last one."""
+_NOT_MEASURED = (("xla_gpu_autotune_level", "0"),)
+"""Of XLA's products: these programs are compiled while others are timed."""
 _MAX_NUMBERS = 0.5e9
 """Products of a query's and a key's numbers that it may take: seconds on one core."""
 
@@ -69,6 +71,7 @@ def program(spec: AttentionSpec, implementation: str, num_blocks: int | None = N
         f"{most} queries" + "".join(f", {option}" for option in options),
         function=functools.partial(_attend, implementation, fixed, most),
         arguments=lambda: arguments,
+        options=_NOT_MEASURED if implementation == "xla" else (),
     )
 
 

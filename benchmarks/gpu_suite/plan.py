@@ -7,6 +7,7 @@ for an H100, on a machine without a GPU; see `carry.py`.
 import csv
 import functools
 import heapq
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -19,6 +20,9 @@ from benchmarks.gpu_suite.stage import Case, Context, Stage
 COMPILE_SECONDS = pathlib.Path(__file__).parent / "compile_seconds.csv"
 START_S = 10.0
 """A guess: a process starts, imports everything, and asks the device."""
+MAX_JOBS = 16
+"""Processes by default: each takes about half a GiB of the GPU's memory, and two of the host's."""
+_CORES_FILE = pathlib.Path("/sys/fs/cgroup/cpu.max")
 _UNKNOWN_S = 5.0
 _LOAD_S = 0.05
 
@@ -132,6 +136,19 @@ def plan(
             )
         )
     return plans
+
+
+def num_cores() -> int:
+    """Returns how many cores this process may use, at most `MAX_JOBS`.
+
+    A container sees all cores of its host, but may have a share of their time only.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if _CORES_FILE.exists():
+        quota, period = _CORES_FILE.read_text().split()
+        if quota != "max":
+            cores = min(cores, int(quota) // int(period))
+    return max(1, min(MAX_JOBS, cores))
 
 
 def num_preparing(jobs: int) -> int:

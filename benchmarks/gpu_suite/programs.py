@@ -55,8 +55,8 @@ _NOT_COMPILED = (
 )
 """Modules of the suite that have no part in what is compiled."""
 
-COMPILE_LIMIT_S = 120.0
-"""Seconds that a program may take to compile."""
+COMPILE_LIMIT_S = 240.0
+"""Seconds that a program may take to compile, its products measured, beside many others."""
 
 
 class Loaded:
@@ -74,10 +74,14 @@ class Loaded:
         """Returns the leaves of the results."""
         return self._compiled(*jax.tree.leaves(arguments))
 
-    def temporary_bytes(self) -> int:
-        """Returns the bytes that it needs beside its arguments and what is in their place."""
+    def temporary_bytes(self) -> int | None:
+        """Returns the bytes that it needs beside its arguments and what is in their place.
+
+        None where XLA does not know, as it may not of a program that was loaded.
+        """
         analysis = self._compiled.memory_analysis()
-        assert analysis is not None, "XLA gave no memory analysis of a compiled program"
+        if analysis is None:
+            return None
         in_place = analysis.alias_size_in_bytes
         return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - in_place
 
@@ -179,7 +183,10 @@ def serialized(
     with deviceless.without_compilation_cache(), jax.default_device(device):
         lowered = jax.jit(flat, donate_argnums=donated, keep_unused=True).lower(*shapes)
         compiled = lowered.compile(compiler_options=_options(program, device, autotuned))
-    return pickle.dumps(serialize_executable.serialize(compiled))
+    try:
+        return pickle.dumps(serialize_executable.serialize(compiled))
+    except NotImplementedError as error:  # JAX's, not that of an implementation which refuses
+        raise RuntimeError(f"the compiled program cannot be written: {error}") from error
 
 
 def load(program: Program, context: Context) -> Loaded:
@@ -227,13 +234,15 @@ def _options(
     return options
 
 
-def cannot_load(names: Iterable[str], context: Context) -> str | None:
-    """Returns why carried programs cannot be loaded here, or None; tries the first one."""
-    for name in names:
-        found = find(name, context)
+def cannot_use(some: Iterable[Program], context: Context) -> str | None:
+    """Returns why carried programs cannot be used here, or None; runs the first one, on zeros."""
+    for program in some:
+        found = find(program.name, context)
         if found is not None and found[1] == "carried":
             try:
-                _deserialized(found[0])
+                leaves = jax.tree.leaves(program.arguments())
+                zeros = [np.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
+                jax.block_until_ready(_deserialized(found[0])(*zeros))
             except Exception as error:
                 return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
             return None

@@ -98,8 +98,7 @@ class Case(NamedTuple):
         the compilers' caches.
       limit_s: seconds after which it is given up, once everything is prepared.
       run_s: about how long it takes; for the plan.
-      prepare_s: about how long one process prepares it, its programs apart; for the plan. Those
-        that take long are begun first.
+      prepare_s: about how long one process prepares it, its programs apart; for the plan.
       environment: variables of the processes that prepare and run it.
     """
 

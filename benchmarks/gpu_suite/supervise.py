@@ -19,8 +19,20 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 START_LIMIT_S = 120.0
 """Seconds that a process may take to import everything."""
 
+_GPU_FILE = pathlib.Path("/dev/nvidia0")
+_STOP_LIMIT_S = 20.0
+"""Seconds that a killed process may take to end: a driver may hold it while a kernel hangs."""
 _MAX_LOG_BYTES = 1 << 20
 _TELLING = re.compile(r"Fatal|Check failed|CUDA_ERROR|^F\d{4}|[Ee]rror:|Killed")
+
+
+def check_gpu(on_gpu: bool) -> None:
+    """Raises `RuntimeError` if JAX uses the CPU beside a GPU, and nobody has asked it to.
+
+    Else a rare GPU's time would go into interpreting kernels.
+    """
+    if not on_gpu and _GPU_FILE.exists() and os.environ.get("JAX_PLATFORMS") != "cpu":
+        raise RuntimeError(f"{_GPU_FILE} is there, but JAX uses the CPU; or set JAX_PLATFORMS=cpu")
 
 
 class Worker:
@@ -76,7 +88,8 @@ class Worker:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_LIMIT_S)
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):

@@ -37,6 +37,10 @@ SHAPES = (
 )
 """The most important first. Of prompts that differ in the size of a block only, one: nothing that
 is timed here in prefill knows of it."""
+_ENVIRONMENT = (
+    ("JAX_PLATFORMS", "cpu"),  # one library has the GPU's memory
+    ("TORCHINDUCTOR_COMPILE_THREADS", "1"),  # else each process has as many more as there are cores
+)
 TOYS = (
     Shape(2, 200, "4/2", 16),
     Shape(1, 256, "2/2", 16, 256),
@@ -199,7 +203,7 @@ def _cases(context: Context) -> list[Case]:
             limit_s=45.0,
             run_s=4.0,
             prepare_s=30.0,
-            environment=(("JAX_PLATFORMS", "cpu"),),  # one library has the GPU's memory
+            environment=_ENVIRONMENT,
         )
         for shape in shapes(context)
     ]

@@ -54,7 +54,7 @@ class Sizes(NamedTuple):
 
 
 DECODE_SIZES = Sizes(
-    ((Step(64, 4096), Step(64, 1024), Step(1, 32768), Step(8, 1024)),), 4, 8, 1 << 18
+    ((Step(64, 4096), Step(64, 1024), Step(1, 32768), Step(16, 2048)),), 4, 8, 1 << 18
 )
 PREFILL_SIZES = Sizes(
     (

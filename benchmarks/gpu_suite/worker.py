@@ -8,6 +8,7 @@ output; see `answer`. What else is printed goes to standard error.
 
 import ctypes
 import functools
+import gc
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from benchmarks.gpu_suite import device, programs
 from benchmarks.gpu_suite.all_stages import STAGES
@@ -32,7 +34,7 @@ def answer(message: Row, more_time: Callable[[float], None]) -> Row:
 
     Args:
       message: `do` is "describe", or, with a `context`, "try carried" (is there a `reason` why
-        carried programs cannot be loaded?), "compile" of the program `name`, "prepare" or "run" of
+        carried programs cannot be used?), "compile" of the program `name`, "prepare" or "run" of
         the case `name` of `stage`.
       more_time: see `Context`.
     """
@@ -40,7 +42,7 @@ def answer(message: Row, more_time: Callable[[float], None]) -> Row:
         return device.identity() | {"status": "ok", "architecture": _architecture()}
     context = Context.of(message["context"])
     if message["do"] == "try carried":
-        return {"status": "ok", "reason": programs.cannot_load(_programs(context), context)}
+        return {"status": "ok", "reason": programs.cannot_use(_programs(context).values(), context)}
     if message["do"] != "run":
         os.setpriority(os.PRIO_PROCESS, 0, _NICE)  # what runs comes first
     if message["do"] == "compile":
@@ -80,6 +82,14 @@ def _programs(context: Context) -> dict[str, Program]:
     }
 
 
+def _take_device() -> None:
+    """Begins to use the device, which takes seconds that no case should be given up for.
+
+    A process that does not get the device ends by this, instead of computing elsewhere.
+    """
+    jax.block_until_ready(jax.device_put(np.zeros(1, np.float32)))
+
+
 def _is_healthy(row: Row) -> bool:
     """Whether the device still computes after a case.
 
@@ -107,6 +117,7 @@ def main() -> None:
         answers.write(json.dumps(row) + "\n")
         answers.flush()
 
+    _take_device()
     send({"status": "ready"})
     for line in sys.stdin:
         message = json.loads(line)
@@ -114,6 +125,8 @@ def main() -> None:
         send(row)
         if message["do"] == "run" and not _is_healthy(row):
             sys.exit("the device is broken")
+        if row["status"] != "ok":
+            gc.collect()  # an error may hold arrays of many GiB in a circle
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from benchmarks.gpu_suite import archive, choose, plan, preparation, programs, report
+from benchmarks.gpu_suite import all_stages, archive, choose, plan, preparation, programs, report
 from benchmarks.gpu_suite import stage as stages
 from benchmarks.gpu_suite.choose import Choice
 from benchmarks.gpu_suite.stage import Case, Context, Program, Stage
@@ -115,6 +115,26 @@ def test_a_plan_by_hand(context, monkeypatch):
 
 def test_where_there_are_many_cores_two_are_left_to_who_runs():
     assert [plan.num_preparing(jobs) for jobs in (1, 2, 4, 8, 16)] == [1, 2, 4, 6, 14]
+
+
+def test_cores_are_those_that_this_process_may_use(tmp_path, monkeypatch):
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(plan, "_CORES_FILE", quota)
+    monkeypatch.setattr(plan.os, "sched_getaffinity", lambda process: range(12))
+    assert plan.num_cores() == 12
+    for text, cores in (("max 100000", 12), ("600000 100000", 6), ("50000 100000", 1)):
+        quota.write_text(f"{text}\n")
+        assert plan.num_cores() == cores
+    quota.unlink()
+    monkeypatch.setattr(plan.os, "sched_getaffinity", lambda process: range(208))
+    assert plan.num_cores() == plan.MAX_JOBS
+
+
+def test_the_ceilings_have_time_though_no_process_has_started(context):
+    """Two starts, one after the other, of processes that take three times as long as planned."""
+    cases = {each.name: [] for each in all_stages.STAGES if each.name != "rehearsal"}
+    limits = plan.deadlines(all_stages.STAGES, cases, 480.0)
+    assert limits["device"] > 2 * 3 * plan.START_S
 
 
 def test_compile_times_are_kept_sorted(tmp_path, monkeypatch):

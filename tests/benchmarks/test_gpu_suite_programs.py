@@ -253,6 +253,21 @@ def test_a_damaged_program_is_compiled_here(damage, context):
     assert len(loaded(*INPUTS)) == 2
 
 
+def test_carried_programs_are_tried_by_running_one(context, tmp_path):
+    def cannot_use() -> str | None:
+        return programs.cannot_use([SCALE], context)
+
+    assert "none of them" in cannot_use()
+    context = context._replace(carried=(tmp_path / "carried",))
+    path = context.carried[0] / programs.path_of(SCALE.name, context, ".bin").name
+    programs.write(path, programs.serialized(SCALE))
+    assert cannot_use() is None
+    programs.write(path, programs.serialized(Program("other", lambda x: x, _one)))
+    assert "TypeError" in cannot_use()  # it loads
+    programs.write(path, b"no program")
+    assert "UnpicklingError" in cannot_use()
+
+
 def test_a_program_for_a_gpu_is_not_loaded_without_one(context, tmp_path):
     content = programs.serialized(SCALE, target="h100")
     assert content != programs.serialized(SCALE)

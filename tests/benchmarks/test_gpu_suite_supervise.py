@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from benchmarks.gpu_suite import conduct, preparation, programs, rehearsal
+from benchmarks.gpu_suite import conduct, preparation, programs, rehearsal, supervise
 from benchmarks.gpu_suite import stage as stages
 from benchmarks.gpu_suite.preparation import Preparation, Task, in_order, tasks_of
 from benchmarks.gpu_suite.stage import Case, Context, Program, Stage
@@ -69,9 +69,10 @@ def finish(preparing):
 # --- preparing ------------------------------------------------------------------------------------
 
 
-def test_tasks_come_once_in_the_order_of_cases_but_long_ones_first():
+def test_tasks_come_once_in_the_order_of_cases_but_what_compiles_long_first():
     cases = [
         case("a", "p", "q"),
+        case("waits", prepare=lambda context: None, prepare_s=90.0),
         case("b", "q", "r", prepare=lambda context: None),
         case("c", "slow", prepare_s=90.0),
     ]
@@ -81,6 +82,7 @@ def test_tasks_come_once_in_the_order_of_cases_but_long_ones_first():
         ("compile", "slow"),
         ("compile", "p"),
         ("compile", "q"),
+        ("prepare", "waits"),
         ("compile", "r"),
         ("prepare", "b"),
     ]
@@ -105,6 +107,16 @@ def test_a_program_that_takes_its_compiler_with_it_is_not_compiled_by_who_runs(c
     finish(prepare(context, fakes, [case("a", "bad", "good")]))
     with pytest.raises(programs.NotCompiledError, match=f"{status} while compiling: gone"):
         programs.load(program("bad"), context)
+
+
+def test_a_process_that_ended_may_not_have_been_the_tasks_fault(context):
+    answers = iter([{"status": "crashed", "reason": "no device"}, {"status": "ok"}])
+    fakes = Fakes(p=lambda: next(answers))
+    preparing = prepare(context, fakes, [case("a", "p")])
+    finish(preparing)
+    assert [name for _, name, _ in fakes.asked] == ["p", "p"]
+    assert [row["status"] for row in preparing.results.values()] == ["ok"]
+    assert not programs.path_of("p", context, ".json").exists()
 
 
 def test_time_that_is_over_is_no_failure_of_a_program(context):
@@ -333,6 +345,56 @@ def test_memory_is_divided_on_a_gpu_only(context):
     assert [each.environment.get("NPROC") for each in made] == ["16", None]
     assert all(each.environment["A"] == "b" for each in made)
     assert preparation.PREPARE_LIMIT_S >= 60
+
+
+def test_who_has_a_gpu_computes_there_and_on_the_host_and_nowhere_else(context, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    there = context._replace(platform="sm_90")
+
+    def platforms(context, **variables):
+        made = conduct.worker_factory(context, context.work)("x", variables)
+        return made.environment.get("JAX_PLATFORMS")
+
+    assert platforms(there) == "cuda,cpu"
+    assert platforms(there, JAX_PLATFORMS="cpu") == "cpu"
+    # Where programs are compiled for a GPU that is not there.
+    assert platforms(there._replace(target="h100")) is None
+    assert platforms(context) is None
+
+
+def test_a_process_without_its_device_does_not_begin(context):
+    handle = Worker(context.work / "log", {"JAX_PLATFORMS": "no_such_platform"})
+    row = asked(handle, context, "fails")  # which needs no device
+    assert row["status"] == "crashed"
+    assert "no_such_platform" in row["reason"]
+
+
+def test_a_gpu_that_is_there_must_be_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(supervise, "_GPU_FILE", tmp_path / "nvidia0")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    supervise.check_gpu(on_gpu=False)
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(RuntimeError, match="JAX uses the CPU"):
+        supervise.check_gpu(on_gpu=False)
+    supervise.check_gpu(on_gpu=True)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    supervise.check_gpu(on_gpu=False)
+
+
+def test_a_process_that_cannot_be_killed_is_left_behind(context, monkeypatch):
+    monkeypatch.setattr(supervise, "_STOP_LIMIT_S", 0.1)
+    handle = worker(context)
+    assert handle.ask({"do": "describe"}, FAR, time.monotonic() + FAR)["status"] == "ok"
+    process = handle._process
+    with monkeypatch.context() as patch:
+        patch.setattr(supervise.os, "killpg", lambda group, number: None)  # a driver holds it
+        begin = time.monotonic()
+        handle.stop()
+    assert time.monotonic() - begin < 10
+    assert process.poll() is None
+    assert handle._process is None
+    process.kill()
+    process.wait()
 
 
 def test_errors_become_results(context):
