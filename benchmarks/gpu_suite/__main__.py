@@ -110,7 +110,8 @@ def main() -> None:
             print(f"wrong: {'; '.join(wrong)}"[:500])
             sys.exit(1)
     except KeyboardInterrupt:
-        print(f"error: interrupted; what was found is in {out}", file=sys.stderr)
+        where = "" if out is None or _DRY_RUN.value else f"; what was found is in {out}"
+        print(f"error: interrupted{where}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -128,7 +128,7 @@ def _fill(folder: pathlib.Path, context: Context) -> int:
         preparing.stop()
     if _KEEP_SECONDS.value:
         plan.write_compile_seconds(seconds)
-    kept = len(list(folder.glob("*.bin")))
+    kept = sum((folder / file_of[task]).exists() for task in every)
     print(f"{folder}: {kept} of {len(every)} programs, {failed} failed")
     return failed
 
