@@ -14,9 +14,10 @@ loaded from --programs. A case that hangs or crashes costs that case alone.
 After each stage DIR has summary.txt (what matters, at most 6 kB, also printed last), results.tar.gz
 (every figure, suite.txt to read, suite.json, logs, tuned configurations) and programs-1.tar, ...
 with what was compiled and autotuned. Results are kept apart by device and sources. The exit status
-is 1 if something is wrong, 2 for wrong flags. What there was no time for is not wrong: the summary
-counts it, and the next run with --previous runs it. So it does after a Ctrl-C or a SIGTERM, which
-keep what was found until then. The device's stage is always run, unless its results are there.
+is 1 if something is wrong, 2 for wrong flags, 130 after a Ctrl-C or a SIGTERM, which keep what was
+found until then. What there was no time for is not wrong: the summary counts it, and the next run
+with --previous runs it. The device's stage is always run, unless its results are there. What lies
+in --previous and --programs is loaded as code: take no folder that somebody else made.
 
 Without a GPU kernels are interpreted at small sizes, and speeds stay unmeasured; --toy runs all
 stages, at sizes that measure nothing, and cases that fail, hang and crash on purpose.
@@ -82,8 +83,6 @@ flags.register_validator(
     lambda names: bool(names) and set(names) <= set(_NAMES),
     f"must be a list of {', '.join(_NAMES)}",
 )
-
-
 flags.register_validator("cases", choose.is_pattern, "must be a regular expression")
 
 
@@ -234,8 +233,8 @@ def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
 
 def _name(described: Row) -> str:
     """Returns the name of the folder for results of this device and these sources."""
-    device = re.sub(r"[^a-z0-9]+", "_", described["device"].lower())
-    return f"{described['sources']}-jax{described['versions']['jax']}-{device}"
+    kind = re.sub(r"[^a-z0-9]+", "_", described["device"].lower())
+    return f"{described['sources']}-jax{described['versions']['jax']}-{kind}"
 
 
 def _keep(out: pathlib.Path, context: Context, first: str) -> tuple[str, OSError | None]:

@@ -6,6 +6,7 @@ running it takes seconds; see `programs.py`. Cases run in processes of their own
 """
 
 import json
+import math
 import pathlib
 import time
 import traceback
@@ -138,7 +139,16 @@ class Stage(NamedTuple):
 def append(folder: pathlib.Path, stage: str, row: Row) -> None:
     """Adds a line to the stage's file, at once."""
     with (folder / f"{stage}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(_strict(row), allow_nan=False) + "\n")
+
+
+def _strict(value: Any) -> Any:
+    """Returns a value as JSON can hold it, which knows neither infinity nor NaN: as text."""
+    if isinstance(value, dict):
+        return {key: _strict(each) for key, each in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def results(folder: pathlib.Path, stage: str) -> dict[str, Row]:

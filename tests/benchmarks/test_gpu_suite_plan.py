@@ -214,6 +214,14 @@ def test_a_line_that_was_cut_off_is_no_result(tmp_path):
     assert list(stages.results(tmp_path, "fake")) == ["a"]
 
 
+def test_figures_that_json_does_not_know_are_text(tmp_path):
+    row = {"case": "a", "status": "failed", "error": float("inf"), "of": {"x": float("nan")}}
+    stages.append(tmp_path, "fake", row)
+    text = (tmp_path / "fake.jsonl").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert found == {"case": "a", "status": "failed", "error": "inf", "of": {"x": "nan"}}
+
+
 # --- archives -------------------------------------------------------------------------------------
 
 
