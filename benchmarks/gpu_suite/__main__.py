@@ -7,9 +7,10 @@
   JAX_PLATFORMS=cpu python -m benchmarks.gpu_suite --out=DIR --toy           # does the suite work?
 
 From the root of the repository, with jax (CUDA), flax, numpy, absl-py, jaxtyping and transformers
-installed; it needs neither this package installed nor a network. Programs are compiled by many
-processes while others run them; what was compiled elsewhere, by `benchmarks.gpu_suite.carry`, is
-loaded from --programs. A case that hangs or crashes costs that case alone.
+installed, and CUDA's assembler, in /usr/local/cuda or from the package nvidia-cuda-nvcc; it needs
+neither this package installed nor a network. Programs are compiled by many processes while others
+run them; what was compiled elsewhere, by `benchmarks.gpu_suite.carry`, is loaded from --programs. A
+case that hangs or crashes costs that case alone.
 
 After each stage DIR has summary.txt (what matters, at most 6 kB, also printed last), results.tar.gz
 (every figure, suite.txt to read, suite.json, logs, tuned configurations) and programs-1.tar, ...
@@ -49,7 +50,7 @@ from benchmarks.gpu_suite import stage as stages
 from benchmarks.gpu_suite.all_stages import STAGES
 from benchmarks.gpu_suite.choose import Choice
 from benchmarks.gpu_suite.stage import Case, Context, Row
-from benchmarks.gpu_suite.supervise import START_LIMIT_S, Worker, check_gpu
+from benchmarks.gpu_suite.supervise import START_LIMIT_S, Worker, check_gpu, no_assembler
 from pallas_paged.models import command_line
 
 _TRY_LIMIT_S = 45.0
@@ -182,6 +183,8 @@ def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
     check_gpu(context.on_gpu)
     context.results.mkdir(parents=True, exist_ok=True)
     title = "GPU suite"
+    if context.on_gpu and (where := no_assembler()):
+        title += f" (kernels may not compile here: {where})"
     if carried:
         message = {"do": "try carried", "context": context.fields()}
         if why := asked.ask(message, _TRY_LIMIT_S, end)["reason"]:

@@ -1,6 +1,7 @@
 """Handles of worker processes; what they do not survive, their owner does. No jax here."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ START_LIMIT_S = 120.0
 """Seconds that a process may take to import everything."""
 
 _GPU_FILE = pathlib.Path("/dev/nvidia0")
+_TOOLKIT = pathlib.Path("/usr/local/cuda")
 _STOP_LIMIT_S = 20.0
 """Seconds that a killed process may take to end: a driver may hold it while a kernel hangs."""
 _MAX_LOG_BYTES = 1 << 20
@@ -33,6 +35,17 @@ def check_gpu(on_gpu: bool) -> None:
     """
     if not on_gpu and _GPU_FILE.exists() and os.environ.get("JAX_PLATFORMS") != "cpu":
         raise RuntimeError(f"{_GPU_FILE} is there, but JAX uses the CPU; or set JAX_PLATFORMS=cpu")
+
+
+def no_assembler() -> str | None:
+    """Returns where there is no CUDA assembler, without which no kernel compiles; None if it is."""
+    folders = [_TOOLKIT]
+    packages = importlib.util.find_spec("nvidia")
+    for place in packages.submodule_search_locations or () if packages is not None else ():
+        folders += [pathlib.Path(place) / name for name in ("cu13", "cuda_nvcc")]
+    if any((folder / "bin" / "ptxas").exists() for folder in folders):
+        return None
+    return f"no bin/ptxas in {_TOOLKIT}, and no package nvidia-cuda-nvcc"
 
 
 class Worker:

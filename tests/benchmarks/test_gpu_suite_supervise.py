@@ -397,6 +397,15 @@ def test_a_process_that_cannot_be_killed_is_left_behind(context, monkeypatch):
     process.wait()
 
 
+def test_a_missing_assembler_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise, "_TOOLKIT", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert str(tmp_path) in supervise.no_assembler()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ptxas").touch()
+    assert supervise.no_assembler() is None
+
+
 def test_errors_become_results(context):
     def fail(error):
         def run(context):
