@@ -18,6 +18,9 @@ Some 20 GiB are left to those that prepare: a context each, and what XLA compare
 PARALLEL_RUNS = 4
 """Cases that run at a time in a stage where none is timed; two without a GPU."""
 
+PATIENCE_ON_CPU = 4
+"""Factor of the cases' limits without a GPU, where nothing is timed and tests run beside it."""
+
 NewWorker = Callable[[str, dict[str, str]], Worker]
 """From a name and variables of its environment to the handle of a process."""
 
@@ -120,7 +123,8 @@ class Runners:
         row = self._preparing.results.get(prepare, {"status": "ok"})
         if row["status"] == "ok":
             message = {"do": "run", "stage": stage.name, "name": case.name}
-            row = worker.ask(message | {"context": self._context.fields()}, case.limit_s, deadline)
+            limit_s = case.limit_s * (1 if self._context.on_gpu else PATIENCE_ON_CPU)
+            row = worker.ask(message | {"context": self._context.fields()}, limit_s, deadline)
         elif row["status"] != "unsupported":
             row = row | {"reason": f"while it was prepared: {row.get('reason', '')}"}
         self._append(stage, {"case": case.name} | row)

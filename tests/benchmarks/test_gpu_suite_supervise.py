@@ -30,6 +30,7 @@ class FakeWorker:
 
     def ask(self, message, limit_s, deadline):
         self.asked.append((message["do"], message["name"], self.environment))
+        self.limit_s = limit_s
         answer = self.answers.get(message["name"], {"status": "ok"})
         return answer() if callable(answer) else answer
 
@@ -336,6 +337,8 @@ def test_memory_is_divided_on_a_gpu_only(context):
         cases = [case(platform)]
         run(there, fakes, cases, prepare(there, Fakes(), cases))
     on_cpu, on_gpu = (environment for _, _, environment in fakes.asked)
+    limits = [each.limit_s for each in fakes.workers]
+    assert limits == [10.0 * conduct.PATIENCE_ON_CPU, 10.0]
     assert on_cpu == {}
     assert on_gpu == {"XLA_CLIENT_MEM_FRACTION": str(conduct.ALONE_MEMORY)}
     made = [
