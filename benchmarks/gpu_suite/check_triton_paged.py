@@ -10,6 +10,7 @@ compiles every variant and size for that architecture (90 is an H100 or H200). E
 output is wrong, or if registers are spilled.
 """
 
+import importlib.util
 import itertools
 import math
 import os
@@ -170,6 +171,10 @@ def main(argv: list[str]) -> None:
     """Does what the flags say."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    for package in ("torch", "triton"):
+        if importlib.util.find_spec(package) is None:
+            print(f"error: {package} is not installed", file=sys.stderr)
+            sys.exit(2)
     right = check() if _COMPILE_FOR.value is None else compile_all(_COMPILE_FOR.value)
     sys.exit(0 if right else 1)
 
