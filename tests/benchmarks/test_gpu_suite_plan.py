@@ -177,6 +177,18 @@ def test_the_summary_is_short_whatever_happened_and_keeps_what_matters(context):
     assert any("good 1:" in line for line in lines)
 
 
+def test_aims_come_before_what_is_listed_earlier(context):
+    many = stage("many", *(f"many {number}" for number in range(600)))
+    late = stage("late", "aim", *(f"late {number}" for number in range(9)), aims=1)
+    for each in (many, late):
+        for one in each.cases(context):
+            stages.append(context.results, each.name, {"case": one.name, "status": "ok", "us": 1.5})
+    lines = summary(context, many, late).splitlines()
+    assert "  aim: us 1.5" in lines
+    assert "  many 0: us 1.5" in lines
+    assert "  late 8: us 1.5" not in lines
+
+
 def test_everything_is_in_the_summary_of_little(context):
     one = stage("one", "a", "b", "c", "d")
     stages.append(context.results, "one", {"case": "a", "status": "ok", "us": 1.0, "x": 2})
@@ -316,6 +328,17 @@ def test_an_archive_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeyp
         archive.write(out, work, set())
     assert [path.name for path in out.iterdir()] == ["results.tar.gz"]
     assert (out / "results.tar.gz").read_bytes() == before
+
+
+def test_an_archive_writes_nowhere_else(tmp_path):
+    out, work = tmp_path / "out", tmp_path / "some" / "work"
+    out.mkdir()
+    (tmp_path / "file").write_bytes(b"hostile")
+    with tarfile.open(out / "results.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "file", "../escaped")
+    with pytest.raises(ValueError, match=r"results\.tar\.gz cannot be read"):
+        archive.read(out, work)
+    assert not (tmp_path / "some" / "escaped").exists()
 
 
 def test_archives_fit_what_may_be_carried():

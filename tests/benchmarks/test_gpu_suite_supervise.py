@@ -1,8 +1,10 @@
 """Who prepares and runs the GPU suite's cases, and what becomes of cases that go wrong."""
 
+import os
 import pathlib
 import threading
 import time
+import types
 
 import pytest
 
@@ -313,6 +315,24 @@ def test_compiling_what_was_not_loaded_gets_more_time(context, monkeypatch):
     (works,) = (each for each in rehearsal.cases(context) if each.name == "works")
     stages.run_case(works, context._replace(more_time=found.append))
     assert found == [programs.COMPILE_LIMIT_S]
+
+
+def test_who_asks_for_more_time_gets_it(context):
+    handle = Worker(context.work / "log", {})
+    reading, writing = os.pipe()
+
+    def answer():
+        os.write(writing, b'{"more_s": 60}\n')
+        time.sleep(1.0)
+        os.write(writing, b'{"status": "ok"}\n')
+
+    with os.fdopen(reading, "rb") as answers:
+        handle._process = types.SimpleNamespace(stdout=answers)
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert handle._receive(0.5, time.monotonic() + FAR) == OK
+        thread.join()
+    os.close(writing)
 
 
 def test_preparing_is_killed_when_the_suite_ends(context):
