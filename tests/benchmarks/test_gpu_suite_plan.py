@@ -333,6 +333,7 @@ def test_an_archive_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeyp
 def test_an_archive_writes_nowhere_else(tmp_path):
     out, work = tmp_path / "out", tmp_path / "some" / "work"
     out.mkdir()
+    work.mkdir(parents=True)
     (tmp_path / "file").write_bytes(b"hostile")
     with tarfile.open(out / "results.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "file", "../escaped")
