@@ -54,6 +54,8 @@ class Worker:
     For one thread at a time, and the same one always: the process ends with the thread.
     """
 
+    command = (sys.executable, "-m", "benchmarks.gpu_suite.worker")
+
     def __init__(self, log: pathlib.Path, environment: Mapping[str, str]) -> None:
         """The process's output goes to `log`; `environment` goes over this process's own."""
         self.log = log
@@ -116,7 +118,7 @@ class Worker:
         with self.log.open("ab") as log:
             self._log_begin = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.gpu_suite.worker"],
+                self.command,
                 cwd=ROOT,
                 env=dict(os.environ) | self.environment,
                 stdin=subprocess.PIPE,
@@ -140,6 +142,8 @@ class Worker:
                 if found:
                     self._unread = rest
                     row = json.loads(line)
+                    if row.pop("is_last", False):
+                        self.stop()  # or the next message would reach it before it has ended
                     if "more_s" not in row:
                         return row
                     limit_s += row["more_s"]

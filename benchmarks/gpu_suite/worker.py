@@ -3,7 +3,8 @@
   python -m benchmarks.gpu_suite.worker
 
 reads a JSON object per line from its standard input, and answers each with one on its standard
-output; see `answer`. What else is printed goes to standard error.
+output; see `answer`. One with `is_last` says that the process ends. What else is printed goes to
+standard error.
 """
 
 import ctypes
@@ -122,9 +123,10 @@ def main() -> None:
     for line in sys.stdin:
         message = json.loads(line)
         row = answer(message, lambda seconds: send({"more_s": seconds}))
-        send(row)
         if message["do"] == "run" and not _is_healthy(row):
+            send(row | {"is_last": True})
             sys.exit("the device is broken")
+        send(row)
         if row["status"] != "ok":
             gc.collect()  # an error may hold arrays of many GiB in a circle
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 import threading
 import time
 import types
@@ -305,6 +306,21 @@ def test_a_process_that_crashes_or_hangs_is_replaced(context):
         assert row["status"] == "ok"
         assert row["program"] == "here: not compiled ahead"
         assert asked(handle, context, "hangs", deadline_s=0.5)["status"] == "out of time"
+    finally:
+        handle.stop()
+
+
+@pytest.mark.slow
+def test_a_broken_device_costs_no_other_case(context, monkeypatch):
+    """Its process ends after the answer; the next case has another one, and does not wait for it."""
+    handle = worker(context)
+    script = "import benchmarks.gpu_suite.worker as w; w._is_healthy = lambda row: False; w.main()"
+    handle.command = [sys.executable, "-c", script]
+    try:
+        for _ in range(3):
+            row = asked(handle, context, "fails")
+            assert (row["status"], "is_last" in row) == ("failed", False)
+            assert handle._process is None
     finally:
         handle.stop()
 
