@@ -17,7 +17,8 @@ def new_folder(
     After an error the folder is removed. A process that is killed leaves it, under a name with a
     dot before it and `.incomplete` behind, until the next run with this target; `target` is then
     what it was. Only a kill between the two renames that replace a folder leaves none there: the
-    old one is then called `.replaced`, and the next run puts it back.
+    old one is then called `.replaced`, and the next run puts it back. It is called `.deleted` while
+    it is deleted, so that no half of it is ever put back.
 
     Args:
       target: the folder to be; its parents are made.
@@ -27,7 +28,9 @@ def new_folder(
       ValueError: `target` is there and may not be replaced, or another process is making it.
     """
     target = Path(os.path.realpath(target))
-    work, old = (target.with_name(f".{target.name}.{end}") for end in ("incomplete", "replaced"))
+    work, old, deleted = (
+        target.with_name(f".{target.name}.{end}") for end in ("incomplete", "replaced", "deleted")
+    )
     if old.exists() and not target.exists():
         old.rename(target)
     if os.path.lexists(target):
@@ -46,11 +49,19 @@ def new_folder(
             shutil.rmtree(work)
             raise
         if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            _delete(old, deleted)
             target.rename(old)
         work.rename(target)
         _flush(target.parent, deep=False)
-    shutil.rmtree(old, ignore_errors=True)
+    _delete(old, deleted)
+
+
+def _delete(folder: Path, deleted: Path) -> None:
+    """Deletes a folder, if it is there, under the name `deleted`: under its own it is whole."""
+    shutil.rmtree(deleted, ignore_errors=True)
+    if folder.exists():
+        folder.rename(deleted)
+        shutil.rmtree(deleted, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -98,11 +98,11 @@ def test_killed_around_the_renames(tmp_path, monkeypatch, step):
 
     monkeypatch.setattr(Path, "rename", counted)
     monkeypatch.setattr(shutil, "rmtree", lambda path, **_: None)  # a dead process tidies nothing
-    try:
-        with new_folder(target, may_replace=lambda _: True) as folder:
-            (folder / "is").write_text("new")
-    except Killed:
-        assert step != "after"
+    with (
+        pytest.raises(Killed),
+        new_folder(target, may_replace=lambda _: True) as folder,
+    ):
+        (folder / "is").write_text("new")
     monkeypatch.undo()
     assert target.exists() == (step != "between")
     with new_folder(target, may_replace=lambda folder: (folder / "is").exists()) as folder:
@@ -111,4 +111,34 @@ def test_killed_around_the_renames(tmp_path, monkeypatch, step):
         (folder / "is").write_text("newest")
     assert (target / "is").read_text() == "newest"
     assert not old.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_what_was_half_deleted_is_never_put_back(tmp_path, monkeypatch):
+    """Killed while the old folder is deleted; then somebody removes the new one."""
+    target = tmp_path / "target"
+    target.mkdir()
+    for name in ("one", "other"):
+        (target / name).write_text("old")
+
+    class Killed(BaseException):
+        pass
+
+    def half(path, **_):
+        if path.exists():
+            (path / "one").unlink()
+            raise Killed
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    with (
+        pytest.raises(Killed),
+        new_folder(target, may_replace=lambda _: True) as folder,
+    ):
+        (folder / "one").write_text("new")
+    monkeypatch.undo()
+    assert [path.name for path in target.iterdir()] == ["one"]
+    shutil.rmtree(target)
+    with new_folder(target) as folder:
+        assert not target.exists()
+        (folder / "one").write_text("newest")
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
