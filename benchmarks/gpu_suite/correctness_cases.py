@@ -177,11 +177,6 @@ def common_specs() -> list[AttentionSpec]:
     return [dataclasses.replace(spec, name=f"spec {spec.name}") for spec in arg_specs.SPECS]
 
 
-def gpu_specs() -> list[AttentionSpec]:
-    """Returns sizes that the kernels are made for."""
-    return [*basic_specs(), *small_specs(), *first_specs(), *more_specs()]
-
-
 def large_specs() -> list[AttentionSpec]:
     """Returns steps over few blocks, which `correctness_large.py` moves to a large cache's end."""
     lens, queries = (40, 17), (20, 1)

@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -59,6 +58,11 @@ def answer(message: Row, more_time: Callable[[float], None]) -> Row:
         return failure(error)
 
 
+def as_line(row: Row) -> str:
+    """Returns a row as a line of JSON; a case may have left numbers of NumPy in it, or anything."""
+    return json.dumps(row, default=lambda x: x.item() if isinstance(x, np.generic) else str(x))
+
+
 def _architecture() -> str:
     """Returns what programs are compiled for: "cpu", or as "sm_90"."""
     first = jax.devices()[0]
@@ -97,7 +101,7 @@ def _is_healthy(row: Row) -> bool:
     After an illegal access nothing works any more: not in JAX, and not in PyTorch, whose errors
     say so and may be but a peer's in a case that is all right.
     """
-    if any(text in json.dumps(row) for text in _BROKEN_DEVICE):
+    if any(text in as_line(row) for text in _BROKEN_DEVICE):
         return False
     if row["status"] != "failed":
         return True
@@ -114,8 +118,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
-    def send(row: Any) -> None:
-        answers.write(json.dumps(row) + "\n")
+    def send(row: Row) -> None:
+        answers.write(as_line(row) + "\n")
         answers.flush()
 
     _take_device()

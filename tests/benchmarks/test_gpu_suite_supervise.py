@@ -1,5 +1,6 @@
 """Who prepares and runs the GPU suite's cases, and what becomes of cases that go wrong."""
 
+import json
 import os
 import pathlib
 import sys
@@ -7,6 +8,7 @@ import threading
 import time
 import types
 
+import numpy as np
 import pytest
 
 from benchmarks.gpu_suite import conduct, preparation, programs, rehearsal, supervise
@@ -14,6 +16,7 @@ from benchmarks.gpu_suite import stage as stages
 from benchmarks.gpu_suite.preparation import Preparation, Task, in_order, tasks_of
 from benchmarks.gpu_suite.stage import Case, Context, Program, Stage
 from benchmarks.gpu_suite.supervise import Worker
+from benchmarks.gpu_suite.worker import as_line
 
 FAR = 60.0
 
@@ -434,6 +437,11 @@ def test_a_process_that_cannot_be_killed_is_left_behind(context, monkeypatch):
     assert handle._process is None
     process.kill()
     process.wait()
+
+
+def test_numbers_of_numpy_in_a_row_cost_no_case():
+    row = {"us": np.float32(1.5), "count": np.int64(2), "of": {"path": pathlib.Path("x")}}
+    assert json.loads(as_line(row)) == {"us": 1.5, "count": 2, "of": {"path": "x"}}
 
 
 def test_a_missing_assembler_is_named(tmp_path, monkeypatch):
