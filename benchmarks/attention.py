@@ -25,10 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from benchmarks.attention_cases.arguments import AttentionSpec, build
 from benchmarks.tables import show
 from pallas_paged import AttentionMetadata, paged_attention
 from pallas_paged.models import command_line
-from pallas_paged.ops.attention import arg_specs, xla
+from pallas_paged.ops.attention import xla
 
 _PARTS = flags.DEFINE_list("parts", ["decode", "width", "prefill"], "Which tables; also: tune.")
 _BATCH = flags.DEFINE_list("batch", ["16", "64"], "Sequences in a decode step.")
@@ -61,13 +62,13 @@ class Variant(NamedTuple):
     metadata: AttentionMetadata
 
 
-def make_spec(batch: int, context: int, heads: str, **options: Any) -> arg_specs.AttentionSpec:
+def make_spec(batch: int, context: int, heads: str, **options: Any) -> AttentionSpec:
     """Returns a decode step of the flags' sizes, unless `options` say otherwise."""
     num_q_heads, num_kv_heads = map(int, heads.split("/"))
     lens = [context] * batch
     if _LENGTHS.value == "spread":
         lens = np.linspace(1, context, batch).astype(int).tolist()
-    return arg_specs.AttentionSpec(
+    return AttentionSpec(
         f"{batch}x{context}",
         tuple(lens),
         num_q_heads=num_q_heads,
@@ -120,10 +121,10 @@ def attend_gathered(
 
 
 def make_variants(
-    spec: arg_specs.AttentionSpec, ways: dict[str, Attend], contiguous: Attend | None
+    spec: AttentionSpec, ways: dict[str, Attend], contiguous: Attend | None
 ) -> tuple[jax.Array, dict[str, Variant]]:
     """Returns queries, and variants that attend to the same numbers in blocks or in one piece."""
-    arguments = [arg_specs.build(spec, seed) for seed in range(_LAYERS.value)]
+    arguments = [build(spec, seed) for seed in range(_LAYERS.value)]
     # The tables are the same in all layers, as in a model: seeds change only the numbers.
     metadata = arguments[0].metadata
     blocks = [(a.k_cache, a.v_cache) for a in arguments]

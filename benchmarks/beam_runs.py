@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.workloads import Request
 from pallas_paged.engine import LLM, BeamSearchParams
-from pallas_paged.engine.kv_stats import KVStats
+from pallas_paged.engine.kv.stats import KVStats
 from pallas_paged.models.demo import DEMO_MODEL
 
 MAX_MODEL_LEN = 512

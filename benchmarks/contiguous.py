@@ -7,20 +7,20 @@ how many sequences fit.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from pallas_paged import block_tables
-from pallas_paged.engine.groups import NO_COPIES, CopyPairs, RowPlan
-from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.kv.block_memory import BlockTableMemory
+from pallas_paged.engine.kv.sharing import NO_COPIES, CopyPairs, RowPlan
 
 
 class ContiguousMemory(BlockTableMemory):
     """`Memory` that is cut once into places for sequences of `max_model_len` tokens.
 
-    Every method keeps the contract of `pallas_paged.engine.memory.Memory`. What is left of the pool
-    behind the last place is lost, as is what a sequence never grows into; `num_tokens` of
+    Every method keeps the contract of `pallas_paged.engine.kv.interface.Memory`. What is left of
+    the pool behind the last place is lost, as is what a sequence never grows into; `num_tokens` of
     `num_reserved_slots` slots hold keys and values.
     """
 
@@ -95,6 +95,9 @@ class ContiguousMemory(BlockTableMemory):
             return None
         self._lens[list(rows)] = lens
         return NO_COPIES
+
+    def drop_front(self, num_blocks: Mapping[int, int]) -> None:
+        """Does nothing: a place goes back in one piece."""
 
     def free(self, rows: Sequence[int]) -> None:
         """Gives back the rows' places."""

@@ -20,9 +20,10 @@ from benchmarks.contiguous import ContiguousMemory
 from benchmarks.metrics import RequestTimes
 from benchmarks.workloads import Workload
 from pallas_paged.engine import LLM, SamplingParams
-from pallas_paged.engine.core import Engine
-from pallas_paged.engine.scheduler import Scheduler
-from pallas_paged.engine.tokenizer import load_tokenizer, require_tokenizer
+from pallas_paged.engine.build import join
+from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.engine import Engine
+from pallas_paged.engine.text.tokenizer import load_tokenizer, require_tokenizer
 from pallas_paged.models.demo import DEMO_MODEL
 
 _MODEL = flags.DEFINE_string("model", str(DEMO_MODEL), "Folder with a Hugging Face checkpoint.")
@@ -133,7 +134,7 @@ def make_llm() -> LLM:
         with tempfile.TemporaryDirectory() as folder:
             random_models.write_config(_RANDOM_MODEL.value, pathlib.Path(folder))
             llm = LLM(folder, load_format="dummy", **options)
-    llm.runner.programs.compile(bucket for bucket in llm.buckets.all() if not bucket.is_full)
+    llm.runner.programs.compile(bucket for bucket in llm.runner.buckets.all() if not bucket.is_full)
     return llm
 
 
@@ -208,10 +209,11 @@ def baseline_engine(llm: LLM) -> tuple[Engine, int]:
         max_model_len=llm.max_model_len,
         watermark_blocks=0,  # nobody grows beyond what is reserved
     )
-    engine = Engine(
+    engine = join(
         scheduler,
         memory,
         llm.runner,
+        llm.runner.buckets,
         vocab_size=llm.model_config.vocab_size,
         max_model_len=llm.max_model_len,
         seed=llm.config.seed or 0,
@@ -240,7 +242,8 @@ def drive(
     token_times: list[list[float]] = [[] for _ in requests]
     failed: set[int] = set()
     running, used = [], []
-    begin_steps, begin_preemptions = engine.num_steps, engine.scheduler.num_preemptions
+    core, scheduler = engine.core, engine.core.scheduler
+    begin_steps, begin_preemptions = core.num_steps, scheduler.num_preemptions
     begin = time.monotonic()
     while waiting or engine.has_unfinished:
         now = time.monotonic() - begin
@@ -261,8 +264,8 @@ def drive(
             times += [now] * (len(completion.token_ids) - len(times))
             if completion.finish_reason == "abort":
                 failed.add(index)
-        if engine.scheduler.num_running:
-            running.append(engine.scheduler.num_running)
+        if scheduler.num_running:
+            running.append(scheduler.num_running)
             used.append(_used_share(engine))
     engine.check_idle()
     return Run(
@@ -274,8 +277,8 @@ def drive(
         statistics.fmean(running),
         max(running),
         statistics.fmean(used),
-        engine.num_steps - begin_steps,
-        engine.scheduler.num_preemptions - begin_preemptions,
+        core.num_steps - begin_steps,
+        scheduler.num_preemptions - begin_preemptions,
     )
 
 

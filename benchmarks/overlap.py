@@ -2,8 +2,8 @@
 
   python -m benchmarks.overlap
 
-Runs the real scheduler, block tables, batch builder and detokenizer over a mock device whose step
-takes a fixed time, with and without one step in flight. With it, a step should take as long as the
+Runs the real scheduler, block tables, planner and detokenizer over a mock device whose step takes
+a fixed time, with and without one step in flight. With it, a step should take as long as the
 longer of the two; without, as long as both together.
 """
 
@@ -15,16 +15,13 @@ import time
 import numpy as np
 from absl import flags
 
-from pallas_paged.block_tables import BlockTables
-from pallas_paged.engine import batch
-from pallas_paged.engine.buckets import Buckets
-from pallas_paged.engine.config import EngineConfig
-from pallas_paged.engine.core import Engine
-from pallas_paged.engine.memory import BlockTableMemory
-from pallas_paged.engine.runner import Collected, InFlight
+from pallas_paged.engine.build import join
+from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.plan import StepPlan, StepResult
+from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.sampling_params import SamplingParams
-from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
-from pallas_paged.engine.tokenizer import load_tokenizer
+from pallas_paged.engine.text.tokenizer import load_tokenizer
 from pallas_paged.models import command_line
 from pallas_paged.models.demo import DEMO_MODEL
 
@@ -36,34 +33,32 @@ _NUM_STEPS = flags.DEFINE_integer("num_steps", 30, "Decode steps to time.", lowe
 _JSON = flags.DEFINE_string("json", None, "File to write the figures to.")
 
 
-class MockRunner:
-    """A device that takes `step_s` seconds per step, one after the other, and samples token 5.
+class MockDevice:
+    """An `Executor` that takes `step_s` seconds per step, one after the other, and samples token 5.
 
     Attributes:
       waited_s: how long the host waited for it.
     """
 
-    def __init__(self, buckets: Buckets, step_s: float):
+    def __init__(self, step_s: float):
         self.waited_s = 0.0
-        self._buckets = buckets
         self._step_s = step_s
-        self._done: dict[int, concurrent.futures.Future[None]] = {}
         self._device = concurrent.futures.ThreadPoolExecutor(1)
 
-    def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
-        """Builds the step's inputs as the real runner does, and starts the clock."""
-        bucket = self._buckets.pick(step.num_tokens, len(step.scheduled), is_decode=step.is_decode)
-        batch.build(step, state, bucket)
-        self._done[step.step_id] = self._device.submit(time.sleep, self._step_s)
-        return InFlight(step, np.full(len(step.scheduled), 5, np.int32))
+    def dispatch(self, plan: StepPlan) -> concurrent.futures.Future[StepResult]:
+        """Lets the device begin the step when it has ended the one before."""
+        return self._device.submit(self._run, plan.bucket.num_seqs)
 
-    def collect(self, in_flight: InFlight) -> Collected:
+    def _run(self, num_seqs: int) -> StepResult:
+        time.sleep(self._step_s)
+        return StepResult(np.full(num_seqs, 5, np.int32))
+
+    def collect(self, in_flight: concurrent.futures.Future[StepResult]) -> StepResult:
         """Waits for the step."""
         begin = time.perf_counter()
-        self._done.pop(in_flight.step.step_id).result()
+        result = in_flight.result()
         self.waited_s += time.perf_counter() - begin
-        tokens = np.asarray(in_flight.tokens).tolist()
-        return Collected(tokens, [None] * len(tokens))
+        return result
 
     def recover(self) -> None:
         """Nothing can fail."""
@@ -72,21 +67,22 @@ class MockRunner:
 def measure(async_scheduling: bool) -> dict[str, float]:
     """Returns milliseconds per decode step: whole, and of the host's own work."""
     num_seqs, prompt_len = _NUM_SEQS.value, 16
-    config = EngineConfig("mock", max_num_seqs=num_seqs, max_num_batched_tokens=max(512, num_seqs))
+    max_num_batched_tokens = max(512, num_seqs)
     memory = BlockTableMemory(
         num_blocks=num_seqs * 16 + 1, block_size=16, max_num_seqs=num_seqs, max_model_len=256
     )
     scheduler = Scheduler(
         memory,
         max_num_seqs=num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=256,
     )
-    runner = MockRunner(Buckets.for_config(config), _DEVICE_MS.value / 1e3)
-    engine = Engine(
+    device = MockDevice(_DEVICE_MS.value / 1e3)
+    engine = join(
         scheduler,
         memory,
-        runner,
+        device,
+        Buckets.for_limits(num_seqs, max_num_batched_tokens, memory.tables.shape[1]),
         vocab_size=1024,
         max_model_len=256,
         tokenizer=load_tokenizer(str(DEMO_MODEL)),
@@ -95,15 +91,15 @@ def measure(async_scheduling: bool) -> dict[str, float]:
     params = SamplingParams(max_tokens=_NUM_STEPS.value + 20, ignore_eos=True)
     for _ in range(num_seqs):
         engine.add(engine.make_group(range(prompt_len), params))
-    while scheduler.num_waiting or engine.num_steps < 12:
+    while scheduler.num_waiting or engine.core.num_steps < 12:
         engine.step()
     whole, host = [], []
     for _ in range(_NUM_STEPS.value):
-        waited, begin = runner.waited_s, time.perf_counter()
+        waited, begin = device.waited_s, time.perf_counter()
         engine.step()
         seconds = time.perf_counter() - begin
         whole.append(seconds * 1e3)
-        host.append((seconds - (runner.waited_s - waited)) * 1e3)
+        host.append((seconds - (device.waited_s - waited)) * 1e3)
     return {"step_ms": statistics.median(whole), "host_ms": statistics.median(host)}
 
 

@@ -4,9 +4,11 @@
   python -m benchmarks.plan_memory --model=FOLDER --target=a100-80gb --kv_cache_dtype=fp8
 
 Compiles the engine's largest decode and mixed steps for the target, from shapes alone: no GPU, no
-weights (a folder needs a `config.json` only). Prints where the GPU's memory goes and the largest
-pool that fits beside weights and temporaries. Matrix products are not tuned without a GPU, so their
-temporaries and launches may differ there. Needs the packages that `pallas_paged.deviceless` names.
+weights (a folder needs a `config.json` only). Prints where the GPU's memory goes, the largest pool
+that fits beside weights and temporaries, and how many blocks the longest sequence holds while it
+decodes, with and without those that leave a sliding window. Matrix products are not tuned without
+a GPU, so their temporaries and launches may differ there. Needs the packages that
+`pallas_paged.deviceless` names.
 """
 
 import dataclasses
@@ -15,12 +17,20 @@ import logging
 import re
 from importlib import resources
 
+import jax.numpy as jnp
 from absl import flags
 
+from pallas_paged.cache_spec import common_window
 from pallas_paged.deviceless import TARGETS
-from pallas_paged.engine.buckets import Buckets
-from pallas_paged.engine.config import KV_CACHE_DTYPES, EngineConfig, round_num_blocks
-from pallas_paged.engine.step_report import SHAPES, StepReport, compile_step
+from pallas_paged.engine.config import (
+    KV_CACHE_DTYPES,
+    EngineConfig,
+    resolve_kv_cache_dtype,
+    round_num_blocks,
+)
+from pallas_paged.engine.device.pool_size import buckets_for
+from pallas_paged.engine.device.step_report import SHAPES, StepReport, compile_step
+from pallas_paged.engine.kv.sharing import blocks_for, most_blocks
 from pallas_paged.models import command_line, load_config
 
 _MODEL = flags.DEFINE_string("model", "llama-8b", "llama-8b, opt-13b, or a folder.")
@@ -55,7 +65,7 @@ def main() -> None:
     name = _MODEL.value
     shape = SHAPES[name] if name in SHAPES else load_config(name)
     if _LAYERS.value is not None:
-        shape = dataclasses.replace(shape, num_layers=_LAYERS.value)
+        shape = shape.first_layers(_LAYERS.value)
     config = EngineConfig(
         name,
         dtype=_DTYPE.value,
@@ -68,17 +78,18 @@ def main() -> None:
     )
     max_model_len = min(_MAX_MODEL_LEN.value, shape.max_model_len)
     num_blocks = 1024  # neither launches nor temporaries depend on it
-    buckets = [dataclasses.replace(b, is_full=False) for b in Buckets.for_config(config).largest()]
+    without = blocks_for(max_model_len, config.block_size)
+    largest = buckets_for(config, without).largest()
+    buckets = [dataclasses.replace(bucket, is_full=False) for bucket in largest]
 
     def compiled(num_layers: int) -> list[StepReport]:
         return [
             compile_step(
-                dataclasses.replace(shape, num_layers=num_layers),
+                shape.first_layers(num_layers),
                 config,
                 bucket,
                 _TARGET.value,
                 num_blocks=num_blocks,
-                max_model_len=max_model_len,
             )
             for bucket in buckets
         ]
@@ -86,7 +97,12 @@ def main() -> None:
     reports = compiled(shape.num_layers)
     # What a layer launches shows beside a model with one layer less.
     shallow = compiled(shape.num_layers - 1) if shape.num_layers > 1 else [None] * len(reports)
-    block_bytes = reports[0].cache_bytes // num_blocks
+    cache_dtype = resolve_kv_cache_dtype(config, jnp.dtype(config.dtype))
+    specs = shape.cache_specs(config.block_size, cache_dtype)
+    block_bytes = sum(spec.block_bytes for spec in specs)
+    assert block_bytes * num_blocks == reports[0].cache_bytes
+    window = common_window(specs)
+    kept = most_blocks(max_model_len, window, config.block_size)
     usable = int(memory_bytes(_TARGET.value) * _SHARE.value)
     temporaries = max(report.temporary_bytes for report in reports)
     pool_bytes = usable - reports[0].weight_bytes - temporaries
@@ -101,6 +117,9 @@ def main() -> None:
         "block_bytes": block_bytes,
         "num_blocks": pool_blocks,
         "num_tokens": max(0, pool_blocks - 1) * config.block_size,
+        "sliding_window": window,
+        "blocks_per_sequence": kept,
+        "blocks_per_sequence_without_window": without,
         "steps": [dataclasses.asdict(report) for report in reports],
     }
     print(
@@ -108,6 +127,12 @@ def main() -> None:
         f"({_SHARE.value:.0%}), weights {_gib(reports[0].weight_bytes)}, temporaries "
         f"{_gib(temporaries)}; a pool of {pool_blocks} blocks of {config.block_size} tokens, "
         f"{figures['num_tokens']} tokens, {_gib(pool_blocks * block_bytes)}"
+    )
+    why = "a layer sees all tokens" if window is None else f"all layers see {window} tokens"
+    print(
+        f"a sequence of {max_model_len} tokens decodes with {kept} blocks, "
+        f"{_gib(kept * block_bytes)}; without giving any back {without}, "
+        f"{_gib(without * block_bytes)}: {why}"
     )
     for report, one_less in zip(reports, shallow, strict=True):
         bucket, counts = report.bucket, report.launches

@@ -22,7 +22,7 @@ from absl import flags
 
 from benchmarks import random_models, tables
 from pallas_paged.engine import LLM, BeamSearchParams, RequestOutput, SamplingParams
-from pallas_paged.engine.groups import blocks_for, worst_case_blocks
+from pallas_paged.engine.kv.sharing import blocks_for, worst_case_blocks
 from pallas_paged.models import command_line
 
 _MODEL = flags.DEFINE_enum(

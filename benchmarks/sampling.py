@@ -26,14 +26,17 @@ from absl import flags
 from flax import nnx
 
 from pallas_paged.engine import SamplingParams
-from pallas_paged.engine.buckets import Buckets
-from pallas_paged.engine.logits import LogitInputs, RowState, apply_rules, count_tokens
-from pallas_paged.engine.logprobs import pack, packed_width, width_for
-from pallas_paged.engine.memory import BlockTableMemory
-from pallas_paged.engine.runner import ModelRunner
-from pallas_paged.engine.sampling import SamplingInputs, sample, seed_words
-from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
-from pallas_paged.engine.sequence import SequenceGroup
+from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.logprobs import packed_width, width_for
+from pallas_paged.engine.core.plan import StepPlan
+from pallas_paged.engine.core.planner import Planner
+from pallas_paged.engine.core.request import SequenceGroup
+from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.device.logprobs import pack
+from pallas_paged.engine.device.row_state import LogitInputs, RowState, apply_rules, count_tokens
+from pallas_paged.engine.device.runner import ModelRunner
+from pallas_paged.engine.device.sampling import SamplingInputs, sample, seed_words
+from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.models import command_line
 from pallas_paged.models.decoder import Decoder
 from pallas_paged.models.llama import LlamaConfig
@@ -158,22 +161,24 @@ def decode_step(num_rows: int, vocab_size: int) -> Callable[[], jax.Array]:
     memory = BlockTableMemory(
         num_blocks=num_blocks, block_size=16, max_num_seqs=num_rows, max_model_len=context + 2
     )
+    buckets = Buckets.for_limits(num_rows, num_rows, memory.tables.shape[1])
     runner = ModelRunner(
         model,
         num_blocks=num_blocks,
         block_size=16,
         kv_cache_dtype=jnp.dtype(jnp.float32),
         max_num_seqs=num_rows,
-        max_blocks_per_seq=memory.state.tables.shape[1],
-        buckets=Buckets((num_rows,), (num_rows,), (num_rows,)),
+        buckets=buckets,
     )
-    step = whole_decode_step(memory, num_rows, tuple(t % vocab_size for t in range(context)))
-    return lambda: jnp.asarray(runner.dispatch(step, memory.state).tokens)
+    plan = whole_decode_step(
+        memory, buckets, num_rows, tuple(t % vocab_size for t in range(context))
+    )
+    return lambda: runner.dispatch(plan).copied
 
 
 def whole_decode_step(
-    memory: BlockTableMemory, num_rows: int, prompt: tuple[int, ...]
-) -> ScheduledStep:
+    memory: BlockTableMemory, buckets: Buckets, num_rows: int, prompt: tuple[int, ...]
+) -> StepPlan:
     """Returns the first step in which every row has its prompt behind it."""
     scheduler = Scheduler(
         memory,
@@ -187,9 +192,9 @@ def whole_decode_step(
     while True:
         step = scheduler.schedule()
         assert step is not None, "nothing is left to schedule"
-        if step.is_decode and len(step.scheduled) == num_rows:
-            return step
-        scheduler.commit(step, [0] * len(step.scheduled))
+        if step.batch.starts == [len(prompt)] * num_rows:
+            return Planner(memory, buckets).plan(step).plan
+        scheduler.commit(step, [0] * len(step.batch.rows))
 
 
 def programs(num_rows: int, vocab_size: int) -> dict[str, Callable[[], jax.Array]]:

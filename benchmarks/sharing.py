@@ -31,11 +31,11 @@ from absl import flags
 
 from benchmarks import beam_runs, random_models, tables, workloads
 from pallas_paged.engine import LLM, RequestOutput, SamplingParams
-from pallas_paged.engine.groups import blocks_for
-from pallas_paged.engine.kv_stats import KVStats, kv_stats
-from pallas_paged.engine.memory import BlockTableMemory
-from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
-from pallas_paged.engine.sequence import SequenceGroup
+from pallas_paged.engine.core.request import SequenceGroup
+from pallas_paged.engine.core.scheduler import ScheduledStep, Scheduler
+from pallas_paged.engine.kv.block_memory import BlockTableMemory
+from pallas_paged.engine.kv.sharing import blocks_for
+from pallas_paged.engine.kv.stats import KVStats, kv_stats
 from pallas_paged.models import command_line
 
 _NUM_REQUESTS = flags.DEFINE_integer("num_requests", 400, "Requests of each run.", lower_bound=1)
@@ -104,7 +104,7 @@ def run(groups: Sequence[SequenceGroup], *, enable_prefix_caching: bool = False)
         if step is not None:
             result.num_computed_tokens += step.num_tokens
         if in_flight is not None:
-            tokens = rng.integers(0, VOCAB_SIZE, len(in_flight.scheduled)).tolist()
+            tokens = rng.integers(0, VOCAB_SIZE, len(in_flight.batch.rows)).tolist()
             scheduler.commit(in_flight, tokens)
         in_flight = step
         result.pool.append(kv_stats(memory, scheduler))

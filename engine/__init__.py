@@ -3,7 +3,7 @@
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.llm import LLM
 from pallas_paged.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from pallas_paged.engine.sampling_params import BeamSearchParams, SamplingParams
+from pallas_paged.engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 __all__ = [
     "LLM",
@@ -13,5 +13,6 @@ __all__ = [
     "Logprob",
     "RequestMetrics",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
 ]

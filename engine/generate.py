@@ -20,7 +20,7 @@ from absl import flags
 from pallas_paged.engine.llm import LLM, Prompt
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.sampling_params import SamplingParams
-from pallas_paged.engine.text import check_text
+from pallas_paged.engine.valid_text import check_text
 from pallas_paged.models import command_line, load_sampling_defaults
 from pallas_paged.models.demo import DEMO_MODEL
 

@@ -4,9 +4,9 @@ import collections
 import dataclasses
 from collections.abc import Mapping
 
-from pallas_paged.engine.kv_stats import KVStats
-from pallas_paged.engine.scheduler import Scheduler
-from pallas_paged.engine.sequence import FinishReason
+from pallas_paged.engine.core.core_output import FinishReason
+from pallas_paged.engine.core.engine_core import EngineCore
+from pallas_paged.engine.kv.stats import KVStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,34 +34,32 @@ class Counter(Metric):
 
 @dataclasses.dataclass
 class Counts:
-    """What the engine counts of requests, beside what scheduler and memory count.
+    """What the engine counts of requests, beside what its core and memory count.
 
     Attributes:
       num_prompt_tokens: of the requests that were taken in.
-      num_generated_tokens: tokens that steps have brought.
       num_finished: requests by the reason of their first completion.
     """
 
     num_prompt_tokens: int = 0
-    num_generated_tokens: int = 0
     num_finished: collections.Counter[FinishReason] = dataclasses.field(
         default_factory=collections.Counter
     )
 
 
-def metrics(scheduler: Scheduler, stats: KVStats, counts: Counts, model_name: str) -> list[Metric]:
+def metrics(core: EngineCore, stats: KVStats, counts: Counts, model_name: str) -> list[Metric]:
     """Returns an engine's figures; `model_name` is their label."""
     gauges = {
-        "num_requests_running": scheduler.num_running,
-        "num_requests_waiting": scheduler.num_waiting,
+        "num_requests_running": core.scheduler.num_running,
+        "num_requests_waiting": core.scheduler.num_waiting,
         "kv_cache_usage_perc": stats.num_allocated_blocks / stats.num_blocks,
     }
     counters = {
         "prefix_cache_queries": stats.num_queried_tokens,
         "prefix_cache_hits": stats.num_hit_tokens,
-        "num_preemptions": scheduler.num_preemptions,
+        "num_preemptions": core.scheduler.num_preemptions,
         "prompt_tokens": counts.num_prompt_tokens,
-        "generation_tokens": counts.num_generated_tokens,
+        "generation_tokens": core.num_generated_tokens,
     }
     labels = {"model_name": model_name}
     reasons: tuple[FinishReason, ...] = ("stop", "length", "abort")

@@ -1,16 +1,39 @@
 """What a request asks for: `SamplingParams` or `BeamSearchParams`, checked when they are built."""
 
 import dataclasses
-import numbers
-from collections.abc import Callable, Mapping, Sequence
+import enum
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pallas_paged.engine.beam_search import BeamSearch, EarlyStopping
-from pallas_paged.engine.text import check_text
+from pallas_paged.engine.core.beam_search import BeamSearch, EarlyStopping
+from pallas_paged.engine.field_checks import (
+    Check,
+    flag,
+    integer,
+    is_int,
+    logit_bias,
+    real,
+    refusal,
+    strings,
+    token_ids,
+)
 
 MAX_N = 16384
 MAX_SEED = 2**64 - 1
-_MAX_FLOAT32 = 3.4028234e38  # what the device computes with
+
+
+class RequestOutputKind(enum.Enum):
+    """What each output of a request holds; the values are vLLM's.
+
+    Attributes:
+      CUMULATIVE: all that there is of the request so far.
+      DELTA: what is new since its output before: of text, tokens and log-probabilities.
+      FINAL_ONLY: everything; there is one output, when the request has ended.
+    """
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,8 +41,8 @@ class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
 
     The logits change in this order: `logit_bias` and what excludes tokens, then the penalties (see
-    `pallas_paged.engine.logits`), then temperature, `min_p`, `top_k`, `top_p` (see
-    `pallas_paged.engine.sampling`).
+    `pallas_paged.engine.device.row_state`), then temperature, `min_p`, `top_k`, `top_p` (see
+    `pallas_paged.engine.device.sampling`).
 
     Attributes:
       n: completions per prompt, 1 to 16384, and no more than the engine's `max_num_seqs`. The
@@ -59,6 +82,9 @@ class SamplingParams:
         and neither is a word that the prompt has begun.
       skip_reading_prefix_cache: compute the whole prompt, whatever is cached.
       skip_writing_prefix_cache: keep nothing of this request for later ones.
+      output_kind: what the outputs of a stream hold, see `RequestOutputKind`. A delta costs the
+        same however long the request has become; a cumulative output is a copy of all of it. Where
+        one output per request is returned, as by `LLM.generate`, that holds everything.
 
     Raises:
       ValueError: a field is out of its range, of the wrong type, or excludes another.
@@ -88,6 +114,7 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
     skip_reading_prefix_cache: bool = False
     skip_writing_prefix_cache: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         for field, check in _CHECKS.items():
@@ -115,7 +142,7 @@ class SamplingParams:
 class BeamSearchParams:
     """A beam search for the most likely continuations, with the semantics of transformers.
 
-    See `pallas_paged.engine.beam_search` for the rule. Log-probabilities are the model's own.
+    See `pallas_paged.engine.core.beam_search` for the rule. Log-probabilities are the model's own.
 
     Attributes:
       beam_width: how many beams go on at each token, >= 1, and no more than the engine's
@@ -191,169 +218,91 @@ class BeamSearchParams:
         )
 
 
-type _Check = Callable[[str, Any], Any]
-"""(field, value) -> the value as it is held; raises ValueError."""
-
-
-def _refuse(field: str, value: object, rule: str) -> ValueError:
-    return ValueError(f"{field}={value!r} must be {rule}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _integer(low: int, high: int | None, way_out: str, *, optional: bool = False) -> _Check:
-    limits = f">= {low}" if high is None else f"from {low} to {high}"
-    rule = f"an integer {limits}{' or None' if optional else ''}; {way_out}"
-
-    def check(field: str, value: Any) -> int | None:
-        if value is None and optional:
-            return None
-        if not _is_int(value) or value < low or (high is not None and value > high):
-            raise _refuse(field, value, rule)
-        return int(value)
-
-    return check
-
-
-def _real(within: Callable[[float], bool], limits: str, way_out: str) -> _Check:
-    def check(field: str, value: Any) -> float:
-        # NaN is within nothing; an integer too large for a float does not overflow here.
-        if not _is_number(value) or abs(value) > _MAX_FLOAT32 or not within(value):
-            raise _refuse(field, value, f"a finite number {limits}; {way_out}")
-        return float(value)
-
-    return check
-
-
-def _flag(field: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _refuse(field, value, "True or False")
-    return value
-
-
 def _top_k(field: str, value: Any) -> int:
-    k = _integer(-1, 2**31 - 1, "use 0 or -1 to keep every token")(field, value)
+    k = integer(-1, 2**31 - 1, "use 0 or -1 to keep every token")(field, value)
     return max(k, 0)
 
 
 def _seed(field: str, value: Any) -> int | None:
-    if _is_int(value) and value == -1:
+    if is_int(value) and value == -1:
         return None
     rule = "use None or -1 to let the engine pick one"
-    return _integer(0, MAX_SEED, rule, optional=True)(field, value)
-
-
-def _strings(field: str, value: Any, *, single: bool = False) -> tuple[str, ...]:
-    rule = f"{'a string, ' if single else ''}a list of strings or None"
-    items = (value,) if single and isinstance(value, str) else value
-    if items is not None and not isinstance(items, list | tuple):
-        raise _refuse(field, value, rule)
-    for item in items or ():
-        if not isinstance(item, str):
-            raise _refuse(field, value, f"{rule}; {item!r} is not a string")
-        if not item:
-            raise _refuse(field, value, f"{rule}, none of them empty; leave '' out")
-        check_text(f"{field}={value!r:.80}", item)
-    return tuple(items or ())
-
-
-def _token_ids(field: str, value: Any) -> tuple[int, ...]:
-    if value is not None and not isinstance(value, list | tuple):
-        raise _refuse(field, value, "a list of token ids or None")
-    for item in value or ():
-        if not _is_int(item) or item < 0:
-            raise _refuse(field, value, f"a list of token ids or None; {item!r} is not an id >= 0")
-    return tuple(int(item) for item in value or ())
+    return integer(0, MAX_SEED, rule, optional=True)(field, value)
 
 
 def _stop(field: str, value: Any) -> tuple[str, ...]:
-    return _strings(field, value, single=True)
+    return strings(field, value, single=True)
 
 
 def _bad_words(field: str, value: Any) -> tuple[str, ...] | None:
-    return _strings(field, value) or None
+    return strings(field, value) or None
 
 
 def _allowed_token_ids(field: str, value: Any) -> tuple[int, ...] | None:
-    ids = _token_ids(field, value)
+    ids = token_ids(field, value)
     if value is not None and not ids:
-        raise _refuse(field, value, "None or at least one token id; use None to allow every token")
+        raise refusal(field, value, "None or at least one token id; use None to allow every token")
     return ids or None
 
 
-def _logit_bias(field: str, value: Any) -> dict[int, float] | None:
-    if value is not None and not isinstance(value, Mapping):
-        raise _refuse(field, value, "a mapping of token ids to numbers or None")
-    for token, bias in (value or {}).items():
-        if not _is_int(token) or token < 0:
-            raise _refuse(field, value, f"a mapping of token ids; {token!r} is not an id >= 0")
-        if not _is_number(bias) or bias != bias:  # NaN; math.isnan refuses large integers
-            raise _refuse(field, value, f"a mapping to numbers; {bias!r} is not one")
-    held = {int(token): float(_clamp(bias, 100.0)) for token, bias in (value or {}).items()}
-    return held or None
+def _output_kind(field: str, value: Any) -> RequestOutputKind:
+    if not isinstance(value, RequestOutputKind):
+        raise refusal(field, value, "a RequestOutputKind, such as RequestOutputKind.DELTA")
+    return value
 
 
 def _early_stopping(field: str, value: Any) -> EarlyStopping:
     known = isinstance(value, bool) or (isinstance(value, str) and value == "never")
     if not known:
-        raise _refuse(field, value, 'False, True or "never"')
+        raise refusal(field, value, 'False, True or "never"')
     result: EarlyStopping = value
     return result
 
 
-def _clamp(value: float, limit: float) -> float:
-    return max(-limit, min(limit, value))
+_PENALTY = real(lambda x: -2 <= x <= 2, "in [-2, 2]", "use 0 for none")
+_LOGPROBS = integer(-1, None, "use None for none and -1 for the whole vocabulary", optional=True)
 
-
-_PENALTY = _real(lambda x: -2 <= x <= 2, "in [-2, 2]", "use 0 for none")
-_LOGPROBS = _integer(-1, None, "use None for none and -1 for the whole vocabulary", optional=True)
-
-_CHECKS: dict[str, _Check] = {
-    "n": _integer(1, MAX_N, "send more requests for more completions"),
+_CHECKS: dict[str, Check] = {
+    "n": integer(1, MAX_N, "send more requests for more completions"),
     "presence_penalty": _PENALTY,
     "frequency_penalty": _PENALTY,
-    "repetition_penalty": _real(lambda x: x > 0, "> 0", "use 1 for none"),
-    "temperature": _real(lambda x: x >= 0, ">= 0", "use 0 for the most likely token"),
-    "top_p": _real(lambda x: 0 < x <= 1, "in (0, 1]", "use 1 to keep every token"),
+    "repetition_penalty": real(lambda x: x > 0, "> 0", "use 1 for none"),
+    "temperature": real(lambda x: x >= 0, ">= 0", "use 0 for the most likely token"),
+    "top_p": real(lambda x: 0 < x <= 1, "in (0, 1]", "use 1 to keep every token"),
     "top_k": _top_k,
-    "min_p": _real(lambda x: 0 <= x <= 1, "in [0, 1]", "use 0 to keep every token"),
+    "min_p": real(lambda x: 0 <= x <= 1, "in [0, 1]", "use 0 to keep every token"),
     "seed": _seed,
     "stop": _stop,
-    "stop_token_ids": _token_ids,
-    "ignore_eos": _flag,
-    "max_tokens": _integer(
+    "stop_token_ids": token_ids,
+    "ignore_eos": flag,
+    "max_tokens": integer(
         1, None, "use None for as many as fit into the model's length", optional=True
     ),
-    "min_tokens": _integer(0, None, "use 0 for none"),
+    "min_tokens": integer(0, None, "use 0 for none"),
     "logprobs": _LOGPROBS,
     "prompt_logprobs": _LOGPROBS,
-    "detokenize": _flag,
-    "skip_special_tokens": _flag,
-    "include_stop_str_in_output": _flag,
-    "logit_bias": _logit_bias,
+    "detokenize": flag,
+    "skip_special_tokens": flag,
+    "include_stop_str_in_output": flag,
+    "logit_bias": logit_bias,
     "allowed_token_ids": _allowed_token_ids,
     "bad_words": _bad_words,
-    "skip_reading_prefix_cache": _flag,
-    "skip_writing_prefix_cache": _flag,
+    "skip_reading_prefix_cache": flag,
+    "skip_writing_prefix_cache": flag,
+    "output_kind": _output_kind,
 }
 
-_BEAM_CHECKS: dict[str, _Check] = {
-    "beam_width": _integer(1, None, "use SamplingParams to sample"),
-    "max_tokens": _integer(1, None, "a search needs a length at which it ends"),
-    "length_penalty": _real(lambda x: -10 <= x <= 10, "in [-10, 10]", "use 0 for none"),
+_BEAM_CHECKS: dict[str, Check] = {
+    "beam_width": integer(1, None, "use SamplingParams to sample"),
+    "max_tokens": integer(1, None, "a search needs a length at which it ends"),
+    "length_penalty": real(lambda x: -10 <= x <= 10, "in [-10, 10]", "use 0 for none"),
     "early_stopping": _early_stopping,
-    "num_return": _integer(1, None, "use None for all of them", optional=True),
-    "temperature": _real(lambda x: x == 0, "that is 0", "use SamplingParams to sample"),
-    "ignore_eos": _flag,
-    "stop_token_ids": _token_ids,
-    "detokenize": _flag,
-    "skip_special_tokens": _flag,
-    "skip_reading_prefix_cache": _flag,
-    "skip_writing_prefix_cache": _flag,
+    "num_return": integer(1, None, "use None for all of them", optional=True),
+    "temperature": real(lambda x: x == 0, "that is 0", "use SamplingParams to sample"),
+    "ignore_eos": flag,
+    "stop_token_ids": token_ids,
+    "detokenize": flag,
+    "skip_special_tokens": flag,
+    "skip_reading_prefix_cache": flag,
+    "skip_writing_prefix_cache": flag,
 }

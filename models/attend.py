@@ -1,6 +1,7 @@
 """The attentions a model can run with: see `pallas_paged.models.interface.Attend`."""
 
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -15,20 +16,20 @@ from pallas_paged.ops.kv_write.api import write_kv
 def paged_attend(
     q: Float[Array, "T Hq D"],
     k: Float[Array, "T Hk D"],
-    v: Float[Array, "T Hk D"],
+    v: Float[Array, "T Hk Dv"],
     kv_cache: KVCache,
     metadata: AttentionMetadata,
     *,
     write_implementation: str | None = None,
     promise_in_bounds: bool = False,
     **options: Any,
-) -> tuple[Float[Array, "T Hq D"], KVCache]:
+) -> tuple[Float[Array, "T Hq Dv"], KVCache]:
     """Writes keys and values into the paged cache, then attends to all of each sequence's.
 
     Args:
       q: queries, positions encoded.
       k: the same tokens' keys, positions encoded.
-      v: their values.
+      v: their values, as wide as the cache's.
       kv_cache: the layer's cache; donated by `write_kv`.
       metadata: where the tokens stand.
       write_implementation: of `write_kv`.
@@ -60,14 +61,15 @@ def paged_attend(
     return out, kv_cache
 
 
-def _computed_at_once(*heads: Float[Array, "T _ D"]) -> list[Float[Array, "T _ D"]]:
+def _computed_at_once(*heads: Float[Array, "T _ _"]) -> list[Float[Array, "T _ _"]]:
     """Returns the arrays as parts of one, so that XLA computes them all in one launch.
 
     Without the barrier it would see through the concatenation; with it, the parts, which are one
     after the other, are operands of the kernels where they lie.
     """
-    rows = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in heads])
-    ends = list(itertools.accumulate(x.shape[0] * x.shape[1] for x in heads))
+    width = math.gcd(*(x.shape[-1] for x in heads))
+    rows = jnp.concatenate([x.reshape(-1, width) for x in heads])
+    ends = list(itertools.accumulate(x.size // width for x in heads))
     parts = jnp.split(jax.lax.optimization_barrier(rows), ends[:-1])
     return [part.reshape(x.shape) for part, x in zip(parts, heads, strict=True)]
 

@@ -5,6 +5,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
+from jax.typing import DTypeLike
+
+from pallas_paged.cache_spec import CacheSpec
+
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -156,7 +160,7 @@ class HFFields:
         return sorted(k for k, v in self._values.items() if v is not None and k not in self._read)
 
     def finish(self) -> None:
-        """Refuses what no architecture supports; logs the fields that have no effect here."""
+        """Refuses what no architecture supports; logs the fields that nobody read."""
         for name, neutral in _NEUTRAL.items():
             self.only(name, neutral)
         if "layer_types" not in self._read:
@@ -165,7 +169,9 @@ class HFFields:
         without_effect = [name for name in self.unread() if name not in _WITHOUT_EFFECT]
         if without_effect:
             logger.warning(
-                "%s: no effect here have the fields %s", self._source, ", ".join(without_effect)
+                "%s: ignoring fields that no model here uses: %s",
+                self._source,
+                ", ".join(without_effect),
             )
 
 
@@ -241,6 +247,27 @@ class ModelConfig:
     def default_max_model_len(self) -> int:
         """The same where nobody says how long sequences are to be; see `for_length`."""
         return self.max_model_len
+
+    def sliding_window(self, layer: int) -> int | None:
+        """Returns how many tokens a query sees in a layer, itself included; None for all."""
+        return None
+
+    def cache_specs(self, block_size: int, dtype: DTypeLike) -> tuple[CacheSpec, ...]:
+        """Returns what each layer keeps in blocks of `block_size` tokens, as numbers of `dtype`."""
+        return tuple(
+            CacheSpec.attention(
+                self.num_kv_heads,
+                block_size,
+                self.head_dim,
+                dtype,
+                sliding_window=self.sliding_window(layer),
+            )
+            for layer in range(self.num_layers)
+        )
+
+    def first_layers(self, num_layers: int) -> Self:
+        """Returns the configuration of a model with only the first of these layers."""
+        return dataclasses.replace(self, num_layers=num_layers)
 
     def for_length(self, max_model_len: int) -> Self:
         """Returns the configuration for sequences of up to so many tokens.

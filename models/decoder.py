@@ -6,7 +6,7 @@ is three of those modules and `gate_up_proj` two (see `pallas_paged.models.tenso
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from pallas_paged.models.config import (
     checkpoint_dtype_from_hf,
     head_dim_from_hidden,
 )
-from pallas_paged.models.interface import Attend, CheckpointNames
+from pallas_paged.models.interface import Attend, CheckpointNames, Context
 from pallas_paged.models.layers import (
     Embedding,
     Linear,
@@ -88,8 +88,13 @@ class DecoderConfig(ModelConfig):
         """See `ModelConfig.for_length`."""
         return dataclasses.replace(self, rope=self.rope.for_length(max_model_len))
 
+    def first_layers(self, num_layers: int) -> "DecoderConfig":
+        """See `ModelConfig.first_layers`."""
+        windows = self.sliding_windows[:num_layers]
+        return dataclasses.replace(self, num_layers=num_layers, sliding_windows=windows)
+
     def sliding_window(self, layer: int) -> int | None:
-        """Returns how many tokens a query sees in a layer, itself included; None for all."""
+        """See `ModelConfig.sliding_window`."""
         return self.sliding_windows[layer] if self.sliding_windows else None
 
 
@@ -169,45 +174,62 @@ class Attention(nnx.Module):
         metadata: AttentionMetadata,
         kv_cache: KVCache | None,
         attend: Attend,
+        context: Context = None,
     ) -> tuple[Float[Array, "T E"], KVCache | None]:
         """Returns the attention's output and the layer's updated cache."""
         q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in self.qkv_proj(x))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        window = self.sliding_window
-        options = {} if window is None else {"sliding_window": window}
+        asked = {"sliding_window": self.sliding_window, "context": context}
+        options = {name: value for name, value in asked.items() if value is not None}
         out, kv_cache = attend(q, k, v, kv_cache, metadata, **options)
         return self.o_proj(out.reshape(x.shape[0], -1)), kv_cache
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer, 2020)."""
+    """SwiGLU (Shazeer, 2020), the same in every layer."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, layer: int, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+    ):
         sizes, bias = (config.hidden_size, config.intermediate_size), config.mlp_bias
         self.gate_up_proj = gate_up_projection(*sizes, bias=bias, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(
             *sizes[::-1], axes=("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs
         )
 
-    def __call__(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
-        """Returns `down(silu(gate(x)) * up(x))`."""
+    def __call__(self, x: Float[Array, "T E"], context: Context = None) -> Float[Array, "T E"]:
+        """Returns `down(silu(gate(x)) * up(x))`, whatever the context."""
         gate, up = self.gate_up_proj(x)
         return self.down_proj(jax.nn.silu(gate) * up)
+
+
+MakeMLP = Callable[..., Any]
+"""`make_mlp(config, layer, *, dtype, rngs) -> mlp`: what stands in the place of a layer's MLP.
+
+A module, whose parameters are named as a checkpoint names them below `mlp`, and which is called as
+`mlp(x, context)` with the T tokens' hidden states `[T, E]` and returns what is added to them.
+"""
 
 
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each after its norm and added to its input."""
 
     def __init__(
-        self, config: DecoderConfig, layer: int, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+        self,
+        config: DecoderConfig,
+        layer: int,
+        *,
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+        make_mlp: MakeMLP,
     ):
         eps = config.rms_norm_eps
         self.input_layernorm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype)
         self.self_attn = Attention(config, layer, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=eps, dtype=dtype)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp = make_mlp(config, layer, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -216,19 +238,27 @@ class DecoderLayer(nnx.Module):
         metadata: AttentionMetadata,
         kv_cache: KVCache | None,
         attend: Attend,
+        context: Context = None,
     ) -> tuple[Float[Array, "T E"], KVCache | None]:
         """Returns the layer's output and its updated cache."""
         attended, kv_cache = self.self_attn(
-            self.input_layernorm(x), cos_sin, metadata, kv_cache, attend
+            self.input_layernorm(x), cos_sin, metadata, kv_cache, attend, context
         )
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), kv_cache
+        return x + self.mlp(self.post_attention_layernorm(x), context), kv_cache
 
 
 class DecoderModel(nnx.Module):
     """The decoder without the output embedding."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+        make_mlp: MakeMLP,
+    ):
         self.embed_tokens = Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -237,7 +267,7 @@ class DecoderModel(nnx.Module):
             rngs=rngs,
         )
         self.layers = nnx.List(
-            DecoderLayer(config, layer, dtype=dtype, rngs=rngs)
+            DecoderLayer(config, layer, dtype=dtype, rngs=rngs, make_mlp=make_mlp)
             for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
@@ -250,11 +280,20 @@ class Decoder(nnx.Module):
       config: the shape.
       dtype: of all parameters, and of the activations between norms.
       rngs: the `params` stream draws the weights.
+      make_mlp: see `MakeMLP`; a family of another MLP names `functools.partial(Decoder, make_mlp=)`
+        as its model.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: jax.typing.DTypeLike,
+        rngs: nnx.Rngs,
+        make_mlp: MakeMLP = MLP,
+    ):
         self.config = config
-        self.model = DecoderModel(config, dtype=dtype, rngs=rngs)
+        self.model = DecoderModel(config, dtype=dtype, rngs=rngs, make_mlp=make_mlp)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(
                 config.hidden_size,
@@ -271,13 +310,14 @@ class Decoder(nnx.Module):
         kv_caches: Sequence[KVCache | None],
         *,
         attend: Attend = paged_attend,
+        context: Context = None,
     ) -> tuple[Float[Array, "T E"], tuple[KVCache | None, ...]]:
         """Runs a step's T tokens through all layers, see `CausalLM`; returns (hidden, caches)."""
         cos_sin = rotation(self.config.rope, metadata.positions, self.config.head_dim)
         x = self.model.embed_tokens(input_ids)
         updated = []
         for layer, kv_cache in zip(self.model.layers, kv_caches, strict=True):
-            x, kv_cache = layer(x, cos_sin, metadata, kv_cache, attend)
+            x, kv_cache = layer(x, cos_sin, metadata, kv_cache, attend, context)
             updated.append(kv_cache)
         return self.model.norm(x), tuple(updated)
 

@@ -14,10 +14,18 @@ from pallas_paged.models.config import HFFields, ModelConfig
 Attend = Callable[..., tuple[Array, Any]]
 """`attend(q, k, v, kv_cache, metadata, **options) -> (out, kv_cache)`: a step's attention.
 
-Takes the step's queries `[T, Hq, D]`, keys and values `[T, Hk, D]` (positions already encoded), the
-layer's cache, or None for an attention that keeps none, and the metadata that places the T tokens.
-Returns the output `[T, Hq, D]` and the cache with the new keys and values in it. Options are those
-of `pallas_paged.ops.attention.api.paged_attention`; a model passes only those that it needs.
+Takes the step's queries `[T, Hq, D]`, keys `[T, Hk, D]` and values `[T, Hk, Dv]` (positions already
+encoded), the layer's cache, or None for an attention that keeps none, and the metadata that places
+the T tokens. Returns the output `[T, Hq, Dv]` and the cache with the new keys and values in it.
+Options are those of `pallas_paged.ops.attention.api.paged_attention`; a model passes only those
+that it needs. A step that has a `Context` gives it as the option `context`.
+"""
+
+Context = Any
+"""What a step brings to a model beside its tokens, for all layers: a pytree of arrays, or None.
+
+Such as which adapter each of the T tokens uses. What is in it is between whoever makes the step and
+the modules that read it; the others pass it on.
 """
 
 
@@ -26,7 +34,7 @@ class CausalLM(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """The model's shape."""
+        """The model's shape, and what its layers' caches are (`cache_specs`)."""
 
     def __call__(
         self,
@@ -35,14 +43,16 @@ class CausalLM(Protocol):
         kv_caches: Sequence[KVCache | None],
         *,
         attend: Attend = ...,
+        context: Context = None,
     ) -> tuple[Float[Array, "T E"], tuple[KVCache | None, ...]]:
         """Runs a step's T tokens through all layers.
 
         Args:
           input_ids: the tokens; where each stands is in `metadata`.
           metadata: the tokens' places; the models read `positions`, the rest is for `attend`.
-          kv_caches: one per layer, each `[N, Hk, S, D]` twice; or whatever `attend` takes.
+          kv_caches: one per layer, as `config.cache_specs` has them; or whatever `attend` takes.
           attend: the attention, by default the paged one.
+          context: reaches every layer, see `Context`.
 
         Returns:
           The hidden states, for `compute_logits`; and the updated caches, which take the place of

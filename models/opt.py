@@ -18,7 +18,7 @@ from pallas_paged.models.config import (
     checkpoint_dtype_from_hf,
     head_dim_from_hidden,
 )
-from pallas_paged.models.interface import Attend, CheckpointNames, Family
+from pallas_paged.models.interface import Attend, CheckpointNames, Context, Family
 from pallas_paged.models.layers import Embedding, LayerNorm, Linear, logits, qkv_projection
 
 POSITION_OFFSET = 2
@@ -110,10 +110,12 @@ class OPTAttention(nnx.Module):
         metadata: AttentionMetadata,
         kv_cache: KVCache | None,
         attend: Attend,
+        context: Context = None,
     ) -> tuple[Float[Array, "T E"], KVCache | None]:
         """Returns the attention's output and the layer's updated cache."""
         q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in self.qkv_proj(x))
-        out, kv_cache = attend(q, k, v, kv_cache, metadata)
+        options = {} if context is None else {"context": context}
+        out, kv_cache = attend(q, k, v, kv_cache, metadata, **options)
         return self.out_proj(out.reshape(x.shape[0], -1)), kv_cache
 
 
@@ -141,10 +143,11 @@ class OPTDecoderLayer(nnx.Module):
         metadata: AttentionMetadata,
         kv_cache: KVCache | None,
         attend: Attend,
+        context: Context = None,
     ) -> tuple[Float[Array, "T E"], KVCache | None]:
         """Returns the layer's output and its updated cache."""
         attn_in = self.self_attn_layer_norm(x) if self.norm_first else x
-        attended, kv_cache = self.self_attn(attn_in, metadata, kv_cache, attend)
+        attended, kv_cache = self.self_attn(attn_in, metadata, kv_cache, attend, context)
         x = x + attended
         if not self.norm_first:
             x = self.self_attn_layer_norm(x)
@@ -217,6 +220,7 @@ class OPT(nnx.Module):
         kv_caches: Sequence[KVCache | None],
         *,
         attend: Attend = paged_attend,
+        context: Context = None,
     ) -> tuple[Float[Array, "T E"], tuple[KVCache | None, ...]]:
         """Runs a step's T tokens through all layers, see `CausalLM`; returns (hidden, caches)."""
         decoder = self.model.decoder
@@ -226,7 +230,7 @@ class OPT(nnx.Module):
         x = x + decoder.embed_positions(metadata.positions + POSITION_OFFSET)
         updated = []
         for layer, kv_cache in zip(decoder.layers, kv_caches, strict=True):
-            x, kv_cache = layer(x, metadata, kv_cache, attend)
+            x, kv_cache = layer(x, metadata, kv_cache, attend, context)
             updated.append(kv_cache)
         if self.config.has_final_layer_norm:
             x = decoder.final_layer_norm(x)

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from pallas_paged.kv_cache import AttentionMetadata, KVCache
+from pallas_paged.kv_cache import AttentionMetadata
 from pallas_paged.models.config import DTYPES
 from pallas_paged.models.interface import CausalLM
 
@@ -70,7 +70,7 @@ class Reference:
 
     @property
     def longest(self) -> int:
-        """The most tokens of a sequence: a prompt and its continuation but for the last token."""
+        """The most tokens of a sequence: a prompt and its continuation without the last token."""
         return max(map(len, self.prompts)) + self.greedy.shape[1] - 1
 
 
@@ -172,16 +172,15 @@ class _Prefill:
 
     def __init__(self, model: CausalLM, max_len: int):
         graph, self._state = nnx.split(model)
-        config = model.config
         self._max_len = max_len
         num_blocks = -(-max_len // BLOCK_SIZE)
         self._block_tables = 1 + np.arange(num_blocks, dtype=np.int32)[None]
-        size = (1 + num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
 
         def run(state: Any, input_ids: Any, places: Any) -> Any:
             model = nnx.merge(graph, state)
             dtype = jax.tree.leaves(state)[0].dtype
-            caches = tuple(KVCache.zeros(*size, dtype) for _ in range(config.num_layers))
+            specs = model.config.cache_specs(BLOCK_SIZE, dtype)
+            caches = tuple(spec.zeros(1 + num_blocks) for spec in specs)
             metadata = AttentionMetadata(**places, max_query_len=max_len)
             hidden, _ = model(input_ids, metadata, caches)
             return model.compute_logits(hidden)

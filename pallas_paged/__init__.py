@@ -2,6 +2,7 @@
 
 from pallas_paged import block_tables
 from pallas_paged.block_tables import BlockTables
+from pallas_paged.cache_spec import CacheSpec
 from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache
 from pallas_paged.ops.attention.api import attention_implementation, paged_attention
 from pallas_paged.ops.block_copy.api import copy_blocks
@@ -12,6 +13,7 @@ __all__ = [
     "NULL_BLOCK",
     "AttentionMetadata",
     "BlockTables",
+    "CacheSpec",
     "KVCache",
     "attention_implementation",
     "block_tables",

@@ -29,18 +29,21 @@ def scatter(
     values: Array | int,
     where: Array,
     how: Literal["set", "add", "max"] = "set",
+    *,
+    in_place: bool = False,
 ) -> Array:
     """Returns `array` with `values` set, added or compared at `index` of its first axis.
 
     Only where the mask `where`, of the shape of `index`, is True; no index there is outside (see
-    `ids_inside`). Values that are set must not meet at one index.
+    `ids_inside`). Values that are set must not meet at one index. With `in_place`, for NumPy
+    alone, it is `array` itself that changes.
     """
     if not isinstance(array, np.ndarray):
         index = jnp.where(where, index, len(array))
         return getattr(array.at[index], how)(values, mode="drop")
     if not where.any():
         return array
-    result = array.copy()
+    result = array if in_place else array.copy()
     # A Python int would be an int64 to `ufunc.at`, which is 30 times slower when it has to cast.
     values = array.dtype.type(values) if isinstance(values, int) else values[where]
     if how == "set":

@@ -16,6 +16,7 @@ jax it is padding, and so is what is given with it, the other one of a pair or t
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,13 +45,16 @@ class BlockTables:
     """The state of the allocator; see `create`.
 
     Attributes:
-      tables: i32[R, M], the blocks of each sequence in order; 0 past its last block.
+      tables: i32[R, M], the blocks of each sequence in order; 0 past its last block, and where it
+        has dropped its first ones (see `drop_front`).
       seq_lens: i32[R], tokens per sequence; 0 is an empty row, free to begin a sequence in.
       ref_counts: i32[N], table entries plus holders (see `hold`) that point to each block.
       free_blocks: i32[N], a stack of the blocks without references; entries from `num_free` on
         mean nothing.
       num_free: i32[], how many blocks are free.
       block_size: S; static.
+      in_place: whether verbs write into the arrays of the state that they are given, which is used
+        up by it; static, and for NumPy alone: under `jax.jit` donate the state.
     """
 
     tables: Int32[Array, "R M"]
@@ -59,6 +63,7 @@ class BlockTables:
     free_blocks: Int32[Array, "N"]
     num_free: Int32[Array, ""]
     block_size: int = dataclasses.field(metadata={"static": True})
+    in_place: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class AppendResult(NamedTuple):
@@ -77,12 +82,21 @@ class AppendResult(NamedTuple):
 
 
 def create(
-    num_blocks: int, max_num_seqs: int, max_blocks_per_seq: int, block_size: int, xp: Any = np
+    num_blocks: int,
+    max_num_seqs: int,
+    max_blocks_per_seq: int,
+    block_size: int,
+    xp: Any = np,
+    *,
+    in_place: bool = False,
 ) -> BlockTables:
     """Returns R = `max_num_seqs` empty rows and `num_blocks - 1` free blocks (0 is the null block).
 
-    `xp` is `numpy` or `jax.numpy`, and with it the namespace of every later state.
+    `xp` is `numpy` or `jax.numpy`, and with it the namespace of every later state. With `in_place`
+    no verb copies a table: each one uses up the state that it is given.
     """
+    if in_place and xp is not np:
+        raise ValueError("in_place=True is for NumPy: jax arrays do not change; donate them to jit")
     for name, value, least in (
         ("num_blocks", num_blocks, 2),
         ("max_num_seqs", max_num_seqs, 1),
@@ -104,6 +118,7 @@ def create(
         free_blocks=xp.arange(num_blocks - 1, -1, -1, dtype=xp.int32),  # block 1 is on top
         num_free=xp.asarray(num_blocks - 1, dtype=xp.int32),
         block_size=block_size,
+        in_place=in_place,
     )
 
 
@@ -129,6 +144,7 @@ def append(state: BlockTables, num_new: Int[Array, "R"]) -> tuple[BlockTables, A
     exceed M blocks. Raises `ValueError` for a negative count; in jax `ok` is False then.
     """
     xp = namespace(state.tables)
+    write = functools.partial(scatter, in_place=state.in_place)
     num_new = _num_new(state, num_new)
     R, M = state.tables.shape
     plan = _plan_append(state, num_new)
@@ -142,9 +158,9 @@ def append(state: BlockTables, num_new: Int[Array, "R"]) -> tuple[BlockTables, A
     first = plan.num_blocks - copies.astype(np.int32)
     taken = select_ranges(first, num_taken, M)
     blocks = state.free_blocks[state.num_free - 1 - taken.rank]
-    tables = scatter(state.tables.reshape(-1), taken.places, blocks, taken.valid).reshape(R, M)
-    ref_counts = scatter(state.ref_counts, blocks, 1, taken.valid, "add")
-    ref_counts = scatter(ref_counts, plan.last_block, -1, copies, "add")
+    tables = write(state.tables.reshape(-1), taken.places, blocks, taken.valid).reshape(R, M)
+    ref_counts = write(state.ref_counts, blocks, 1, taken.valid, "add")
+    ref_counts = write(ref_counts, plan.last_block, -1, copies, "add")
     result = AppendResult(
         ok=xp.asarray(ok),
         copy_src=xp.where(copies, plan.last_block, NULL_BLOCK),
@@ -171,6 +187,7 @@ def fork(state: BlockTables, parents: Int[Array, "K"], children: Int[Array, "K"]
     a child that comes twice is outside the contract.
     """
     xp = namespace(state.tables)
+    write = functools.partial(scatter, in_place=state.in_place)
     R = len(state.seq_lens)
     parents, parents_exist = ids_inside(xp, parents, "parents", R)
     children, children_exist = ids_inside(xp, children, "children", R)
@@ -185,50 +202,94 @@ def fork(state: BlockTables, parents: Int[Array, "K"], children: Int[Array, "K"]
     referenced = pairs[:, None] & (blocks != NULL_BLOCK)
     return dataclasses.replace(
         state,
-        tables=scatter(state.tables, children, blocks, pairs),
-        seq_lens=scatter(state.seq_lens, children, state.seq_lens[parents], pairs),
-        ref_counts=scatter(state.ref_counts, blocks, 1, referenced, "add"),
+        tables=write(state.tables, children, blocks, pairs),
+        seq_lens=write(state.seq_lens, children, state.seq_lens[parents], pairs),
+        ref_counts=write(state.ref_counts, blocks, 1, referenced, "add"),
     )
 
 
-def share(state: BlockTables, rows: Int[Array, "K"], blocks: Int[Array, "K P"]) -> BlockTables:
-    """Lets each empty row `rows[k]` begin with the full blocks `blocks[k]`, padded with 0 behind.
+def admit(
+    state: BlockTables,
+    rows: Int[Array, "K"],
+    num_tokens: Int[Array, "K"],
+    blocks: Int[Array, "K P"],
+) -> tuple[BlockTables, Bool[Array, ""]]:
+    """Lets each empty row `rows[k]` begin with `num_tokens[k]` tokens in given and in new blocks.
 
-    The row's length becomes S times its blocks. Rows of nothing but padding do nothing.
+    In `blocks[k]` a positive number is a block that has references. A negative one is a block to
+    take: -1, -2, ... without a gap, each the same block wherever its number comes. Zeros in front
+    are blocks that the row has dropped, see `drop_front`; behind, they are padding. Rows of nothing
+    but zeros do nothing.
 
-    Raises `ValueError` for a row that does not exist, is not empty or comes twice, and for blocks
-    that do not exist, have no references, stand past padding or are repeated in one row. In jax a
-    row that is not empty, or is given a block that does not exist or has no references, stays as it
-    is, and a row that does not exist is padding; the others are outside the contract.
+    Returns the state, and bool[] whether there were enough free blocks; if not, it is unchanged.
+
+    Raises `ValueError` for a row that does not exist, is not empty or comes twice, for a length
+    that its blocks do not fit, and for blocks that do not exist, have no references, have a 0
+    between them or are repeated in one row. In jax a row that is not empty, or is given a block
+    that does not exist or has no references, stays as it is, and a row that does not exist is
+    padding; the others are outside the contract.
     """
     xp = namespace(state.tables)
+    write = functools.partial(scatter, in_place=state.in_place)
     R, M = state.tables.shape
     (N,) = state.ref_counts.shape
     num_given = blocks.shape[1]
     if num_given > M:
         raise ValueError(f"blocks has {num_given} columns, but a row has max_blocks_per_seq={M}")
     rows, rows_exist = ids_inside(xp, rows, "rows", R)
-    blocks, blocks_exist = ids_inside(xp, blocks, "blocks", N)
-    given = blocks != NULL_BLOCK
-    num_blocks = xp.sum(given, axis=1, dtype=xp.int32)
-    gaps = given & (xp.arange(num_given, dtype=xp.int32)[None, :] >= num_blocks[:, None])
-    refuse(gaps, "blocks", blocks, "comes after a 0; pad with 0 behind the blocks only")
-    lost = given & (state.ref_counts[blocks] == 0)
-    refuse(lost, "blocks", blocks, "has no references; `hold` blocks that are to be shared")
+    numbers = to_int32(xp, blocks, "blocks")
+    is_new = numbers < 0
+    num_new = xp.max(-numbers, initial=0)
+    ok = num_new <= state.num_free
+    given, blocks_exist = ids_inside(xp, xp.where(is_new, NULL_BLOCK, blocks), "blocks", N)
+    taken = state.free_blocks[xp.clip(state.num_free + numbers, 0, N - 1)]
+    ids = xp.where(is_new, taken, given)
+
+    present = is_new | (given != NULL_BLOCK)
+    places = xp.arange(num_given, dtype=xp.int32)[None, :]
+    num_blocks = xp.max(xp.where(present, places + 1, 0), axis=1, initial=0).astype(xp.int32)
+    has_begun = xp.cumsum(present, axis=1, dtype=xp.int32) > 0
+    gaps = ~present & (places < num_blocks[:, None]) & has_begun
+    refuse(gaps, "blocks", numbers, "stands between blocks; only the first ones may be dropped")
+    lost = (given != NULL_BLOCK) & (state.ref_counts[given] == 0)
+    refuse(lost, "blocks", numbers, "has no references; `hold` blocks that are to be shared")
     occupied = (num_blocks > 0) & (state.seq_lens[rows] > 0)
     refuse(occupied, "rows", rows, "is not empty; `free` it first")
     refuse_repeated(num_blocks > 0, "rows", rows)
-    refuse_repeated(given, "blocks", blocks)
+    refuse_repeated(present & ok, "blocks", ids)
+    num_tokens = to_int32(xp, num_tokens, "num_tokens")
+    misfit = (num_blocks > 0) & (_ceil_div(num_tokens, state.block_size) != num_blocks)
+    refuse(misfit, "num_tokens", num_tokens, "does not fit the row's blocks")
 
-    begins = (num_blocks > 0) & ~occupied & ~xp.any(lost, axis=1)
+    begins = (num_blocks > 0) & ~occupied & ~xp.any(lost, axis=1) & ok
     begins &= rows_exist & xp.all(blocks_exist, axis=1)
-    padded = xp.pad(blocks, ((0, 0), (0, M - num_given)))
-    return dataclasses.replace(
+    padded = xp.pad(ids, ((0, 0), (0, M - num_given)))
+    state = dataclasses.replace(
         state,
-        tables=scatter(state.tables, rows, padded, begins),
-        seq_lens=scatter(state.seq_lens, rows, num_blocks * state.block_size, begins),
-        ref_counts=scatter(state.ref_counts, blocks, 1, begins[:, None] & given, "add"),
+        tables=write(state.tables, rows, padded, begins),
+        seq_lens=write(state.seq_lens, rows, num_tokens, begins),
+        ref_counts=write(state.ref_counts, ids, 1, begins[:, None] & present, "add"),
+        num_free=xp.asarray(xp.where(ok, state.num_free - num_new, state.num_free), xp.int32),
     )
+    return state, xp.asarray(ok)
+
+
+def share(state: BlockTables, rows: Int[Array, "K"], blocks: Int[Array, "K P"]) -> BlockTables:
+    """Lets each empty row `rows[k]` begin with the full blocks `blocks[k]`; see `admit`.
+
+    The row's length becomes S times its blocks, dropped ones included.
+
+    Raises `ValueError` for a block that is negative; in jax the row stays as it is. Else see
+    `admit`.
+    """
+    xp = namespace(state.tables)
+    blocks = to_int32(xp, blocks, "blocks")
+    refuse(blocks < 0, "blocks", blocks, f"must be between 0 and {len(state.ref_counts) - 1}")
+    blocks = xp.where(blocks < 0, len(state.ref_counts), blocks)  # which does not exist either
+    places = xp.arange(1, blocks.shape[1] + 1, dtype=xp.int32)[None, :]
+    num_blocks = xp.max(xp.where(blocks != NULL_BLOCK, places, 0), axis=1, initial=0)
+    state, _ = admit(state, rows, (num_blocks * state.block_size).astype(xp.int32), blocks)
+    return state
 
 
 def free(state: BlockTables, rows: Bool[Array, "R"]) -> BlockTables:
@@ -246,14 +307,20 @@ def free(state: BlockTables, rows: Bool[Array, "R"]) -> BlockTables:
 def truncate(state: BlockTables, new_lens: Int[Array, "R"]) -> BlockTables:
     """Shortens each row r to its first `new_lens[r]` tokens, and gives up the blocks past them.
 
-    Raises `ValueError` unless 0 <= new_lens <= seq_lens; jax clips to these bounds.
+    Raises `ValueError` unless 0 <= new_lens <= seq_lens; jax clips to these bounds. And where the
+    row would end inside a block that it has dropped: in jax it stays as it is.
     """
     xp = namespace(state.tables)
+    write = functools.partial(scatter, in_place=state.in_place)
     new_lens = _per_row(state, "new_lens", new_lens)
     outside = (new_lens < 0) | (new_lens > state.seq_lens)
     refuse(outside, "new_lens", new_lens, "must be between 0 and the row's length; see `append`")
     new_lens = xp.clip(new_lens, 0, state.seq_lens)
     R, M = state.tables.shape
+    last_block = _last_block(state.tables, _ceil_div(new_lens, state.block_size))
+    torn = (new_lens % state.block_size > 0) & (last_block == NULL_BLOCK)
+    refuse(torn, "new_lens", new_lens, "ends inside a block that the row has dropped")
+    new_lens = xp.where(torn, state.seq_lens, new_lens)
     num_kept = _ceil_div(new_lens, state.block_size)
     num_dropped = _ceil_div(state.seq_lens, state.block_size) - num_kept
     dropped = select_ranges(num_kept, num_dropped, M)
@@ -261,8 +328,35 @@ def truncate(state: BlockTables, new_lens: Int[Array, "R"]) -> BlockTables:
     blocks = xp.where(dropped.valid, tables[dropped.places], NULL_BLOCK)
     return dataclasses.replace(
         release(state, blocks),
-        tables=scatter(tables, dropped.places, NULL_BLOCK, dropped.valid).reshape(R, M),
+        tables=write(tables, dropped.places, NULL_BLOCK, dropped.valid).reshape(R, M),
         seq_lens=new_lens,
+    )
+
+
+def drop_front(state: BlockTables, num_blocks: Int[Array, "R"]) -> BlockTables:
+    """Gives up the first `num_blocks[r]` blocks of each row r, as many of them as it still has.
+
+    For a row whose further queries see its last tokens only, through a sliding window. Their table
+    entries become 0; the row's length and the places of its other blocks stay. A block that others
+    refer to stays theirs, and a fork begins with what its parent has left.
+
+    Raises `ValueError` unless 0 <= num_blocks <= seq_lens // S, for a block that is not full is
+    written to; jax clips to these bounds.
+    """
+    xp = namespace(state.tables)
+    write = functools.partial(scatter, in_place=state.in_place)
+    num_blocks = _per_row(state, "num_blocks", num_blocks)
+    num_full = state.seq_lens // state.block_size
+    outside = (num_blocks < 0) | (num_blocks > num_full)
+    refuse(outside, "num_blocks", num_blocks, "must be between 0 and the row's full blocks")
+    num_blocks = xp.clip(num_blocks, 0, num_full)
+    R, M = state.tables.shape
+    dropped = select_ranges(xp.zeros_like(num_blocks), num_blocks, M)
+    tables = state.tables.reshape(-1)
+    blocks = xp.where(dropped.valid, tables[dropped.places], NULL_BLOCK)
+    return dataclasses.replace(
+        release(state, blocks),
+        tables=write(tables, dropped.places, NULL_BLOCK, dropped.valid).reshape(R, M),
     )
 
 
@@ -273,11 +367,12 @@ def hold(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
     without references, whose content may be gone; in jax that is outside the contract.
     """
     xp = namespace(state.tables)
+    write = functools.partial(scatter, in_place=state.in_place)
     (N,) = state.ref_counts.shape
     blocks, _ = ids_inside(xp, blocks, "blocks", N)
     held = blocks != NULL_BLOCK
     refuse(held & (state.ref_counts[blocks] == 0), "blocks", blocks, "has no references")
-    return dataclasses.replace(state, ref_counts=scatter(state.ref_counts, blocks, 1, held, "add"))
+    return dataclasses.replace(state, ref_counts=write(state.ref_counts, blocks, 1, held, "add"))
 
 
 def release(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
@@ -288,11 +383,13 @@ def release(state: BlockTables, blocks: Int[Array, "K"]) -> BlockTables:
     that is outside the contract.
     """
     xp = namespace(state.tables)
+    write = functools.partial(scatter, in_place=state.in_place)
     (N,) = state.ref_counts.shape
     blocks, _ = ids_inside(xp, blocks, "blocks", N)
-    ref_counts = scatter(state.ref_counts, blocks, -1, blocks != NULL_BLOCK, "add")
+    was_referenced = state.ref_counts > 0
+    ref_counts = write(state.ref_counts, blocks, -1, blocks != NULL_BLOCK, "add")
     refuse(ref_counts[blocks] < 0, "blocks", blocks, "is released more often than it is held")
-    return _with_fewer_references(state, ref_counts)
+    return _with_fewer_references(state, was_referenced, ref_counts)
 
 
 def replace(state: BlockTables, old: Int[Array, "K"], new: Int[Array, "K"]) -> BlockTables:
@@ -318,17 +415,24 @@ def replace(state: BlockTables, old: Int[Array, "K"], new: Int[Array, "K"]) -> B
     changed = tables != state.tables
     ref_counts = scatter(state.ref_counts, state.tables, -1, changed, "add")
     ref_counts = scatter(ref_counts, tables, 1, changed, "add")
-    return dataclasses.replace(_with_fewer_references(state, ref_counts), tables=tables)
+    state = _with_fewer_references(state, state.ref_counts > 0, ref_counts)
+    return dataclasses.replace(state, tables=tables)
 
 
-def _with_fewer_references(state: BlockTables, ref_counts: Int32[Array, "N"]) -> BlockTables:
+def _with_fewer_references(
+    state: BlockTables, was_referenced: Bool[Array, "N"], ref_counts: Int32[Array, "N"]
+) -> BlockTables:
     """Returns the state with these counts; blocks whose last reference went become free."""
-    freed = select((state.ref_counts > 0) & (ref_counts == 0))
+    freed = select(was_referenced & (ref_counts == 0))
     return dataclasses.replace(
         state,
         ref_counts=ref_counts,
         free_blocks=scatter(
-            state.free_blocks, state.num_free + freed.rank, freed.places, freed.valid
+            state.free_blocks,
+            state.num_free + freed.rank,
+            freed.places,
+            freed.valid,
+            in_place=state.in_place,
         ),
         num_free=namespace(ref_counts).asarray(state.num_free + total(freed.valid)),
     )
@@ -339,8 +443,9 @@ def slot_mapping(
 ) -> Int32[Array, "T"]:
     """Returns `block * S + offset` of the tokens at `positions` (0 <= p < M * S) of `rows`.
 
-    Positions past a row's blocks lie in the null block: padding. Raises `ValueError` for rows and
-    positions outside of the tables; in jax their slots are 0.
+    Positions past a row's blocks, and in blocks that it has dropped, lie in the null block:
+    padding. Raises `ValueError` for rows and positions outside of the tables; in jax their slots
+    are 0.
     """
     xp = namespace(state.tables)
     S = state.block_size
@@ -361,7 +466,8 @@ def check_invariants(state: BlockTables, held: Sequence[int] | Array = ()) -> No
 
     `held` are the ids of the blocks held through `hold`, one for each reference; 0 is padding.
 
-    - A row covers exactly ceil(len / S) different blocks; the rest of it is 0.
+    - A row covers exactly ceil(len / S) different blocks, but for the first ones, which it may have
+      dropped if they were full; the rest of it is 0.
     - No two sequences can write one slot. Only a partly filled last block with one reference is
       written without a copy, so no two rows may end in such a block.
     - A block's reference count is the number of table entries and holders that point to it.
@@ -373,13 +479,17 @@ def check_invariants(state: BlockTables, held: Sequence[int] | Array = ()) -> No
     (N,) = ref_counts.shape
     S, num_free, holders = state.block_size, int(state.num_free), np.asarray(held, np.int64)
     for name, array in vars(state).items():
-        assert name == "block_size" or array.dtype == np.int32, f"{name} is {array.dtype}"
+        is_static = name in ("block_size", "in_place")
+        assert is_static or array.dtype == np.int32, f"{name} is {array.dtype}"
     for name, ids in ("table entries", tables), ("holders", holders), ("free blocks", free_blocks):
         assert ((ids >= 0) & (ids < N)).all(), f"{name} outside 0..{N - 1}: {ids}"
 
     assert (seq_lens >= 0).all(), f"{seq_lens=}"
-    covered = np.arange(tables.shape[1]) < _ceil_div(seq_lens, S)[:, None]
-    wrong = np.flatnonzero(((tables != NULL_BLOCK) != covered).any(axis=1))
+    columns, named = np.arange(tables.shape[1]), tables != NULL_BLOCK
+    covered = columns < _ceil_div(seq_lens, S)[:, None]
+    first = np.where(named.any(axis=1), named.argmax(axis=1), covered.sum(axis=1))
+    misplaced = (named != (covered & (columns >= first[:, None]))).any(axis=1)
+    wrong = np.flatnonzero(misplaced | (first > seq_lens // S))
     assert not wrong.size, f"rows {wrong}: {seq_lens[wrong]=} do not fit {tables[wrong]=}"
     ordered = np.sort(tables)
     repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NULL_BLOCK)

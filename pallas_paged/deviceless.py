@@ -91,11 +91,20 @@ def compile_for(
     Raises:
       ValueError, RuntimeError: as `target_device`.
     """
+    lowered = lower_for(target, function, *args, donate_argnums=donate_argnums)
+    with without_compilation_cache(), jax.default_device(target_device(target)):
+        return lowered.compile()
+
+
+def lower_for(
+    target: str, function: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()
+) -> jax.stages.Lowered:
+    """Returns what `compile_for`, with the same arguments and errors, gives to the compiler."""
     jitted: Any = function
     if not hasattr(function, "lower"):
         jitted = jax.jit(function, donate_argnums=donate_argnums)
-    with without_compilation_cache(), jax.default_device(target_device(target)):
-        return jitted.lower(*args).compile()
+    with jax.default_device(target_device(target)):
+        return jitted.lower(*args)
 
 
 def compile_with_schedule(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Schedule]:

@@ -1,7 +1,8 @@
 """The KV cache of one layer, and the metadata that says how a step's tokens use it.
 
 Sizes, here and in every module of this layer: T query tokens, B sequences, M blocks per sequence,
-N blocks, S tokens per block, Hq / Hk query / KV heads, D head_dim.
+N blocks, S tokens per block, Hq / Hk query / KV heads, D head_dim. Dv is the head_dim of values,
+where it may be another one than that of keys.
 """
 
 import dataclasses
@@ -19,7 +20,9 @@ NULL_BLOCK = 0
 
 
 CacheArray = Float[Array, "N Hk S D"] | Int8[Array, "N Hk S D"]
-"""Keys or values of one layer."""
+"""Keys of one layer, or values as wide as they are."""
+ValueArray = Float[Array, "N Hk S Dv"] | Int8[Array, "N Hk S Dv"]
+"""Values of one layer."""
 
 
 class KVCache(NamedTuple):
@@ -27,14 +30,14 @@ class KVCache(NamedTuple):
 
     Attributes:
       k: keys, `[N, Hk, S, D]`.
-      v: values, `[N, Hk, S, D]`.
+      v: values, `[N, Hk, S, Dv]`.
       k_scale: f32 `[N, Hk, S]`, one per token and KV head, where the keys are quantised (dtype
         float8_e4m3fn or int8; see `pallas_paged.quantisation`), else None: key = stored * scale.
       v_scale: likewise, of the values.
     """
 
     k: CacheArray
-    v: CacheArray
+    v: ValueArray
     k_scale: Float32[Array, "N Hk S"] | None = None
     v_scale: Float32[Array, "N Hk S"] | None = None
 
@@ -47,16 +50,20 @@ class KVCache(NamedTuple):
         head_dim: int,
         dtype: jax.typing.DTypeLike,
         sharding: jax.sharding.Sharding | None = None,
+        *,
+        v_head_dim: int | None = None,
     ) -> "KVCache":
         """Returns a zeroed cache of `num_blocks` blocks, the null block included.
 
         It has scales if `dtype` is float8_e4m3fn or int8. `sharding` is that of every array.
+        `v_head_dim` is Dv; None is `head_dim`.
         """
-        shape = (num_blocks, num_kv_heads, block_size, head_dim)
-        k, v = (jnp.zeros(shape, dtype, device=sharding) for _ in range(2))
+        slots = (num_blocks, num_kv_heads, block_size)
+        widths = (head_dim, head_dim if v_head_dim is None else v_head_dim)
+        k, v = (jnp.zeros((*slots, width), dtype, device=sharding) for width in widths)
         if not is_quantised(dtype):
             return cls(k, v)
-        return cls(k, v, *(jnp.zeros(shape[:3], jnp.float32, device=sharding) for _ in range(2)))
+        return cls(k, v, *(jnp.zeros(slots, jnp.float32, device=sharding) for _ in range(2)))
 
     @property
     def block_size(self) -> int:
@@ -65,7 +72,7 @@ class KVCache(NamedTuple):
 
 
 def to_stored(k: jax.Array, v: jax.Array, kv_cache: KVCache) -> KVCache:
-    """Returns keys and values `[..., D]` as `kv_cache` stores them, with scales if it has any."""
+    """Returns keys `[..., D]` and values `[..., Dv]` as `kv_cache` stores them, scales included."""
     dtype = kv_cache.k.dtype
     if not is_quantised(dtype):
         return KVCache(k.astype(dtype), v.astype(dtype))
@@ -76,19 +83,24 @@ def to_stored(k: jax.Array, v: jax.Array, kv_cache: KVCache) -> KVCache:
 def check_cache(kv_cache: KVCache) -> None:
     """Raises `ValueError` unless the arrays of a cache fit each other."""
     k, v = kv_cache.k, kv_cache.v
-    if k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(
-            f"kv_cache.k.shape={k.shape} and kv_cache.v.shape={v.shape} must both be [blocks, "
-            "kv heads, block size, head_dim]"
-        )
+    check_shapes(k, v, "kv_cache.k", "kv_cache.v")
     if k.dtype != v.dtype:
         raise ValueError(f"kv_cache.k.dtype={k.dtype} must equal kv_cache.v.dtype={v.dtype}")
     check_scales(k, kv_cache.k_scale, "kv_cache.k_scale")
     check_scales(v, kv_cache.v_scale, "kv_cache.v_scale")
 
 
+def check_shapes(k: jax.Array, v: jax.Array, k_name: str, v_name: str) -> None:
+    """Raises `ValueError` unless keys are `[N, Hk, S, D]` and values `[N, Hk, S, Dv]`."""
+    if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            f"{k_name}.shape={k.shape} and {v_name}.shape={v.shape} must both be [blocks, kv heads,"
+            " block size, head_dim], and may differ in head_dim only"
+        )
+
+
 def check_scales(cache: jax.Array, scale: jax.Array | None, name: str) -> None:
-    """Raises `ValueError` unless `scale` is what keys or values `[N, Hk, S, D]` need."""
+    """Raises `ValueError` unless `scale` is what such keys or values need."""
     if not is_quantised(cache.dtype):
         if scale is not None:
             raise ValueError(f"{name} is for quantised caches; leave it None for {cache.dtype}")

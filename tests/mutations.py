@@ -31,7 +31,7 @@ def is_noticed(mutation: Mutation) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         for name in ("pallas_paged", "benchmarks", "tests"):
-            ignored = shutil.ignore_patterns("__pycache__", "demo")
+            ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, copy / name, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", copy)
         (copy / mutation.file).write_text(source.replace(mutation.old, mutation.new))

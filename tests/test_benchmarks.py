@@ -2,12 +2,11 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.programs import run_program
+
 SMALL = (
     "--random_model=tiny --num_requests=6 --length_scale=0.1 --max_num_seqs=2 --num_blocks=40 "
     "--max_num_batched_tokens=32"
@@ -21,12 +20,16 @@ SMALL = (
         ("block_tables", "--num_seqs=8 --num_tokens=64 --steps=4"),
         (
             "plan_memory",
-            "--model=tests/models/data/llama-gqa-llama3 --layers=1 --max_num_seqs=4 "
+            "--model=tests/models/data/mistral-sliding --layers=1 --max_num_seqs=4 "
             "--max_num_batched_tokens=32 --max_model_len=128",
         ),
         ("products", "--shapes=8x16 --rows=1,4 --dtype=bfloat16 --repeats=1"),
         ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
-        ("host_step", "--num_seqs=4 --num_tokens=400 --num_steps=3 --waiting_len=256"),
+        (
+            "host_cost",
+            "--num_seqs=4 --max_model_len=512 --vocab_size=1000 --kinds=plain,text,logprobs+deltas "
+            "--waiting=0,5 --num_steps=3 --num_requests=2",
+        ),
         ("sampling", "--shapes=2x300 --rounds=1 --hidden=16 --layers=1 --heads=2/1 --context=4"),
         ("recovery", "--block_sizes=8 --num_requests=8 --prompt_len=9 --output_len=20"),
         (
@@ -41,13 +44,7 @@ SMALL = (
 )
 def test_it_runs(name: str, flags: str, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "figures.json"
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *flags.split(), f"--json={file}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_program(f"benchmarks.{name}", *flags.split(), f"--json={file}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert json.loads(file.read_text())

@@ -26,3 +26,5 @@ def test_every_source_is_there_once(program):
     for name, mutation in program.MUTATIONS.items():
         assert (ROOT / mutation.file).read_text().count(mutation.old) == 1, name
         assert mutation.old != mutation.new, name
+        for test in mutation.tests.split():
+            assert (ROOT / test.split("::")[0]).exists(), name

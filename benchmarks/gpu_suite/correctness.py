@@ -7,6 +7,7 @@ kernels fall back on nowhere but which serves what they refuse.
 import functools
 from collections.abc import Iterable
 
+from benchmarks.attention_cases.arguments import AttentionSpec
 from benchmarks.gpu_suite import (
     correctness_attention,
     correctness_cases,
@@ -19,7 +20,6 @@ from benchmarks.gpu_suite.correctness_large import Large
 from benchmarks.gpu_suite.correctness_moves import MANY_BLOCKS, MANY_TOKENS
 from benchmarks.gpu_suite.repeated import INTERPRETED_REPEATS, REPEATS, Problem
 from benchmarks.gpu_suite.stage import Case, Context, Stage
-from pallas_paged.ops.attention.arg_specs import AttentionSpec
 
 KERNELS, XLA = "mosaic_gpu", "xla"
 _COLUMNS = ("error", "tolerance", "lse_error", "repeats", "differing_repeats")

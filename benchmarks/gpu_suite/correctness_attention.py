@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.attention_cases.arguments import AttentionArguments, AttentionSpec, build
 from benchmarks.gpu_suite.repeated import Arrays, Problem, Results
 from benchmarks.gpu_suite.stage import Program, Row
 from pallas_paged import AttentionMetadata, paged_attention
-from pallas_paged.ops.attention import arg_specs
-from pallas_paged.ops.attention.arg_specs import AttentionArguments, AttentionSpec
 from pallas_paged.quantisation import is_quantised
 
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
@@ -101,7 +100,7 @@ def _attend(
 
 
 def shapes(spec: AttentionSpec, num_blocks: int | None = None) -> tuple[Any, ...]:
-    """Returns what `arguments_of(arg_specs.build(spec))` would, as shapes and without a device."""
+    """Returns what `arguments_of(build(spec))` would, as shapes and without a device."""
 
     def bucket(needed: int, chosen: int | None = None) -> int:
         return 1 << (needed - 1).bit_length() if chosen is None else chosen
@@ -146,7 +145,7 @@ def arguments_of(arguments: AttentionArguments) -> tuple[Any, ...]:
 
 def make(spec: AttentionSpec, empty: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments of a spec, and what is expected."""
-    arguments = arg_specs.build(spec)
+    arguments = build(spec)
     if empty:
         arguments = _emptied(arguments)
     return arguments_of(arguments), expected(arguments)

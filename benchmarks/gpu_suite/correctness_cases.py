@@ -8,8 +8,12 @@ import functools
 import itertools
 from typing import Any
 
-from pallas_paged.ops.attention import arg_specs
-from pallas_paged.ops.attention.arg_specs import AttentionSpec
+from benchmarks.attention_cases.arguments import AttentionSpec
+from benchmarks.attention_cases.specs import (
+    DECODE_KERNEL_SPECS,
+    QUANTISED_KERNEL_SPECS,
+    SPECS,
+)
 
 DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int8")
 """Of caches in which blocks are moved."""
@@ -154,9 +158,9 @@ def kernel_specs() -> list[AttentionSpec]:
 
     Odd lengths, wide tables and sequences without queries are theirs.
     """
-    specs = [*arg_specs.DECODE_KERNEL_SPECS, *arg_specs.QUANTISED_KERNEL_SPECS]
+    specs = [*DECODE_KERNEL_SPECS, *QUANTISED_KERNEL_SPECS]
     seen = set()
-    for spec in arg_specs.SPECS:
+    for spec in SPECS:
         quantised = spec.cache_dtype in ("float8_e4m3fn", "int8")
         sized = dataclasses.replace(
             spec,
@@ -174,7 +178,7 @@ def kernel_specs() -> list[AttentionSpec]:
 
 def common_specs() -> list[AttentionSpec]:
     """Returns the same as they are, for what takes every size."""
-    return [dataclasses.replace(spec, name=f"spec {spec.name}") for spec in arg_specs.SPECS]
+    return [dataclasses.replace(spec, name=f"spec {spec.name}") for spec in SPECS]
 
 
 def large_specs() -> list[AttentionSpec]:

@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.attention_cases.arguments import AttentionSpec, build
 from benchmarks.gpu_suite import correctness_attention, correctness_moves, programs
 from benchmarks.gpu_suite.correctness_moves import Sizes
 from benchmarks.gpu_suite.repeated import Arrays, Results, keep, kept, same_bits, verdict
 from benchmarks.gpu_suite.stage import Context, Program, Row
 from pallas_paged import KVCache
-from pallas_paged.ops.attention import arg_specs
-from pallas_paged.ops.attention.arg_specs import AttentionSpec
 
 NUM_BYTES = 9 * 2**29
 """4.5 GiB, of the keys and of the values each."""
@@ -236,7 +235,7 @@ def _attend(
 
 
 def _make_attention(spec: AttentionSpec, num_blocks: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    built = arg_specs.build(spec)
+    built = build(spec)
     q, k, v, step, arrays = correctness_attention.arguments_of(built)
     scales = [arrays.pop(name, None) for name in ("k_scale", "v_scale")]
     tables = np.asarray(step.block_tables)

@@ -26,8 +26,9 @@ from pallas_paged import (
     scatter_blocks,
     write_kv,
 )
-from pallas_paged.engine.buckets import Bucket
-from pallas_paged.engine.step import StepPrograms
+from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.device.programs import StepPrograms
+from pallas_paged.engine.kv.sharing import blocks_for
 from pallas_paged.models.registry import FAMILIES, config_from_hf
 
 DECODE = Shape(64, 4096, "32/8", 64)
@@ -178,21 +179,19 @@ def compile_step(context: Context) -> None:
     target = context.target or (None if context.on_gpu else _TOY_TARGET)
     device = jax.devices()[0] if target is None else deviceless.target_device(target)
     build = functools.partial(FAMILIES[config.architecture].model, config, dtype=jnp.bfloat16)
-    max_blocks = -(-sizes["context"] // sizes["block_size"])
-    pool = 1 + sizes["batch"] * max_blocks, config.num_kv_heads, sizes["block_size"]
-    array = _bfloat16(*pool, config.head_dim)
+    max_blocks = blocks_for(sizes["context"], sizes["block_size"])
+    specs = config.cache_specs(sizes["block_size"], jnp.bfloat16)
     # What comes from the cache is not compiled, and not dumped.
     with deviceless.without_compilation_cache(), jax.default_device(device):
         programs = StepPrograms(
             nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))),
-            (KVCache(array, array),) * config.num_layers,
+            tuple(spec.shapes(1 + sizes["batch"] * max_blocks) for spec in specs),
             max_num_seqs=sizes["batch"],
-            max_blocks_per_seq=max_blocks,
             logprobs_width=1,
             implementation=implementation,
             cache_implementation=implementation,
         )
-        programs.compile([Bucket(sizes["batch"], sizes["batch"], is_decode=True)])
+        programs.compile([Bucket(sizes["batch"], sizes["batch"], max_blocks, is_decode=True)])
 
 
 def dumped_sequence(folder: pathlib.Path) -> str:

@@ -14,9 +14,10 @@ from benchmarks import random_models
 from benchmarks.gpu_suite import programs, timing
 from benchmarks.gpu_suite.stage import Case, Context, Program, Row, Stage
 from pallas_paged import KVCache
-from pallas_paged.engine import batch
-from pallas_paged.engine.buckets import Bucket
-from pallas_paged.engine.step import StepPrograms
+from pallas_paged.engine.core import step_inputs
+from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.device.programs import StepPrograms
+from pallas_paged.engine.kv.sharing import blocks_for
 from pallas_paged.models import ModelConfig
 from pallas_paged.models.registry import FAMILIES, config_from_hf
 
@@ -63,12 +64,12 @@ class Step(NamedTuple):
     @property
     def bucket(self) -> Bucket:
         """The shape that the engine compiles."""
-        return Bucket(self.batch, self.batch, is_decode=True)
+        return Bucket(self.batch, self.batch, self.blocks_per_seq, is_decode=True)
 
     @property
     def blocks_per_seq(self) -> int:
         """M."""
-        return -(-self.context // self.block_size)
+        return blocks_for(self.context, self.block_size)
 
     @property
     def implementation(self) -> str:
@@ -103,7 +104,6 @@ def _compiled(step: Step) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         nnx.merge(*_model(step.model)),
         timing.abstract(described_caches(step)),
         max_num_seqs=step.batch,
-        max_blocks_per_seq=step.blocks_per_seq,
         logprobs_width=1,
         implementation=step.implementation,
         cache_implementation=step.implementation,
@@ -117,8 +117,9 @@ def described_caches(step: Step) -> tuple[KVCache, ...]:
     """Returns each layer's cache, as `timing.make` takes it."""
     config = step.config
     num_blocks = 1 + step.batch * step.blocks_per_seq
-    pool = num_blocks, config.num_kv_heads, step.block_size, config.head_dim
-    return tuple(timing.normal_cache(2 * i, pool) for i in range(config.num_layers))
+    specs = config.cache_specs(step.block_size, jnp.bfloat16)
+    pools = [spec.shapes(num_blocks).k.shape for spec in specs]
+    return tuple(timing.normal_cache(2 * i, pool) for i, pool in enumerate(pools))
 
 
 def described_parameters(step: Step) -> Any:
@@ -140,14 +141,14 @@ def floor_bytes(step: Step) -> int:
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in parameters)
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size * 2
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
-    return weights + step.batch * step.context * per_token
+    block_bytes = sum(s.block_bytes for s in config.cache_specs(step.block_size, jnp.bfloat16))
+    return weights + step.batch * step.context * block_bytes // step.block_size
 
 
 def packed_inputs(step: Step, tables: np.ndarray, temperature: float) -> jax.Array:
     """Returns the step's inputs as the engine packs them; the input tokens are on the device."""
-    packed = np.zeros(batch.packed_size(step.bucket, tables.shape[1]), np.int32)
-    x = batch.views(packed, step.bucket, tables.shape[1])
+    packed = np.zeros(step_inputs.packed_size(step.bucket), np.int32)
+    x = step_inputs.views(packed, step.bucket)
     rows, last = np.arange(step.batch), step.context - 1
     x.positions[:] = last
     slots = tables[:, last // step.block_size] * step.block_size

@@ -30,13 +30,14 @@ from pallas_paged import deviceless
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 _SOURCES = (
-    "engine/*.py",
+    "engine/**/*.py",
     "models/*.py",
     "pallas_paged/*.py",
     "pallas_paged/ops/**/*.py",
     "pallas_paged/ops/attention/tuned/*.json",
     "pallas_paged/targets/*.txtpb",
     "benchmarks/random_models.py",
+    "benchmarks/attention_cases/*.py",
     "benchmarks/gpu_suite/*.py",
 )
 _NOT_COMPILED = (

@@ -16,8 +16,8 @@ from benchmarks.gpu_suite.programs import write
 from benchmarks.gpu_suite.stage import Program, why_none
 from benchmarks.gpu_suite.tuning_problems import Config, Key, Problem, describe
 from pallas_paged.ops.attention.config import DecodeConfig, DecodeKey, tuned_file_name
-from pallas_paged.ops.attention.prefill_config import PrefillTuning
-from pallas_paged.ops.attention.prefill_tuned import PrefillKey, merged
+from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
+from pallas_paged.ops.attention.hopper.prefill_tuned import PrefillKey, merged
 
 NOISE = 0.02
 TOLERANCE = 3e-2

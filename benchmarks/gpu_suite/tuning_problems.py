@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.attention_cases.decode import candidate_configs
 from benchmarks.gpu_suite.stage import Program
 from pallas_paged.kv_cache import AttentionMetadata, KVCache, to_stored
-from pallas_paged.ops.attention import decode_problem, mosaic_gpu
+from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.config import DecodeConfig, DecodeKey, heuristic
-from pallas_paged.ops.attention.decode_cases import candidate_configs
-from pallas_paged.ops.attention.decode_problem import DecodeProblem
-from pallas_paged.ops.attention.prefill_config import PrefillTuning, prefill_tuning
-from pallas_paged.ops.attention.prefill_tuned import PrefillKey, fits, prefill_key
+from pallas_paged.ops.attention.hopper import decode_problem
+from pallas_paged.ops.attention.hopper.decode_problem import DecodeProblem
+from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning, prefill_tuning
+from pallas_paged.ops.attention.hopper.prefill_tuned import PrefillKey, fits, prefill_key
 from pallas_paged.quantisation import is_quantised
 
 Config = DecodeConfig | PrefillTuning

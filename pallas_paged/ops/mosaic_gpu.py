@@ -3,6 +3,8 @@
 None of them computes more than a rounding, so each is bound by memory: data goes through registers
 in contiguous vectors of up to 16 bytes per thread, many small thread blocks hide the latency, and
 nothing is staged in shared memory. The same code compiles for compute capability 8.0 and 9.0.
+
+`load` and `store` are the attention kernels' too.
 """
 
 from typing import Any

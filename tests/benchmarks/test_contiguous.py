@@ -9,7 +9,7 @@ import pytest
 from benchmarks import offline
 from benchmarks.contiguous import ContiguousMemory
 from benchmarks.workloads import Request, Workload
-from pallas_paged.engine.groups import RowPlan
+from pallas_paged.engine.kv.sharing import RowPlan
 from tests.engine.serving import make_llm
 
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.attention_cases.arguments import build
+from benchmarks.attention_cases.specs import SPECS
 from benchmarks.gpu_suite import (
     correctness,
     correctness_attention,
@@ -21,7 +23,6 @@ from benchmarks.gpu_suite import (
 from benchmarks.gpu_suite.correctness_moves import Sizes
 from benchmarks.gpu_suite.stage import Context, run_case
 from pallas_paged import KVCache
-from pallas_paged.ops.attention import arg_specs
 
 STAGES = (correctness.CORRECTNESS, correctness.MORE)
 GPU = Context("sm_90", pathlib.Path("results"), pathlib.Path("work"))
@@ -116,7 +117,7 @@ def test_shapes_are_those_of_what_is_built():
         *correctness_cases.common_specs()[::16],
     ]
     for spec in some:
-        built = correctness_attention.arguments_of(arg_specs.build(spec))
+        built = correctness_attention.arguments_of(build(spec))
         assert shaped(built) == shaped(correctness_attention.shapes(spec)), spec.name
     for operation in correctness_cases.OPERATIONS:
         for dtype in correctness_cases.DTYPES:
@@ -141,7 +142,7 @@ def test_specs_for_kernels_have_sizes_that_they_take():
 @pytest.fixture(scope="module")
 def right():
     spec = correctness_cases.interpreted_specs()[1]
-    arguments = arg_specs.build(spec)
+    arguments = build(spec)
     results = correctness_attention.program(spec, "reference").function(
         *correctness_attention.arguments_of(arguments)
     )
@@ -188,7 +189,7 @@ def test_long_prompts_are_checked_at_their_ends_and_in_between(monkeypatch):
     # What is not computed must be finite all the same.
     monkeypatch.setattr(correctness_attention, "MAX_CHECKED", 0)
     spec = correctness_cases.interpreted_specs()[2]
-    expected = correctness_attention.expected(arg_specs.build(spec))
+    expected = correctness_attention.expected(build(spec))
     assert list(expected["rows"]) == [0, 19]
     out, lse = np.zeros((32, 4, 64), np.float32), np.full((32, 4), -np.inf, np.float32)
     out[[0, 19]], lse[:20] = expected["out"], 0
@@ -201,8 +202,8 @@ def test_long_prompts_are_checked_at_their_ends_and_in_between(monkeypatch):
 
 def test_queries_are_checked_where_they_stand():
     """Each checked query is a sequence of its own; all of them at once are the same."""
-    for spec in (correctness_cases.interpreted_specs()[4], arg_specs.SPECS[26]):
-        arguments = arg_specs.build(spec)
+    for spec in (correctness_cases.interpreted_specs()[4], SPECS[26]):
+        arguments = build(spec)
         expected = correctness_attention.expected(arguments)
         out, lse = correctness_attention.program(spec, "reference").function(
             *correctness_attention.arguments_of(arguments)

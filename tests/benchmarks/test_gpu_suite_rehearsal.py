@@ -15,6 +15,7 @@ import pytest
 from benchmarks.gpu_suite import archive, plan, programs, rehearsal, report
 from benchmarks.gpu_suite.all_stages import STAGES
 from benchmarks.gpu_suite.stage import BROKEN, Context, append
+from tests.programs import run_program
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CARRIED = "^(rehearsal: works|more_correctness: xla: [cd])"
@@ -186,10 +187,10 @@ def test_without_toys_speeds_are_unmeasured(tmp_path):
 
 def planned(*options: str) -> tuple[dict[str, int], int]:
     """Returns how many cases of each stage a plan for 16 cores has, and its seconds."""
-    done = suite("--dry_run", "--jobs=16", *options)
-    assert done.status == 0, done.errors
-    rows = re.findall(r"^(\w+) +(\d+) +\d+ .*$", done.output, re.MULTILINE)
-    (seconds,) = re.findall(r"^About (\d+) s of \d+ s\.$", done.output, re.MULTILINE)
+    done = run_program("benchmarks.gpu_suite", "--dry_run", "--jobs=16", *options)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\w+) +(\d+) +\d+ .*$", done.stdout, re.MULTILINE)
+    (seconds,) = re.findall(r"^About (\d+) s of \d+ s\.$", done.stdout, re.MULTILINE)
     return {name: int(count) for name, count in rows}, int(seconds)
 
 
@@ -246,11 +247,11 @@ def test_what_failed_is_run_again_in_what_is_left(tmp_path):
     ],
 )
 def test_wrong_flags_are_refused_in_one_line(options, message):
-    done = suite(*options)
-    assert done.status == 2
-    assert done.errors.startswith("error: ")
-    assert message in done.errors
-    assert len(done.errors.splitlines()) == 1
+    done = run_program("benchmarks.gpu_suite", *options)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_results_are_not_replaced_by_a_run_that_does_not_begin_with_them(tmp_path):

@@ -18,9 +18,9 @@ from pallas_paged.ops.attention.config import (
     fits,
     tuned_file_name,
 )
-from pallas_paged.ops.attention.decode_problem import scratch_types
-from pallas_paged.ops.attention.prefill_config import PrefillTuning
-from pallas_paged.ops.attention.prefill_tuned import PrefillKey, parse
+from pallas_paged.ops.attention.hopper.decode_problem import scratch_types
+from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
+from pallas_paged.ops.attention.hopper.prefill_tuned import PrefillKey, parse
 
 SLOW, RULE, FAST = (DecodeConfig(num_stages=n) for n in (2, 3, 4))
 GPU = Context("sm_90", pathlib.Path("none"), pathlib.Path("none"))

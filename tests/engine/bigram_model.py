@@ -14,14 +14,14 @@ import numpy as np
 from flax import nnx
 
 from pallas_paged.engine import BeamSearchParams, SamplingParams
-from pallas_paged.engine.buckets import Buckets
-from pallas_paged.engine.config import EngineConfig
-from pallas_paged.engine.core import Engine
-from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine.build import join
+from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.device.runner import ModelRunner
+from pallas_paged.engine.device.sampling import SamplingInputs, sample
+from pallas_paged.engine.engine import Engine
+from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.outputs import RequestOutput
-from pallas_paged.engine.runner import ModelRunner
-from pallas_paged.engine.sampling import SamplingInputs, sample, seed_words
-from pallas_paged.engine.scheduler import Scheduler
 from pallas_paged.models import ModelConfig
 
 VOCAB_SIZE = 24
@@ -68,27 +68,27 @@ def make_engine(
     table: np.ndarray, *, num_blocks: int = 65, max_logprobs: int = 20, tokenizer: Any = None
 ) -> Engine:
     """Returns an engine with rows for 4 sequences and prompts in chunks of 8 tokens."""
-    config = EngineConfig("bigram", max_num_seqs=4, max_num_batched_tokens=8, block_size=4)
     memory = BlockTableMemory(
         num_blocks=num_blocks, block_size=4, max_num_seqs=4, max_model_len=MAX_MODEL_LEN
     )
+    buckets = Buckets.for_limits(4, 8, memory.tables.shape[1])
     runner = ModelRunner(
         Bigram(table),
         num_blocks=num_blocks,
         block_size=4,
         kv_cache_dtype=jnp.dtype(jnp.float32),
         max_num_seqs=4,
-        max_blocks_per_seq=memory.state.tables.shape[1],
-        buckets=Buckets.for_config(config),
+        buckets=buckets,
         max_logprobs=max_logprobs,
     )
     scheduler = Scheduler(
         memory, max_num_seqs=4, max_num_batched_tokens=8, max_model_len=MAX_MODEL_LEN
     )
-    return Engine(
+    return join(
         scheduler,
         memory,
         runner,
+        buckets,
         vocab_size=VOCAB_SIZE,
         max_model_len=MAX_MODEL_LEN,
         eos_token_ids=(EOS,),
@@ -165,7 +165,7 @@ def next_token(
         top_k=np.full(1, params.top_k, np.int32),
         top_p=np.full(1, params.top_p, np.float32),
         min_p=np.full(1, params.min_p, np.float32),
-        seeds=np.array([seed_words(params.seed)], np.uint32),
+        seeds=np.array([divmod(params.seed, 2**32)], np.uint32),
         sample_index=np.full(1, sample_index, np.int32),
         positions=np.full(1, position, np.int32),
     )

@@ -15,20 +15,21 @@ from typing import Any
 import numpy as np
 
 from pallas_paged import block_tables
-from pallas_paged.block_tables import BlockTables
 from pallas_paged.engine import LLM
-from pallas_paged.engine.beam_search import Candidates
+from pallas_paged.engine.build import Built, join
 from pallas_paged.engine.config import EngineConfig
-from pallas_paged.engine.core import Engine
-from pallas_paged.engine.groups import CopyPairs
-from pallas_paged.engine.logprobs import TokenLogprobs
-from pallas_paged.engine.memory import BlockTableMemory
-from pallas_paged.engine.prompts import PromptReader
-from pallas_paged.engine.runner import Collected, InFlight
-from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
-from pallas_paged.engine.sequence import Sequence, SequenceGroup
-from pallas_paged.engine.swap import BlockMove, HostPool
-from pallas_paged.engine.turns import Turns
+from pallas_paged.engine.core.beam_search import Candidates
+from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.logprobs import MIN_WIDTH
+from pallas_paged.engine.core.plan import StepPlan, StepResult
+from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
+from pallas_paged.engine.core.scheduled import ScheduledStep
+from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.core.step_inputs import StepInputs, views
+from pallas_paged.engine.engine import Engine
+from pallas_paged.engine.kv.block_memory import BlockTableMemory
+from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
+from pallas_paged.engine.kv.sharing import CopyPairs
 from tests.engine import beam_oracle
 
 VOCAB_SIZE = 61
@@ -39,14 +40,19 @@ def next_token(token_ids: list[int]) -> int:
     return sum((i + 1) * (t + 3) for i, t in enumerate(token_ids)) % VOCAB_SIZE
 
 
-def sampled_token(token_ids: list[int], index: int) -> int:
-    """The token after `token_ids` in completion `index`.
+def sampled_token(token_ids: list[int], index: int, window: int | None = None) -> int:
+    """The token after `token_ids` in completion `index`, seeing the last `window` of them.
 
     Completions 2k and 2k + 1 draw the same ones, as if by chance, until they have a multiple of
     11 tokens; the others begin differently.
     """
     parts = index % 2 and len(token_ids) % 11 == 0
-    return (next_token(token_ids) + 7 * (index // 2) + bool(parts)) % VOCAB_SIZE
+    return (next_token(seen(token_ids, window)) + 7 * (index // 2) + bool(parts)) % VOCAB_SIZE
+
+
+def seen(token_ids: list[int], window: int | None) -> list[int]:
+    """The tokens that the last one sees, itself included."""
+    return token_ids if window is None else token_ids[-window:]
 
 
 def next_logprobs(token_ids: list[int]) -> np.ndarray:
@@ -64,11 +70,11 @@ def best_tokens(token_ids: list[int], count: int) -> Candidates:
     return Candidates(order.tolist(), logprobs[order].tolist())
 
 
-def search_alone(group: SequenceGroup) -> list[beam_oracle.Ended]:
+def search_alone(group: SequenceGroup, window: int | None = None) -> list[beam_oracle.Ended]:
     """Returns the results of a beam search, best first."""
     assert group.beams is not None
     found = beam_oracle.beam_search(
-        next_logprobs,
+        lambda token_ids: next_logprobs(seen(token_ids, window)),
         group.prompt_token_ids,
         width=group.num_seqs,
         max_tokens=group.max_tokens,
@@ -84,14 +90,17 @@ HostStop = Callable[[list[int]], bool]
 
 
 def generate_alone(
-    sequence: Sequence, max_model_len: int, host_stop: HostStop | None = None
+    sequence: TokenSequence,
+    max_model_len: int,
+    host_stop: HostStop | None = None,
+    window: int | None = None,
 ) -> tuple[list[int], str, int | str | None]:
     """Returns the output tokens, finish_reason and stop_reason of the sequence's request."""
     group = sequence.group
     token_ids: list[int] = list(group.prompt_token_ids)
     max_length = min(len(token_ids) + group.max_tokens, max_model_len)
     while True:
-        token = sampled_token(token_ids, sequence.index)
+        token = sampled_token(token_ids, sequence.index, window)
         token_ids.append(token)
         output = token_ids[len(group.prompt_token_ids) :]
         if token in group.eos_token_ids:
@@ -116,6 +125,7 @@ class Batch:
     samples: list[bool]
     indices: list[int]
     num_candidates: list[int]  # 0: a token is sampled
+    dropped_chunks: tuple[int, ...]
     swap_outs: tuple[BlockMove, ...]
     swap_ins: tuple[BlockMove, ...]
     copies: CopyPairs
@@ -123,13 +133,14 @@ class Batch:
 
 
 class MockRunner:
-    """Computes steps in the order of their dispatch."""
+    """Computes steps in the order of their dispatch; a query sees the last `window` tokens."""
 
-    def __init__(self, memory: BlockTableMemory) -> None:
-        self.memory = memory
+    def __init__(self, memory: BlockTableMemory, window: int | None = None) -> None:
+        self.memory, self.window = memory, window
         num_blocks = memory.num_usable_blocks + 1
         self.cache = np.full((num_blocks, memory.state.block_size), -1)
         self.last_tokens = np.full(len(memory.state.seq_lens), -1)
+        self.chunks: dict[int, np.ndarray] = {}
         self.queue: collections.deque[Batch] = collections.deque()
 
     def dispatch(self, step: ScheduledStep) -> Batch:
@@ -160,6 +171,7 @@ class MockRunner:
                 else share.sequence.group.beams.num_candidates
                 for share in step.scheduled
             ],
+            dropped_chunks=step.dropped_chunks,
             swap_outs=step.swap_outs,
             swap_ins=step.swap_ins,
             copies=step.copies,
@@ -170,21 +182,24 @@ class MockRunner:
 
     def collect(self, batch: Batch) -> list[int | Candidates]:
         assert self.queue.popleft() is batch, "the device computes steps in order"
+        for number in batch.dropped_chunks:
+            self.chunks.pop(number, None)
         for move in batch.swap_outs:
-            move.chunk.data = self.cache[move.block_ids].copy()
+            self.chunks[move.chunk.number] = self.cache[move.block_ids].copy()
         self.cache[batch.free_blocks] = -1  # what nobody owns may hold anything
         for move in batch.swap_ins:
             slots = np.flatnonzero(move.block_ids)
-            self.cache[move.block_ids[slots]] = move.chunk.data[slots]
+            self.cache[move.block_ids[slots]] = self.chunks.pop(move.chunk.number)[slots]
         self.cache[batch.copies.dst] = self.cache[batch.copies.src]
         for row, slots, input_ids in zip(batch.rows, batch.slots, batch.input_ids, strict=True):
             tokens = [self.last_tokens[row]] if input_ids is None else input_ids
             assert len(tokens) == len(slots)
             self.cache.reshape(-1)[slots] = tokens
         results: list[int | Candidates] = []
-        for row, table, seq_len, samples, index, num_candidates in zip(
+        for row, table, slots, seq_len, samples, index, num_candidates in zip(
             batch.rows,
             batch.tables,
+            batch.slots,
             batch.seq_lens,
             batch.samples,
             batch.indices,
@@ -192,54 +207,105 @@ class MockRunner:
             strict=True,
         ):
             context = self.cache[table].reshape(-1)[:seq_len].tolist()
+            first = 0 if self.window is None else max(0, seq_len - len(slots) + 1 - self.window)
+            assert -1 not in context[first:], "a key that some query of the step sees is gone"
             if not samples:
                 results.append(-1)  # nothing is sampled here, and nobody may look
             elif num_candidates:
-                results.append(best_tokens(context, num_candidates))
+                results.append(best_tokens(seen(context, self.window), num_candidates))
             else:
-                self.last_tokens[row] = sampled_token(context, index)
+                self.last_tokens[row] = sampled_token(context, index, self.window)
                 results.append(int(self.last_tokens[row]))
         return results
 
 
 class MockDevice:
-    """A `MockRunner` as the runner of a whole `Engine`, with log-probabilities that it makes up.
+    """The mock model as an `Executor`: of a plan it gets the bytes, and knows nothing else.
 
     Attributes:
+      events: the last of "dispatch n" and "collect n", in the order in which they happened.
+      before: called with each event; may raise.
+      token: if not None, what it samples everywhere.
       fails_in: 1 if the next `collect` is interrupted, and so on; 0: none is.
     """
 
-    def __init__(self, memory: BlockTableMemory) -> None:
-        self.runner = MockRunner(memory)
+    def __init__(self, memory: BlockTableMemory, width: int = MIN_WIDTH) -> None:
+        """`width` is the W of log-probabilities."""
+        self.events: collections.deque[str] = collections.deque(maxlen=1000)
+        self.before: Callable[[str], None] = lambda event: None
+        self.token: int | None = None
         self.fails_in = 0
+        self._memory = memory
+        self._width = width
+        self.queue: collections.deque[tuple[StepPlan, np.ndarray]] = collections.deque()
+        self.recover()
 
-    def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
-        assert state is self.runner.memory.state
-        return InFlight(step, self.runner.dispatch(step))
+    def recover(self) -> None:
+        num_rows, num_blocks = len(self._memory.tables), self._memory.num_usable_blocks + 1
+        self.cache = np.full((num_blocks, self._memory.block_size), -1)
+        self.last_tokens = np.full(num_rows + 1, -1)
+        self.chunks: dict[int, np.ndarray] = {}
+        self.queue.clear()
 
-    def collect(self, in_flight: InFlight) -> Collected:
+    def note(self, event: str) -> None:
+        self.before(event)
+        self.events.append(event)
+
+    def dispatch(self, plan: StepPlan) -> int:
+        self.note(f"dispatch {plan.step_id}")
+        free = np.flatnonzero(self._memory.state.ref_counts == 0)
+        self.queue.append((StepPlan.from_bytes(plan.to_bytes()), free))
+        return plan.step_id
+
+    def collect(self, in_flight: int) -> StepResult:
+        self.note(f"collect {in_flight}")
         if self.fails_in:
             self.fails_in -= 1
             if not self.fails_in:
                 raise KeyboardInterrupt
-        tokens: list[int] = []
-        logprobs: list[TokenLogprobs | None] = []
-        results = self.runner.collect(in_flight.tokens)
-        for share, result in zip(in_flight.step.scheduled, results, strict=True):
-            if isinstance(result, Candidates):
-                tokens.append(result.token_ids[0])
-                logprobs.append(TokenLogprobs(result.logprobs[0], 1, *result))
-            else:
-                tokens.append(result)
-                asked = share.samples and share.sequence.sampling_params.logprobs is not None
-                made_up = made_up_logprob(result)
-                found = TokenLogprobs(made_up, 1, [result], [made_up]) if asked else None
-                logprobs.append(found)
-        return Collected(tokens, logprobs)
+        plan, free = self.queue.popleft()
+        assert plan.step_id == in_flight, "the device computes steps in order"
+        x = views(plan.inputs, plan.bucket)
+        self._write(plan, x, free)
+        B = int(np.count_nonzero(x.rows < len(self.last_tokens) - 1))
+        contexts = [self._context(x, b) for b in range(B)]
+        tokens = np.zeros(plan.bucket.num_seqs, np.int32)
+        for b in range(B):
+            sampled = sampled_token(contexts[b], x.sample_index[b])
+            tokens[b] = sampled if self.token is None else self.token
+            self.last_tokens[x.sample_rows[b]] = tokens[b]
+        if not plan.wants_logprobs:
+            return StepResult(tokens)
+        packed = [self._packed(contexts[b], tokens[b]) for b in range(B)]
+        return StepResult(tokens, np.array(packed, np.int32))
 
-    def recover(self) -> None:
-        self.runner.queue.clear()
-        self.runner.cache[:] = -1
+    def _write(self, plan: StepPlan, x: StepInputs[np.ndarray], free: np.ndarray) -> None:
+        """Carries out what comes before the step, and writes the step's tokens."""
+        for number in plan.dropped_chunks:
+            self.chunks.pop(number, None)
+        for move in plan.swap_outs:
+            self.chunks[move.chunk.number] = self.cache[move.block_ids].copy()
+        self.cache[free] = -1  # what nobody owns may hold anything
+        for move in plan.swap_ins:
+            slots = np.flatnonzero(move.block_ids)
+            self.cache[move.block_ids[slots]] = self.chunks.pop(move.chunk.number)[slots]
+        self.cache[plan.copies.dst] = self.cache[plan.copies.src]
+        ids = x.input_ids.copy()
+        on_device = np.flatnonzero(x.input_on_device)
+        ids[x.query_start_loc[on_device]] = self.last_tokens[x.rows[on_device]]
+        self.cache.reshape(-1)[x.slot_mapping] = ids
+
+    def _context(self, x: StepInputs[np.ndarray], b: int) -> list[int]:
+        """Returns the tokens that row b of the step has behind it; a fork has its parent's."""
+        owner = int(np.searchsorted(x.query_start_loc, x.logits_indices[b], side="right")) - 1
+        context: list[int] = self.cache[x.block_tables[owner]].ravel()[: x.seq_lens[owner]].tolist()
+        return context
+
+    def _packed(self, context: list[int], token: int) -> np.ndarray:
+        """Returns packed log-probabilities: a made-up one, and what beams see."""
+        found = best_tokens(context, self._width)
+        floats = np.array([made_up_logprob(token), *found.logprobs], np.float32).view(np.int32)
+        return np.array([token, floats[0], 1, *found.token_ids, *floats[1:]], np.int32)
 
 
 def made_up_logprob(token: int) -> float:
@@ -284,6 +350,8 @@ class MockEngine:
             samples = sequence.group.beams is None
             if samples and self.host_stop and self.host_stop(sequence.output_token_ids):
                 self.scheduler.finish(sequence, "stop", "host")
+                if sequence.finish_reason == "length":  # what the last token completed ended it
+                    sequence.finish_reason, sequence.stop_reason = "stop", "host"
 
     def run(self, overlap: bool = True) -> None:
         """Turns the loop until nothing is unfinished and nothing in flight."""
@@ -303,6 +371,7 @@ def make_engine(
     host_stop: HostStop | None = None,
     enable_prefix_caching: bool = False,
     num_host_blocks: int = 0,
+    sliding_window: int | None = None,
     **policies: Any,
 ) -> MockEngine:
     """Returns an engine over fresh block tables (`num_blocks` counts the null block)."""
@@ -320,9 +389,10 @@ def make_engine(
         max_model_len=max_model_len,
         watermark_blocks=watermark_blocks,
         host_pool=HostPool(num_host_blocks, num_blocks - 1),
+        sliding_window=sliding_window,
         **policies,
     )
-    return MockEngine(scheduler, MockRunner(memory), host_stop)
+    return MockEngine(scheduler, MockRunner(memory, sliding_window), host_stop)
 
 
 def make_whole_engine(
@@ -336,10 +406,13 @@ def make_whole_engine(
     scheduler = make_engine(**options).scheduler
     memory = scheduler.memory
     assert isinstance(memory, BlockTableMemory)
-    return Engine(
+    max_num_seqs, max_blocks_per_seq = memory.tables.shape
+    max_num_tokens = scheduler.max_num_batched_tokens
+    return join(
         scheduler,
         memory,
         MockDevice(memory),
+        Buckets.for_limits(max_num_seqs, max_num_tokens, max_blocks_per_seq),
         vocab_size=VOCAB_SIZE,
         max_model_len=scheduler.admission.max_model_len,
         tokenizer=tokenizer,
@@ -348,15 +421,19 @@ def make_whole_engine(
     )
 
 
-def make_mock_llm(**options: Any) -> LLM:
+def device_of(engine: Engine) -> MockDevice:
+    """Returns the device of a `make_whole_engine`."""
+    device = engine.core.executor
+    assert isinstance(device, MockDevice)
+    return device
+
+
+def make_mock_llm(*, tokenizer: Any = None, **options: Any) -> LLM:
     """Returns an `LLM` without a model, over `make_whole_engine`."""
+    engine = make_whole_engine(tokenizer=tokenizer, **options)
+    config = EngineConfig("mock", block_size=engine.memory.block_size)
+    runner: Any = types.SimpleNamespace(programs=types.SimpleNamespace())
+    shape: Any = types.SimpleNamespace(vocab_size=VOCAB_SIZE)
     llm = object.__new__(LLM)
-    llm.engine = make_whole_engine(**options)
-    llm.tokenizer = llm.engine.tokenizer
-    llm.config = EngineConfig("mock", block_size=llm.engine.memory.block_size)
-    llm.runner = types.SimpleNamespace(programs=types.SimpleNamespace())  # type: ignore[assignment]
-    llm.announce = print
-    llm._prompts = PromptReader(llm.tokenizer, "mock", VOCAB_SIZE)
-    llm._turns = Turns()
-    llm._awaited, llm._outputs = set(), {}
+    llm._join(config, Built(engine, runner, tokenizer, shape, 64))
     return llm

@@ -8,12 +8,20 @@ import sys
 
 from tests.mutations import Mutation, run
 
-_RULE, _GROUPS, _SCHEDULER, _SEQUENCE, _SWAP = (
+_RULE, _GROUPS, _COMMITTER, _TOKENS, _SEQUENCE, _SWAPPING = (
     f"pallas_paged/engine/{name}.py"
-    for name in ("beam_search", "beam_groups", "scheduler", "sequence", "swap")
+    for name in (
+        "core/beam_search",
+        "core/beam_groups",
+        "core/committer",
+        "core/token_plan",
+        "core/request",
+        "core/swapping",
+    )
 )
 _SEARCHES = "tests/engine/test_beam_search.py"
-_TRACES = "tests/engine/test_beam_traces.py"
+_WAITING = "tests/engine/test_waiting_beams.py"
+_LIVES = "tests/engine/test_scheduler_stateful.py"
 
 MUTATIONS = {
     "penalty of one token more": Mutation(
@@ -45,46 +53,46 @@ MUTATIONS = {
         _RULE, "return self.width + len(self.ending_ids)", "return self.width", _SEARCHES
     ),
     "another parent's row": Mutation(
-        _GROUPS, "forks.append((rows[parent], child))", "forks.append((rows[0], child))", _TRACES
+        _GROUPS, "forks.append((rows[parent], child))", "forks.append((rows[0], child))", _LIVES
     ),
     "dead beams keep their rows": Mutation(
-        _SCHEDULER, "freed_rows = freed_rows + dead_rows", "pass", _TRACES
+        _COMMITTER, "freed_rows = freed_rows + dead_rows", "pass", _LIVES
     ),
     "every heir gets a fork": Mutation(
-        _GROUPS, "child.row = unclaimed.pop(parent, None)", "child.row = None", _TRACES
+        _GROUPS, "child.row = unclaimed.pop(parent, None)", "child.row = None", _LIVES
     ),
     "not waiting for all beams": Mutation(
         _GROUPS,
         "return all(beam.candidates is not None for beam in group.live)",
         "return any(beam.candidates is not None for beam in group.live)",
-        _TRACES,
+        _LIVES,
     ),
     "dispatched before the result": Mutation(
-        _SCHEDULER,
-        "            if sequence.num_dispatched == sequence.num_tokens:\n",
-        "            if False:\n",
-        _TRACES,
+        _TOKENS,
+        "if not count or num_tokens == sequence.group.max_length:",
+        "if num_tokens == sequence.group.max_length:",
+        _LIVES,
     ),
     "candidates of an earlier life": Mutation(
-        _SCHEDULER,
-        "if sequence.row is not None:\n                    sequence.c",
-        "if True:\n                    sequence.c",
-        _TRACES,
+        _COMMITTER,
+        "if sequence.row is not None:\n                        sequence.c",
+        "if True:\n                        sequence.c",
+        _LIVES,
     ),
     "candidates survive preemption": Mutation(
         _SEQUENCE,
         "self.row = self.leader = self.candidates = None",
         "self.row = self.leader = None",
-        _TRACES,
+        _WAITING,
     ),
     "the last token is swapped out": Mutation(
-        _SWAP, "min(s.num_computed, len(s.token_ids) - 1)", "s.num_computed", _TRACES
+        _SWAPPING, "min(s.num_computed, len(s.token_ids) - 1)", "s.num_computed", _WAITING
     ),
     "rows for the first beam only": Mutation(
         _SEQUENCE,
         "return len(self.live) if self.beams is None else self.num_seqs",
         "return len(self.live)",
-        _TRACES,
+        _LIVES,
     ),
 }
 

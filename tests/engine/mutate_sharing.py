@@ -9,19 +9,39 @@ import sys
 from tests.mutations import Mutation, run
 
 _TABLES = "pallas_paged/block_tables.py"
-_ADMISSION, _CACHE, _CORE, _GROUPS, _MEMORY, _POLICIES, _RUNNER, _SCHEDULER, _STATS, _SWAP = (
+_DISPLACING = "pallas_paged/engine/core/displacing.py"
+(
+    _ADMISSION,
+    _CACHE,
+    _COMMITTER,
+    _ENGINE,
+    _ENTRIES,
+    _MEMORY,
+    _OUTPUTS,
+    _POLICIES,
+    _POOL,
+    _RUNNER,
+    _SCHEDULER,
+    _SHARING,
+    _STATS,
+    _SWAPPING,
+) = (
     f"pallas_paged/engine/{name}.py"
     for name in (
-        "admission",
-        "prefix_cache",
-        "core",
-        "groups",
-        "memory",
-        "policies",
-        "runner",
-        "scheduler",
-        "kv_stats",
-        "swap",
+        "core/admission",
+        "kv/prefix_cache",
+        "core/committer",
+        "engine",
+        "core/entries",
+        "kv/block_memory",
+        "text/output_processor",
+        "core/policies",
+        "kv/host_pool",
+        "device/runner",
+        "core/scheduler",
+        "kv/sharing",
+        "kv/stats",
+        "core/swapping",
     )
 )
 _UNIT = (
@@ -30,9 +50,22 @@ _UNIT = (
 )
 _INTERRUPTS = "tests/engine/test_interrupts.py"
 _RECOVERY = "tests/engine/test_recovery.py"
+_PLANS = "tests/engine/test_plan.py"
+_PROCESSOR = "tests/engine/test_output_processor.py"
 _LIVES = "tests/engine/test_scheduler_stateful.py"
+_WINDOW = "tests/engine/test_sliding_window.py"
 _HITS, _PINS, _EVICTION = (
     f"tests/engine/test_prefix_caching.py::Test{name}" for name in ("Hits", "Pins", "Eviction")
+)
+_OUT, _IN, _COPY = (
+    "        for move in plan.swap_outs:\n"
+    "            chunk = self.block_programs.swap_out(self.kv_caches, move)\n"
+    "            self._chunks[move.chunk.number] = chunk\n",
+    "        for move in plan.swap_ins:\n"
+    "            chunk = self._chunks.pop(move.chunk.number)\n"
+    "            self.kv_caches = self.block_programs.swap_in(self.kv_caches, move, chunk)\n",
+    "        if len(plan.copies.src):\n"
+    "            self.kv_caches = self.block_programs.copy(self.kv_caches, plan.copies)\n",
 )
 
 MUTATIONS = {
@@ -44,13 +77,13 @@ MUTATIONS = {
     ),
     "a fork without references": Mutation(
         _TABLES,
-        'ref_counts=scatter(state.ref_counts, blocks, 1, referenced, "add"),',
+        'ref_counts=write(state.ref_counts, blocks, 1, referenced, "add"),',
         "ref_counts=state.ref_counts,",
         _UNIT,
     ),
     "free blocks freed again": Mutation(
         _TABLES,
-        "freed = select((state.ref_counts > 0) & (ref_counts == 0))",
+        "freed = select(was_referenced & (ref_counts == 0))",
         "freed = select(ref_counts == 0)",
         _UNIT,
     ),
@@ -58,7 +91,7 @@ MUTATIONS = {
         _TABLES, 'ref_counts = scatter(ref_counts, tables, 1, changed, "add")', "pass", _UNIT
     ),
     "blocks remembered before they are computed": Mutation(
-        _SCHEDULER,
+        _COMMITTER,
         "row, end = sequence.group, sequence.row, sequence.num_computed // S",
         "row, end = sequence.group, sequence.row, sequence.num_dispatched // S",
         f"{_HITS} {_LIVES}",
@@ -87,10 +120,10 @@ MUTATIONS = {
         "pass\n",
         _PINS,
     ),
-    "a salt ignored": Mutation(
+    "a root ignored": Mutation(
         _CACHE,
-        "parent: Parent = known[-1].block if known else salt",
-        "parent: Parent = known[-1].block if known else None",
+        "parent: Parent = known[-1].block if known else First(root)",
+        "parent: Parent = known[-1].block if known else First(None)",
         _HITS,
     ),
     "one block matched too many": Mutation(
@@ -100,22 +133,22 @@ MUTATIONS = {
         _HITS,
     ),
     "hits evicted to make room": Mutation(
-        _MEMORY, "keep=existing)", "keep=())", f"{_UNIT} {_LIVES}"
+        _MEMORY, "keep=set(blocks[blocks > 0].tolist())", "keep=()", f"{_UNIT} {_LIVES}"
     ),
     "hits counted as free": Mutation(
         _ADMISSION,
-        "needed += self.memory.num_unreferenced(list(itertools.chain(*hits)), places.freed_rows)",
+        "needed += self.memory.num_unreferenced(list(itertools.chain(*hits)), room.freed_rows)",
         "needed += 0",
         f"{_UNIT} {_LIVES}",
     ),
     "the wrong slots in host memory": Mutation(
-        _SWAP,
+        _SWAPPING,
         "sequence.swapped_slots = tuple(slots[block] for block in blocks)",
         "sequence.swapped_slots = tuple(range(len(blocks)))",
         f"{_UNIT} {_LIVES}",
     ),
     "blocks swapped in the wrong order": Mutation(
-        _SWAP,
+        _SWAPPING,
         "block = tables[sequence.row, index]",
         "block = tables[sequence.row, len(sequence.swapped_slots) - 1 - index]",
         f"{_UNIT} {_LIVES}",
@@ -127,41 +160,38 @@ MUTATIONS = {
         f"{_UNIT} {_LIVES}",
     ),
     "host memory without bounds": Mutation(
-        _SWAP, "if self.num_used + size > self.num_blocks:", "if False:", _UNIT
+        _POOL, "if self.num_used + size > self.num_blocks:", "if False:", _UNIT
     ),
     "host memory kept after an abort": Mutation(
-        _SCHEDULER,
-        "self._waiting.remove(group)\n        self.host_pool.give_back(group)",
-        "self._waiting.remove(group)",
+        _COMMITTER,
+        "self._host_pool.give_back(group.swapped, is_read=False)\n",
+        "pass\n",
         _UNIT,
+    ),
+    "bytes kept on the device after an abort": Mutation(
+        _RUNNER, "self._chunks.pop(number, None)", "pass", _PLANS
     ),
     "blocks swapped in before others are swapped out": Mutation(
         _RUNNER,
-        "        for move in step.swap_outs:\n"
-        "            self.block_programs.swap_out(self.kv_caches, move)\n"
-        "        for move in step.swap_ins:\n"
-        "            self.kv_caches = self.block_programs.swap_in(self.kv_caches, move)\n",
-        "        for move in step.swap_ins:\n"
-        "            self.kv_caches = self.block_programs.swap_in(self.kv_caches, move)\n"
-        "        for move in step.swap_outs:\n"
-        "            self.block_programs.swap_out(self.kv_caches, move)\n",
+        f"{_OUT}{_IN}",
+        f"{_IN}{_OUT}",
         _RECOVERY,
     ),
     "blocks copied before they are swapped in": Mutation(
         _RUNNER,
-        "        for move in step.swap_ins:\n"
-        "            self.kv_caches = self.block_programs.swap_in(self.kv_caches, move)\n"
-        "        if len(step.copies.src):\n"
-        "            self.kv_caches = self.block_programs.copy(self.kv_caches, step.copies)\n",
-        "        if len(step.copies.src):\n"
-        "            self.kv_caches = self.block_programs.copy(self.kv_caches, step.copies)\n"
-        "        for move in step.swap_ins:\n"
-        "            self.kv_caches = self.block_programs.swap_in(self.kv_caches, move)\n",
+        f"{_IN}{_COPY}",
+        f"{_COPY}{_IN}",
         _RECOVERY,
     ),
     "no watermark": Mutation(
         _SCHEDULER,
-        "num_blocks - (self.watermark_blocks if groups else 0),",
+        "spared = self.watermark_blocks if self.queues.running or arrivals else 0",
+        "spared = 0",
+        _UNIT,
+    ),
+    "no watermark beside those that stay": Mutation(
+        _DISPLACING,
+        "num_blocks - (watermark_blocks if staying else 0),",
         "num_blocks,",
         _UNIT,
     ),
@@ -175,20 +205,20 @@ MUTATIONS = {
         f"{_UNIT} {_LIVES}",
     ),
     "preempted though the head will not fit": Mutation(
-        _SCHEDULER,
-        "if not fits(len(victims)):\n            return []",
+        _DISPLACING,
+        "if not fits(len(victims)):\n        return []",
         "pass",
         _UNIT,
     ),
     "preempted though the others grow into it": Mutation(
-        _SCHEDULER,
-        "self.memory.num_free_after(freed_rows, rows, list(growth.values()))",
-        "self.memory.num_free_after(freed_rows, (), ())",
+        _DISPLACING,
+        "admission.memory.num_free_after(freed_rows, planned.rows, planned.growth)",
+        "admission.memory.num_free_after(freed_rows, (), ())",
         _UNIT,
     ),
     "preempted though the head gets no token": Mutation(
-        _SCHEDULER,
-        "if sum(count for _, count in planned) == self.max_num_batched_tokens:",
+        _DISPLACING,
+        "if plan(placed_of(staying(num_needed)), max_num_tokens).num_tokens == max_num_tokens:",
         "if False:",
         _UNIT,
     ),
@@ -217,20 +247,17 @@ MUTATIONS = {
         _INTERRUPTS,
     ),
     "an interrupted recovery forgotten": Mutation(
-        _CORE,
+        _ENGINE,
         "if self._failure is not None:\n            self._fail_all(self._failure)",
         "pass",
         _INTERRUPTS,
     ),
-    "tokens given out before they are taken in": Mutation(
-        _CORE,
-        "if group.beams is not None or completion.num_tokens < sequence.num_output_tokens:",
-        "if group.beams is not None:",
-        _INTERRUPTS,
+    "what an output has held given out once more": Mutation(
+        _OUTPUTS, "request.is_given = True", "pass", _PROCESSOR
     ),
     "back before its earlier life is over": Mutation(
         _SCHEDULER,
-        "if _is_in_flight(group):\n                break",
+        "if group.is_in_flight:\n                break",
         "if False:\n                break",
         f"{_UNIT} {_LIVES}",
     ),
@@ -241,7 +268,7 @@ MUTATIONS = {
         _UNIT,
     ),
     "the worst case of one sequence": Mutation(
-        _GROUPS,
+        _SHARING,
         "return common + num_seqs * (blocks_for(max_len, block_size) - common)",
         "return common + (blocks_for(max_len, block_size) - common)",
         f"{_UNIT} {_LIVES}",
@@ -254,23 +281,23 @@ MUTATIONS = {
     ),
     "a part of a group admitted": Mutation(
         _ADMISSION,
-        "if group.num_rows > places.num_rows:\n            return None",
+        "if group.num_rows > room.num_rows:\n            return None",
         "pass",
         f"{_UNIT} {_LIVES}",
     ),
     "admitted though the blocks are too few": Mutation(
         _ADMISSION,
-        "return Arrival(group, entry, hits, needed) if needed <= places.num_blocks else None",
+        "return Arrival(group, entry, hits, needed) if needed <= room.num_blocks else None",
         "return Arrival(group, entry, hits, needed)",
         _UNIT,
     ),
     "no blocks kept free for copies": Mutation(
-        _GROUPS, "num_spares = group.num_rows - len(placed)", "num_spares = 0", _UNIT
+        _ENTRIES, "num_spares = group.num_rows - len(placed)", "num_spares = 0", _UNIT
     ),
     "cached tokens counted wrong": Mutation(
         _ADMISSION,
-        "group.num_cached_tokens = entry.branches[0].num_shared",
-        "group.num_cached_tokens = group.num_prompt_tokens",
+        "num_cached = entry.branches[0].num_shared",
+        "num_cached = group.num_prompt_tokens",
         _HITS,
     ),
     "cached tokens counted again after a preemption": Mutation(
@@ -280,22 +307,57 @@ MUTATIONS = {
         f"{_UNIT} {_HITS}",
     ),
     "equal blocks of a request left apart": Mutation(
-        _SCHEDULER, "self.memory.replace(repeated)", "pass", _UNIT
+        _COMMITTER, "self._memory.replace(repeated)", "pass", _UNIT
     ),
     "equal blocks of two requests left apart": Mutation(
-        _SCHEDULER,
-        "group.cache_salt, group.reads_cache))",
-        "group.cache_salt, False))",
+        _COMMITTER,
+        "group.cache_root, group.reads_cache))",
+        "group.cache_root, False))",
         _UNIT,
     ),
     "blocks given to a request that reads none": Mutation(
-        _SCHEDULER,
-        "group.cache_salt, group.reads_cache))",
-        "group.cache_salt, True))",
+        _COMMITTER,
+        "group.cache_root, group.reads_cache))",
+        "group.cache_root, True))",
         _UNIT,
     ),
     "a new block kept instead of the cached one": Mutation(
-        _GROUPS, "key=lambda index: not is_told[index]", "key=lambda index: is_told[index]", _UNIT
+        _ENTRIES, "key=lambda index: not is_told[index]", "key=lambda index: is_told[index]", _UNIT
+    ),
+    "a block given back that the window still touches": Mutation(
+        _SHARING,
+        "return blocks_for(sliding_window, block_size)",
+        "return max(1, sliding_window // block_size)",
+        f"{_LIVES} {_WINDOW}",
+    ),
+    "given back, and its references kept": Mutation(
+        _TABLES,
+        "release(state, blocks),\n        tables=write(tables, dropped.places, NULL_BLOCK, "
+        "dropped.valid).reshape(R, M),\n    )",
+        "state,\n        tables=write(tables, dropped.places, NULL_BLOCK, "
+        "dropped.valid).reshape(R, M),\n    )",
+        _UNIT,
+    ),
+    "blocks in use left cached behind an evicted one": Mutation(
+        _CACHE,
+        "                for each in in_use:\n                    self._forget(each)\n",
+        "",
+        f"{_EVICTION} {_LIVES}",
+    ),
+    "forgotten blocks in use still held": Mutation(
+        _CACHE, "forgotten += in_use", "pass", f"{_EVICTION} {_LIVES}"
+    ),
+    "hits beside what was swapped out without its first blocks": Mutation(
+        _ADMISSION,
+        "if any(slot == DROPPED for other in group.live for slot in other.swapped_slots[:1]):",
+        "if False:",
+        _WINDOW,
+    ),
+    "blocks behind those that are gone taken for equal": Mutation(
+        _ENTRIES,
+        "if parent == GIVEN_BACK or (place and before == GIVEN_BACK):",
+        "if parent == GIVEN_BACK:",
+        f"{_LIVES} {_WINDOW}",
     ),
     "shared blocks counted wrong": Mutation(
         _STATS, "np.count_nonzero(users > 1)", "np.count_nonzero(users > 0)", _UNIT

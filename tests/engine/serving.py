@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from pallas_paged.engine import LLM
-from pallas_paged.engine.runner import ModelRunner
+from pallas_paged.engine.device.runner import ModelRunner
 from tests.models.references import DATA, load_reference
 
 MIN_MARGIN = 1e-3

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from pallas_paged.engine.groups import blocks_for, worst_case_blocks
-from pallas_paged.engine.kv_stats import kv_stats
-from pallas_paged.engine.memory import BlockTableMemory
-from pallas_paged.engine.scheduler import Scheduler
-from pallas_paged.engine.sequence import Sequence, SequenceGroup
+from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
+from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.kv.block_memory import BlockTableMemory
+from pallas_paged.engine.kv.sharing import blocks_for, worst_case_blocks
+from pallas_paged.engine.kv.stats import kv_stats
 
 
 def check_sharing(scheduler: Scheduler, groups: Iterable[SequenceGroup]) -> int:
@@ -72,7 +72,7 @@ def _num_partial(group: SequenceGroup, memory: BlockTableMemory, full: set[int])
     length = min(group.num_prompt_tokens + group.max_tokens, memory.tables.shape[1] * S)
     most = worst_case_blocks(group.num_prompt_tokens, group.num_seqs, length, S)
     assert np.count_nonzero(np.unique(memory.tables[rows])) <= most
-    users: dict[tuple[int, int], list[Sequence]] = {}
+    users: dict[tuple[int, int], list[TokenSequence]] = {}
     for sequence in group.placed:
         for index, block in enumerate(memory.tables[sequence.row].tolist()):
             if block and block not in full:
@@ -98,14 +98,14 @@ def _num_partial(group: SequenceGroup, memory: BlockTableMemory, full: set[int])
     return len(users)
 
 
-def _first_written(sequence: Sequence, start: int) -> int:
+def _first_written(sequence: TokenSequence, start: int) -> int:
     return max(start, sequence.num_prompt_tokens, sequence.num_shared)
 
 
 def _check_lineage(
     group: SequenceGroup,
     S: int,
-    users: dict[tuple[int, int], list[Sequence]],
+    users: dict[tuple[int, int], list[TokenSequence]],
     full: set[int],
     memory: BlockTableMemory,
 ) -> None:
@@ -124,7 +124,7 @@ def _check_lineage(
 def _check_stats(
     scheduler: Scheduler,
     memory: BlockTableMemory,
-    placed: list[Sequence],
+    placed: list[TokenSequence],
     num_entries: int,
     num_blocks: int,
 ) -> None:

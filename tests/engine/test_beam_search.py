@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pallas_paged.engine.beam_search import BeamSearch, Candidates
+from pallas_paged.engine.core.beam_search import BeamSearch, Candidates
 from tests.engine import beam_oracle
 
 VOCAB_SIZE = 12

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine import LLM, BeamSearchParams, RequestOutput, SamplingParams
-from pallas_paged.engine.core import Engine
+from pallas_paged.engine.core.plan import StepPlan
+from pallas_paged.engine.core.step_inputs import views
+from pallas_paged.engine.engine import Engine
 from pallas_paged.models.demo import DEMO_MODEL
 from tests.engine import beam_oracle, bigram_model
 from tests.engine.serving import MIN_MARGIN, assert_idle, make_llm
@@ -124,7 +126,7 @@ def alone(llm: LLM, cases: list[dict[str, Any]]) -> list[list[tuple]]:
 def test_batched_beams_get_the_same_results(
     llm: LLM, cases: list, alone: list, overlaps: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm.engine, "_async_scheduling", overlaps)
+    monkeypatch.setattr(llm.engine.core, "_async_scheduling", overlaps)
     outputs = llm.beam_search(
         [prompt_of(case) for case in cases], [params_of(case) for case in cases], use_tqdm=False
     )
@@ -162,11 +164,13 @@ def test_others_go_on_while_beams_wait(llm: LLM) -> None:
         llm.engine.add(group)
     dispatched: list[list[int]] = []
     dispatch = llm.runner.dispatch
+
+    def counts_of(plan: StepPlan) -> list[int]:
+        rows = set(views(plan.inputs, plan.bucket).rows.tolist())
+        return [sum(s.row in rows for s in group.sequences) for group in groups]
+
     try:
-        llm.runner.dispatch = lambda step, state: (
-            dispatched.append([sum(s.sequence.group is g for s in step.scheduled) for g in groups])
-            or dispatch(step, state)
-        )
+        llm.runner.dispatch = lambda plan: dispatched.append(counts_of(plan)) or dispatch(plan)
         llm.engine.drain()
     finally:
         del llm.runner.dispatch
@@ -213,15 +217,15 @@ def test_an_error_ends_a_search_and_the_engine_goes_on(
         assert llm.engine.step() == []
     with monkeypatch.context() as patch:
 
-        def fail(step: Any, state: Any) -> None:
+        def fail(plan: StepPlan) -> None:
             raise OSError("no device")
 
         patch.setattr(llm.runner, "dispatch", fail)
         with pytest.raises(OSError, match="no device"):
             llm.engine.step()
     (output,) = llm.engine.step()
-    assert [c.stop_reason for c in output.outputs] == ["OSError: no device"] * 2
-    assert [c.finish_reason for c in output.outputs] == ["abort"] * 2
+    assert [c.stop_reason for c in output.outputs] == ["OSError: no device"]
+    assert [c.finish_reason for c in output.outputs] == ["abort"]
     assert_idle(llm)
     outputs = llm.beam_search(prompt_of(cases[0]), params_of(cases[0]), use_tqdm=False)
     assert texts_aside(outputs[0]) == alone[0]

@@ -9,16 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pallas_paged.block_tables import BlockTables
 from pallas_paged.engine import LLM, SamplingParams
-from pallas_paged.engine.groups import NO_COPIES
-from pallas_paged.engine.logits import RowEdits
-from pallas_paged.engine.memory import BlockTableMemory
-from pallas_paged.engine.runner import InFlight
-from pallas_paged.engine.scheduled import ScheduledSequence, ScheduledStep
-from pallas_paged.engine.sequence import Sequence, SequenceGroup
+from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
+from pallas_paged.engine.core.row_edits import RowEdits
+from pallas_paged.engine.core.scheduled import ScheduledSequence
 from tests.engine.mock_model import (
-    MockDevice,
+    device_of,
     generate_alone,
     make_engine,
     make_mock_llm,
@@ -26,18 +22,6 @@ from tests.engine.mock_model import (
 )
 
 SAMPLED = SamplingParams(temperature=1, max_tokens=4)
-
-
-class EditingDevice(MockDevice):
-    """One that follows the rows' state as the real one does."""
-
-    def __init__(self, memory: BlockTableMemory) -> None:
-        super().__init__(memory)
-        self.edits = RowEdits(8)
-
-    def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
-        self.edits.next_edits(step)
-        return super().dispatch(step, state)
 
 
 def containers(root: object) -> dict[str, int]:
@@ -79,7 +63,7 @@ def serve(llm: LLM, numbers: range) -> None:
             llm.generate([prompt, {"prompt_token_ids": [-1]}], SAMPLED, use_tqdm=False)
         llm.pin_prefix(prompt)
         if number in (5, 35):
-            llm.engine.runner.fails_in = 2
+            device_of(llm.engine).fails_in = 2
             with pytest.raises(KeyboardInterrupt):
                 llm.generate(prompt, SAMPLED, use_tqdm=False)
         else:
@@ -89,21 +73,24 @@ def serve(llm: LLM, numbers: range) -> None:
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_no_container_grows_with_the_requests_served() -> None:
     llm = make_mock_llm(num_blocks=17, enable_prefix_caching=True, num_host_blocks=8)
-    llm.engine.runner = EditingDevice(llm.engine.memory)
     serve(llm, range(30))
     before = containers(llm)
-    assert {".engine._requests", ".engine.runner.edits._held"} <= before.keys()
+    assert {
+        ".engine._processor._requests",
+        ".engine.core._planner._row_edits._held",
+    } <= before.keys()
     serve(llm, range(30, 90))
     llm.engine.drain()
     llm.engine.check_idle()
-    grown = {path: size for path, size in containers(llm).items() if size > 16}
+    sizes = containers(llm)
+    del sizes[".engine.core.executor.events"]
+    grown = {path: size for path, size in sizes.items() if size > 16}
     assert not grown, f"of 90 requests: {grown}"
     assert len(containers(llm)) < 1.2 * len(before)
 
 
 def test_a_finished_sequence_is_not_kept_for_its_row() -> None:
     llm = make_mock_llm()
-    llm.engine.runner = EditingDevice(llm.engine.memory)
     group = llm.engine.make_group([1, 2], dataclasses.replace(SAMPLED, repetition_penalty=2.0))
     kept = weakref.ref(group.sequences[0])
     llm.engine.add(group)
@@ -146,7 +133,7 @@ def test_rules_look_at_the_end_of_an_output(
         banned = [sequence[-1] for sequence in bad_sequences if sequence[-2] in (6, 8)]
     share = ScheduledSequence(sequence, 0, 33, 1, samples=True, input_on_device=not last_is_known)
     edits = RowEdits(8)
-    edits.next_edits(ScheduledStep(0, (share,), 1, (), (), NO_COPIES, ()))
+    edits.next_edits([share])
     assert edits._held[0].banned == banned
     assert tokens.largest <= 2
 
@@ -186,7 +173,7 @@ def test_freed_rows_are_touched_in_one_piece_and_without_padding(
     monkeypatch.setattr(memory.prefix_cache, "touch", lambda ids: touched.append(ids) or touch(ids))
     engine.scheduler.add(SequenceGroup("a", (1, 2, 3, 4, 5), 2))
     engine.step()
-    row: Sequence = engine.scheduler._running[0].sequences[0]
+    row: TokenSequence = engine.scheduler.queues.running[0].sequences[0]
     blocks = memory.tables[row.row, :2].tolist()
     touched.clear()
     engine.scheduler.abort("a")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pallas_paged.engine import LLM, SamplingParams, step
+from pallas_paged.engine import LLM, SamplingParams
+from pallas_paged.engine.device import programs
 from tests.engine.serving import assert_idle, make_llm, reference_requests
 from tests.models.references import DATA
 
@@ -33,11 +34,11 @@ def tokens_of(llm: LLM, prompts: list, params: SamplingParams = GREEDY) -> list[
 
 def test_threads_share_an_engine(llm: LLM) -> None:
     alone = tokens_of(llm, PROMPTS)
-    steps = llm.engine.num_steps
+    steps = llm.engine.core.num_steps
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         each = list(pool.map(lambda i: tokens_of(llm, PROMPTS[i : i + 2]), (0, 2, 4, 6)))
     assert [tokens for two in each for tokens in two] == alone
-    assert llm.engine.num_steps - steps < 4 * 12, "they should run in one batch"
+    assert llm.engine.core.num_steps - steps < 4 * 12, "they should run in one batch"
     assert_idle(llm)
 
 
@@ -105,7 +106,7 @@ def test_defaults_that_cannot_be_used_stop_only_who_asks_for_them(
     llm: LLM, advised: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (advised / "generation_config.json").write_text('{"temperature": -1}')
-    monkeypatch.setattr(llm, "config", small_llm(advised).config)
+    monkeypatch.setattr(llm._reader, "_config", small_llm(advised).config)
     with pytest.raises(ValueError, match=r"generation_config\.json of .*temperature=-1"):
         llm.generate(PROMPTS[0], use_tqdm=False)
     assert tokens_of(llm, PROMPTS[:1])
@@ -170,7 +171,7 @@ def test_requests_are_aborted_one_by_one(llm: LLM) -> None:
 def test_a_slow_compilation_is_said_where_the_user_looks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(step, "ANNOUNCED_AFTER_S", 0.0)
+    monkeypatch.setattr(programs, "ANNOUNCED_AFTER_S", 0.0)
     llm = small_llm()
     llm.generate(PROMPTS[0], GREEDY)
     assert "request/s, compiling decode 1x1" in capsys.readouterr().err

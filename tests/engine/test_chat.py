@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pallas_paged.engine.tokenizer import load_tokenizer
+from pallas_paged.engine.text.tokenizer import load_tokenizer
 from tests.engine import small_tokenizers
 
 CHAT_TEMPLATE = (

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from pallas_paged.engine import compilation_cache
+from pallas_paged.engine.device import compilation_cache
 from tests.models.references import DATA
 
 PROGRAM = """

@@ -1,4 +1,4 @@
-"""Configuration, buckets and the size of the pool."""
+"""Configuration and the size of the pool."""
 
 import dataclasses
 import json
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_paged.engine.buckets import Bucket, Buckets
 from pallas_paged.engine.config import (
     DEFAULT_CPU_KV_CACHE_BYTES,
     EngineConfig,
@@ -17,8 +16,8 @@ from pallas_paged.engine.config import (
     resolve_max_model_len,
     round_num_blocks,
 )
+from pallas_paged.engine.device.pool_size import plan_pool
 from pallas_paged.engine.llm import LLM
-from pallas_paged.engine.pool import plan_pool
 from pallas_paged.models import ModelConfig
 from pallas_paged.models.decoder import Decoder
 from pallas_paged.models.llama import LlamaConfig
@@ -135,40 +134,6 @@ def test_longrope_serves_original_lengths_unless_longer_ones_are_asked_for(tmp_p
     np.testing.assert_allclose(angles[0], 2 * angles[1])
 
 
-@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 8, 9, 64, 100])
-@pytest.mark.parametrize("max_num_batched_tokens", [100, 128, 512])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_every_step_fits_a_bucket_that_is_compiled_ahead(
-    max_num_seqs: int, max_num_batched_tokens: int, deterministic: bool
-) -> None:
-    config = EngineConfig(
-        "m",
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        deterministic=deterministic,
-    )
-    buckets = Buckets.for_config(config)
-    every = buckets.all()
-    assert len(every) == len(set(every)) <= 40
-    assert len(every) == 2 or not deterministic
-    for num_seqs in range(1, max_num_seqs + 1):
-        for num_tokens in range(num_seqs, max_num_batched_tokens + 1, 7):
-            bucket = buckets.pick(num_tokens, num_seqs, is_decode=num_tokens == num_seqs)
-            assert bucket in every
-            assert bucket.num_seqs >= num_seqs
-            assert bucket.num_tokens >= num_tokens
-            assert bucket.is_decode == (num_tokens == num_seqs and not deterministic)
-
-
-def test_buckets_are_the_smallest_that_fit() -> None:
-    buckets = Buckets((1, 2, 4), (8, 32), (2, 4))
-    assert buckets.pick(3, 3, is_decode=True) == Bucket(4, 4, is_decode=True)
-    assert buckets.pick(8, 2, is_decode=False) == Bucket(8, 2, is_decode=False)
-    assert buckets.pick(9, 3, is_decode=False) == Bucket(32, 4, is_decode=False)
-    with pytest.raises(AssertionError, match="largest bucket 32"):
-        buckets.pick(33, 1, is_decode=False)
-
-
 def test_pool_sizes_lie_on_a_coarse_grid() -> None:
     assert [round_num_blocks(n) for n in (2, 3, 15, 16, 17, 100, 1000)] == [
         2,
@@ -200,8 +165,7 @@ BLOCK_BYTES = 2 * 2 * 1 * 16 * 8 * 4  # keys and values, layers, KV heads, S, D,
 def plan(max_model_len: int = 4096, cache_dtype: str = "float32", **options: object):
     model = nnx.eval_shape(lambda: Decoder(SHAPE, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     config = EngineConfig("m", **options)
-    buckets = Buckets.for_config(config)
-    return plan_pool(config, model, buckets, max_model_len, jnp.dtype(cache_dtype), "xla")
+    return plan_pool(config, model, max_model_len, jnp.dtype(cache_dtype), "xla")
 
 
 def test_num_blocks_wins_over_bytes() -> None:

@@ -1,109 +1,30 @@
-"""The engine's loop over a mock device: order of events, errors, aborts, text."""
+"""The engine over a mock device: order of events, errors, aborts; all plans go through bytes."""
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from pallas_paged.block_tables import BlockTables
-from pallas_paged.engine import LLM, SamplingParams, batch, core, intake
-from pallas_paged.engine.buckets import Buckets
-from pallas_paged.engine.config import EngineConfig
-from pallas_paged.engine.core import Engine
-from pallas_paged.engine.memory import BlockTableMemory
+from pallas_paged.engine import LLM, RequestOutputKind, SamplingParams
+from pallas_paged.engine.core import intake
+from pallas_paged.engine.core.request import SequenceGroup
+from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.outputs import RequestOutput
-from pallas_paged.engine.runner import Collected, InFlight
-from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
-from pallas_paged.engine.sequence import SequenceGroup
 from tests.engine.mock_model import (
     VOCAB_SIZE,
-    made_up_logprob,
+    device_of,
     make_mock_llm,
     make_whole_engine,
     next_token,
-    sampled_token,
 )
 
 MAX_MODEL_LEN = 64
 GREEDY = SamplingParams(temperature=0, max_tokens=10, detokenize=False)
 
 
-@dataclasses.dataclass
-class PackedMockRunner:
-    """The mock model behind the real packed inputs: it knows nothing but what a device is given.
-
-    Attributes:
-      buckets: of the steps.
-      events: "dispatch n" and "collect n" in the order in which they happened.
-      before: called with each event; may raise.
-    """
-
-    buckets: Buckets
-    num_slots: int
-    num_rows: int
-    events: list[str] = dataclasses.field(default_factory=list)
-    before: Callable[[str], None] = lambda event: None
-    token: int | None = None
-
-    def __post_init__(self) -> None:
-        self.cache = np.full(self.num_slots, -1)
-        self.last_tokens = np.full(self.num_rows + 1, -1)
-
-    def dispatch(self, step: ScheduledStep, state: BlockTables) -> InFlight:
-        self.note(f"dispatch {step.step_id}")
-        bucket = self.buckets.pick(step.num_tokens, len(step.scheduled), is_decode=step.is_decode)
-        packed = batch.build(step, state, bucket)
-        return InFlight(step, (packed, bucket, state, step.copies))
-
-    def collect(self, in_flight: InFlight) -> Collected:
-        self.note(f"collect {in_flight.step.step_id}")
-        packed, bucket, state, copies = in_flight.tokens
-        x = batch.views(packed, bucket, state.tables.shape[1])
-        S = state.block_size
-        tokens = []
-        ids = x.input_ids.copy()
-        on_device = np.flatnonzero(x.input_on_device)
-        ids[x.query_start_loc[on_device]] = self.last_tokens[x.rows[on_device]]
-        blocks = self.cache.reshape(-1, S)
-        blocks[copies.dst] = blocks[copies.src]
-        self.cache[x.slot_mapping] = ids
-        for b in range(bucket.num_seqs):
-            owner = np.searchsorted(x.query_start_loc, x.logits_indices[b], side="right") - 1
-            slots = x.block_tables[owner][:, None] * S + np.arange(S)
-            context = self.cache[slots.ravel()[: x.seq_lens[owner]]].tolist()
-            token = self.token
-            if token is None:
-                token = sampled_token(context, x.sample_index[b])
-            self.last_tokens[x.sample_rows[b]] = token
-            tokens.append(token)
-        count = len(in_flight.step.scheduled)
-        return Collected(tokens[:count], [None] * count)
-
-    def recover(self) -> None:
-        self.cache[:] = -1
-
-    def note(self, event: str) -> None:
-        self.before(event)
-        self.events.append(event)
-
-
 def make_engine(num_blocks: int = 65, **options: object) -> Engine:
-    memory = BlockTableMemory(
-        num_blocks=num_blocks, block_size=4, max_num_seqs=8, max_model_len=MAX_MODEL_LEN
-    )
-    scheduler = Scheduler(
-        memory, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=MAX_MODEL_LEN
-    )
-    config = EngineConfig("mock", max_num_seqs=8, max_num_batched_tokens=32)
-    runner = PackedMockRunner(Buckets.for_config(config), num_blocks * 4, 8)
-    return Engine(
-        scheduler,
-        memory,
-        runner,
-        vocab_size=VOCAB_SIZE,
-        max_model_len=MAX_MODEL_LEN,
-        **options,
+    return make_whole_engine(
+        num_blocks=num_blocks, max_num_batched_tokens=32, watermark_blocks=None, **options
     )
 
 
@@ -151,14 +72,14 @@ def test_packed_steps_give_the_tokens_computed_by_hand(
     for index, prompt in enumerate(requests):
         assert outputs[f"request-{index}"].outputs[0].token_ids == expected(prompt)
     if num_blocks == 17:
-        assert engine.scheduler.num_preemptions > 0
+        assert engine.core.scheduler.num_preemptions > 0
 
 
 def test_the_next_step_is_dispatched_before_the_last_is_collected() -> None:
     engine = make_engine()
     add(engine, prompts(3))
     run(engine)
-    events = engine.runner.events
+    events = [*device_of(engine).events]
     last = int(events[-1].split()[1])
     assert last > 5
     for n in range(last):
@@ -172,7 +93,8 @@ def test_without_async_scheduling_nothing_is_in_flight() -> None:
     engine = make_engine(async_scheduling=False)
     add(engine, prompts(3))
     run(engine)
-    pairs = zip(engine.runner.events[::2], engine.runner.events[1::2], strict=True)
+    events = [*device_of(engine).events]
+    pairs = zip(events[::2], events[1::2], strict=True)
     assert all(a.split()[1] == b.split()[1] for a, b in pairs)
 
 
@@ -183,10 +105,10 @@ def test_a_failing_step_fails_every_request_and_the_engine_serves_on(failing: st
 
     def fail(event: str) -> None:
         if event == failing:
-            engine.runner.before = lambda event: None
+            device_of(engine).before = lambda event: None
             raise OSError("the device is gone")
 
-    engine.runner.before = fail
+    device_of(engine).before = fail
     add(engine, requests)
     finished: list[RequestOutput] = []
     with pytest.raises(OSError, match="the device is gone"):
@@ -207,7 +129,7 @@ def test_a_failing_step_fails_every_request_and_the_engine_serves_on(failing: st
 @pytest.mark.parametrize("max_tokens", [1, 10])
 def test_logits_that_are_not_finite_end_only_their_request(max_tokens: int) -> None:
     engine = make_engine()
-    engine.runner.token = VOCAB_SIZE  # what the step returns for such a row
+    device_of(engine).token = VOCAB_SIZE  # what the step returns for such a row
     add(engine, [[1, 2, 3]], dataclasses.replace(GREEDY, max_tokens=max_tokens))
     (output,) = run(engine).values()
     assert output.outputs[0].token_ids == ()
@@ -253,9 +175,10 @@ def test_metrics_are_in_order() -> None:
 def test_who_wants_the_last_output_only_gets_no_other(num_seqs: int) -> None:
     engine = make_whole_engine(max_num_seqs=9)
     params = dataclasses.replace(GREEDY, temperature=1, n=num_seqs, logprobs=0)
-    for request_id, final_only in (("stream", False), ("final", True), ("aborted", True)):
+    final, stream = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE
+    for request_id, kind in (("stream", stream), ("final", final), ("aborted", final)):
         group = engine.make_group([1, 2, 3], params, request_id)
-        engine.add(group, final_only=final_only)
+        engine.add(group, output_kind=kind)
     outputs = [output for _ in range(3) for output in engine.step()]
     engine.abort("aborted")
     while engine.has_unfinished:
@@ -268,32 +191,6 @@ def test_who_wants_the_last_output_only_gets_no_other(num_seqs: int) -> None:
     tokens = aborted.outputs[0].token_ids
     assert 0 < len(tokens) < 10
     assert tokens == final.outputs[0].token_ids[: len(tokens)]
-
-
-def test_each_log_probability_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However often a request has been given out with all of them."""
-    num_looks = 0
-
-    class Counting(dict):
-        def __getitem__(self, token: int) -> object:
-            nonlocal num_looks
-            num_looks += 1
-            return super().__getitem__(token)
-
-    real = core.logprobs_by_token
-    monkeypatch.setattr(core, "logprobs_by_token", lambda *args: Counting(real(*args)))
-    engine = make_whole_engine()
-    engine.add(engine.make_group([1, 2, 3], dataclasses.replace(GREEDY, logprobs=1)))
-    seen = []
-    while engine.has_unfinished:
-        for output in engine.step():
-            (completion,) = output.outputs
-            assert len(completion.logprobs) == len(completion.token_ids)
-            total = sum(map(made_up_logprob, completion.token_ids))
-            assert completion.cumulative_logprob == pytest.approx(total)
-            seen.append(len(completion.token_ids))
-    assert seen == [*range(1, 11)]
-    assert num_looks == 10
 
 
 def refuse(prompt: object, **params: object) -> str:
@@ -404,7 +301,7 @@ def test_a_refused_batch_leaves_no_trace(verb: str, bad: list[int]) -> None:
     with pytest.raises(ValueError, match="priority"):
         llm.generate(good, GREEDY, priority=[1])
     assert not drawn_here
-    assert llm.engine.num_steps == 0
+    assert llm.engine.core.num_steps == 0
     llm.generate(good, GREEDY, use_tqdm=False)
     assert drawn_here == drawn
     assert len(dict(drawn)) == 2

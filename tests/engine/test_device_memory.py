@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from pallas_paged.engine import EngineConfig
-from pallas_paged.engine.device_memory import card_bytes, usable_bytes, with_limits
+from pallas_paged.engine.device.device_memory import card_bytes, usable_bytes, with_limits
 
 GIB = 1 << 30
 SETTING = "XLA_CLIENT_MEM_FRACTION"

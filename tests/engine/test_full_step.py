@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy import special
 
-from pallas_paged.engine import LLM, RequestOutput, SamplingParams, core
-from pallas_paged.engine.buckets import Bucket
-from pallas_paged.engine.core import Engine
-from pallas_paged.engine.requests import Request, output_of
-from pallas_paged.engine.step import StepPrograms
+from pallas_paged.engine import LLM, RequestOutput, SamplingParams
+from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.device.programs import StepPrograms
+from pallas_paged.engine.engine import Engine
+from pallas_paged.engine.text import output_processor
 from tests.engine.bigram_model import expected, make_table, run
 from tests.engine.bigram_model import make_engine as make_bigram_engine
 from tests.engine.serving import assert_idle, make_llm, nothing_compiles, reference_requests
@@ -68,8 +68,7 @@ def test_steps_that_need_nothing_of_it_are_plain(llm: LLM, ran: list[Bucket]) ->
 def test_what_full_steps_keep_is_not_there_before_the_first(llm: LLM) -> None:
     penalised = dataclasses.replace(PLAIN, temperature=0, repetition_penalty=1.5)
     for params in (dataclasses.replace(PLAIN, logprobs=1), penalised):
-        llm.engine.scheduler.abort_all()
-        llm.runner.recover()
+        llm.engine.core.reset()
         llm.generate(PROMPTS[:2], PLAIN, use_tqdm=False)
         assert llm.runner.row_state is None
         first, again = (llm.generate(PROMPTS[0], params, use_tqdm=False)[0] for _ in range(2))
@@ -95,8 +94,8 @@ def test_nothing_compiles_after_warm_up(engine: Engine) -> None:
         )
         for _ in prompts
     ]
-    engine.runner.warm_up()
-    with nothing_compiles(engine.runner):
+    engine.core.executor.warm_up()
+    with nothing_compiles(engine.core.executor):
         run(engine, prompts, params)
 
 
@@ -160,11 +159,11 @@ def test_generate_makes_one_output_of_each_request(
 ) -> None:
     outputs: list[RequestOutput] = []
 
-    def recorded(request: Request) -> RequestOutput:
-        outputs.append(output_of(request))
+    def recorded(*args: object, **options: object) -> RequestOutput:
+        outputs.append(RequestOutput(*args, **options))
         return outputs[-1]
 
-    monkeypatch.setattr(core, "output_of", recorded)
+    monkeypatch.setattr(output_processor, "RequestOutput", recorded)
     done = llm.generate(PROMPTS[:3], dataclasses.replace(PLAIN, logprobs=1), use_tqdm=False)
     assert sorted(map(id, done)) == sorted(map(id, outputs))
 

@@ -15,19 +15,26 @@ from types import CodeType
 import pytest
 
 from pallas_paged.engine import LLM, BeamSearchParams, SamplingParams
-from pallas_paged.engine.core import Engine
+from pallas_paged.engine.core.policies import PriorityOrder, Recovery
+from pallas_paged.engine.core.request import SequenceGroup
+from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.outputs import RequestOutput
-from pallas_paged.engine.policies import PriorityOrder, Recovery
-from pallas_paged.engine.sequence import SequenceGroup
-from tests.engine.mock_model import generate_alone, make_mock_llm, make_whole_engine, search_alone
+from pallas_paged.engine.text.detokenizer import Detokenizer, WindowDetokenizer
+from tests.engine.mock_model import (
+    device_of,
+    generate_alone,
+    make_mock_llm,
+    make_whole_engine,
+    search_alone,
+)
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
 Line = tuple[CodeType, int]
 FILES = {
-    "memory": ("memory.py", "prefix_cache.py", "block_tables.py"),
-    "scheduling": ("scheduler.py", "admission.py", "swap.py", "sequence.py"),
-    "delivery": ("core.py", "requests.py", "beam_groups.py", "stop.py"),
+    "memory": ("block_memory.py", "prefix_cache.py", "block_tables.py"),
+    "scheduling": ("scheduler.py", "admission.py", "queues.py", "committer.py", "token_plan.py"),
+    "delivery": ("engine.py", "engine_core.py", "output_processor.py", "completion.py"),
 }
 ALL = "TRACES" in os.environ
 TOOL = 4
@@ -41,6 +48,9 @@ class Letters:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return "".join(chr(ord("A") + token) for token in token_ids)
+
+    def detokenizer(self, context: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
+        return WindowDetokenizer(self, context, skip_special_tokens=skip_special_tokens)
 
     def decode_token(self, token_id: int) -> str:
         return self.decode([token_id], skip_special_tokens=False)
@@ -131,7 +141,7 @@ class Life:
         """Every request that arrived has its last output, and none has a wrong token."""
         for group in self.groups:
             if not is_whole and group.request_id not in self.outputs:
-                assert group.request_id not in self.engine._requests
+                assert group.request_id not in self.engine._processor
                 continue  # the interrupt struck in `add`, or took with it what `step` returned
             output = self.outputs[group.request_id]
             assert output.finished or not is_whole
@@ -236,7 +246,7 @@ def test_a_second_interrupt_before_any_line_of_the_recovery() -> None:
     usual = lines_of(Life(engine).run, files)
 
     def fail() -> None:
-        engine.runner.fails_in = 12
+        device_of(engine).fails_in = 12
         life.run()
 
     life = Life(engine)
@@ -260,14 +270,15 @@ def test_a_recovery_that_was_cut_short_is_the_first_thing_of_the_next_call() -> 
     life.drain()
     assert engine.pin(PREFIX, None)
     life.add((1, 2, 3), SAMPLED)
-    engine.scheduler.memory.free_all, free_all = interrupt, engine.scheduler.memory.free_all
-    engine.runner.fails_in = 1
+    memory = engine.memory
+    memory.free_all, free_all = interrupt, memory.free_all
+    device_of(engine).fails_in = 1
     with pytest.raises(KeyboardInterrupt):
         life.steps(2)
-    engine.scheduler.memory.free_all = free_all
+    memory.free_all = free_all
     assert engine.has_unfinished
     engine.make_group((30,), SAMPLED)
-    engine.scheduler.check_invariants()
+    engine.core.scheduler.check_invariants()
     assert not engine.memory.pins
     life.add((30, 31), SAMPLED)
     life.drain()
@@ -337,7 +348,7 @@ def test_an_interrupted_stream_takes_no_output_of_another_along() -> None:
     llm = make_mock_llm()
     other = start(llm)
     (*_, whole) = start(make_mock_llm())
-    lines = lines_of(functools.partial(use, llm), ["llm.py", "core.py"])
+    lines = lines_of(functools.partial(use, llm), ["streams.py", "engine.py"])
     reasons = collections.Counter()
     for line, visits in lines.items():
         llm = make_mock_llm()

@@ -124,7 +124,7 @@ def test_different_seeds_give_different_tokens(llm: LLM, name: str) -> None:
 
 
 def test_deterministic_is_bitwise(tight: LLM, name: str) -> None:
-    assert len(tight.buckets.all()) == 2  # one shape, plain and full
+    assert len(tight.runner.buckets.all()) == 2  # one shape, plain and full
     prompts = reference_requests(name)[:10]
     params = [GREEDY] * 5 + sampled(range(5), top_p=0.9)
     batched = tight.generate(prompts, params, use_tqdm=False)
@@ -136,7 +136,7 @@ def test_deterministic_is_bitwise(tight: LLM, name: str) -> None:
 @pytest.fixture
 def traced(llm: LLM) -> Iterator[LLM]:
     """Fails when a program is traced or compiled while the test runs; full steps see elsewhere."""
-    llm.runner.programs.compile(bucket for bucket in llm.buckets.all() if not bucket.is_full)
+    llm.runner.programs.compile(bucket for bucket in llm.runner.buckets.all() if not bucket.is_full)
     with nothing_compiles(llm.runner):
         yield llm
 
@@ -165,8 +165,8 @@ def test_each_step_takes_over_the_caches(llm: LLM, name: str) -> None:
     stream = llm.stream(reference_requests(name)[:3], GREEDY)
     next(stream)
     before = jax.tree.leaves(llm.runner.kv_caches)
-    num_steps = llm.engine.num_steps
-    while llm.engine.num_steps == num_steps:
+    num_steps = llm.engine.core.num_steps
+    while llm.engine.core.num_steps == num_steps:
         next(stream)
     llm.runner.block_until_ready()
     assert all(array.is_deleted() for array in before)

@@ -3,15 +3,19 @@
 import dataclasses
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from pallas_paged.engine import SamplingParams, logit_rules
-from pallas_paged.engine.core import Engine
-from pallas_paged.engine.logit_rules import resolve
-from pallas_paged.engine.tokenizer import load_tokenizer
+from pallas_paged.engine import SamplingParams
+from pallas_paged.engine.core import logit_rules
+from pallas_paged.engine.core.logit_rules import resolve
+from pallas_paged.engine.engine import Engine
+from pallas_paged.engine.text import bad_words
+from pallas_paged.engine.text.detokenizer import Detokenizer, WindowDetokenizer
+from pallas_paged.engine.text.tokenizer import load_tokenizer
 from tests.engine import small_tokenizers
 from tests.engine.bigram_model import (
     EOS,
@@ -42,6 +46,9 @@ class Letters:
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         texts = {id: word for word, id in self.words.items()} | {0: "<eos>"}
         return "".join(texts.get(id) or chr(ord("a") + id - 1) for id in token_ids)
+
+    def detokenizer(self, context: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
+        return WindowDetokenizer(self, context, skip_special_tokens=skip_special_tokens)
 
     def decode_token(self, token_id: int) -> str:
         return self.decode([token_id], skip_special_tokens=False)
@@ -146,9 +153,9 @@ def test_many_requests_of_all_kinds(engine: Engine, async_scheduling: bool) -> N
         )
         for prompt in prompts(60)
     ]
-    engine._async_scheduling = async_scheduling
+    engine.core._async_scheduling = async_scheduling
     assert check(engine, requests) > 5
-    engine._async_scheduling = True
+    engine.core._async_scheduling = True
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False])
@@ -156,14 +163,14 @@ def test_a_row_may_be_written_anew_before_any_token(
     engine: Engine, async_scheduling: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a preemption into another row, whether the host knows the last token or not."""
-    monkeypatch.setattr(engine, "_async_scheduling", async_scheduling)
+    monkeypatch.setattr(engine.core, "_async_scheduling", async_scheduling)
     params = params_of({"frequency_penalty": 0.7, "repetition_penalty": 1.3, "bad_words": ["ab"]})
     for prompt in prompts(3):
         group = engine.make_group(prompt, params)
         engine.add(group)
         while engine.has_unfinished:
             engine.step()
-            engine.runner._row_edits._held.clear()
+            engine.core._planner._row_edits._held.clear()
         wanted = expected(TABLE, prompt, params, bad_sequences(params))
         assert group.sequences[0].output_token_ids == wanted
 
@@ -210,19 +217,22 @@ def test_what_cannot_be_is_refused_by_name(
 
 
 def test_bad_words_need_a_tokenizer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine._intake, "_tokenizer", None)
+    monkeypatch.setattr(engine, "_tokenizer", None)
     with pytest.raises(ValueError, match=r"bad_words=.*needs a tokenizer; .*logit_bias of -100"):
         engine.make_group([1], params_of({"bad_words": ["a"]}))
 
 
+def resolved(
+    params: SamplingParams, tokenizer: Any, *, vocab_size: int, ending_ids: Sequence[int] = ()
+) -> logit_rules.LogitRules | None:
+    bad = bad_words.bad_sequences(params.bad_words, tokenizer, vocab_size)
+    return resolve(params, bad_sequences=bad, vocab_size=vocab_size, ending_ids=ending_ids)
+
+
 def sequences(tokenizer: Any, word: str) -> set[str]:
     """Returns what the rules for one bad word exclude, as texts of tokens joined by |."""
-    rules = resolve(
-        SamplingParams(bad_words=[word]),
-        vocab_size=tokenizer.vocab_size,
-        ending_ids=(),
-        tokenizer=tokenizer,
-    )
+    params = SamplingParams(bad_words=[word])
+    rules = resolved(params, tokenizer, vocab_size=tokenizer.vocab_size)
     assert rules is not None
     assert set(rules.values.values()) <= {-math.inf}
     found = [*((token,) for token in rules.values), *rules.bad_sequences]
@@ -257,10 +267,9 @@ def test_tokens_that_the_model_lacks_need_no_ban(tmp_path: pathlib.Path) -> None
     small_tokenizers.byte_level().save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     the = tokenizer.encode("the", add_special_tokens=False)
-    options = {"ending_ids": (), "tokenizer": tokenizer}
     params = SamplingParams(bad_words=["the"])
-    assert resolve(params, vocab_size=min(the), **options) is None
-    assert resolve(params, vocab_size=330, **options) is not None
+    assert resolved(params, tokenizer, vocab_size=min(the)) is None
+    assert resolved(params, tokenizer, vocab_size=330) is not None
 
 
 @pytest.mark.parametrize("name", [None, *FIELDS])
@@ -272,20 +281,20 @@ def test_the_cost_does_not_depend_on_the_vocabulary(
 
     monkeypatch.setattr(logit_rules, "range", refuse, raising=False)
     params = BASE if name is None else params_of(FIELDS[name])
-    rules = resolve(params, vocab_size=24, ending_ids=[EOS], tokenizer=Letters())
+    monkeypatch.setattr(bad_words, "range", refuse, raising=False)
+    rules = resolved(params, Letters(), vocab_size=24, ending_ids=[EOS])
     assert (rules is None) == (name is None)
 
 
 def test_everything_may_be_excluded_without_a_list() -> None:
     every = Letters()
     words = [every.decode([token], skip_special_tokens=False) for token in range(1, 24)]
-    options = {"vocab_size": 24, "tokenizer": every}
     params = SamplingParams(bad_words=words, min_tokens=1)
-    assert resolve(params, ending_ids=(), **options) is not None
+    assert resolved(params, every, vocab_size=24) is not None
     with pytest.raises(ValueError, match=r"min_tokens=1 excludes .* the vocabulary has no other"):
-        resolve(params, ending_ids=[EOS], **options)
+        resolved(params, every, vocab_size=24, ending_ids=[EOS])
     with pytest.raises(ValueError, match="excludes all of the vocabulary"):
-        resolve(params, ending_ids=(), **options | {"vocab_size": 1, "tokenizer": Zero()})
+        resolved(params, Zero(), vocab_size=1)
 
 
 class Zero:

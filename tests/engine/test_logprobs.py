@@ -6,19 +6,24 @@ import numpy as np
 import pytest
 from scipy import special
 
-from pallas_paged.engine import Logprob, logprobs
-from pallas_paged.engine.outputs import logprobs_by_token
+from pallas_paged.engine import Logprob
+from pallas_paged.engine.core import logprobs
+from pallas_paged.engine.core.core_output import TokenLogprobs
+from pallas_paged.engine.device.logprobs import pack
+from pallas_paged.engine.text.logprobs import logprobs_by_token
 
 VOCAB_SIZE = 160
 
 
-def expected(logits: np.ndarray, token: int, num_top: int) -> logprobs.TokenLogprobs:
+def expected(
+    logits: np.ndarray, token: int, num_top: int
+) -> tuple[float, int, np.ndarray, np.ndarray]:
     """By sorting in float64: larger logits first, of equal ones the lower id."""
     values = special.log_softmax(logits.astype(np.float64))
     order = np.lexsort((np.arange(len(logits)), -logits))
     rank = int(np.flatnonzero(order == token)[0]) + 1
     top = order[:num_top]
-    return logprobs.TokenLogprobs(values[token], rank, top.tolist(), values[top].tolist())
+    return values[token], rank, top, values[top]
 
 
 @pytest.mark.parametrize("width", [32, 100, 300])
@@ -30,19 +35,21 @@ def test_packed_figures_are_those_of_a_sort(width: int) -> None:
     logits[5, ::2] = -np.inf
     logits[6] += 1e4
     tokens = rng.integers(0, 150, 16, np.int32) * 2 + 1
-    pack = jax.jit(logprobs.pack, static_argnums=2)
-    packed = np.asarray(pack(jnp.asarray(logits), jnp.asarray(tokens), width))
+    jitted = jax.jit(pack, static_argnums=2)
+    packed = np.asarray(jitted(jnp.asarray(logits), jnp.asarray(tokens), width))
     assert packed[:, 0].tolist() == tokens.tolist()
-    for row, token, line in zip(logits, tokens.tolist(), packed, strict=True):
-        for num_top in (0, 1, 20, width):
-            found, wanted = logprobs.read(line, num_top), expected(row, token, num_top)
-            assert (found.rank, found.top_token_ids) == (wanted.rank, wanted.top_token_ids)
+    for num_top in (0, 1, 20, width, -1):
+        found = logprobs.read(packed, num_top)
+        for row, token, *figures in zip(logits, tokens.tolist(), *found, strict=True):
+            logprob, rank, top, top_logprobs = expected(
+                row, token, width if num_top == -1 else num_top
+            )
+            assert figures[1] == rank
+            assert figures[2].tolist() == top.tolist()
             # A logit near 10000 has steps of 1e-3.
             tolerance = 1e-3 if abs(row[token]) > 1e3 else 1e-5
-            np.testing.assert_allclose(found.logprob, wanted.logprob, tolerance, tolerance)
-            np.testing.assert_allclose(
-                found.top_logprobs, wanted.top_logprobs, tolerance, tolerance
-            )
+            np.testing.assert_allclose(figures[0], logprob, tolerance, tolerance)
+            np.testing.assert_allclose(figures[3], top_logprobs, tolerance, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -70,12 +77,15 @@ def test_width(most: int, width: int) -> None:
 
 
 def test_the_token_itself_is_always_there_and_has_its_text() -> None:
-    found = logprobs.TokenLogprobs(-3.0, 7, [4, 9], [-0.5, -1.5])
-    by_token = logprobs_by_token(2, found, lambda token: f"<{token}>")
-    assert by_token == {
-        4: Logprob(-0.5, 1, "<4>"),
-        9: Logprob(-1.5, 2, "<9>"),
-        2: Logprob(-3.0, 7, "<2>"),
-    }
-    found = logprobs.TokenLogprobs(-0.5, 1, [4, 9], [-0.5, -1.5])
-    assert logprobs_by_token(4, found, None) == {4: Logprob(-0.5, 1), 9: Logprob(-1.5, 2)}
+    found = TokenLogprobs(
+        np.array([-3.0, -0.5], np.float32),
+        np.array([7, 1], np.int32),
+        np.array([[4, 9]] * 2, np.int32),
+        np.array([[-0.5, -1.5]] * 2, np.float32),
+    )
+    assert logprobs_by_token([2, 4], found, lambda token: f"<{token}>") == [
+        {4: Logprob(-0.5, 1, "<4>"), 9: Logprob(-1.5, 2, "<9>"), 2: Logprob(-3.0, 7, "<2>")},
+        {4: Logprob(-0.5, 1, "<4>"), 9: Logprob(-1.5, 2, "<9>")},
+    ]
+    fewer = logprobs_by_token([4], found, None)
+    assert fewer == [{4: Logprob(-0.5, 1), 9: Logprob(-1.5, 2)}]

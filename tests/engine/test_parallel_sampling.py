@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine import LLM, SamplingParams
+from pallas_paged.engine.core import step_inputs
 from tests.engine.serving import assert_idle, make_llm, reference_requests
 
 NAME = "llama-gqa-llama3"
@@ -58,9 +59,10 @@ def test_the_prompt_is_computed_once(llm: LLM) -> None:
     computed = []
     dispatch = llm.runner.dispatch
 
-    def counted(step, state):
-        computed.append(step.num_tokens)
-        return dispatch(step, state)
+    def counted(plan):
+        inputs = step_inputs.views(plan.inputs, plan.bucket)
+        computed.append(int(inputs.query_start_loc[-1]))
+        return dispatch(plan)
 
     llm.runner.dispatch = counted
     try:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine import SamplingParams
-from pallas_paged.engine.groups import FullBlocks
-from pallas_paged.engine.prefix_cache import PrefixCache
-from pallas_paged.engine.sequence import Sequence, SequenceGroup
+from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
+from pallas_paged.engine.kv.prefix_cache import PrefixCache
+from pallas_paged.engine.kv.sharing import FullBlocks
 from tests.engine.mock_model import (
     VOCAB_SIZE,
     MockEngine,
@@ -35,13 +35,47 @@ def run(engine: MockEngine, prompt: tuple[int, ...] = PROMPT, **options) -> Sequ
     return group
 
 
-def assert_cold(engine: MockEngine, sequence: Sequence) -> None:
+def assert_cold(engine: MockEngine, sequence: TokenSequence) -> None:
     actual = sequence.output_token_ids, sequence.finish_reason, sequence.stop_reason
     assert actual == generate_alone(sequence, engine.scheduler.admission.max_model_len)
 
 
 def cached_engine(**options) -> MockEngine:
     return make_engine(enable_prefix_caching=True, **options)
+
+
+def test_what_has_left_a_window_is_found_until_its_memory_is_needed() -> None:
+    engine = cached_engine(num_blocks=10, sliding_window=4)
+    memory = engine.runner.memory
+    long = SequenceGroup("long", PROMPT, 14)
+    engine.scheduler.add(long)
+    while long.sequences[0].num_computed < 17:
+        engine.step()
+        engine.scheduler.check_invariants()
+    row = long.sequences[0].row
+    assert np.flatnonzero(memory.tables[row]).tolist() == [3, 4]  # of which 3 is full
+    assert (memory.num_free_blocks, int(memory.state.num_free)) == (7, 4)
+
+    again = SequenceGroup("again", PROMPT, 1)  # finds what the other one has given back
+    engine.scheduler.add(again)
+    engine.step()
+    engine.drain()
+    assert again.num_cached_tokens == 12
+    engine.scheduler.check_invariants()
+
+    other = SequenceGroup("other", tuple(range(30, 53)), 1)  # takes 6 blocks
+    engine.scheduler.add(other)
+    engine.step()
+    engine.scheduler.check_invariants()
+    assert len(memory.match(PROMPT, None)) == 1
+    assert not memory.prefix_cache.is_cached[memory.tables[row]].any()
+    engine.run()
+    assert engine.scheduler.num_preemptions == 0
+    for group in (long, again, other):
+        sequence = group.sequences[0]
+        tokens, *_ = generate_alone(sequence, engine.scheduler.admission.max_model_len, window=4)
+        assert sequence.output_token_ids == tokens
+    assert memory.num_free_blocks == memory.num_usable_blocks
 
 
 class TestHits:
@@ -202,6 +236,31 @@ class TestEviction:
         refs[2] = 1
         assert cache.evict(1, refs, keep=[2]) == [3]
 
+    def test_blocks_before_others_in_use_go_last_and_take_those_along(self) -> None:
+        cache = PrefixCache(12, 1)
+        self.enter(cache, [1, 2, 3, 4], [5, 6, 7, 8])
+        self.enter(cache, [1, 2, 9], [5, 6, 1])
+        self.enter(cache, [7, 8], [2, 3])
+        refs = np.ones(12, np.int32)
+        refs[[3, 4, 8]] = 2  # rows have given back 1 and 2, and 7
+        cache.touch([7])
+        assert np.flatnonzero(cache.evictable(refs)).tolist() == [1, 2, 7, 9]
+        assert cache.evict(1, refs) == [9]
+        assert sorted(cache.evict(1, refs)) == [2, 3, 4]  # 2 before 1, before which nobody stands
+        cache.check_invariants()
+        assert cache.match([5, 6], None, 2) == [1]
+        assert cache.evict(2, refs) == [1, 8, 7]
+        assert len(cache) == 0
+
+    def test_a_row_goes_on_behind_a_block_that_is_forgotten(self) -> None:
+        cache = PrefixCache(10, 1)
+        self.enter(cache, [1, 2], [5, 6], merges=True)
+        refs = np.ones(10, np.int32)
+        refs[2] = 2
+        assert sorted(cache.evict(1, refs)) == [1, 2]
+        assert cache.enter(FullBlocks(0, [5, 6, 7], 2, 3, None, True), [2, 3]) == ([], {})
+        cache.check_invariants()
+
     def test_equal_hashes_of_different_tokens_are_no_hit(self) -> None:
         cache = PrefixCache(10, 1)
         zero = 2**61 - 1  # Python's hash of it is 0
@@ -252,9 +311,9 @@ def test_a_prefix_that_cannot_be_computed_is_not_tried_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llm = make_mock_llm(enable_prefix_caching=True)
-    runner = llm.engine.runner
+    runner = llm.engine.core.executor
     collect = runner.collect
-    no_token = [VOCAB_SIZE]  # the logits are not finite
+    no_token = np.array([VOCAB_SIZE])  # the logits are not finite
     monkeypatch.setattr(runner, "collect", lambda step: collect(step)._replace(tokens=no_token))
     with pytest.raises(RuntimeError, match="was not computed: logits are not finite"):
         llm.pin_prefix({"prompt_token_ids": PROMPT})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine import BeamSearchParams, SamplingParams
-from pallas_paged.engine.prompts import (
+from pallas_paged.engine.text.prompts import (
     PromptReader,
     broadcast_params,
     cache_salt,

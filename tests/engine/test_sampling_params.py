@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-from pallas_paged.engine.sampling_params import BeamSearchParams, SamplingParams
+from pallas_paged.engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 DEFAULTS = {
     "n": 1,
@@ -34,6 +34,7 @@ DEFAULTS = {
     "bad_words": None,
     "skip_reading_prefix_cache": False,
     "skip_writing_prefix_cache": False,
+    "output_kind": RequestOutputKind.CUMULATIVE,
 }
 
 NAN, INF = math.nan, math.inf
@@ -67,6 +68,7 @@ REFUSED: list[tuple[str, object, str]] = [
     *(("logit_bias", value, "a mapping to numbers") for value in ({1: NAN}, {1: "x"}, {1: True})),
     *(("allowed_token_ids", value, "token id") for value in (5, [], [-1], ["a"])),
     *(("bad_words", value, "a list of strings") for value in ("word", [""], [5])),
+    *(("output_kind", value, "a RequestOutputKind, such") for value in (1, "DELTA", None)),
 ]  # fmt: skip
 
 ACCEPTED: list[tuple[str, object, object]] = [
@@ -93,6 +95,8 @@ ACCEPTED: list[tuple[str, object, object]] = [
     ("logit_bias", {}, None),
     ("logit_bias", {1: 10**400, 2: -INF}, {1: 100.0, 2: -100.0}),
     ("bad_words", [], None),
+    ("output_kind", RequestOutputKind(1), RequestOutputKind.DELTA),  # the number is vLLM's
+    ("output_kind", RequestOutputKind(2), RequestOutputKind.FINAL_ONLY),
 ]
 
 

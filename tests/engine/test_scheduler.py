@@ -8,19 +8,25 @@ from typing import Any
 
 import pytest
 
-from pallas_paged.engine.policies import CheaperRecovery, PriorityOrder, always_swap
-from pallas_paged.engine.scheduler import ScheduledStep, Scheduler
-from pallas_paged.engine.sequence import Sequence, SequenceGroup, SequenceStatus
-from tests.engine.mock_model import MockEngine, generate_alone, make_engine, next_token
+from pallas_paged.engine.core.policies import CheaperRecovery, PriorityOrder, always_swap
+from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
+from pallas_paged.engine.core.scheduler import ScheduledStep, Scheduler
+from tests.engine.mock_model import (
+    MockEngine,
+    generate_alone,
+    make_engine,
+    next_token,
+    sampled_token,
+)
 
 
-def request(name: str, prompt_len: int, max_tokens: int = 8, **options: Any) -> Sequence:
+def request(name: str, prompt_len: int, max_tokens: int = 8, **options: Any) -> TokenSequence:
     """The first sequence of a new group."""
     prompt = tuple(range(1, prompt_len + 1))
     return SequenceGroup(name, prompt, max_tokens, **options).sequences[0]
 
 
-def add(engine: MockEngine, *sequences: Sequence) -> None:
+def add(engine: MockEngine, *sequences: TokenSequence) -> None:
     for sequence in sequences:
         engine.scheduler.add(sequence.group)
 
@@ -35,9 +41,9 @@ def blocks_in_use(engine: MockEngine) -> int:
     return engine.scheduler.memory.num_usable_blocks - engine.scheduler.memory.num_free_blocks
 
 
-def order_of_admission(engine: MockEngine, *waiting: Sequence) -> list[Sequence]:
+def order_of_admission(engine: MockEngine, *waiting: TokenSequence) -> list[TokenSequence]:
     """Runs to the end and returns the sequences as they got rows."""
-    admitted: list[Sequence] = []
+    admitted: list[TokenSequence] = []
     while engine.scheduler.has_unfinished:
         engine.step()
         admitted += [s for s in waiting if s.row is not None and s not in admitted]
@@ -45,7 +51,7 @@ def order_of_admission(engine: MockEngine, *waiting: Sequence) -> list[Sequence]
     return admitted
 
 
-def assert_as_if_alone(engine: MockEngine, *sequences: Sequence) -> None:
+def assert_as_if_alone(engine: MockEngine, *sequences: TokenSequence) -> None:
     """All blocks are back, and each request ended as it does alone."""
     engine.scheduler.check_invariants()
     assert blocks_in_use(engine) == 0
@@ -97,6 +103,63 @@ class TestOneRequest:
             "collect 1",
             "collect 2",
         ]
+
+    @pytest.mark.parametrize("ending", ["length", "stop"])
+    def test_a_step_may_give_several_tokens(self, ending: str) -> None:
+        """The next step computes all of them; what comes after the end is dropped."""
+        prompt = [1, 2, 3]
+        output: list[int] = []
+        while len(output) < 12:
+            output.append(sampled_token([*prompt, *output], 0))
+        stop = frozenset(output[4:5] if ending == "stop" else ())
+        engine = make_engine()
+        a = request("a", 3, max_tokens=8, stop_token_ids=stop, waits_for_host=True)
+        add(engine, a)
+        lengths = []
+        while (step := engine.scheduler.schedule()) is not None:
+            lengths.append(step.scheduled[0].num_tokens)
+            first = engine.runner.collect(engine.runner.dispatch(step))
+            begin = a.num_output_tokens
+            assert first == output[begin : begin + 1]
+            advanced = engine.scheduler.commit(step, [output[begin : begin + 3]])
+            assert advanced == [a]
+            engine.scheduler.check_invariants()
+        assert lengths == [3, 3, 3][: 2 + (ending == "length")]
+        assert_as_if_alone(engine, a)
+
+    def test_a_group_that_waits_for_the_host_runs_in_every_second_step(self) -> None:
+        """Its last token is known whenever it goes on; the others do not wait with it."""
+        engine = make_engine()
+        waiting = request("waits", 3, max_tokens=4, num_seqs=2, waits_for_host=True)
+        other = request("other", 3, max_tokens=8)
+        add(engine, waiting, other)
+        steps = []
+        while engine.scheduler.has_unfinished:
+            step = engine.step()
+            engine.scheduler.check_invariants()
+            steps.append(step.scheduled if step is not None else [])
+        engine.drain()
+        mine = [[one for one in step if one.sequence.request_id == "waits"] for step in steps]
+        assert [len(step) for step in mine[:8]] == [2, 0, 2, 0, 2, 0, 2, 0]
+        assert not any(one.input_on_device for step in mine for one in step)
+        assert all("other" in {one.sequence.request_id for one in step} for step in steps[:8])
+        assert_as_if_alone(engine, *waiting.group.sequences, other)
+
+    @pytest.mark.parametrize("num_host_blocks", [0, 20])
+    def test_a_group_that_waits_for_the_host_may_lose_its_blocks(
+        self, num_host_blocks: int
+    ) -> None:
+        engine = make_engine(
+            num_blocks=9, num_host_blocks=num_host_blocks, choose_recovery=always_swap
+        )
+        both = [request(name, 5, max_tokens=18, waits_for_host=name == "b") for name in "ab"]
+        add(engine, *both)
+        while engine.scheduler.has_unfinished:
+            engine.step()
+            engine.scheduler.check_invariants()
+        engine.drain()
+        assert both[1].group.num_preemptions
+        assert_as_if_alone(engine, *both)
 
     def test_counts_of_dispatched_computed_and_pending_tokens(self) -> None:
         engine, a = make_engine(), request("a", 6, max_tokens=4)
@@ -193,10 +256,6 @@ class TestEnd:
         engine.run()
         engine.scheduler.finish(a, "abort")
         assert (a.finish_reason, a.stop_reason) == ("length", None)
-        # But a stop string that the last token completed is what ended it.
-        engine.scheduler.finish(a, "stop", "late")
-        engine.scheduler.finish(a, "stop", "later")
-        assert (a.finish_reason, a.stop_reason) == ("stop", "late")
 
 
 class TestChunkedPrefill:
@@ -306,7 +365,7 @@ class TestAdmission:
         ],
         ids=["empty", "max_tokens", "too long", "too big", "too big when capped", "taken"],
     )
-    def test_refuses_what_can_never_run(self, sequence: Sequence, message: str) -> None:
+    def test_refuses_what_can_never_run(self, sequence: TokenSequence, message: str) -> None:
         engine = make_engine(num_blocks=6, max_model_len=32)
         taken = request("taken", 10, max_tokens=10)  # 5 blocks: just fits
         add(engine, taken)
@@ -431,7 +490,7 @@ class TestPreemption:
 class TestAbort:
     """Aborting twice, in whatever state: blocks are back at once, late tokens are dropped."""
 
-    def check(self, engine: MockEngine, a: Sequence, num_output_tokens: int) -> None:
+    def check(self, engine: MockEngine, a: TokenSequence, num_output_tokens: int) -> None:
         used_by_others = blocks_in_use(engine) - (a.row is not None and -(-a.num_reserved // 4))
         for _ in range(2):
             engine.scheduler.abort("a")
@@ -627,9 +686,9 @@ class TestPriority:
 
     def check_displaced(
         self,
-        running: list[Sequence],
-        head: Sequence,
-        expected: list[Sequence],
+        running: list[TokenSequence],
+        head: TokenSequence,
+        expected: list[TokenSequence],
         overlap: bool = False,
         **options: Any,
     ) -> MockEngine:
@@ -656,12 +715,25 @@ class TestPriority:
         assert_as_if_alone(engine, a, b, head)
 
     @pytest.mark.parametrize(
-        ("prompt_len", "num_victims"), [(2, 0), (8, 1), (12, 1), (16, 2), (20, 2), (24, 3)]
+        ("prompt_len", "num_victims", "watermark_blocks"),
+        [
+            (2, 0, 0),
+            (8, 1, 0),
+            (12, 1, 0),
+            (16, 2, 0),
+            (20, 2, 0),
+            (24, 3, 0),
+            (8, 1, 1),
+            (12, 2, 1),  # a block is left to the others
+            (27, 3, 1),  # there are none
+        ],
     )
-    def test_just_as_many_give_way_as_it_takes(self, prompt_len: int, num_victims: int) -> None:
+    def test_just_as_many_give_way_as_it_takes(
+        self, prompt_len: int, num_victims: int, watermark_blocks: int
+    ) -> None:
         others = [request(name, 7, 4, priority=2) for name in "abc"]  # of 7 blocks two each
         head = request("head", prompt_len, 1, priority=1)
-        engine = make_engine(order=PriorityOrder(), num_blocks=8)
+        engine = make_engine(order=PriorityOrder(), num_blocks=8, watermark_blocks=watermark_blocks)
         add(engine, *others)
         engine.step(overlap=False)
         add(engine, head)
@@ -751,6 +823,19 @@ class TestPriority:
         assert head.group.num_cached_tokens == 12
         for sequence in (a, b, head):
             assert sequence.output_token_ids == generate_alone(sequence, 64)[0]
+
+    def test_nobody_is_displaced_for_blocks_that_the_watermark_keeps_free(self) -> None:
+        engine = make_engine(order=PriorityOrder(), num_blocks=7, watermark_blocks=2)
+        stays, victim = request("stays", 5, 3, priority=0), request("victim", 5, 3, priority=2)
+        head = request("head", 9, 3, priority=1)
+        add(engine, stays, victim)
+        engine.step(overlap=False)
+        add(engine, head)  # three blocks; without the victim there would be four
+        step = engine.step(overlap=False)
+        assert step is not None
+        assert not step.preempted
+        engine.run()
+        assert_as_if_alone(engine, stays, victim, head)
 
     def test_without_the_policy_nobody_overtakes(self) -> None:
         engine = make_engine(max_num_seqs=1)

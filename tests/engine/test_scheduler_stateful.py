@@ -3,8 +3,9 @@
 Requests of all kinds arrive, are aborted, preempted, recomputed and swapped, prefixes are pinned,
 in pools down to the smallest that admits the request at all. After every step the scheduler's, the
 memory's and the block tables' invariants hold, and sharing is what `sharing_oracle` makes of the
-tokens. When no more requests come, all of them end within a bounded number of steps, each with the
-tokens that it gets alone, and every block is back.
+tokens. With a sliding window, rows hold as many blocks as `WindowMachine` expects. When no more
+requests come, all of them end within a bounded number of steps, each with the tokens that it gets
+alone, and every block is back.
 
 TRACES=3000 runs that many lives, new ones every time, instead of the same few.
 """
@@ -16,6 +17,7 @@ import os
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
@@ -27,9 +29,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from pallas_paged.engine.beam_search import BeamSearch
-from pallas_paged.engine.groups import longest_length, worst_case_blocks
-from pallas_paged.engine.policies import (
+from pallas_paged.engine.core.beam_search import BeamSearch
+from pallas_paged.engine.core.policies import (
     ChooseRecovery,
     Order,
     PriorityOrder,
@@ -37,8 +38,11 @@ from pallas_paged.engine.policies import (
     always_recompute,
     always_swap,
 )
-from pallas_paged.engine.scheduled import ScheduledStep
-from pallas_paged.engine.sequence import SequenceGroup, SequenceStatus
+from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
+from pallas_paged.engine.core.scheduled import ScheduledStep
+from pallas_paged.engine.kv.host_pool import DROPPED
+from pallas_paged.engine.kv.sharing import longest_length, worst_case_blocks
+from pallas_paged.engine.kv.stats import kv_stats
 from tests.engine.mock_model import VOCAB_SIZE, generate_alone, make_engine, search_alone
 from tests.engine.sharing_oracle import check_sharing
 
@@ -69,6 +73,7 @@ class Setting:
     num_host_blocks: int
     recovery: ChooseRecovery
     urgent: bool
+    sliding_window: int | None = None
 
     @property
     def num_usable_blocks(self) -> int:
@@ -77,18 +82,21 @@ class Setting:
         return num_seqs * -(-length // self.block_size) + self.spare_blocks
 
 
-SETTINGS = st.builds(
-    Setting,
-    block_size=st.sampled_from([1, 2, 3, 4, 4, 8]),
-    largest=st.tuples(st.integers(8, 24), st.sampled_from([1, 1, 2])),
-    spare_blocks=st.sampled_from([0, 0, 1, 2]),
-    max_num_seqs=st.integers(3, 6),
-    max_num_batched_tokens=st.sampled_from([64, 64, 16, 8, 5, 3, 1]),
-    watermark_blocks=st.sampled_from([0, 0, 1, 3]),
-    enable_prefix_caching=st.sampled_from([True, True, True, False]),
-    num_host_blocks=st.sampled_from([40, 8, 0]),
-    recovery=st.sampled_from([always_recompute, always_swap, mixed_recovery]),
-    urgent=st.sampled_from([False, False, True]),
+SETTING: dict[str, Any] = {
+    "block_size": st.sampled_from([1, 2, 3, 4, 4, 8]),
+    "largest": st.tuples(st.integers(8, 24), st.sampled_from([1, 1, 2])),
+    "spare_blocks": st.sampled_from([0, 0, 1, 2]),
+    "max_num_seqs": st.integers(3, 6),
+    "max_num_batched_tokens": st.sampled_from([64, 64, 16, 8, 5, 3, 1]),
+    "watermark_blocks": st.sampled_from([0, 0, 1, 3]),
+    "enable_prefix_caching": st.sampled_from([True, True, True, False]),
+    "num_host_blocks": st.sampled_from([40, 8, 0]),
+    "recovery": st.sampled_from([always_recompute, always_swap, mixed_recovery]),
+    "urgent": st.sampled_from([False, False, True]),
+}
+SETTINGS = st.builds(Setting, **SETTING)
+WINDOW_SETTINGS = st.builds(
+    Setting, **SETTING, sliding_window=st.sampled_from([1, 2, 3, 4, 5, 8, 11])
 )
 
 
@@ -145,6 +153,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(setting=SETTINGS)
     def start(self, setting: Setting) -> None:
+        self.begin(setting)
+
+    def begin(self, setting: Setting) -> None:
+        """Begins a life."""
         self.setting = setting
         self.engine = make_engine(
             num_blocks=setting.num_usable_blocks + 1,
@@ -158,6 +170,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_host_blocks=setting.num_host_blocks,
             order=PriorityOrder() if setting.urgent else Order(),
             choose_recovery=setting.recovery,
+            sliding_window=setting.sliding_window,
         )
         self.scheduler = self.engine.scheduler
         self.displace, self.scheduler._displace = self.scheduler._displace, self.displace_for_head
@@ -258,11 +271,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def everything_agrees(self) -> None:
         self.scheduler.check_invariants()
+        self.check_blocks()
+
+    def check_blocks(self) -> None:
+        """Checks which blocks the rows have."""
         self.seen["blocks saved"] += check_sharing(self.scheduler, self.arrived)
 
     def displace_for_head(self) -> list[SequenceGroup]:
         """Notes for whom others give way."""
-        head = next(iter(self.scheduler._waiting), None)
+        head = next(iter(self.scheduler.queues.waiting), None)
         displaced = self.displace()
         self.displacer = head if displaced else None
         self.seen["displaced"] += len(displaced)
@@ -342,13 +359,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.host_pool.num_used == 0
         for group in self.arrived:
             if group.beams is not None:
-                check_beams(group)
+                check_beams(group, self.setting.sliding_window)
         self.seen["prefix hit"] += sum(g.num_cached_tokens > 0 for g in self.arrived)
         for sequence in (s for group in self.arrived for s in group.sequences):
             self.seen[f"finish by {sequence.finish_reason}"] += 1
             if sequence.group.beams is not None:
                 continue
-            tokens, *ending = generate_alone(sequence, MAX_MODEL_LEN, host_stop)
+            window = self.setting.sliding_window
+            tokens, *ending = generate_alone(sequence, MAX_MODEL_LEN, host_stop, window)
             if sequence.finish_reason == "abort":
                 assert tokens[: sequence.num_output_tokens] == sequence.output_token_ids
                 assert sequence.num_output_tokens < len(tokens)
@@ -357,12 +375,74 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert ending == [sequence.finish_reason, sequence.stop_reason]
 
 
-def check_beams(group: SequenceGroup) -> None:
+class WindowMachine(SchedulerMachine):
+    """Lives in which rows give back the blocks that have left a sliding window.
+
+    A row drops its first blocks in the commit that fills one, and then has dropped all full ones
+    but as many as hold a window. Nothing else changes how many it has dropped.
+    """
+
+    @initialize(setting=WINDOW_SETTINGS)
+    def start(self, setting: Setting) -> None:
+        self.begin(setting)
+        self.memory = self.engine.runner.memory
+        self.dropped: dict[TokenSequence, int] = {}
+        self.commit, self.scheduler.commit = self.scheduler.commit, self.commit_and_check
+        cache = self.memory.prefix_cache
+        if cache is not None:
+            self.find_last, cache._last_before_rows = cache._last_before_rows, self.note_forgotten
+
+    def placed(self) -> list[TokenSequence]:
+        live = [s for group in self.arrived for s in group.live]
+        return [sequence for sequence in live if sequence.row is not None]
+
+    def num_dropped(self, sequence: TokenSequence) -> int:
+        """Returns how many entries in front of the row's first block are empty."""
+        table = self.memory.tables[sequence.row]
+        num_dropped = int(np.argmax(table > 0))
+        num_blocks = -(-sequence.num_reserved // self.setting.block_size)
+        assert np.count_nonzero(table) == num_blocks - num_dropped > 0
+        return num_dropped
+
+    def commit_and_check(self, step: ScheduledStep, results: list[Any]) -> list[TokenSequence]:
+        before = {s: (s.num_remembered, self.num_dropped(s)) for s in self.placed()}
+        extended = self.commit(step, results)
+        assert self.setting.sliding_window is not None
+        kept = -(-self.setting.sliding_window // self.setting.block_size)
+        for sequence in self.placed():
+            if sequence not in before:
+                continue  # a beam that continues another one
+            num_told, expected = before[sequence]
+            if sequence.num_remembered > num_told:
+                expected = max(0, sequence.num_remembered - kept)
+                self.seen["dropped"] += expected
+            assert self.num_dropped(sequence) == expected
+        return extended
+
+    def note_forgotten(self, candidates: np.ndarray) -> tuple[int, list[int]]:
+        block, behind = self.find_last(candidates)
+        self.seen["in use and forgotten"] += len(behind)
+        return block, behind
+
+    def check_blocks(self) -> None:
+        """Whatever no row names and nobody has pinned can be taken."""
+        rows = [sequence.row for sequence in self.placed()]
+        used = set(np.unique(self.memory.tables[rows]).tolist()) - {0}
+        num_taken = len(used | set(self.memory.pins))
+        assert self.memory.num_free_blocks == self.memory.num_usable_blocks - num_taken
+        stats = kv_stats(self.memory, self.scheduler)
+        assert stats.num_allocated_blocks == len(used)
+        assert stats.num_token_slots <= len(used) * self.setting.block_size
+        slots = [s.swapped_slots for g in self.arrived for s in g.live if g.swapped is not None]
+        self.seen["swapped without the first"] += any(each[:1] == (DROPPED,) for each in slots)
+
+
+def check_beams(group: SequenceGroup, window: int | None) -> None:
     """A search that was not aborted has the results of the same search alone."""
     assert group.beams is not None
     if group.sequences[0].finish_reason == "abort":
         return
-    expected = search_alone(group)
+    expected = search_alone(group, window)
     assert [tuple(s.output_token_ids) for s in group.sequences] == [e.tokens for e in expected]
     scores = [hypothesis.score for hypothesis in group.beams.results]
     assert scores == pytest.approx([ended.score for ended in expected])
@@ -374,13 +454,13 @@ def check_beams(group: SequenceGroup) -> None:
         assert sequence.stop_reason == (last if is_stop else None)
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
-def test_random_lives() -> None:
+def live(machine: type[SchedulerMachine], num_lives: int) -> collections.Counter[str]:
+    """Returns what happened in so many lives."""
     seen: collections.Counter[str] = collections.Counter()
     run_state_machine_as_test(
-        type("Machine", (SchedulerMachine,), {"seen": seen}),
+        type("Machine", (machine,), {"seen": seen}),
         settings=settings(
-            max_examples=NUM_TRACES or 140,
+            max_examples=NUM_TRACES or num_lives,
             stateful_step_count=15,
             deadline=None,
             derandomize=not NUM_TRACES,
@@ -388,6 +468,32 @@ def test_random_lives() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+    return seen
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_random_lives_with_a_sliding_window() -> None:
+    seen = live(WindowMachine, 100)
+    for event in (
+        "dropped",
+        "in use and forgotten",
+        "swapped without the first",
+        "swapped in",
+        "prefix hit",
+        "pin",
+        "chunk",
+        "forked",
+        "recomputed tree",
+        "preempted in flight",
+        "copy on write",
+        "beams preempted",
+    ):
+        assert seen[event], f"the lives do not test {event!r}: {seen}"
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_random_lives() -> None:
+    seen = live(SchedulerMachine, 140)
     for event in (
         "chunk",
         "forked",

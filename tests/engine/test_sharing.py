@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from benchmarks import workloads
-from pallas_paged.engine.beam_search import BeamSearch
-from pallas_paged.engine.groups import repeated_blocks
-from pallas_paged.engine.kv_stats import kv_stats
-from pallas_paged.engine.policies import ChooseRecovery, always_recompute, always_swap
-from pallas_paged.engine.sequence import SequenceGroup, SequenceStatus
+from pallas_paged.engine.core.beam_search import BeamSearch
+from pallas_paged.engine.core.entries import repeated_blocks
+from pallas_paged.engine.core.policies import ChooseRecovery, always_recompute, always_swap
+from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus
+from pallas_paged.engine.kv.stats import kv_stats
 from tests.engine.mock_model import (
     VOCAB_SIZE,
     MockEngine,

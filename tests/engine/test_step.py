@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_paged.engine.buckets import Bucket
-from pallas_paged.engine.step import cannot_sample
+from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.device.step import cannot_sample
 from tests.engine.serving import make_llm
 
-DECODE = Bucket(4, 4, is_decode=True)
-MIXED = Bucket(32, 4, is_decode=False)
+DECODE = Bucket(4, 4, 64, is_decode=True)
+MIXED = Bucket(32, 4, 64, is_decode=False)
 
 
 @pytest.mark.parametrize("bucket", [DECODE, MIXED], ids=["decode", "mixed"])

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from pallas_paged.engine.block_programs import BlockPrograms
-from pallas_paged.engine.buckets import Bucket
-from pallas_paged.engine.pool import cache_shapes
-from pallas_paged.engine.step import StepPrograms
+from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.device.block_programs import BlockPrograms
+from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.opt import OPTConfig
 from pallas_paged.models.registry import FAMILIES
@@ -50,8 +49,9 @@ def compiled(config, bucket, dtype=jnp.float32, cache_dtype=None):
     """Returns a step's text, and what it may not move."""
     build = FAMILIES[config.architecture].model
     model = nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    caches = cache_shapes(config, 777, 16, dtype if cache_dtype is None else cache_dtype)
-    programs = StepPrograms(model, caches, 16, 20, 32)
+    specs = config.cache_specs(16, dtype if cache_dtype is None else cache_dtype)
+    caches = tuple(spec.shapes(777) for spec in specs)
+    programs = StepPrograms(model, caches, 16, 32)
     text = programs.lower(bucket).compile().as_text()
     assert text is not None
     return text, jax.tree.leaves((programs.params, caches))
@@ -64,7 +64,7 @@ def moved(*args, **kwargs):
 @pytest.mark.parametrize("config", [LLAMA, TIED, OPT], ids=["llama", "tied", "opt"])
 @pytest.mark.parametrize(
     "bucket",
-    [Bucket(1, 1, True), Bucket(4, 4, True, True), Bucket(128, 16, False)],
+    [Bucket(1, 1, 20, True), Bucket(4, 4, 20, True, True), Bucket(128, 16, 20, False)],
     ids=["one", "decode", "mixed"],
 )
 def test_float32_on_a_cpu(config, bucket):
@@ -72,19 +72,19 @@ def test_float32_on_a_cpu(config, bucket):
 
 
 def test_a_quantised_cache_on_a_cpu():
-    assert moved(LLAMA, Bucket(4, 4, True), cache_dtype=jnp.int8) == []
+    assert moved(LLAMA, Bucket(4, 4, 20, True), cache_dtype=jnp.int8) == []
 
 
 def test_programs_beside_the_step_on_a_cpu():
     """Copies of blocks, and the log-probabilities of prompts."""
     build = FAMILIES[LLAMA.architecture].model
     model = nnx.eval_shape(lambda: build(LLAMA, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    caches = cache_shapes(LLAMA, 777, 16, jnp.float32)
+    caches = tuple(spec.shapes(777) for spec in LLAMA.cache_specs(16, jnp.float32))
     blocks = BlockPrograms(caches, 16, swaps=True)
     for name, size in (("copy", 4), ("gather", 8), ("scatter", 8)):
         text = blocks._lower(name, size).compile().as_text()
         assert moves(text, jax.tree.leaves(caches)) == [], name
-    programs = StepPrograms(model, caches, 16, 20, 32)
+    programs = StepPrograms(model, caches, 16, 32)
     hidden = jax.ShapeDtypeStruct((32, LLAMA.hidden_size), jnp.float32)
     programs._compile_prompt(hidden)
     text = programs._compiled_prompt[32].as_text()
@@ -93,14 +93,14 @@ def test_programs_beside_the_step_on_a_cpu():
 
 def test_one_16_bit_row_converts_no_weight_that_two_do_not():
     """Whether a CPU has products of 16-bit numbers at all depends on the CPU."""
-    one, two = (moved(LLAMA, Bucket(n, n, True), jnp.bfloat16) for n in (1, 2))
+    one, two = (moved(LLAMA, Bucket(n, n, 20, True), jnp.bfloat16) for n in (1, 2))
     assert len(one) == len(two)
 
 
 @pytest.mark.parametrize("num_rows", [2, 64, 128])
 def test_few_rows_have_the_weight_on_the_left(num_rows):
     """XLA knows that the other product is the transpose of this one, and took it instead."""
-    text, _ = compiled(LLAMA, Bucket(num_rows, num_rows, True))
+    text, _ = compiled(LLAMA, Bucket(num_rows, num_rows, 20, True))
     products = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", text)
     left, right = ({(n, num_rows)[::s] for n in (224, 320, 736, 2018)} for s in (1, -1))
     found = {(int(a), int(b)) for a, b in products}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_paged.engine.stop import StopMatcher
+from pallas_paged.engine.text.stop import StopMatcher
 
 letters = st.text("ab", max_size=30)
 stop_strings = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)

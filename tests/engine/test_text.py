@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine import LLM, SamplingParams
+from pallas_paged.engine.text.detokenizer import Detokenizer, WindowDetokenizer
 from pallas_paged.models.demo import DEMO_MODEL
 from tests.engine.serving import assert_idle
 
@@ -190,24 +191,49 @@ class Broken:
             raise OSError("no decoder")
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def detokenizer(self, context: Sequence[int], *, skip_special_tokens: bool) -> Detokenizer:
+        return WindowDetokenizer(self, context, skip_special_tokens=skip_special_tokens)
 
-@pytest.mark.parametrize("fail_at", [3, 4, 6])
-def test_an_error_reaches_every_caller_and_the_engine_serves_on(llm: LLM, fail_at: int) -> None:
+
+def test_an_error_reaches_every_caller_and_the_engine_serves_on(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = [o.outputs[0].text for o in generate(llm, PROMPTS)]
     outer = llm.stream(PROMPTS[:2], GREEDY)
     next(outer)
-    whole, caches = llm.engine.tokenizer, llm.runner.kv_caches
-    llm.engine.tokenizer = Broken(whole, fail_at)
-    with pytest.raises(OSError, match="no decoder"):
+    caches = llm.runner.kv_caches
+
+    def fail(in_flight: object) -> None:
+        raise OSError("no device")
+
+    monkeypatch.setattr(llm.runner, "collect", fail)
+    with pytest.raises(OSError, match="no device"):
         llm.generate(PROMPTS[2:], dataclasses.replace(GREEDY, max_tokens=2), use_tqdm=False)
-    llm.engine.tokenizer = whole
+    monkeypatch.undo()
     ends = [output.outputs[0] for output in outer if output.finished]
     assert [(end.finish_reason, end.stop_reason) for end in ends] == [
-        ("abort", "OSError: no decoder")
+        ("abort", "OSError: no device")
     ] * 2
     assert llm.runner.kv_caches is not caches
     assert_idle(llm)
     assert [o.outputs[0].text for o in generate(llm, PROMPTS)] == expected
+
+
+@pytest.mark.parametrize("fail_at", [1, 4, 9])
+def test_a_fault_in_a_text_ends_its_request_alone(
+    llm: LLM, fail_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [o.outputs[0].text for o in generate(llm, PROMPTS)]
+    processor = llm.engine._processor
+    monkeypatch.setattr(processor, "_tokenizer", Broken(processor._tokenizer, fail_at))
+    ends = {output.request_id: output for output in llm.stream(PROMPTS, GREEDY)}
+    completions = [output.outputs[0] for output in ends.values()]
+    broken = [one for one in completions if one.stop_reason == "OSError: no decoder"]
+    assert [one.finish_reason for one in broken] == ["abort"]
+    others = [one.text for one in completions if one not in broken]
+    assert len(others) == len(PROMPTS) - 1
+    assert set(others) <= set(expected)
+    assert_idle(llm)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from pallas_paged.engine.detokenizer import Detokenizer
-from pallas_paged.engine.tokenizer import (
+from pallas_paged.engine.text.tokenizer import (
     known_eos_token_ids,
     load_tokenizer,
     require_tokenizer,
@@ -47,7 +46,7 @@ def test_text_to_tokens_and_back(folder):
     assert tokenizer.eos_token_id == small_tokenizers.byte_level().token_to_id("</s>")
     assert tokenizer.vocab_size == 330
     assert tokenizer.decode([330, 100_000]) == ""
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = tokenizer.detokenizer()
     assert "".join(detokenizer.append(token) for token in ids) == "the fox 😀"
 
 
@@ -192,7 +191,7 @@ def test_streamed_text_is_the_whole_whatever_the_folder_cleans_up(tmp_path, kind
     ids = tokenizer.encode("the fox do n't , I 'm . the dog 's ! ?", add_special_tokens=False)
     whole = tokenizer.decode(ids)
     assert whole == kind().decode(ids)
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = tokenizer.detokenizer()
     pieces = [*(detokenizer.append(token) for token in ids), detokenizer.finish()]
     assert "".join(pieces) == whole
     assert "".join(pieces[:4]) == tokenizer.decode(ids[:4])

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from pallas_paged.engine.buckets import Bucket
 from pallas_paged.engine.config import EngineConfig
-from pallas_paged.engine.step_report import SHAPES, StepReport, compile_step
+from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.device.step_report import SHAPES, StepReport, compile_step
 
-DECODE = Bucket(64, 64, is_decode=True)
-MIXED = Bucket(512, 64, is_decode=False)
+DECODE = Bucket(64, 64, 128, is_decode=True)
+MIXED = Bucket(512, 64, 128, is_decode=False)
 
 
 def report(
@@ -28,7 +28,7 @@ def report(
     if vocab_size is not None:
         shape = dataclasses.replace(shape, vocab_size=vocab_size)
     config = EngineConfig(name, dtype="bfloat16", **options)
-    return compile_step(shape, config, bucket, target, num_blocks=4000, max_model_len=2048)
+    return compile_step(shape, config, bucket, target, num_blocks=4000)
 
 
 def check_in_place(step: StepReport) -> None:
@@ -108,7 +108,7 @@ def test_a_named_implementation_is_what_runs() -> None:
         cache: report(
             "llama-8b",
             1,
-            Bucket(8, 8, is_decode=True),
+            Bucket(8, 8, 128, is_decode=True),
             "h100",
             vocab_size=256,
             attention_implementation="xla",

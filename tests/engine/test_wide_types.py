@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from pallas_paged.engine.buckets import Bucket
-from pallas_paged.engine.logits import RowState, edit_rows, edit_size
-from pallas_paged.engine.pool import cache_shapes
-from pallas_paged.engine.step import StepPrograms, prompt_logprobs
+from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.core.row_edits import edit_size
+from pallas_paged.engine.device.programs import StepPrograms, prompt_logprobs
+from pallas_paged.engine.device.row_state import RowState, edit_rows
 from pallas_paged.models import ModelConfig
 from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.opt import OPTConfig
@@ -20,9 +20,9 @@ from pallas_paged.models.rope_scaling import YarnRope
 from tests.wide_types import wide_types
 
 BUCKETS = (
-    Bucket(4, 4, is_decode=True),
-    Bucket(4, 4, is_decode=True, is_full=True),
-    Bucket(16, 4, is_decode=False, is_full=True),
+    Bucket(4, 4, 16, is_decode=True),
+    Bucket(4, 4, 16, is_decode=True, is_full=True),
+    Bucket(16, 4, 16, is_decode=False, is_full=True),
 )
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -50,8 +50,8 @@ def test_the_programs_of_a_step(shape: ModelConfig, monkeypatch: pytest.MonkeyPa
     with jax.enable_x64(True):
         family: Any = FAMILIES[shape.architecture].model
         model = nnx.eval_shape(lambda: family(shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-        caches = cache_shapes(shape, 20, 8, jnp.dtype(jnp.int8))
-        programs = StepPrograms(model, caches, 4, 16, logprobs_width=32)
+        caches = tuple(spec.shapes(20) for spec in shape.cache_specs(8, jnp.int8))
+        programs = StepPrograms(model, caches, 4, logprobs_width=32)
         for bucket in BUCKETS:
             programs.lower(bucket)
     assert found == set()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import mosaic_gpu
-from pallas_paged.ops.attention.ampere_problem import AmpereProblem, scratch_types, tokens_per_run
+from pallas_paged.ops.attention.ampere.problem import AmpereProblem, scratch_types, tokens_per_run
 from pallas_paged.ops.attention.config import SM80, DecodeConfig, fits, heuristic
 from pallas_paged.quantisation import LARGEST
 

@@ -1,10 +1,17 @@
-"""What the tables of kernels were made from: hashes of code."""
+"""What the tables of kernels were made from: hashes of code, and of kernels."""
 
 import ast
 import hashlib
 import pathlib
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from importlib import util
+from typing import Any
+from unittest import mock
+
+from jax._src.pallas.mosaic_gpu import lowering
+
+from pallas_paged.deviceless import lower_for
 
 _OPS = "pallas_paged.ops"
 
@@ -17,6 +24,28 @@ def fingerprint(modules: Iterable[str], checks: Iterable[str] = ()) -> str:
     """
     sources = sources_of(modules) | {name: code_of(name)[0] for name in checks}
     text = "\n".join(f"{name}: {sources[name]}" for name in sorted(sources))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def kernels_hash(target: str, function: Callable[..., Any], *args: Any) -> str:
+    """Returns a hash of the kernels that `kernel_resources`, with the same arguments, compiles.
+
+    Of what JAX makes of them for the compiler, layouts, options and constants included. Where a
+    line of code stands is not in it, nor what XLA computes around the kernels.
+    """
+    kernels: list[str] = []
+    lower = lowering.lower_jaxpr_to_module
+
+    def lower_and_note(*args: Any, **kwargs: Any) -> Any:
+        result = lower(*args, **kwargs)
+        kernels.append(result.module.operation.get_asm(enable_debug_info=False))
+        return result
+
+    with mock.patch.object(lowering, "lower_jaxpr_to_module", lower_and_note):
+        lower_for(target, function, *args)
+    assert kernels, "the program has no Mosaic GPU kernel"
+    # A name for dumps, which counts the kernels that the process has lowered before.
+    text = re.sub(r'mosaic_gpu\.dump_basename = "[^"]*"', "", "\n".join(kernels))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

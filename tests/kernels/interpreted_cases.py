@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.attention_cases.arguments import AttentionSpec, build
 from pallas_paged.ops.attention import mosaic_gpu, reference
-from pallas_paged.ops.attention.arg_specs import AttentionSpec, build
 from pallas_paged.ops.attention.config import DecodeConfig
-from pallas_paged.ops.attention.prefill_config import PrefillTuning
+from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
 from tests.kernels.covering import covering
 from tests.kernels.interpret_sm80 import interpret_sm80
 from tests.kernels.interpreting import TOLERANCES, build_poisoned, complete, interpreted

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
+from benchmarks.attention_cases.arguments import build
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.kv_cache import NULL_BLOCK
-from pallas_paged.ops.attention.arg_specs import build
 
 # Weights and results are rounded to the dtype, whose units at 1 are 2^-7 and 2^-10.
 TOLERANCES = {"bfloat16": 2e-2, "float16": 3e-3}

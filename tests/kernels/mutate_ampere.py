@@ -8,11 +8,12 @@ import sys
 
 from tests.mutations import Mutation, run
 
-_KERNEL = "pallas_paged/ops/attention/mosaic_gpu_ampere_kernel.py"
-_PARTS = "pallas_paged/ops/attention/mosaic_gpu_ampere_parts.py"
-_QUANTISED = "pallas_paged/ops/attention/mosaic_gpu_ampere_quantised.py"
-_WRAPPER = "pallas_paged/ops/attention/mosaic_gpu_ampere.py"
+_KERNEL = "pallas_paged/ops/attention/ampere/kernel.py"
+_PARTS = "pallas_paged/ops/attention/ampere/parts.py"
+_QUANTISED = "pallas_paged/ops/attention/ampere/quantised.py"
 _WORK_LIST = "pallas_paged/ops/attention/work_list.py"
+_SOFTMAX = "pallas_paged/ops/attention/online_softmax.py"
+_PACKING = "pallas_paged/ops/attention/packing.py"
 _TESTS = "tests/kernels/test_mosaic_ampere.py"
 
 
@@ -35,8 +36,12 @@ MUTATIONS = {
         "prefill-early",
         _PARTS,
     ),
-    "values for keys": _mutation("((k_cache, k_smem)", "((v_cache, k_smem)", "decode-late"),
-    "keys for values": _mutation("(v_cache, v_smem))", "(k_cache, v_smem))", "decode-late"),
+    "values for keys": _mutation(
+        "((inputs.k_cache, smem.k)", "((inputs.v_cache, smem.k)", "decode-late"
+    ),
+    "keys for values": _mutation(
+        "(inputs.v_cache, smem.v))", "(inputs.k_cache, smem.v))", "decode-late"
+    ),
     "another head's keys": _mutation(
         "cache.at[block, item.head], begin",
         "cache.at[block, jnp.maximum(item.head - 1, 0)], begin",
@@ -57,29 +62,35 @@ MUTATIONS = {
         "lambda: start_copies(step + stages - 1, *place)",
         "decode-early",
     ),
-    "a wrong scale": _mutation("LOG2E * (1.0 if", "(1.0 if", "decode-late", _PARTS),
-    "no cap": _mutation("    if cap is None:", "    if True:", "split-late", _PARTS),
-    "a wrong cap": _mutation("(2 * cap * LOG2E)", "(cap * LOG2E)", "split-late", _PARTS),
+    "a wrong scale": _mutation(
+        "return scale * LOG2E if", "return scale if", "decode-late", _SOFTMAX
+    ),
+    "no cap": _mutation("    if cap is not None:", "    if False:", "split-late", _PARTS),
+    "a wrong cap": _mutation(
+        "(2 * cap * LOG2E) / power", "(cap * LOG2E) / power", "split-late", _SOFTMAX
+    ),
     "no slopes": _mutation("if slope is not None:", "if False:", "tokens-early", _PARTS),
     "slopes of the wrong sign": _mutation(
         "logits += across(slope", "logits -= across(slope", "tokens-early", _PARTS
     ),
     "slopes of other rows": _mutation(
-        "jnp.tile(per_head.reshape(problem.num_kv_heads, -1), (1, problem.max_tokens))",
-        "jnp.repeat(per_head.reshape(problem.num_kv_heads, -1), problem.max_tokens, axis=1)",
+        "jnp.tile(per_head.reshape(num_kv_heads, -1), (1, num_tokens))",
+        "jnp.repeat(per_head.reshape(num_kv_heads, -1), num_tokens, axis=1)",
         "tokens-early",
-        _WRAPPER,
+        _PACKING,
     ),
-    "no sinks": _mutation("    if sink is not None:", "    if False:", "split-late", _PARTS),
+    "no sinks": _mutation("    if sink is not None:", "    if False:", "split-late", _SOFTMAX),
     "no sink in the merge": _mutation(
         "sink = None if sinks is None else", "sink = None if True else", "split-late"
     ),
-    "the sink in every part": _mutation("finish(state, None)", "finish(state, sink)", "split-late"),
+    "the sink in every part": _mutation(
+        "finished(state, None, across)", "finished(state, sink, across)", "split-late"
+    ),
     "zeros": _mutation(
-        "across(factor, some.shape) for some",
-        "across(factor * 0, some.shape) for some",
+        "spread(factor, some.shape) for some",
+        "spread(factor * 0, some.shape) for some",
         "mixed-late",
-        _PARTS,
+        _SOFTMAX,
     ),
     "no correction": _mutation(
         "some * across(correction, some.shape) for some in",
@@ -102,7 +113,7 @@ MUTATIONS = {
         "| (position < first_key)", "", "tokens-early"
     ),
     "padding not zeroed": _mutation(
-        "jnp.where(mask, heads,", "jnp.where(mask | True, heads,", "mixed-late", _WRAPPER
+        "jnp.where(mask, heads,", "jnp.where(mask | True, heads,", "mixed-late", _PACKING
     ),
     "runs that overlap": _mutation(
         "QueryRuns(rows, lens, starts[rows] + offsets, tokens)",
@@ -146,11 +157,11 @@ MUTATIONS = {
         "(keys >= valid[0]) & ", "", "fp8-late", _QUANTISED
     ),
     "converted keys for values": _mutation(
-        "convert_tile(problem, v_smem", "convert_tile(problem, k_smem", "int8-early"
+        "convert_tile(problem, smem.v", "convert_tile(problem, smem.k", "int8-early"
     ),
     "a tile not converted": _mutation(
-        "if numbers_smem is not None:\n                convert_tile(problem, k_smem",
-        "if False:\n                convert_tile(problem, k_smem",
+        "if smem.numbers is not None:\n                convert_tile(problem, smem.k",
+        "if False:\n                convert_tile(problem, smem.k",
         "int8-early",
     ),
     "int8 without its sign": _mutation(

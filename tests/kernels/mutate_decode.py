@@ -8,11 +8,13 @@ import sys
 
 from tests.mutations import Mutation, run
 
-_KERNEL = "pallas_paged/ops/attention/mosaic_gpu_decode.py"
-_PARTS = "pallas_paged/ops/attention/mosaic_gpu_decode_parts.py"
-_MERGE = "pallas_paged/ops/attention/mosaic_gpu_decode_merge.py"
+_KERNEL = "pallas_paged/ops/attention/hopper/decode_kernel.py"
+_PARTS = "pallas_paged/ops/attention/hopper/decode_parts.py"
+_MERGE = "pallas_paged/ops/attention/hopper/decode_merge.py"
 _WORK_LIST = "pallas_paged/ops/attention/work_list.py"
-_CONVERSION = "pallas_paged/ops/attention/mosaic_gpu_quantised.py"
+_CONVERSION = "pallas_paged/ops/attention/hopper/quantised.py"
+_SOFTMAX = "pallas_paged/ops/attention/online_softmax.py"
+_SMEM = "pallas_paged/ops/attention/smem.py"
 _TESTS = "tests/kernels/test_mosaic_decode.py"
 _DECODE, _WINDOW, _TOKENS, _LONG = (
     f"{_TESTS}::test_equals_the_reference[{i}]" for i in (0, 1, 3, 4)
@@ -42,10 +44,10 @@ MUTATIONS = {
         _KERNEL, "cache.k.at[block, head", "cache.k.at[block, jnp.maximum(head - 1, 0)", _DECODE
     ),
     "no wait for the keys": Mutation(
-        _KERNEL, "plgpu.barrier_wait(k_barriers.at[slot])", "pass", _DECODE
+        _KERNEL, "plgpu.barrier_wait(barriers.k.at[slot])", "pass", _DECODE
     ),
     "no wait for the values": Mutation(
-        _KERNEL, "plgpu.barrier_wait(v_barriers.at[slot])", "pass", _DECODE
+        _KERNEL, "plgpu.barrier_wait(barriers.v.at[slot])", "pass", _DECODE
     ),
     "a tile loaded one step early": Mutation(
         _KERNEL,
@@ -53,37 +55,37 @@ MUTATIONS = {
         "lambda: load(step + stages - 1, *place)",
         _DECODE,
     ),
-    "a wrong scale": Mutation(_KERNEL, "(problem.scale * LOG2E)", "(problem.scale)", _DECODE),
-    "a wrong cap": Mutation(_KERNEL, "(2 * cap * LOG2E)", "(cap * LOG2E)", _LONG),
+    "a wrong scale": Mutation(_SOFTMAX, "return scale * LOG2E if", "return scale if", _DECODE),
+    "a wrong cap": Mutation(_SOFTMAX, "(2 * cap * LOG2E) / power", "(cap * LOG2E) / power", _LONG),
     "slopes of the wrong sign": Mutation(
-        _KERNEL, "logits += spread(slopes", "logits -= spread(slopes", _TOKENS
+        _KERNEL, "logits += spread_columns(slopes", "logits -= spread_columns(slopes", _TOKENS
     ),
     "no sink in the merge": Mutation(
         _MERGE,
-        "maximum, denominator, sinks_ref, head),\n            sequence,",
-        "maximum, denominator, None, head),\n            sequence,",
+        "finish(problem, state, inputs.sinks, head)",
+        "finish(problem, state, None, head)",
         _LONG,
     ),
     "the sink in every part": Mutation(
         _KERNEL,
-        "finish(problem, accumulators, maximum, denominator, None, head)\n",
-        "finish(problem, accumulators, maximum, denominator, sinks_ref, head)\n",
+        "finish(problem, state, None, head)\n",
+        "finish(problem, state, inputs.sinks, head)\n",
         _LONG,
     ),
     "zeros": Mutation(
-        _PARTS,
-        "spread(factor, a.shape) for a in",
-        "spread(factor * 0, a.shape) for a in",
+        _SOFTMAX,
+        "spread(factor, some.shape) for some in",
+        "spread(factor * 0, some.shape) for some in",
         _DECODE,
     ),
     "no correction": Mutation(
         _KERNEL,
-        "corrected = accumulator * spread(correction, accumulator.shape)",
-        "corrected = accumulator",
+        "corrected = some * spread_columns(correction, some.shape)",
+        "corrected = some",
         _DECODE,
     ),
     "equal weights in the merge": Mutation(
-        _MERGE, "weight = jnp.exp2(lse - new_maximum)", "weight = jnp.exp2(lse - lse)", _LONG
+        _MERGE, "weight = jnp.exp2(lse - maximum)", "weight = jnp.exp2(lse - lse)", _LONG
     ),
     "a part left out of the merge": Mutation(
         _MERGE, "num_parts = last_part - cta + 1", "num_parts = last_part - cta", _LONG
@@ -91,17 +93,18 @@ MUTATIONS = {
     "NaN of a tail in the values": Mutation(
         _KERNEL, "(position + tile_size > length)", "(position > length)", _DECODE
     ),
+    "NaN of a tail beside values that stay": Mutation(_SMEM, " & (rows < end)", "", _DECODE),
     "padding not written": Mutation(
-        _KERNEL, "write_padding(problem, num_tokens_ref[0]", "(lambda *_: 0)(0", _DECODE
+        _KERNEL, "write_padding(problem, num_tokens[0]", "(lambda *_: 0)(0", _DECODE
     ),
     "shares that overlap": Mutation(
         _WORK_LIST, "begin = jnp.minimum(ctas * share, total)", "begin = ctas * (share - 1)", _LONG
     ),
     "quantised: keys without their scales": Mutation(
-        _KERNEL, "logits *= _spread_rows(scales, logits.shape)", "pass", _INT8
+        _KERNEL, "logits *= spread_rows(scales, logits.shape)", "pass", _INT8
     ),
     "quantised: weights without the values' scales": Mutation(
-        _KERNEL, "weights *= _spread_rows(scales, weights.shape)", "pass", _INT8
+        _KERNEL, "weights *= spread_rows(scales, weights.shape)", "pass", _INT8
     ),
     "quantised: float16 values without their scales": Mutation(
         _CONVERSION, "x *= plgpu.layout_cast", "plgpu.layout_cast", _FP8_HALF
@@ -128,7 +131,7 @@ MUTATIONS = {
         _INT8,
     ),
     "quantised: no wait for bytes and scales": Mutation(
-        _KERNEL, "plgpu.barrier_wait(v_barriers.at[slot])", "pass", _INT8
+        _KERNEL, "plgpu.barrier_wait(barriers.v.at[slot])", "pass", _INT8
     ),
     "quantised: NaN of a tail's scales": Mutation(
         _CONVERSION,
@@ -144,14 +147,14 @@ MUTATIONS = {
     ),
     "fences: converted keys not committed": Mutation(
         _KERNEL,
-        "k_smem.at[0], unroll=unroll)\n                plgpu.commit_smem()",
-        "k_smem.at[0], unroll=unroll)",
+        "smem.k.numbers.at[0], unroll=unroll)\n                plgpu.commit_smem()",
+        "smem.k.numbers.at[0], unroll=unroll)",
         _QUANTISED,
     ),
     "fences: staged results not committed": Mutation(
         _PARTS,
-        "store(lse_smem, as_column(lse * _LN2))\n    plgpu.commit_smem()",
-        "store(lse_smem, as_column(lse * _LN2))",
+        "store(staged.lse, as_column(lse * LN2))\n    plgpu.commit_smem()",
+        "store(staged.lse, as_column(lse * LN2))",
         _NUMBERS,
     ),
     "fences: staged zeros not committed": Mutation(

@@ -8,10 +8,13 @@ import sys
 
 from tests.mutations import Mutation, run
 
-_PLAN = "pallas_paged/ops/attention/prefill_plan.py"
-_PARTS = "pallas_paged/ops/attention/mosaic_gpu_prefill_parts.py"
-_KERNEL = "pallas_paged/ops/attention/mosaic_gpu_prefill.py"
-_LOAD = "pallas_paged/ops/attention/mosaic_gpu_prefill_load.py"
+_PLAN = "pallas_paged/ops/attention/hopper/prefill_plan.py"
+_PARTS = "pallas_paged/ops/attention/hopper/prefill_parts.py"
+_WRAPPER = "pallas_paged/ops/attention/hopper/prefill.py"
+_KERNEL = "pallas_paged/ops/attention/hopper/prefill_kernel.py"
+_LOAD = "pallas_paged/ops/attention/hopper/prefill_load.py"
+_SOFTMAX = "pallas_paged/ops/attention/online_softmax.py"
+_PACKING = "pallas_paged/ops/attention/packing.py"
 _TESTS = "tests/kernels/test_mosaic_prefill.py"
 _FENCES = "tests/kernels/test_fences.py::test_prefill"
 _OTHERS = f"{_TESTS}::test_rows_of_others_stay"
@@ -56,7 +59,7 @@ MUTATIONS = {
         "jnp.maximum(key_end - problem.sliding_window, 0) // size",
         "wide",
     ),
-    "a wrong scale": _mutation(_PARTS, "return self.scale * LOG2E", "return self.scale", _LATE),
+    "a wrong scale": _mutation(_SOFTMAX, "return scale * LOG2E if", "return scale if", _LATE),
     "a slot free after one warpgroup": _mutation(
         _PARTS,
         "consumed = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS",
@@ -131,14 +134,16 @@ MUTATIONS = {
         "distances >= -problem.sliding_window",
         _LATE,
     ),
-    "a wrong cap": _mutation(_KERNEL, "(2 * cap * LOG2E)", "(cap * LOG2E)", "group5"),
+    "a wrong cap": _mutation(
+        _SOFTMAX, "(2 * cap * LOG2E) * (root", "(cap * LOG2E) * (root", "group5"
+    ),
     "slopes of the wrong sign": _mutation(
-        _KERNEL, "logits + _down(slope", "logits - _down(slope", "int8"
+        _KERNEL, "logits + across(slope", "logits - across(slope", "int8"
     ),
     "slopes of other rows": _mutation(
-        _KERNEL,
-        "jnp.repeat(per_head, problem.tokens)",
-        "jnp.tile(per_head, problem.tokens)",
+        _PACKING,
+        "jnp.repeat(per_head, num_tokens)",
+        "jnp.tile(per_head, num_tokens)",
         "int8",
     ),
     "no sinks": _mutation(_KERNEL, "if inputs.sinks is not None:", "if False:", "group5"),
@@ -146,16 +151,18 @@ MUTATIONS = {
         _KERNEL, "jnp.where(tile.key_end > 0, 1.0, 0.0)", "1.0", "group5"
     ),
     "a sink of minus infinity": _mutation(
-        _KERNEL, " * LOG2E, _LOWEST)", " * LOG2E, -jnp.inf)", _LATE
+        _KERNEL, " * LOG2E, LOWEST)", " * LOG2E, -jnp.inf)", _LATE
     ),
     "no correction": _mutation(
         _KERNEL,
-        "numerator = state.numerator * _down(correction",
-        "numerator = state.numerator + 0 * _down(correction",
+        "numerator = state.numerator * across(correction",
+        "numerator = state.numerator + 0 * across(correction",
         "wide",
     ),
-    "zeros": _mutation(_KERNEL, "* _down(factor, width)", "* _down(factor * 0, width)", "group5"),
-    "lse in base 2": _mutation(_KERNEL, "state.maximum * (1 / LOG2E)", "state.maximum", "group5"),
+    "zeros": _mutation(
+        _KERNEL, "* across(factor, part.shape)", "* across(factor * 0, part.shape)", "group5"
+    ),
+    "lse in base 2": _mutation(_KERNEL, "state.maximum * LN2", "state.maximum", "group5"),
     "a half that is not there yet": _mutation(
         _KERNEL, "_meet(barriers.pair)  # a head's", "pass  # a head's", "group5"
     ),
@@ -163,10 +170,10 @@ MUTATIONS = {
         _KERNEL, "pl.when((tile.num_tokens & size) != 0)", "pl.when(tile.num_tokens > 0)", _OTHERS
     ),
     "rows of others lost": _mutation(
-        _KERNEL, "jax.new_ref(others[0] if others else", "jax.new_ref(", _OTHERS
+        _WRAPPER, "jax.new_ref(others[0] if others else", "jax.new_ref(", _OTHERS
     ),
     "lse of others lost": _mutation(
-        _KERNEL, "-jnp.inf if into is None else into[1]", "-jnp.inf", _OTHERS
+        _WRAPPER, "-jnp.inf if into is None else into[1]", "-jnp.inf", _OTHERS
     ),
     "quantised: the keys' scales for the values": _mutation(
         _LOAD, "(cache.v, cache.v_scale)", "(cache.v, cache.k_scale)", "int8"
@@ -206,8 +213,8 @@ MUTATIONS = {
     ),
     "fences: queries not committed": Mutation(
         _KERNEL,
-        "layout=_MATRIX)\n        plgpu.commit_smem()",
-        "layout=_MATRIX)",
+        "layout=TILE_LAYOUT)\n        plgpu.commit_smem()",
+        "layout=TILE_LAYOUT)",
         f"{_FENCES}[pieces]",
     ),
     "fences: masked values not committed": Mutation(

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from pallas_paged.ops.attention.arg_specs import AttentionSpec
-from pallas_paged.ops.attention.prefill_config import PrefillTuning
+from benchmarks.attention_cases.arguments import AttentionSpec
+from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
 
 
 class InterpretCase(NamedTuple):

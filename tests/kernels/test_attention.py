@@ -1,13 +1,16 @@
 """Paged attention: XLA against the reference, the reference against dense softmax."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.attention_cases.arguments import AttentionSpec, build
+from benchmarks.attention_cases.specs import SPECS
 from pallas_paged import AttentionMetadata, KVCache, paged_attention, write_kv
-from pallas_paged.ops.attention import arg_specs, xla
-from pallas_paged.ops.attention.arg_specs import AttentionSpec, build
+from pallas_paged.ops.attention import xla
 
 # The inputs are standard-normal, so these bound the error of one rounding and of the sums.
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
@@ -34,7 +37,7 @@ def assert_close(actual, expected, tolerance):
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("spec", arg_specs.SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_xla_equals_reference(spec):
     arguments = build(spec)
     out, lse = run(arguments, "xla")
@@ -210,6 +213,22 @@ def test_blocks_left_of_the_window_may_be_gone(implementation):
         run(gone, implementation), run(arguments, "reference"), strict=True
     ):
         assert_close(result, expected, 1e-5)
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_values_of_another_width_than_the_keys(implementation, cache_dtype):
+    """Each column of the values gives one of the output: the result is part of a wider one's."""
+    arguments = build(dataclasses.replace(MIXED, cache_dtype=cache_dtype, sinks=True))
+    expected, expected_lse = run(arguments, "reference")
+    narrow = arguments._replace(v_cache=arguments.v_cache[..., 3:11])
+    out, lse = run(narrow, implementation)
+    assert_close(out, expected[..., 3:11], 1e-5)
+    assert_close(lse, expected_lse, 1e-5)
+    wide = arguments._replace(v_cache=jnp.concatenate([arguments.v_cache] * 2, axis=3))
+    out, lse = run(wide, implementation)
+    assert_close(out, jnp.concatenate([expected] * 2, axis=2), 1e-5)
+    assert_close(lse, expected_lse, 1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.attention_cases.arguments import AttentionSpec, build
 from pallas_paged import (
     AttentionMetadata,
     KVCache,
+    attention_implementation,
     paged_attention,
     write_kv,
 )
-from pallas_paged.ops.attention.arg_specs import AttentionSpec, build
+from pallas_paged.deviceless import target_device
 
 
 def compile_step(spec, cache=None):
@@ -91,6 +93,18 @@ def test_wrong_arguments(change, message):
     arguments, options = change(arguments, {})
     with pytest.raises(ValueError, match=message):
         paged_attention(*arguments.arrays, **options)
+
+
+def test_the_kernels_refuse_values_of_another_width_than_the_keys():
+    q = jax.ShapeDtypeStruct((1, 4, 128), jnp.bfloat16)
+    k_cache, v_cache = (jax.ShapeDtypeStruct((9, 2, 16, n), jnp.bfloat16) for n in (128, 64))
+    with jax.default_device(target_device("h100")):
+        assert attention_implementation(None, q, k_cache) == "mosaic_gpu"
+        assert attention_implementation(None, q, k_cache, v_cache) == "xla"
+        with pytest.raises(
+            NotImplementedError, match="head_dim=128 of the keys is not the values' 64"
+        ):
+            attention_implementation("mosaic_gpu", q, k_cache, v_cache)
 
 
 @pytest.mark.usefixtures("unchecked_types")

@@ -11,9 +11,11 @@ from tests.kernels.in_place import assert_donated, assert_updates_in_place
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "xla"])
 
 
-def make_cache(num_blocks=200, dtype="float32"):
+def make_cache(num_blocks=200, dtype="float32", v_head_dim=None):
     rng = np.random.default_rng(0)
-    empty = jax.eval_shape(lambda: KVCache.zeros(num_blocks, 2, 8, 16, dtype))
+    empty = jax.eval_shape(
+        lambda: KVCache.zeros(num_blocks, 2, 8, 16, dtype, v_head_dim=v_head_dim)
+    )
     return jax.tree.map(
         lambda array: jnp.asarray(8 * rng.standard_normal(array.shape), array.dtype), empty
     )
@@ -68,6 +70,20 @@ def test_scatter_puts_gathered_blocks_elsewhere(implementation, dtype):
     blocks = gather_blocks(cache, ints(9, 2, 0, 0), implementation=implementation)
     restored = scatter_blocks(cache, ints(20, 3, 0, 0), blocks, implementation=implementation)
     assert_equal(restored, expected)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_values_of_another_width_than_the_keys(implementation, dtype):
+    cache = make_cache(dtype=dtype, v_head_dim=24)
+    expected = [np.array(array) for array in jax.tree.leaves(cache)]
+    for array in expected:
+        array[[5, 6]] = array[[3, 9]]
+    cache = copy_blocks(cache, ints(3, 0), ints(5, 0), implementation=implementation)
+    blocks = gather_blocks(cache, ints(9, 0), implementation=implementation)
+    cache = scatter_blocks(cache, ints(6, 0), blocks, implementation=implementation)
+    assert cache.v.shape == (200, 2, 8, 24)
+    assert_equal(cache, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])

@@ -11,7 +11,9 @@ from pallas_paged import block_tables as bt
 
 S = 4
 _SHARED = (
+    "admit",
     "append",
+    "drop_front",
     "fork",
     "free",
     "share",
@@ -194,6 +196,46 @@ def test_appending_after_truncating_into_a_shared_block_copies_it(tables):
     bt.check_invariants(state)
 
 
+def test_dropped_blocks_become_free_and_the_others_keep_their_places(tables):
+    state, _ = tables.append(tables.create(), [2 * S + 1, 0, 0])  # blocks 1, 2, 3
+    state = tables.fork(state, [0], [1])
+    state = tables.drop_front(state, [1, 0, 0])
+    np.testing.assert_array_equal(state.tables[:2], [[0, 2, 3, 0], [1, 2, 3, 0]])
+    assert state.num_free == 6  # the fork has block 1 still
+    state = tables.drop_front(state, [2, 2, 0])
+    np.testing.assert_array_equal(state.tables[:2], [[0, 0, 3, 0]] * 2)
+    np.testing.assert_array_equal(state.seq_lens, [2 * S + 1, 2 * S + 1, 0])
+    assert bt.blocks_in_use(state) == 1
+    bt.check_invariants(state)
+
+    state, result = tables.append(state, [S, 1, 0])
+    assert result.ok
+    np.testing.assert_array_equal(state.tables[:2], [[0, 0, 2, 1], [0, 0, 3, 0]])
+    np.testing.assert_array_equal(result.copy_src, [3, 0, 0])
+    state = tables.fork(state, [0], [2])
+    np.testing.assert_array_equal(state.tables[2], [0, 0, 2, 1])
+    state = tables.truncate(state, [2 * S + 1, 2 * S, 3 * S])  # row 1 ends where nothing is left
+    np.testing.assert_array_equal(state.tables, [[0, 0, 2, 0], [0] * 4, [0, 0, 2, 0]])
+    bt.check_invariants(state)
+    state = tables.free(state, [True, True, True])
+    assert bt.blocks_in_use(state) == 0
+
+
+def test_a_row_begins_where_another_one_has_dropped_blocks(tables):
+    state, _ = tables.append(tables.create(), [3 * S, 0, 0])
+    state = tables.share(state, [2], [[0, 0, 3]])
+    np.testing.assert_array_equal(state.tables[2], [0, 0, 3, 0])
+    assert state.seq_lens[2] == 3 * S
+    bt.check_invariants(state)
+
+
+def test_a_dropped_block_is_a_full_one():
+    state, _ = bt.append(bt.create(10, 3, 4, S), np.array([S + 1, 0, 0]))
+    wrong = dataclasses.replace(state, tables=np.zeros_like(state.tables))
+    with pytest.raises(AssertionError, match=r"rows \[0\]"):
+        bt.check_invariants(wrong)
+
+
 def test_held_blocks_outlive_their_sequence_and_begin_another(tables):
     state, _ = tables.append(tables.create(), [2 * S + 1, 0, 0])
     state = tables.hold(state, [1, 2, 0, 0])
@@ -246,7 +288,19 @@ def test_numpy_takes_any_integer_type_and_states_stay_int32():
         ),
         (lambda s: bt.share(s, np.array([0]), np.array([[1]])), r"rows\[0\]=0 is not empty"),
         (lambda s: bt.share(s, np.array([2]), np.array([[9]])), r"blocks\[\[0, 0\]\]=9 has no ref"),
-        (lambda s: bt.share(s, np.array([2]), np.array([[0, 1]])), r"=1 comes after a 0"),
+        (
+            lambda s: bt.share(s, np.array([2]), np.array([[1, 0, 2]])),
+            r"blocks\[\[0, 1\]\]=0 stands between blocks",
+        ),
+        (
+            lambda s: bt.drop_front(s, np.array([2, 0, 0])),
+            r"num_blocks\[0\]=2 must be between 0 and the row's full blocks",
+        ),
+        (lambda s: bt.drop_front(s, np.array([-1, 0, 0])), r"num_blocks\[0\]=-1 must be between"),
+        (
+            lambda s: bt.truncate(bt.drop_front(s, np.array([1, 0, 0])), np.array([3, 1, 0])),
+            r"new_lens\[0\]=3 ends inside a block that the row has dropped",
+        ),
         (
             lambda s: bt.share(s, np.array([2, 2]), np.array([[1], [2]])),
             r"rows repeat \[2\]; name each",
@@ -292,6 +346,9 @@ def test_under_jit_mistakes_leave_the_rows_as_they_are():
     assert _equal(tables.share(state, [2], [[9]]), state)
     assert _equal(tables.free(state, [False, False, True]), state)
     assert _equal(tables.truncate(state, [6, 9, 1]), state)
+    dropped = tables.drop_front(state, [9, 1, -1])  # clipped: one full block of row 0
+    np.testing.assert_array_equal(dropped.tables, [[0, 2, 0, 0], [3, 0, 0, 0], [0] * 4])
+    assert _equal(tables.truncate(dropped, [3, 1, 0]), dropped)
 
 
 def test_a_jitted_scan_decodes_through_its_own_block_tables():
@@ -369,3 +426,49 @@ def test_check_invariants_finds_a_holder_that_has_no_reference():
         bt.check_invariants(state, held=[3])
     with pytest.raises(AssertionError, match=r"holders outside 0..9: \[10\]"):
         bt.check_invariants(state, held=[10])
+
+
+def test_rows_begin_with_given_and_new_blocks(tables):
+    """A block to take is the same one wherever its number comes, in both namespaces."""
+    state, _ = tables.append(tables.create(), [9, 0, 0])  # blocks 1, 2, 3
+    state, ok = tables.admit(state, [2, 1], [10, 6], [[1, -1, -2, 0], [0, -1, 0, 0]])
+    assert bool(ok)
+    assert np.asarray(state.tables).tolist() == [[1, 2, 3, 0], [0, 4, 0, 0], [1, 4, 5, 0]]
+    assert np.asarray(state.seq_lens).tolist() == [9, 6, 10]
+    assert np.asarray(state.ref_counts)[1:6].tolist() == [2, 1, 1, 2, 1]
+    assert int(state.num_free) == 4
+    bt.check_invariants(tables.free(state, [True, False, True]))
+
+
+def test_too_few_free_blocks_begin_nothing(tables):
+    state, _ = tables.append(tables.create(), [13, 13, 0])  # 8 of 9 blocks
+    after, ok = tables.admit(state, [2], [8], [[-1, -2]])
+    assert not bool(ok)
+    assert _equal(after, state)
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_tokens", "blocks", "message"),
+    [
+        ([0], [4], [[-1]], "is not empty"),
+        ([3], [4], [[-1]], "rows"),
+        ([1, 1], [4, 4], [[-1], [-2]], "repeat"),
+        ([1], [5], [[-1]], "does not fit"),
+        ([1], [8], [[-1, -1]], "repeat"),
+        ([1], [4], [[9]], "has no references"),
+        ([1], [12], [[-1, 0, -2]], "stands between"),
+    ],
+)
+def test_what_cannot_begin_is_refused(rows, num_tokens, blocks, message):
+    numpy = _Namespace(np)
+    state, _ = numpy.append(numpy.create(), [9, 0, 0])
+    with pytest.raises(ValueError, match=message):
+        numpy.admit(state, rows, num_tokens, blocks)
+
+
+def test_what_cannot_begin_does_nothing_in_jax():
+    jax_ = _Namespace(jnp)
+    state, _ = jax_.append(jax_.create(), [9, 0, 0])
+    after, ok = jax_.admit(state, [0, 7, 1], [4, 4, 4], [[1], [1], [9]])
+    assert bool(ok)
+    assert _equal(after, state)

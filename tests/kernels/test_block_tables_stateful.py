@@ -35,7 +35,7 @@ class _Model:
 
     def __init__(self, num_blocks, max_num_seqs, max_blocks_per_seq, block_size):
         self.max_blocks_per_seq, self.block_size = max_blocks_per_seq, block_size
-        self.rows = [[] for _ in range(max_num_seqs)]  # blocks
+        self.rows = [[] for _ in range(max_num_seqs)]  # blocks, 0 for one that was dropped
         self.lens = [0] * max_num_seqs
         self.held = collections.Counter()
         self.free = list(range(num_blocks - 1, 0, -1))
@@ -44,7 +44,7 @@ class _Model:
         return self.held[block] + sum(row.count(block) for row in self.rows)
 
     def collect(self, candidates):
-        self.free += [b for b in sorted(set(candidates)) if self.num_refs(b) == 0]
+        self.free += [b for b in sorted(set(candidates) - {0}) if self.num_refs(b) == 0]
 
     def append(self, num_new):
         """Returns the copies, or None and changes nothing if there is no room."""
@@ -74,12 +74,23 @@ class _Model:
             self.rows[row], self.lens[row] = self.rows[row][:num_blocks], length
         self.collect(dropped)
 
+    def drop_front(self, num_blocks):
+        dropped = []
+        for blocks, count in zip(self.rows, num_blocks, strict=True):
+            dropped += blocks[:count]
+            blocks[:count] = [0] * count
+        self.collect(dropped)
+
+    def num_dropped(self, row):
+        """Returns how many blocks the row has dropped."""
+        return self.rows[row].count(0)
+
     def full_blocks(self):
         """Returns the blocks that are full of tokens and referenced."""
         full = {b for b, count in self.held.items() if count}
         for row, length in zip(self.rows, self.lens, strict=True):
             full |= set(row[: length // self.block_size])
-        return sorted(full)
+        return sorted(full - {0})
 
 
 class _Machine(RuleBasedStateMachine):
@@ -175,9 +186,18 @@ class _Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def truncate(self, data):
         lens = [data.draw(st.one_of(st.just(n), st.integers(0, n))) for n in self.model.lens]
+        for row, length in enumerate(lens):  # no row may end inside a block that it has dropped
+            if length < self.model.num_dropped(row) * self.S:
+                lens[row] -= length % self.S
         self.change("truncate", lens)
         self.model.truncate(lens)
         self.tokens = [tokens[:n] for tokens, n in zip(self.tokens, lens, strict=True)]
+
+    @rule(data=st.data())
+    def drop_front(self, data):
+        counts = [data.draw(st.integers(0, n // self.S)) for n in self.model.lens]
+        self.change("drop_front", counts)
+        self.model.drop_front(counts)
 
     @precondition(lambda self: self.model.full_blocks() and not all(self.model.lens))
     @rule(data=st.data())
@@ -185,9 +205,12 @@ class _Machine(RuleBasedStateMachine):
         full = self.model.full_blocks()
         rows = self.draw_rows(data, [r for r in range(self.R) if not self.model.lens[r]], self.R)
         blocks = [self.draw_rows(data, full, self.M) for _ in rows]
+        for given in blocks:  # the row's first ones may be dropped
+            if given:
+                given[:0] = [0] * data.draw(st.integers(0, self.M - len(given)))
         padding = self.R - len(rows)
         padded = [b + [0] * (self.M - len(b)) for b in [*blocks, *[[]] * padding]]
-        contents = {b: self.cache[b].tolist() for b in full}
+        contents = {b: self.cache[b].tolist() for b in [0, *full]}
         for block in self.contents:
             assert contents[block] == self.contents[block]  # nobody has written to a held block
         self.change("share", rows + [0] * padding, padded)
@@ -254,7 +277,9 @@ class _Machine(RuleBasedStateMachine):
         for row, tokens in enumerate(self.tokens):
             positions = np.arange(len(tokens), dtype=np.int32)
             slots = bt.slot_mapping(self.states[0], np.full(len(tokens), row, np.int32), positions)
-            assert self.cache.reshape(-1)[slots].tolist() == tokens
+            first = self.model.num_dropped(row) * self.S
+            assert (slots[:first] < self.S).all()
+            assert self.cache.reshape(-1)[slots[first:]].tolist() == tokens[first:]
         for block, contents in self.contents.items():
             assert self.cache[block].tolist() == contents
 

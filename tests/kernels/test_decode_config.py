@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from benchmarks.attention_cases.decode import candidate_configs, decode_cases, make_case
 from pallas_paged.ops.attention import config as configs
 from pallas_paged.ops.attention.config import (
     SM90,
@@ -19,8 +20,7 @@ from pallas_paged.ops.attention.config import (
     shared_memory_bytes,
     tuned_file_name,
 )
-from pallas_paged.ops.attention.decode_cases import candidate_configs, decode_cases, make_case
-from pallas_paged.ops.attention.decode_problem import scratch_types
+from pallas_paged.ops.attention.hopper.decode_problem import scratch_types
 from pallas_paged.ops.attention.mosaic_gpu import HEAD_DIMS, decode_key
 
 CASE = make_case(4, 128, 16)

@@ -12,7 +12,7 @@ from pallas_paged.deviceless import (
     kernel_ptx,
     kernel_resources,
 )
-from pallas_paged.ops.attention.ampere_problem import scratch_types
+from pallas_paged.ops.attention.ampere.problem import scratch_types
 from pallas_paged.ops.attention.config import SM80, DecodeConfig, shared_memory_bytes
 from tests.kernels.ampere_cases import FEATURES, CompileCase
 

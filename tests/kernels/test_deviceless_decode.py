@@ -6,11 +6,11 @@ import re
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.attention_cases.decode import make_case
 from pallas_paged.deviceless import compile_for, kernel_resources
 from pallas_paged.ops.attention.config import DecodeConfig, shared_memory_bytes
-from pallas_paged.ops.attention.decode_cases import make_case
-from pallas_paged.ops.attention.decode_problem import scratch_types
-from pallas_paged.ops.attention.mosaic_gpu_decode import partial_results
+from pallas_paged.ops.attention.hopper.decode import partial_results
+from pallas_paged.ops.attention.hopper.decode_problem import scratch_types
 from pallas_paged.ops.attention.work_list import CtaField, SequenceField, WorkList
 
 ALL = {

@@ -1,5 +1,7 @@
 """The prefill kernels compiled for GPUs that are not here: registers, spills, shared memory."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,9 +9,9 @@ import pytest
 from pallas_paged import paged_attention
 from pallas_paged.deviceless import compile_for, kernel_resources
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
-from pallas_paged.ops.attention import mosaic_gpu_prefill
-from pallas_paged.ops.attention.prefill_config import prefill_tuning
-from pallas_paged.ops.attention.prefill_plan import plan_prefill
+from pallas_paged.ops.attention.hopper import prefill
+from pallas_paged.ops.attention.hopper.prefill_config import prefill_tuning
+from pallas_paged.ops.attention.hopper.prefill_plan import plan_prefill
 from tests.kernels.prefill_cases import CompileCase, compile_cases
 
 SMEM_BYTES = 227 * 1024
@@ -23,8 +25,8 @@ FEW = (
 )
 
 
-def resources(case: CompileCase, target: str):
-    """Returns what the kernel of `case` takes, compiled for `target`."""
+def program(case: CompileCase) -> tuple[Any, ...]:
+    """Returns the kernel of `case` and its planning, as a function and what it is called with."""
 
     def array(*shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -54,7 +56,7 @@ def resources(case: CompileCase, target: str):
             head_dim=case.head_dim,
             sliding_window=case.sliding_window,
         )
-        return mosaic_gpu_prefill.prefill(
+        return prefill.prefill(
             q,
             cache,
             tables,
@@ -68,13 +70,12 @@ def resources(case: CompileCase, target: str):
         )
 
     step = (array(rows, 64), array(rows), array(rows + 1))
-    (kernel,) = kernel_resources(target, function, q, cache, *step, slopes, sinks)
-    return kernel
+    return function, q, cache, *step, slopes, sinks
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_no_spills_and_enough_shared_memory(name):
-    kernel = resources(CASES[name], "h200")
+    (kernel,) = kernel_resources("h200", *program(CASES[name]))
     assert kernel.spill_bytes == 0
     assert kernel.smem_bytes <= SMEM_BYTES
     assert kernel.warnings == ()

@@ -13,11 +13,11 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from benchmarks.attention_cases.decode import make_case
 from pallas_paged.deviceless import kernel_ptx
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import mosaic_gpu
-from pallas_paged.ops.attention.decode_cases import make_case
-from pallas_paged.ops.attention.prefill_config import PrefillTuning
+from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
 from tests.kernels.fences import missing_fences
 from tests.kernels.test_mosaic_cache_ops import operations, shapes
 

@@ -5,12 +5,16 @@ From today's sources, with each JAX of `JAX_VERSIONS`. None spills registers.
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_paged.deviceless import KernelResources
 from pallas_paged.ops.attention.config import SM80, SM90
 from tests.kernels import full, interpreted_cases
 from tests.kernels.covering import covering, pairs
-from tests.kernels.fingerprint import code_of, sources_of
+from tests.kernels.fingerprint import code_of, kernels_hash, sources_of
 
 JAX_VERSIONS = ("0.11.2", "0.12.0.1")  # the oldest that we support, and the newest
 MOST_SMEM_BYTES = {
@@ -74,8 +78,47 @@ def test_the_fingerprint_is_of_code_alone(tmp_path, monkeypatch):
 
 
 def test_the_fingerprint_follows_imports():
-    names = sources_of(["pallas_paged.ops.attention.mosaic_gpu_decode"])
+    names = sources_of(["pallas_paged.ops.attention.hopper.decode"])
     assert {name.rpartition(".")[2] for name in names} >= {"config", "work_list"}
+
+
+def adding(number):
+    """Returns a function of f32[128] that adds a number in a kernel."""
+
+    def body(source, destination):
+        destination[...] = source[...] + number
+
+    return kernel(body)
+
+
+def kernel(body):
+    out_type = jax.ShapeDtypeStruct((128,), jnp.float32)
+    return plgpu.kernel(body, out_type=out_type, grid=(1,), grid_names=("cta",))
+
+
+def test_the_hash_of_kernels_is_of_what_they_compute_alone():
+    def body(source, destination):
+        destination[...] = source[...] + 1.0
+
+    x = jax.ShapeDtypeStruct((128,), jnp.float32)
+    known = kernels_hash("h100", adding(1.0), x)
+    assert kernels_hash("h100", kernel(body), x) == known  # from other lines of code
+    assert kernels_hash("h100", lambda x: 2 * adding(1.0)(x * x), x) == known
+    assert kernels_hash("h100", adding(2.0), x) != known
+    assert kernels_hash("h100", lambda x: adding(1.0)(adding(1.0)(x)), x) != known
+    with pytest.raises(AssertionError, match="no Mosaic GPU kernel"):
+        kernels_hash("h100", lambda x: x + 1, x)
+
+
+def test_kernels_that_are_known_are_not_compiled_again(monkeypatch):
+    compiled = KernelResources("name", registers=3, spill_bytes=0, smem_bytes=5, warnings=())
+    monkeypatch.setattr(full, "kernel_resources", lambda *args: (compiled,))
+    monkeypatch.setattr(full, "kernels_hash", lambda *args: "today's")
+    program = full._compile("program", "h100", lambda: None)
+    before = full.CompiledRow("decode", "program", "h100", "old", "today's", 1, 0, 2, "")
+    assert program.measure(before) == before[4:]
+    for other in (None, before._replace(kernels="other")):
+        assert program.measure(other) == ("today's", 3, 0, 5, "")
 
 
 def test_every_two_values_of_the_interpreted_cases_meet():

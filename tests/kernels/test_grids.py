@@ -15,7 +15,7 @@ import pallas_paged
 from pallas_paged import AttentionMetadata, paged_attention
 from pallas_paged.deviceless import TARGETS, compile_for, target_device
 from pallas_paged.ops.attention.api import attention_implementation
-from pallas_paged.ops.attention.prefill_plan import tile_tokens
+from pallas_paged.ops.attention.hopper.prefill_plan import tile_tokens
 from tests.kernels.test_mosaic_cache_ops import operations, shapes
 
 LIMIT = 65_535
@@ -31,11 +31,11 @@ FILES = {
     "gather_block": "block_transfer/mosaic_gpu.py",
     "scatter_block": "block_transfer/mosaic_gpu.py",
     "write_token": "kv_write/mosaic_gpu.py",
-    "paged_decode": "attention/mosaic_gpu_decode.py",
-    "paged_decode_merge": "attention/mosaic_gpu_decode_merge.py",
-    "paged_prefill": "attention/mosaic_gpu_prefill.py",
-    "paged_attention_sm80": "attention/mosaic_gpu_ampere.py",
-    "paged_attention_sm80_merge": "attention/mosaic_gpu_ampere.py",
+    "paged_decode": "attention/hopper/decode.py",
+    "paged_decode_merge": "attention/hopper/decode_merge.py",
+    "paged_prefill": "attention/hopper/prefill.py",
+    "paged_attention_sm80": "attention/ampere/attend.py",
+    "paged_attention_sm80_merge": "attention/ampere/attend.py",
 }
 
 

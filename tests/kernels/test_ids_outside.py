@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
+from benchmarks.attention_cases.arguments import AttentionSpec, build
 from pallas_paged import (
     AttentionMetadata,
     KVCache,
@@ -19,7 +20,6 @@ from pallas_paged import (
 )
 from pallas_paged import block_tables as bt
 from pallas_paged.dispatch import interpret_kernels
-from pallas_paged.ops.attention.arg_specs import AttentionSpec, build
 
 N, S, HK, D = 6, 16, 2, 64
 OUTSIDE = (-1, -N, N, 2**31 - 1, -(2**31))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.attention_cases.arguments import AttentionSpec, build
 from pallas_paged import KVCache, paged_attention, write_kv
-from pallas_paged.ops.attention.arg_specs import AttentionSpec, build
 from pallas_paged.quantisation import LARGEST, dequantise, quantise
 from tests.kernels.in_place import assert_donated, assert_updates_in_place
 

@@ -42,6 +42,26 @@ def test_each_token_lands_in_its_slot(implementation, dtype, cache_dtype):
         np.testing.assert_array_equal(array[1:], expected_array[1:])  # all but the null block
 
 
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("width", [8, 24])
+def test_values_of_another_width_than_the_keys(width, cache_dtype):
+    k, v, _, slots = arguments("float32", "float32")
+    v = jnp.concatenate([v, v], axis=2)[:, :, :width]
+
+    def write(implementation):
+        cache = KVCache.zeros(NUM_BLOCKS, KV_HEADS, SIZE, DIM, cache_dtype, v_head_dim=width)
+        return write_kv(k, v, cache, slots, implementation=implementation)
+
+    written, expected = write("xla"), write("reference")
+    assert written.v.shape == (NUM_BLOCKS, KV_HEADS, SIZE, width)
+    for array, other in zip(jax.tree.leaves(written), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(array[1:], other[1:])
+    with pytest.raises(
+        NotImplementedError, match=f"head_dim=16 of the keys is not the values' {width}"
+    ):
+        write("mosaic_gpu")
+
+
 @pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "float16"])
 def test_cache_is_updated_in_place(cache_dtype):
     k, v, cache, slots = arguments("float32", cache_dtype)
@@ -69,8 +89,9 @@ def test_scan_carries_the_cache_in_place():
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (0, jnp.ones((16, 3, DIM)), r"k.shape=\(16, 3, 16\).*must both be \(16, 2, 16\)"),
+        (0, jnp.ones((16, 3, DIM)), r"k.shape=\(16, 3, 16\) must be \(16, 2, 16\)"),
         (1, jnp.ones((15, KV_HEADS, DIM)), r"v.shape=\(15, 2, 16\)"),
+        (1, jnp.ones((16, KV_HEADS, 8)), r"v.shape=\(16, 2, 8\).*kv_cache.v.shape=\(300, 2, 8, 16"),
         (2, KVCache(jnp.ones((4, 2, 8)), jnp.ones((4, 2, 8))), r"kv_cache.k.shape=\(4, 2, 8\)"),
         (3, jnp.ones(16, jnp.float32), "slot_mapping.dtype=float32 must be int32"),
     ],

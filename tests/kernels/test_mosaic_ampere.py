@@ -7,17 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.attention_cases.arguments import AttentionSpec
+from benchmarks.attention_cases.specs import DECODE_KERNEL_SPECS, QUANTISED_KERNEL_SPECS
 from pallas_paged import attention_implementation, paged_attention
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.ops.attention import mosaic_gpu
-from pallas_paged.ops.attention.ampere_problem import AmpereProblem
-from pallas_paged.ops.attention.arg_specs import (
-    DECODE_KERNEL_SPECS,
-    QUANTISED_KERNEL_SPECS,
-    AttentionSpec,
-)
+from pallas_paged.ops.attention.ampere.problem import AmpereProblem
+from pallas_paged.ops.attention.ampere.quantised import to_numbers
 from pallas_paged.ops.attention.config import DecodeConfig
-from pallas_paged.ops.attention.mosaic_gpu_ampere_quantised import to_numbers
 from tests.kernels.interpret_sm80 import interpret_sm80
 from tests.kernels.interpreting import TOLERANCES, build_poisoned, complete
 from tests.kernels.prefill_cases import interpret_cases

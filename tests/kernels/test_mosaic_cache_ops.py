@@ -107,6 +107,21 @@ def test_copy_gather_and_scatter(run, sizes):
         assert_same_null_block(written, random_cache(7, *sizes))
 
 
+@pytest.mark.parametrize("v_head_dim", [16, 80])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_moves_of_values_of_another_width_than_the_keys(run, v_head_dim, dtype):
+    def cache():
+        keys, values = random_cache(7, 2, 8, 32, dtype), random_cache(7, 2, 8, v_head_dim, dtype)
+        return KVCache(keys.k, values.v, keys.k_scale, values.v_scale)
+
+    src, dst = (jnp.array(ids, jnp.int32) for ids in ([5, 2, 4], [1, 6, 0]))
+    expected = copy_blocks(cache(), src, dst, implementation="reference")
+    assert_same_but_for_the_null_block(run(copy_blocks, cache(), src, dst), expected)
+    gathered = run(gather_blocks, cache(), src)
+    assert gathered.v.shape == (3, 2, 8, v_head_dim)
+    assert_same_but_for_the_null_block(run(scatter_blocks, cache(), dst, gathered), expected)
+
+
 def test_no_tokens_and_no_blocks(run):
     cache = random_cache(3, 4, 8, 32, "int8")
     none, rows = jnp.zeros(0, jnp.int32), jnp.zeros((0, 4, 32))

@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
+from benchmarks.attention_cases.arguments import AttentionSpec, build
+from benchmarks.attention_cases.specs import DECODE_KERNEL_SPECS, QUANTISED_KERNEL_SPECS
 from pallas_paged import AttentionMetadata, attention_implementation, paged_attention
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.ops.attention import mosaic_gpu
-from pallas_paged.ops.attention.arg_specs import (
-    DECODE_KERNEL_SPECS,
-    QUANTISED_KERNEL_SPECS,
-    AttentionSpec,
-    build,
-)
 from pallas_paged.ops.attention.config import DecodeConfig
 from tests.kernels.interpreting import TOLERANCES
 

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.attention_cases.arguments import AttentionSpec, build
 from pallas_paged import paged_attention
 from pallas_paged.kv_cache import KVCache
-from pallas_paged.ops.attention import mosaic_gpu_prefill, reference
-from pallas_paged.ops.attention.arg_specs import AttentionSpec, build
-from pallas_paged.ops.attention.prefill_config import PrefillTuning
-from pallas_paged.ops.attention.prefill_plan import plan_prefill
+from pallas_paged.ops.attention import reference
+from pallas_paged.ops.attention.hopper import prefill as kernel
+from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
+from pallas_paged.ops.attention.hopper.prefill_plan import plan_prefill
 from tests.kernels.interpreting import TOLERANCES, build_poisoned, complete, interpreted
 from tests.kernels.prefill_cases import interpret_cases
 
@@ -42,9 +43,7 @@ def run(spec, tuning, into=None, sinks=None, **plan_options):
             **plan_options,
         )
         cache, tables = KVCache(k_cache, v_cache, *scales), metadata.block_tables
-        return mosaic_gpu_prefill.prefill(
-            q, cache, tables, plan, tuning=tuning, into=into, **options
-        )
+        return kernel.prefill(q, cache, tables, plan, tuning=tuning, into=into, **options)
 
     with interpreted():
         actual = jax.block_until_ready(prefill(*arguments.arrays, into))

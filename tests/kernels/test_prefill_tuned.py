@@ -6,14 +6,15 @@ import json
 import jax
 import pytest
 
+from benchmarks.attention_cases.arguments import AttentionSpec, build
+from benchmarks.attention_cases.decode import make_case
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.ops.attention import config as decode_configs
-from pallas_paged.ops.attention import mosaic_gpu, prefill_tuned
-from pallas_paged.ops.attention.arg_specs import AttentionSpec, build
+from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.config import DecodeConfig, DecodeKey, format_tuned, parse_tuned
-from pallas_paged.ops.attention.decode_cases import make_case
-from pallas_paged.ops.attention.prefill_config import PrefillTuning, prefill_tuning
-from pallas_paged.ops.attention.prefill_tuned import (
+from pallas_paged.ops.attention.hopper import prefill_tuned
+from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning, prefill_tuning
+from pallas_paged.ops.attention.hopper.prefill_tuned import (
     PrefillKey,
     fits,
     merged,

@@ -18,14 +18,12 @@ MAX_LEN = 128
 
 def nan_caches(config: ModelConfig, num_blocks: int, dtype: Any) -> tuple[KVCache, ...]:
     """Returns caches of which every slot is poisoned; in integers, by its scale."""
-    zeros = KVCache.zeros(num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim, dtype)
 
     def poisoned(array: jax.Array) -> jax.Array:
         return jnp.full_like(array, jnp.nan) if jnp.issubdtype(array.dtype, jnp.floating) else array
 
-    return tuple(
-        jax.tree.map(lambda x: poisoned(x).copy(), zeros) for _ in range(config.num_layers)
-    )
+    specs = config.cache_specs(BLOCK_SIZE, dtype)
+    return tuple(jax.tree.map(poisoned, spec.zeros(num_blocks)) for spec in specs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)

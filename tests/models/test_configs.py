@@ -49,6 +49,28 @@ LONGROPE = {"type": "longrope", ORIGINAL: 32}
 LONGROPE |= {"short_factor": [1, 1, 2, 2], "long_factor": [1, 2, 3, 4]}
 
 
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        (LLAMA, [None, None]),
+        (OPT, [None, None]),
+        (MISTRAL | {"sliding_window": 6}, [6, 6]),
+        (QWEN | SLIDING | {"max_window_layers": 1}, [None, 4]),
+    ],
+    ids=["llama", "opt", "mistral", "qwen2"],
+)
+def test_each_layer_says_what_it_keeps(fields, windows):
+    config = config_from_hf(fields)
+    specs = config.cache_specs(16, jnp.int8)
+    assert [spec.sliding_window for spec in specs] == windows
+    assert config.first_layers(1).cache_specs(16, jnp.int8) == specs[:1]
+    for spec in specs:
+        cache = spec.shapes(7)
+        assert cache.k.shape == cache.v.shape == (7, config.num_kv_heads, 16, config.head_dim)
+        assert cache.k.dtype == jnp.int8
+        assert cache.k_scale is not None
+
+
 def num_parameters(config: ModelConfig) -> int:
     build = FAMILIES[config.architecture].model
     model = nnx.eval_shape(lambda: build(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
@@ -369,7 +391,7 @@ def test_fields_that_nobody_reads_are_reported(caplog):
     with caplog.at_level(logging.WARNING):
         config_from_hf(LLAMA | {"window": 3, "use_cache": False, "head_dim": None, "other": None})
     assert [record.getMessage() for record in caplog.records] == [
-        "config.json: no effect here have the fields window"
+        "config.json: ignoring fields that no model here uses: window"
     ]
 
 

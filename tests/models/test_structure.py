@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import load_model
 from pallas_paged.models.tensors import tensors_of, with_tensors
 from tests.models.paged_run import BLOCK_SIZE, step
@@ -85,8 +84,7 @@ def decode_arguments(name: str, num_blocks: int, num_seqs: int = 4) -> tuple:
         "seq_lens": 0 * rows + 1,
         "query_start_loc": np.arange(num_seqs + 1, dtype=np.int32),
     }
-    size = (num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
-    caches = tuple(KVCache.zeros(*size, jnp.float32) for _ in range(config.num_layers))
+    caches = tuple(s.zeros(num_blocks) for s in config.cache_specs(BLOCK_SIZE, jnp.float32))
     graph, state = nnx.split(model)
     return graph, 1, state, rows, places, caches
 

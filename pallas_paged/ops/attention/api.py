@@ -10,9 +10,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_paged.dispatch import Implementation, choose_implementation, compute_capability
-from pallas_paged.kv_cache import AttentionMetadata, CacheArray, check_scales
+from pallas_paged.kv_cache import (
+    AttentionMetadata,
+    CacheArray,
+    ValueArray,
+    check_scales,
+    check_shapes,
+)
 from pallas_paged.ops.attention import mosaic_gpu, reference, xla
-from pallas_paged.ops.attention.prefill_plan import plan_prefill
+from pallas_paged.ops.attention.hopper.prefill_plan import plan_prefill
 from pallas_paged.ops.blocks import inside_or_null
 from pallas_paged.quantisation import LARGEST, is_quantised
 
@@ -23,10 +29,13 @@ def _kernels_unsupported(
     q: jax.Array | jax.ShapeDtypeStruct,
     k_cache: jax.Array | jax.ShapeDtypeStruct,
     *,
+    v_cache: jax.Array | jax.ShapeDtypeStruct,
     deterministic: bool,
     metadata: AttentionMetadata | None,
 ) -> str | None:
     """Returns why the kernels cannot compute this, or None; without metadata, of few tokens."""
+    if k_cache.shape[3] != v_cache.shape[3]:
+        return f"head_dim={k_cache.shape[3]} of the keys is not the values' {v_cache.shape[3]}"
     reason = mosaic_gpu.unsupported(q, k_cache, deterministic=deterministic)
     if reason is not None or metadata is None or q.shape[0] <= _MAX_TILES:
         return reason
@@ -60,7 +69,7 @@ _CACHE_DTYPES = (*_DTYPES, *LARGEST)
 def paged_attention(
     q: Float[Array, "T Hq D"],
     k_cache: CacheArray,
-    v_cache: CacheArray,
+    v_cache: ValueArray,
     metadata: AttentionMetadata,
     *,
     k_scale: Float32[Array, "N Hk S"] | None = None,
@@ -74,14 +83,14 @@ def paged_attention(
     deterministic: bool = False,
     implementation: str | None = None,
     promise_in_bounds: bool = False,
-) -> Float[Array, "T Hq D"]: ...
+) -> Float[Array, "T Hq Dv"]: ...
 
 
 @overload
 def paged_attention(
     q: Float[Array, "T Hq D"],
     k_cache: CacheArray,
-    v_cache: CacheArray,
+    v_cache: ValueArray,
     metadata: AttentionMetadata,
     *,
     k_scale: Float32[Array, "N Hk S"] | None = None,
@@ -95,13 +104,13 @@ def paged_attention(
     deterministic: bool = False,
     implementation: str | None = None,
     promise_in_bounds: bool = False,
-) -> tuple[Float[Array, "T Hq D"], Float32[Array, "T Hq"]]: ...
+) -> tuple[Float[Array, "T Hq Dv"], Float32[Array, "T Hq"]]: ...
 
 
 def paged_attention(
     q: Float[Array, "T Hq D"],
     k_cache: CacheArray,
-    v_cache: CacheArray,
+    v_cache: ValueArray,
     metadata: AttentionMetadata,
     *,
     k_scale: Float32[Array, "N Hk S"] | None = None,
@@ -115,7 +124,7 @@ def paged_attention(
     deterministic: bool = False,
     implementation: str | None = None,
     promise_in_bounds: bool = False,
-) -> Float[Array, "T Hq D"] | tuple[Float[Array, "T Hq D"], Float32[Array, "T Hq"]]:
+) -> Float[Array, "T Hq Dv"] | tuple[Float[Array, "T Hq Dv"], Float32[Array, "T Hq"]]:
     r"""Causal attention of a step's ragged queries over keys and values in blocks.
 
     One call serves decode (one query token per sequence), prefill, chunked prefill and any mix of
@@ -135,7 +144,7 @@ def paged_attention(
       q: queries, float32, bfloat16 or float16; rows from `query_start_loc[B]` on are padding.
       k_cache: keys in blocks, one of the same dtypes, or quantised: float8_e4m3fn or int8. Not
         modified.
-      v_cache: values in blocks, dtype as `k_cache`. Not modified.
+      v_cache: values in blocks, dtype as `k_cache`; Dv may differ from D. Not modified.
       metadata: where the tokens stand; `positions` and `slot_mapping` are not read. May be traced.
         Entries of `block_tables` that are no block of the cache (-1, say, for padding) count as 0;
         `query_start_loc` is clipped to 0..T, and each of `seq_lens` to what its queries need at
@@ -160,7 +169,7 @@ def paged_attention(
         looks: a launch or two less on a GPU. What happens if it is not true is undefined.
 
     Returns:
-      out, `[T, Hq, D]` in q's dtype; with `return_lse` (out, lse), lse f32 `[T, Hq]`, natural log.
+      out, `[T, Hq, Dv]` in q's dtype; with `return_lse` (out, lse), lse f32 `[T, Hq]`, natural log.
       Padding tokens get 0 and -inf.
 
     Raises:
@@ -179,6 +188,7 @@ def paged_attention(
         implementation,
         q,
         k_cache,
+        v_cache,
         deterministic=deterministic,
         metadata=metadata,
     )
@@ -205,6 +215,7 @@ def attention_implementation(
     implementation: str | None,
     q: jax.Array | jax.ShapeDtypeStruct,
     k_cache: jax.Array | jax.ShapeDtypeStruct,
+    v_cache: jax.Array | jax.ShapeDtypeStruct | None = None,
     *,
     deterministic: bool = False,
     metadata: AttentionMetadata | None = None,
@@ -212,8 +223,9 @@ def attention_implementation(
     """Returns the name of the implementation that `paged_attention` runs for such arguments.
 
     Args:
-      implementation, q, k_cache, deterministic, metadata: as there, shapes and dtypes are enough.
-        Without metadata, for steps of up to 65,535 tokens; the kernels refuse some larger ones.
+      implementation, q, k_cache, v_cache, deterministic, metadata: as there, shapes and dtypes are
+        enough. Without `v_cache`, for values as wide as the keys. Without metadata, for steps of up
+        to 65,535 tokens; the kernels refuse some larger ones.
 
     Raises:
       ValueError: `implementation` is no implementation's name.
@@ -225,6 +237,7 @@ def attention_implementation(
         implementation,
         q,
         k_cache,
+        v_cache=k_cache if v_cache is None else v_cache,
         deterministic=deterministic,
         metadata=metadata,
     )
@@ -233,11 +246,7 @@ def attention_implementation(
 def _check_arrays(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array) -> None:
     if q.ndim != 3:
         raise ValueError(f"q.shape={q.shape} must be [tokens, query heads, head_dim]")
-    if k_cache.ndim != 4 or k_cache.shape != v_cache.shape:
-        raise ValueError(
-            f"k_cache.shape={k_cache.shape} and v_cache.shape={v_cache.shape} must both be "
-            "[blocks, kv heads, block size, head_dim]"
-        )
+    check_shapes(k_cache, v_cache, "k_cache", "v_cache")
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, _, cache_head_dim = k_cache.shape
     if head_dim != cache_head_dim:

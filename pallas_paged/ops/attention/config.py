@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -87,10 +88,10 @@ class DecodeKey:
     block_size: int
 
 
-def shared_memory_bytes(scratch: Mapping[str, Any]) -> int:
-    """Returns the shared memory of a CTA with these scratch types, barriers included."""
+def shared_memory_bytes(scratch: Any) -> int:
+    """Returns the shared memory of a CTA with a tree of scratch types, barriers included."""
     total = _REDUCTION_SCRATCH_BYTES
-    for scratch_type in scratch.values():
+    for scratch_type in jax.tree.leaves(scratch):
         if isinstance(scratch_type, plgpu.Barrier):
             total += int(np.prod(scratch_type.num_barriers)) * _BARRIER_BYTES
         else:
@@ -99,7 +100,7 @@ def shared_memory_bytes(scratch: Mapping[str, Any]) -> int:
     return total
 
 
-def fits(config: DecodeConfig, scratch: Mapping[str, Any], limits: GpuLimits) -> bool:
+def fits(config: DecodeConfig, scratch: Any, limits: GpuLimits) -> bool:
     """Whether `config.ctas_per_sm` CTAs with these scratch types share an SM."""
     smem_bytes = shared_memory_bytes(scratch)
     per_sm = config.ctas_per_sm * (smem_bytes + limits.smem_reserved_bytes)
@@ -109,7 +110,7 @@ def fits(config: DecodeConfig, scratch: Mapping[str, Any], limits: GpuLimits) ->
 def decode_config(
     key: DecodeKey,
     device_kind: str,
-    scratch_types: Callable[[DecodeConfig], Mapping[str, Any]],
+    scratch_types: Callable[[DecodeConfig], Any],
     limits: GpuLimits = SM90,
 ) -> DecodeConfig:
     """Returns the configuration measured for `key` on such a device, else one by rule.
@@ -128,7 +129,7 @@ def decode_config(
 
 def heuristic(
     key: DecodeKey,
-    scratch_types: Callable[[DecodeConfig], Mapping[str, Any]],
+    scratch_types: Callable[[DecodeConfig], Any],
     limits: GpuLimits = SM90,
 ) -> DecodeConfig:
     """Returns the first configuration that fits: CTAs that hide each other's waits, then stages.

@@ -1,6 +1,6 @@
 """Paged attention in Pallas Mosaic GPU: what it refuses, how it is configured, and its parts.
 
-For sm_80 one kernel computes a whole step; see `mosaic_gpu_ampere_kernel.py`.
+For sm_80 one kernel computes a whole step; see `ampere/kernel.py`.
 
 For sm_90a a step is made of parts over disjoint sequences. The decode part takes those with at most
 `max_decode_tokens` query tokens; it writes their rows and the padding's. The prefill part takes the
@@ -20,19 +20,17 @@ from pallas_paged.dispatch import (
     unsupported_target,
 )
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
-from pallas_paged.ops.attention import (
-    ampere_problem,
-    decode_problem,
-    mosaic_gpu_ampere,
-    mosaic_gpu_decode,
-    mosaic_gpu_prefill,
-)
-from pallas_paged.ops.attention.ampere_problem import AmpereProblem
+from pallas_paged.ops.attention.ampere import problem as ampere_problem
+from pallas_paged.ops.attention.ampere.attend import attend
+from pallas_paged.ops.attention.ampere.problem import AmpereProblem
 from pallas_paged.ops.attention.config import SM80, SM90, DecodeConfig, DecodeKey, decode_config
-from pallas_paged.ops.attention.decode_problem import DecodeProblem
-from pallas_paged.ops.attention.prefill_config import PrefillTuning
-from pallas_paged.ops.attention.prefill_plan import plan_prefill
-from pallas_paged.ops.attention.prefill_tuned import prefill_key, prefill_tuning_for
+from pallas_paged.ops.attention.hopper import decode_problem
+from pallas_paged.ops.attention.hopper.decode import decode
+from pallas_paged.ops.attention.hopper.decode_problem import DecodeProblem
+from pallas_paged.ops.attention.hopper.prefill import prefill
+from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
+from pallas_paged.ops.attention.hopper.prefill_plan import plan_prefill
+from pallas_paged.ops.attention.hopper.prefill_tuned import prefill_key, prefill_tuning_for
 from pallas_paged.ops.attention.work_list import divide, make_work_list, split_queries
 from pallas_paged.quantisation import LARGEST, is_quantised
 
@@ -160,15 +158,15 @@ def paged_attention(
     return _prefill_part(*arrays, results, problem=problem, tuning=tuning)
 
 
-def config_for(problem: DecodeProblem) -> DecodeConfig:
+def config_for(problem: DecodeProblem | AmpereProblem) -> DecodeConfig:
     """Returns the configuration that a kernel for `problem` takes on the target device."""
-    is_ampere = isinstance(problem, AmpereProblem)
-    module, limits = (ampere_problem, SM80) if is_ampere else (decode_problem, SM90)
-    scratch = functools.partial(module.scratch_types, problem)
-    return decode_config(decode_key(problem), target_device().device_kind, scratch, limits)
+    chosen = functools.partial(decode_config, decode_key(problem), target_device().device_kind)
+    if isinstance(problem, AmpereProblem):
+        return chosen(functools.partial(ampere_problem.scratch_types, problem), SM80)
+    return chosen(functools.partial(decode_problem.scratch_types, problem), SM90)
 
 
-def decode_key(problem: DecodeProblem) -> DecodeKey:
+def decode_key(problem: DecodeProblem | AmpereProblem) -> DecodeKey:
     """Returns what a measured configuration for `problem` is looked up by."""
     return DecodeKey(
         dtype=jnp.dtype(problem.cache_dtype).name,
@@ -206,7 +204,7 @@ def _ampere_step(
         sliding_window=problem.sliding_window,
         min_tiles=config.min_tiles,
     )
-    return mosaic_gpu_ampere.attend(
+    return attend(
         q,
         cache,
         metadata,
@@ -241,7 +239,7 @@ def _decode_part(
         max_tokens=problem.max_tokens,
         min_tiles=config.min_tiles,
     )
-    return mosaic_gpu_decode.decode(
+    return decode(
         q,
         cache,
         metadata,
@@ -275,7 +273,7 @@ def _prefill_part(
         min_query_len=problem.max_tokens + 1,
         with_padding=False,
     )
-    return mosaic_gpu_prefill.prefill(
+    return prefill(
         q,
         cache,
         metadata.block_tables,

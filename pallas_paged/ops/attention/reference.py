@@ -28,15 +28,15 @@ def paged_attention(
     deterministic: bool = True,  # always: every token is computed alone
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out, lse); see `api.paged_attention`."""
-    num_tokens, num_q_heads, head_dim = q.shape
+    num_tokens, num_q_heads, _ = q.shape
     group = num_q_heads // k_cache.shape[1]
     starts = metadata.query_start_loc
 
     def rows_of(cache: jax.Array, scales: jax.Array | None, blocks: jax.Array) -> jax.Array:
-        """A sequence's keys or values in order, for each query head: [Hq, M * S, D]."""
+        """A sequence's keys or values in order, for each query head: [Hq, M * S, D or Dv]."""
         rows = dequantise(cache[blocks], None if scales is None else scales[blocks])
         rows = jnp.moveaxis(rows, 1, 0)
-        return jnp.repeat(rows.reshape(rows.shape[0], -1, head_dim), group, axis=0)
+        return jnp.repeat(rows.reshape(rows.shape[0], -1, cache.shape[3]), group, axis=0)
 
     def one_token(token: jax.Array) -> tuple[jax.Array, jax.Array]:
         is_real = token < starts[-1]

@@ -12,7 +12,7 @@ A plan depends on the step's metadata and on nothing in a layer: inside one jit 
 layers are the same expressions, and XLA computes them once.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +86,23 @@ class WorkList(NamedTuple):
     sequences: Int32[Array, "B fields"]
     ctas: Int32[Array, "C fields"]
     num_tokens: Int32[Array, "1"]
+
+
+class Parts(NamedTuple):
+    """What C CTAs have computed of items that they share, divided by its own denominators.
+
+    The first C are of the item that another CTA began; behind these come those of the item that
+    the CTA began and left unfinished.
+
+    Attributes:
+      values: f32[2 C, rows, D] or f32[2 C, D, rows], the numerators.
+      lse: f32[2 C, rows], to the base 2 and without the sink.
+
+    Arrays, or references to them.
+    """
+
+    values: Any
+    lse: Any
 
 
 def make_work_list(

@@ -88,7 +88,7 @@ class _Partial(NamedTuple):
 
     maximum: jax.Array  # [R, Hk, W]
     denominator: jax.Array  # [R, Hk, W]
-    numerator: jax.Array  # [R, Hk, W, D]
+    numerator: jax.Array  # [R, Hk, W, Dv]
 
 
 @functools.partial(
@@ -119,7 +119,10 @@ def paged_attention(
     if metadata.max_query_len > 1:
         results = _prefill(problem, tuning, min_query_len=2)
     else:
-        results = (jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32))
+        results = (
+            jnp.zeros((*q.shape[:2], v_cache.shape[3]), q.dtype),
+            jnp.full(q.shape[:2], -jnp.inf, jnp.float32),
+        )
     return _decode(problem, tuning, results)
 
 
@@ -157,7 +160,7 @@ def _decode(
         out, lse = _attend(problem, queries, tuning.decode_chunk)
         # A row without work belongs to a sequence of the prefill part or to nobody.
         tokens = jnp.where(end > 0, tokens, num_tokens)
-        out = out.reshape(num_rows, num_q_heads, head_dim).astype(q.dtype)
+        out = out.reshape(num_rows, num_q_heads, -1).astype(q.dtype)
         lse = lse.reshape(num_rows, num_q_heads)
         return (
             results[0].at[tokens].set(out, mode="drop"),
@@ -203,7 +206,7 @@ def _prefill(problem: _Problem, tuning: Tuning, min_query_len: int) -> tuple[jax
             last_position[None],
         )
         out, lse = _attend(problem, queries, tuning.prefill_chunk)
-        out = out.reshape(num_q_heads, size, head_dim).transpose(1, 0, 2).astype(q.dtype)
+        out = out.reshape(num_q_heads, size, -1).transpose(1, 0, 2).astype(q.dtype)
         lse = lse.reshape(num_q_heads, size).T
         # The tail behind the sequence holds zeros. Its tokens are padding, or they belong to later
         # tiles or to the decode part, which write after this.
@@ -213,7 +216,7 @@ def _prefill(problem: _Problem, tuning: Tuning, min_query_len: int) -> tuple[jax
         )
 
     empty = (
-        jnp.zeros_like(padded_q),
+        jnp.zeros((*padded_q.shape[:2], problem.v_cache.shape[3]), q.dtype),
         jnp.full((num_tokens + size, num_q_heads), -jnp.inf, jnp.float32),
     )
     out, lse = jax.lax.fori_loop(0, tiles_before[-1], tile, empty)
@@ -221,7 +224,7 @@ def _prefill(problem: _Problem, tuning: Tuning, min_query_len: int) -> tuple[jax
 
 
 def _attend(problem: _Problem, queries: _Queries, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Returns (out f32[R, Hk, W, D], lse f32[R, Hk, W]) of the queries, over all their keys."""
+    """Returns (out f32[R, Hk, W, Dv], lse f32[R, Hk, W]) of the queries, over all their keys."""
     block_size = problem.k_cache.shape[2]
     num_blocks = max(1, chunk // block_size)
     tables = problem.metadata.block_tables
@@ -241,7 +244,9 @@ def _attend(problem: _Problem, queries: _Queries, chunk: int) -> tuple[jax.Array
 
     length = jnp.max(queries.end - queries.begin)
     tokens = num_blocks * block_size
-    partial = jax.lax.fori_loop(0, (length + tokens - 1) // tokens, chunk_step, _start(queries))
+    partial = jax.lax.fori_loop(
+        0, (length + tokens - 1) // tokens, chunk_step, _start(problem, queries)
+    )
     exists = (queries.positions >= 0)[:, None, :]
     denominator = jnp.where(exists, partial.denominator, 1.0)
     out = partial.numerator / denominator[..., None]
@@ -250,7 +255,7 @@ def _attend(problem: _Problem, queries: _Queries, chunk: int) -> tuple[jax.Array
 
 
 def _read_blocks(cache: jax.Array, scales: jax.Array | None, blocks: jax.Array) -> jax.Array:
-    """Returns the keys or values in `blocks` i32[R, C / S] as f32[R, Hk, C, D].
+    """Returns the keys or values in `blocks` i32[R, C / S] as f32[R, Hk, C, D or Dv].
 
     One gather of [S, D] slices puts the head before the token, so that nothing is transposed.
     """
@@ -283,7 +288,7 @@ def _logits(
     return jnp.where(visible[:, None], logits, -jnp.inf)
 
 
-def _start(queries: _Queries) -> _Partial:
+def _start(problem: _Problem, queries: _Queries) -> _Partial:
     """Returns the state before the first key: empty, or the sink alone."""
     shape = queries.q.shape[:-1]
     maximum = jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32)
@@ -291,7 +296,8 @@ def _start(queries: _Queries) -> _Partial:
     if queries.sinks is not None:
         maximum = jnp.maximum(maximum, queries.sinks[None])
         denominator = jnp.exp(queries.sinks[None] - maximum)
-    return _Partial(maximum, denominator, jnp.zeros(queries.q.shape, jnp.float32))
+    numerator = jnp.zeros((*shape, problem.v_cache.shape[3]), jnp.float32)
+    return _Partial(maximum, denominator, numerator)
 
 
 def _accumulate(partial: _Partial, logits: jax.Array, values: jax.Array) -> _Partial:
@@ -308,7 +314,7 @@ def _accumulate(partial: _Partial, logits: jax.Array, values: jax.Array) -> _Par
 
 
 def _einsum_with_chunk(equation: str, rows: jax.Array, chunk: jax.Array) -> jax.Array:
-    """Returns an einsum of rows [R, Hk, W, ...] with a chunk's keys or values [R, Hk, C, D].
+    """Returns an einsum of rows [R, Hk, W, ...] with a chunk's keys or values [R, Hk, C, ...].
 
     A few rows are multiplied one by one: XLA's CPU products of matrix and vector stream the chunk,
     while those of two matrices first rearrange it.

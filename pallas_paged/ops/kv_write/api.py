@@ -9,8 +9,17 @@ from pallas_paged.kv_cache import KVCache, check_cache
 from pallas_paged.ops.blocks import inside_or_null
 from pallas_paged.ops.kv_write import mosaic_gpu, reference, xla
 
+
+def _kernel_unsupported(k: jax.Array | jax.ShapeDtypeStruct, kv_cache: KVCache) -> str | None:
+    """Returns why the kernel cannot write such keys into this cache here, or None if it can."""
+    widths = kv_cache.k.shape[3], kv_cache.v.shape[3]
+    if widths[0] != widths[1]:
+        return f"head_dim={widths[0]} of the keys is not the values' {widths[1]}"
+    return mosaic_gpu.unsupported(k, kv_cache)
+
+
 _IMPLEMENTATIONS = {
-    "mosaic_gpu": Implementation(mosaic_gpu.write_kv, mosaic_gpu.unsupported),
+    "mosaic_gpu": Implementation(mosaic_gpu.write_kv, _kernel_unsupported),
     "xla": Implementation(xla.write_kv),
     "reference": Implementation(reference.write_kv),
 }
@@ -18,7 +27,7 @@ _IMPLEMENTATIONS = {
 
 def write_kv(
     k: Float[Array, "T Hk D"],
-    v: Float[Array, "T Hk D"],
+    v: Float[Array, "T Hk Dv"],
     kv_cache: KVCache,
     slot_mapping: Int32[Array, "T"],
     *,
@@ -30,7 +39,7 @@ def write_kv(
     Args:
       k: keys, cast to the cache's dtype, or quantised if that is float8_e4m3fn or int8: then their
         scales are written too (see `pallas_paged.quantisation` for the error).
-      v: values, likewise.
+      v: values, likewise; as wide as the cache's, which need not be as wide as its keys.
       kv_cache: donated: it must not be used afterwards. Inside a caller's own `jax.jit` it is
         updated in place if the caller donates it there.
       slot_mapping: i32[T], `block * S + offset` of each token. Padding tokens name slots of the
@@ -69,13 +78,12 @@ def write_implementation(
 
 def _check(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array) -> None:
     check_cache(kv_cache)
-    _, num_kv_heads, _, head_dim = kv_cache.k.shape
-    expected = (*slot_mapping.shape[:1], num_kv_heads, head_dim)
-    if k.shape != expected or v.shape != expected:
-        raise ValueError(
-            f"k.shape={k.shape} and v.shape={v.shape} must both be {expected}: "
-            f"[slots, kv heads, head_dim] for slot_mapping.shape={slot_mapping.shape} and "
-            f"kv_cache.k.shape={kv_cache.k.shape}"
-        )
+    for name, new, cache in (("k", k, kv_cache.k), ("v", v, kv_cache.v)):
+        expected = (*slot_mapping.shape[:1], cache.shape[1], cache.shape[3])
+        if new.shape != expected:
+            raise ValueError(
+                f"{name}.shape={new.shape} must be {expected}: [slots, kv heads, head_dim] for "
+                f"slot_mapping.shape={slot_mapping.shape} and kv_cache.{name}.shape={cache.shape}"
+            )
     if slot_mapping.dtype != jnp.int32:
         raise ValueError(f"slot_mapping.dtype={slot_mapping.dtype} must be int32")

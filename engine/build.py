@@ -1,0 +1,297 @@
+"""From a configuration to an engine: the model, the pool, the programs, and what joins them."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_paged.cache_spec import CacheSpec, common_window
+from pallas_paged.dispatch import target_device
+from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype, resolve_max_model_len
+from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.engine_core import EngineCore
+from pallas_paged.engine.core.intake import Intake
+from pallas_paged.engine.core.plan import Executor
+from pallas_paged.engine.core.planner import Planner
+from pallas_paged.engine.core.policies import (
+    CheaperRecovery,
+    ChooseRecovery,
+    Order,
+    PriorityOrder,
+    always_recompute,
+    always_swap,
+)
+from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.device import device_memory
+from pallas_paged.engine.device.compilation_cache import use_compilation_cache
+from pallas_paged.engine.device.placement import Placement
+from pallas_paged.engine.device.pool_size import (
+    PoolPlan,
+    buckets_for,
+    plan_pool,
+)
+from pallas_paged.engine.device.runner import ModelRunner
+from pallas_paged.engine.engine import Engine
+from pallas_paged.engine.kv.block_memory import BlockTableMemory
+from pallas_paged.engine.kv.host_pool import HostPool
+from pallas_paged.engine.text.output_processor import OutputProcessor
+from pallas_paged.engine.text.tokenizer import Tokenizer, known_eos_token_ids, load_tokenizer
+from pallas_paged.models import (
+    CausalLM,
+    ModelConfig,
+    init_model,
+    load_config,
+    load_eos_token_ids,
+    load_model,
+)
+from pallas_paged.ops.attention.api import attention_implementation
+from pallas_paged.ops.kv_write.api import write_implementation
+
+logger = logging.getLogger(__name__)
+
+_COMPUTED_BYTES_PER_S = 200e12
+"""Weights that a prompt's tokens pass in a second: 400 bfloat16 TFLOP/s. For `"auto"` only."""
+_COPIED_BYTES_PER_S = 20e9
+"""Between a GPU and pinned host memory over PCIe 4.0. For `"auto"` only."""
+_SWAP_OVERHEAD_S = 1e-4
+"""Of the launches of one swap. For `"auto"` only."""
+
+
+class Built(NamedTuple):
+    """An engine, and what it was made of.
+
+    Attributes:
+      engine: ready to take requests.
+      runner: its device.
+      tokenizer: None where the folder has none.
+      model_config: the model's shape, for sequences of `max_model_len` tokens.
+      max_model_len: most tokens of a sequence.
+    """
+
+    engine: Engine
+    runner: ModelRunner
+    tokenizer: Tokenizer | None
+    model_config: ModelConfig
+    max_model_len: int
+
+
+def config_with_limits(model: str, options: dict[str, Any]) -> EngineConfig:
+    """Returns the configuration that a caller's options make, on JAX's default device."""
+    stats = device_memory.memory_stats(target_device())
+    return EngineConfig(model=model, **device_memory.with_limits(options, stats))
+
+
+def build(config: EngineConfig, placement: Placement | None = None) -> Built:
+    """Loads the model, sizes the pool and returns an engine; compiles what the size depends on.
+
+    Args:
+      config: what the engine is like.
+      placement: the devices that it runs on; None for JAX's default device.
+
+    Raises:
+      ValueError: an option or the checkpoint is not usable; the message names the field or tensor.
+      FileNotFoundError: the folder or one of its files is missing.
+    """
+    use_compilation_cache(config.compilation_cache_dir)
+    shape = load_config(config.model)  # first: what is wrong with it is not the tokenizer's
+    max_model_len = resolve_max_model_len(config, shape)
+    shape = shape.for_length(max_model_len)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    if placement is None:
+        placement = Placement.on(target_device())
+    with placement.as_target():
+        network = _load_network(config, shape, placement)
+        plan, runner, specs = _build_runner(config, network, max_model_len, placement)
+    memory = BlockTableMemory(
+        num_blocks=plan.num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=plan.max_blocks_per_seq * config.block_size,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    num_host_blocks = int(config.swap_space * 2**30 / plan.block_bytes)
+    scheduler = Scheduler(
+        memory,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        order=PriorityOrder() if config.scheduling_policy == "priority" else Order(),
+        choose_recovery=_recovery(config, plan),
+        host_pool=HostPool(num_host_blocks, memory.num_usable_blocks),
+        sliding_window=common_window(specs),
+    )
+    vocab_size = network.config.vocab_size
+    eos_token_ids = load_eos_token_ids(config.model)
+    assert config.seed is not None
+    engine = join(
+        scheduler,
+        memory,
+        runner,
+        runner.buckets,
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=known_eos_token_ids(eos_token_ids, tokenizer, vocab_size),
+        tokenizer=tokenizer,
+        seed=config.seed,
+        max_logprobs=config.max_logprobs,
+        async_scheduling=config.async_scheduling,
+    )
+    return Built(engine, runner, tokenizer, shape, max_model_len)
+
+
+def join(
+    scheduler: Scheduler,
+    memory: BlockTableMemory,
+    executor: Executor,
+    buckets: Buckets,
+    *,
+    vocab_size: int,
+    max_model_len: int,
+    eos_token_ids: Sequence[int] = (),
+    tokenizer: Tokenizer | None = None,
+    seed: int = 0,
+    max_logprobs: int = 20,
+    async_scheduling: bool = True,
+) -> Engine:
+    """Returns an engine over a scheduler, the memory that it schedules, and a device.
+
+    Args:
+      scheduler: whose memory is `memory`.
+      memory: the owner of the block tables.
+      executor: the device.
+      buckets: the shapes of its steps.
+      vocab_size: V; token ids are below it.
+      max_model_len: most tokens of a sequence.
+      eos_token_ids: tokens that end an output unless `ignore_eos`.
+      tokenizer: None serves token prompts only, and outputs have no text.
+      seed: where the seeds of requests that bring none are drawn from.
+      max_logprobs: see `EngineConfig`, as is the next one.
+      async_scheduling: likewise.
+    """
+    core = EngineCore(
+        scheduler,
+        Planner(memory, buckets),
+        executor,
+        vocab_size=vocab_size,
+        async_scheduling=async_scheduling,
+    )
+    intake = Intake(
+        scheduler,
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=eos_token_ids,
+        has_text=tokenizer is not None,
+        seed=seed,
+        max_logprobs=max_logprobs,
+    )
+    return Engine(core, memory, intake, OutputProcessor(tokenizer), tokenizer, vocab_size)
+
+
+def _load_network(config: EngineConfig, shape: ModelConfig, placement: Placement) -> CausalLM:
+    if config.load_format == "dummy":
+        assert config.seed is not None
+        return init_model(config.model, config.dtype, config.seed, config=shape)
+    return load_model(config.model, config.dtype, placement.parameter, shape)
+
+
+def _build_runner(
+    config: EngineConfig, network: CausalLM, max_model_len: int, placement: Placement
+) -> tuple[PoolPlan, ModelRunner, tuple[CacheSpec, ...]]:
+    """Returns the pool's plan, the device with a pool of that size, and what its layers cache."""
+    dtype = jax.tree.leaves(nnx.state(network))[0].dtype
+    cache_dtype = resolve_kv_cache_dtype(config, dtype)
+    _warn_of_slow_types(dtype, cache_dtype)
+    specs = network.config.cache_specs(config.block_size, cache_dtype)
+    implementation = _choose_attention(config, network.config, dtype, specs)
+    writes = _choose_writes(config, dtype, specs)
+    plan = plan_pool(config, network, max_model_len, cache_dtype, implementation, placement)
+    logger.info(
+        "attention: %s, writes: %s, on %s", implementation, writes, target_device().device_kind
+    )
+    logger.info("%s", plan)
+    if plan.max_blocks_per_seq * config.block_size < max_model_len:
+        logger.warning(
+            "the KV pool holds %d tokens, fewer than max_model_len=%d: longer requests will be "
+            "refused",
+            plan.max_blocks_per_seq * config.block_size,
+            max_model_len,
+        )
+    runner = ModelRunner(
+        network,
+        num_blocks=plan.num_blocks,
+        block_size=config.block_size,
+        kv_cache_dtype=cache_dtype,
+        max_num_seqs=config.max_num_seqs,
+        buckets=buckets_for(config, plan.max_blocks_per_seq),
+        max_logprobs=config.max_logprobs,
+        implementation=implementation,
+        cache_implementation=config.cache_implementation,
+        deterministic=config.deterministic,
+        swaps=config.swap_space > 0,
+        placement=placement,
+    )
+    return plan, runner, specs
+
+
+def _warn_of_slow_types(dtype: jnp.dtype, cache_dtype: jnp.dtype) -> None:
+    """Says what XLA does not have on a CPU, so that every step converts or copies all of it."""
+    if target_device().platform != "cpu":
+        return
+    if dtype == jnp.float16:
+        logger.warning(
+            "a CPU multiplies no float16: every step converts the weights; use dtype='float32'"
+        )
+    if cache_dtype == jnp.float8_e4m3fn:
+        logger.warning(
+            "a CPU has no float8_e4m3fn: every step copies the KV cache; use kv_cache_dtype='int8'"
+        )
+
+
+def _recovery(config: EngineConfig, plan: PoolPlan) -> ChooseRecovery:
+    """Returns the policy that `preemption_mode` names."""
+    if config.preemption_mode == "recompute" or not config.swap_space:
+        return always_recompute
+    if config.preemption_mode == "swap":
+        return always_swap
+    return CheaperRecovery(
+        seconds_per_token=plan.weight_bytes / _COMPUTED_BYTES_PER_S,
+        seconds_per_block=plan.block_bytes / _COPIED_BYTES_PER_S,
+        seconds_per_swap=_SWAP_OVERHEAD_S,
+        block_size=config.block_size,
+    )
+
+
+def _choose_attention(
+    config: EngineConfig, shape: ModelConfig, dtype: Any, specs: Sequence[CacheSpec]
+) -> str:
+    """Returns which attention a model of that shape and dtype runs with."""
+    names = set()
+    for cache in (spec.shapes(2) for spec in dict.fromkeys(specs)):
+        q = jax.ShapeDtypeStruct((1, shape.num_q_heads, cache.k.shape[3]), dtype)
+        names.add(
+            attention_implementation(
+                config.attention_implementation,
+                q,
+                cache.k,
+                cache.v,
+                deterministic=config.deterministic,
+            )
+        )
+    return _of_all_layers(names)
+
+
+def _choose_writes(config: EngineConfig, dtype: Any, specs: Sequence[CacheSpec]) -> str:
+    """Returns what writes such a model's keys and values."""
+    names = set()
+    for cache in (spec.shapes(2) for spec in dict.fromkeys(specs)):
+        k = jax.ShapeDtypeStruct((1, cache.k.shape[1], cache.k.shape[3]), dtype)
+        names.add(write_implementation(config.cache_implementation, k, cache))
+    return _of_all_layers(names)
+
+
+def _of_all_layers(names: set[str]) -> str:
+    """Returns the implementation that all layers run with: XLA's can serve any of them."""
+    return names.pop() if len(names) == 1 else "xla"

@@ -1,0 +1,1 @@
+"""What an engine decides, on the host and without jax: requests, scheduling, plans of steps."""

@@ -1,0 +1,132 @@
+"""The few step shapes an engine compiles, and which of them holds a given step."""
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+
+MIN_TABLE_WIDTH = 128
+"""Blocks of the narrowest table, if any sequence may have more than twice as many."""
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Bucket:
+    """The shape of one compiled step: T tokens of B sequences with up to M blocks each.
+
+    A decode bucket has one token per sequence; `num_tokens == num_seqs` alone does not say so.
+    A full one also does what few requests ask for, see `pallas_paged.engine.device.step`.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    table_width: int
+    is_decode: bool
+    is_full: bool = False
+
+    def __str__(self) -> str:
+        kind = "decode" if self.is_decode else "mixed"
+        full = " full" if self.is_full else ""
+        return f"{kind} {self.num_tokens}x{self.num_seqs}, {self.table_width} blocks each{full}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The step shapes of an engine, smallest first.
+
+    Attributes:
+      decode_seqs: numbers of sequences of steps with one token each; none if decode steps run in
+        the buckets of mixed ones.
+      mixed_tokens: numbers of tokens of steps that hold prompt chunks.
+      mixed_seqs: numbers of sequences of those.
+      table_widths: numbers of blocks of the longest sequence of a step.
+    """
+
+    decode_seqs: tuple[int, ...]
+    mixed_tokens: tuple[int, ...]
+    mixed_seqs: tuple[int, ...]
+    table_widths: tuple[int, ...]
+
+    @classmethod
+    def for_limits(
+        cls,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_blocks_per_seq: int,
+        *,
+        deterministic: bool = False,
+    ) -> "Buckets":
+        """Returns geometric sizes up to the maxima; one of each kind for a deterministic engine.
+
+        Decode steps grow by powers of two, mixed ones of four in tokens, tables of eight.
+        """
+        if deterministic:
+            return cls((), (max_num_batched_tokens,), (max_num_seqs,), (max_blocks_per_seq,))
+        return cls(
+            _geometric(1, max_num_seqs, 2),
+            _geometric(32, max_num_batched_tokens, 4),
+            _geometric(8, max_num_seqs, 8),
+            _table_widths(max_blocks_per_seq),
+        )
+
+    def pick(
+        self,
+        num_tokens: int,
+        num_seqs: int,
+        table_width: int,
+        *,
+        is_decode: bool,
+        is_full: bool = False,
+    ) -> Bucket:
+        """Returns the smallest bucket that holds a step of `num_tokens` of `num_seqs` sequences.
+
+        `table_width` is the number of blocks of the longest of them. `is_decode` tells that each
+        sequence has one token; equal numbers alone do not say so.
+        """
+        width = _at_least(self.table_widths, table_width)
+        if is_decode and self.decode_seqs:
+            size = _at_least(self.decode_seqs, num_seqs)
+            return Bucket(size, size, width, is_decode=True, is_full=is_full)
+        return Bucket(
+            _at_least(self.mixed_tokens, num_tokens),
+            _at_least(self.mixed_seqs, num_seqs),
+            width,
+            is_decode=False,
+            is_full=is_full,
+        )
+
+    def largest(self) -> list[Bucket]:
+        """Returns the largest bucket of each kind, the full ones, whose temporaries are larger."""
+        every = self.all()
+        kinds = [[b for b in every if b.is_decode == is_decode] for is_decode in (True, False)]
+        return [max(kind) for kind in kinds if kind]
+
+    def all(self) -> list[Bucket]:
+        """Returns every bucket that `pick` can return."""
+        shapes = [(size, size, True) for size in self.decode_seqs]
+        shapes += [
+            (tokens, seqs, False) for tokens in self.mixed_tokens for seqs in self.mixed_seqs
+        ]
+        plain = [
+            Bucket(tokens, seqs, width, is_decode)
+            for tokens, seqs, is_decode in shapes
+            for width in self.table_widths
+        ]
+        return plain + [dataclasses.replace(bucket, is_full=True) for bucket in plain]
+
+
+def _geometric(first: int, last: int, ratio: int) -> tuple[int, ...]:
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= ratio
+    return (*sizes, last)
+
+
+def _table_widths(last: int) -> tuple[int, ...]:
+    """Returns powers of eight from the narrowest table on, none of them near the widest."""
+    sizes = _geometric(MIN_TABLE_WIDTH, last, 8)
+    return tuple(size for size in sizes if 2 * size < last or size == last)
+
+
+def _at_least(sizes: Sequence[int], size: int) -> int:
+    assert size <= sizes[-1], f"a step of {size} does not fit the largest bucket {sizes[-1]}"
+    return sizes[bisect.bisect_left(sizes, size)]

@@ -1,0 +1,71 @@
+"""Which running groups lose their blocks to the head of the queue, where the order allows it."""
+
+import bisect
+from collections.abc import Sequence
+
+from pallas_paged.engine.core.admission import Admission, Room
+from pallas_paged.engine.core.policies import displaceable, next_to_admit
+from pallas_paged.engine.core.queues import Queues, placed_of
+from pallas_paged.engine.core.request import SequenceGroup
+from pallas_paged.engine.core.token_plan import plan
+
+
+def groups_to_displace(
+    queues: Queues, admission: Admission, *, max_num_tokens: int, watermark_blocks: int
+) -> list[SequenceGroup]:
+    """Returns the groups to preempt, as few as let the head of the queue run in this step.
+
+    None if it fits without, or will not run in this step even so. Changes nothing.
+
+    Args:
+      queues: those of the scheduler.
+      admission: over the same memory.
+      max_num_tokens: the most tokens of a step.
+      watermark_blocks: see `Scheduler`.
+    """
+    if not queues.waiting or not queues.running:
+        return []
+    head = next_to_admit(queues.waiting)
+    victims = displaceable(queues.order, head, queues.running)
+    if not victims or head.is_in_flight:
+        return []
+
+    def staying(num_victims: int) -> list[SequenceGroup]:
+        gone = set(victims[:num_victims])
+        return [group for group in queues.running if group not in gone]
+
+    def fits(num_victims: int) -> bool:
+        room = _room_beside(
+            staying(num_victims),
+            victims[:num_victims],
+            admission,
+            max_num_tokens=max_num_tokens,
+            watermark_blocks=watermark_blocks,
+        )
+        return admission.arrival_of(head, room) is not None
+
+    if not fits(len(victims)):
+        return []
+    num_needed = bisect.bisect_left(range(len(victims)), True, key=fits)
+    if plan(placed_of(staying(num_needed)), max_num_tokens).num_tokens == max_num_tokens:
+        return []  # the others compute so much that it would not get a token
+    return victims[:num_needed]
+
+
+def _room_beside(
+    staying: Sequence[SequenceGroup],
+    victims: Sequence[SequenceGroup],
+    admission: Admission,
+    *,
+    max_num_tokens: int,
+    watermark_blocks: int,
+) -> Room:
+    """Returns what may be taken beside the groups that stay, once these have grown."""
+    freed_rows = tuple(s.row for s in placed_of(victims) if s.row is not None)
+    planned = plan(placed_of(staying), max_num_tokens)
+    num_blocks = admission.memory.num_free_after(freed_rows, planned.rows, planned.growth)
+    return Room(
+        admission.max_num_seqs - sum(group.num_rows for group in staying),
+        num_blocks - (watermark_blocks if staying else 0),
+        freed_rows,
+    )

@@ -1,0 +1,307 @@
+"""The engine's loop without text: schedule a step, dispatch it, then take in the step before it."""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from pallas_paged.engine.core import beam_groups, logprobs
+from pallas_paged.engine.core.beam_search import Candidates
+from pallas_paged.engine.core.core_output import CoreOutput, TokenLogprobs
+from pallas_paged.engine.core.plan import Executor, StepResult
+from pallas_paged.engine.core.planner import Planned, Planner, samples_logprobs
+from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
+from pallas_paged.engine.core.scheduled import ScheduledStep
+from pallas_paged.engine.core.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+NO_TOKEN_REASONS = (
+    "logits are not finite",
+    "no token is left: allowed_token_ids, bad_words and min_tokens exclude all of them",
+)
+"""What V, V + 1 mean in the place of a token."""
+
+
+class _InFlight(NamedTuple):
+    """A dispatched step: as it was scheduled, as it was planned, and what the executor returned."""
+
+    step: ScheduledStep
+    planned: Planned
+    handle: Any
+
+
+class EngineCore:
+    """Runs requests over a scheduler and an executor: token ids in, token ids out.
+
+    Nothing in here is safe against an error or an interrupt in the middle of a call: after one,
+    `reset` is all that may be called.
+
+    Args:
+      scheduler: with its queues and its memory.
+      planner: over the same memory.
+      executor: the device.
+      vocab_size: V; token ids are below it.
+      async_scheduling: keep one step in flight while the next is scheduled.
+
+    Attributes:
+      scheduler: as given, as is `executor`.
+      executor: likewise.
+      num_steps: steps dispatched so far.
+      num_generated_tokens: tokens that steps have brought.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        planner: Planner,
+        executor: Executor,
+        *,
+        vocab_size: int,
+        async_scheduling: bool = True,
+    ):
+        self.scheduler = scheduler
+        self.executor = executor
+        self.num_steps = self.num_generated_tokens = 0
+        self._planner = planner
+        self._vocab_size = vocab_size
+        self._async_scheduling = async_scheduling
+        self._in_flight: _InFlight | None = None
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything left to do."""
+        return self.scheduler.has_unfinished or self._in_flight is not None
+
+    def add(self, group: SequenceGroup) -> None:
+        """Queues a group; raises `ValueError` as `Scheduler.check` does, before any change."""
+        self.scheduler.add(group)
+
+    def abort(self, request_id: str) -> list[CoreOutput]:
+        """Ends a request in any state, and returns its last outputs; none if it is unknown."""
+        group = self.scheduler.queues.unfinished.get(request_id)
+        if group is None:
+            return []
+        running = group.live
+        self.scheduler.abort(request_id)
+        if group.beams is not None:
+            return _beam_outputs(group)
+        outputs = [_output(sequence) for sequence in running]
+        _mark_last(outputs)
+        return outputs
+
+    def finish(self, request_id: str, index: int, stop_reason: str) -> None:
+        """Ends a sequence by "stop" in any state; nothing more comes for it."""
+        group = self.scheduler.queues.unfinished.get(request_id)
+        if group is not None:
+            self.scheduler.finish(group.sequences[index], "stop", stop_reason)
+
+    def held_tokens(self) -> dict[str, list[list[int]]]:
+        """Returns the tokens so far of each sequence of the requests that are held, by request."""
+        groups = list(self.scheduler.queues.unfinished.values())
+        return {
+            group.request_id: [sequence.output_token_ids for sequence in group.sequences]
+            for group in groups
+            if group.is_held
+        }
+
+    def reset(self) -> None:
+        """Forgets every request and every step, whatever was cut short; may be begun again."""
+        self._in_flight = None
+        self.scheduler.abort_all()
+        self._planner.reset()
+        self.executor.recover()
+
+    def step(self) -> list[CoreOutput]:
+        """Dispatches the next step and takes in the one before; returns what that one gave.
+
+        With `async_scheduling` the step dispatched here stays in flight, so that the host's work
+        for the next one happens while the device computes.
+        """
+        step = self.scheduler.schedule()
+        dispatched = self._dispatch(step) if step is not None else None
+        if self._async_scheduling:
+            dispatched, self._in_flight = self._in_flight, dispatched
+        return self._take_in(dispatched) if dispatched is not None else []
+
+    def _dispatch(self, step: ScheduledStep) -> _InFlight:
+        if step.admitted:
+            now = time.monotonic()
+            for group in step.admitted:
+                if group.stats.first_scheduled_time_s is None:
+                    group.stats = group.stats._replace(first_scheduled_time_s=now)
+        self.num_steps += 1
+        planned = self._planner.plan(step)
+        return _InFlight(step, planned, self.executor.dispatch(planned.plan))
+
+    def _take_in(self, in_flight: _InFlight) -> list[CoreOutput]:
+        """Commits a step's tokens and returns what the requests get by it."""
+        step = in_flight.step
+        result = self.executor.collect(in_flight.handle)
+        tokens: list[int] = result.tokens[: len(step.batch.sequences)].tolist()
+        aborted: list[TokenSequence] = []
+        if (result.tokens >= self._vocab_size).any():
+            aborted = self._abort_without_token(step, tokens)
+        results: Sequence[int | Candidates] = tokens
+        logprobs = {} if result.logprobs is None else _logprobs_of(step, result)
+        if logprobs:
+            results = [
+                _candidates(logprobs[sequence])
+                if sequence.group.beams is not None and sequence in logprobs
+                else token
+                for sequence, token in zip(step.batch.sequences, tokens, strict=True)
+            ]
+        advanced = self.scheduler.commit(step, results)
+        self.num_generated_tokens += len(advanced)
+        prompts = _prompt_logprobs_of(in_flight.planned, result)
+        return _outputs(aborted, advanced, logprobs, prompts)
+
+    def _abort_without_token(
+        self, step: ScheduledStep, tokens: Iterable[int]
+    ) -> list[TokenSequence]:
+        """Ends the sequences for which the device found no token, beams together with others'."""
+        aborted: list[TokenSequence] = []
+        for one, token in zip(step.scheduled, tokens, strict=True):
+            sequence = one.sequence
+            if one.samples and token >= self._vocab_size and not sequence.is_finished:
+                group, reason = sequence.group, NO_TOKEN_REASONS[token - self._vocab_size]
+                logger.error("request %s aborted: %s", group.request_id, reason)
+                for other in [sequence] if group.beams is None else group.live:
+                    self.scheduler.finish(other, "abort", reason)
+                    aborted.append(other)
+        return aborted
+
+
+def _outputs(
+    aborted: Iterable[TokenSequence],
+    advanced: Iterable[TokenSequence],
+    logprobs: dict[TokenSequence, TokenLogprobs],
+    prompts: dict[SequenceGroup, TokenLogprobs],
+) -> list[CoreOutput]:
+    """Returns what sequences without and with a new token give; beams only when all is over."""
+    outputs = [_output(sequence) for sequence in aborted if sequence.group.beams is None]
+    searches = {sequence.group: None for sequence in aborted if sequence.group.beams is not None}
+    now = time.monotonic()
+    for sequence in advanced:
+        group = sequence.group
+        if group.stats.first_token_time_s is None:
+            group.stats = group.stats._replace(first_token_time_s=now)
+        if group.beams is not None:
+            searches[group] = None
+            continue
+        if group.is_held:
+            if sequence.finish_reason is not None:
+                outputs.append(_output(sequence))
+            continue
+        outputs.append(
+            CoreOutput(
+                group.request_id,
+                sequence.index,
+                sequence.token_ids[-1:],
+                sequence.finish_reason,
+                sequence.stop_reason,
+                group.status is SequenceStatus.FINISHED,
+                group.stats,
+                logprobs.get(sequence) if logprobs else None,
+            )
+        )
+    for group in searches:
+        if group.is_finished:
+            outputs += _beam_outputs(group)
+    _mark_last(outputs)
+    for group, found in prompts.items():
+        _attach(outputs, group, found)
+    return outputs
+
+
+def _output(sequence: TokenSequence) -> CoreOutput:
+    """Returns what a sequence gives without a new token: nothing, or what was held back."""
+    return CoreOutput(
+        sequence.request_id,
+        sequence.index,
+        sequence.output_token_ids if sequence.group.is_held else [],
+        sequence.finish_reason,
+        sequence.stop_reason,
+        sequence.group.is_finished,
+        sequence.group.stats,
+    )
+
+
+def _beam_outputs(group: SequenceGroup) -> list[CoreOutput]:
+    """Returns the results of a search that is over, or its best beams if it was aborted."""
+    assert group.beams is not None
+    results = group.sequences[: group.beams.num_results]
+    return [
+        CoreOutput(
+            group.request_id,
+            index,
+            beam.output_token_ids,
+            beam.finish_reason,
+            beam.stop_reason,
+            beam is results[-1],
+            group.stats,
+            beam=beam_groups.figures(beam),
+        )
+        for index, beam in enumerate(results)
+    ]
+
+
+def _mark_last(outputs: list[CoreOutput]) -> None:
+    """Leaves `is_last` with the last output of each request that has ended."""
+    last: dict[str, CoreOutput] = {}
+    for output in outputs:
+        if output.is_last:
+            before = last.get(output.request_id)
+            if before is not None:
+                before.is_last = False
+            last[output.request_id] = output
+
+
+def _attach(outputs: list[CoreOutput], group: SequenceGroup, found: TokenLogprobs) -> None:
+    """Adds log-probabilities of a prompt to the first output of its request."""
+    mine = next((output for output in outputs if output.request_id == group.request_id), None)
+    if mine is None:
+        if group.is_finished:
+            return
+        mine = _output(group.sequences[0])
+        outputs.append(mine)
+    mine.prompt_logprobs = found
+
+
+def _logprobs_of(step: ScheduledStep, result: StepResult) -> dict[TokenSequence, TokenLogprobs]:
+    """Returns the log-probabilities of the sampled tokens whose requests ask for them."""
+    asking = [b for b, one in enumerate(step.scheduled) if samples_logprobs(one)]
+    sequences = [step.batch.sequences[b] for b in asking]
+    asked = [sequence.sampling_params.logprobs for sequence in sequences]
+    assert result.logprobs is not None
+    found = logprobs.read(result.logprobs[asking], -1 if -1 in asked else max(asked))
+    return {
+        sequence: _of_place(found, place, num_top)
+        for place, (sequence, num_top) in enumerate(zip(sequences, asked, strict=True))
+    }
+
+
+def _of_place(found: TokenLogprobs, place: int, num_top: int) -> TokenLogprobs:
+    width = found.top_token_ids.shape[1] if num_top == -1 else num_top
+    one = slice(place, place + 1)
+    return TokenLogprobs(
+        found.logprobs[one],
+        found.ranks[one],
+        found.top_token_ids[one, :width],
+        found.top_logprobs[one, :width],
+    )
+
+
+def _prompt_logprobs_of(planned: Planned, result: StepResult) -> dict[SequenceGroup, TokenLogprobs]:
+    """Returns the log-probabilities of the next tokens of prompts."""
+    found, end = {}, 0
+    for group, count in planned.prompts:
+        assert result.prompt_logprobs is not None
+        begin, end = end, end + count
+        num_top = group.sampling_params.prompt_logprobs
+        found[group] = logprobs.read(result.prompt_logprobs[begin:end], num_top)
+    return found
+
+
+def _candidates(found: TokenLogprobs) -> Candidates:
+    return Candidates(found.top_token_ids[0].tolist(), found.top_logprobs[0].tolist())

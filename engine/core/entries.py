@@ -1,0 +1,109 @@
+"""How a waiting group comes into the block tables: its rows, and what they share from the start."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
+from pallas_paged.engine.kv.host_pool import DROPPED
+from pallas_paged.engine.kv.sharing import GIVEN_BACK, Branch, blocks_for, plan_tree
+
+
+def repeated_blocks(
+    placed: Sequence[TokenSequence], tables: np.ndarray, block_size: int
+) -> dict[int, int]:
+    """Returns which full blocks of a group's rows repeat another one, and that one: {old: kept}.
+
+    Blocks are equal that hold the same tokens behind equal blocks. Those before the first that is
+    new since the memory was told (`num_remembered`) differ already, and one that it was told of is
+    kept rather than a new one. A block behind one that its row has given back is taken to differ.
+    """
+    S = block_size
+    num_full = [sequence.num_computed // S for sequence in placed]
+    is_told = [s.num_remembered >= end for s, end in zip(placed, num_full, strict=True)]
+    first = min(
+        (s.num_remembered for s, told in zip(placed, is_told, strict=True) if not told),
+        default=None,
+    )
+    kept: dict[int, int] = {}
+    if first is None or len(placed) == 1:
+        return kept
+    owners: dict[tuple[int, tuple[int, ...]], int] = {}
+    for index in sorted(range(len(placed)), key=lambda index: not is_told[index]):
+        sequence = placed[index]
+        blocks: list[int] = [0, *tables[sequence.row, : num_full[index]].tolist()]
+        parent = blocks[first] if first < len(blocks) else 0
+        for place in range(first, num_full[index]):
+            before, parent = parent, blocks[place + 1]
+            if parent == GIVEN_BACK or (place and before == GIVEN_BACK):
+                continue
+            key = kept.get(before, before), tuple(sequence.token_ids[place * S : (place + 1) * S])
+            owner = owners.setdefault(key, parent)
+            if owner != parent:
+                kept[parent] = owner
+    return kept
+
+
+class Entry(NamedTuple):
+    """How a waiting group comes into the block tables.
+
+    Attributes:
+      placed: the sequences that get a row now: all live ones, or before the first token only one.
+      branches: one for each of them.
+      num_new: blocks to allocate.
+      num_needed: blocks that should be free: those, and what forked rows will copy on write.
+    """
+
+    placed: list[TokenSequence]
+    branches: list[Branch]
+    num_new: int
+    num_needed: int
+
+
+def sequences_to_place(group: SequenceGroup) -> list[TokenSequence]:
+    """Returns the live sequences of a waiting group that need a row; before any output, one."""
+    live = group.live
+    return live if any(sequence.num_output_tokens for sequence in live) else live[:1]
+
+
+def plan_entry(group: SequenceGroup, hits: Sequence[Sequence[int]], block_size: int) -> Entry:
+    """Returns how a group starts, or starts again with all tokens it knows; changes nothing.
+
+    `hits` are the cached blocks for each of `sequences_to_place`.
+    """
+    placed = sequences_to_place(group)
+    branches = plan_tree([sequence.token_ids for sequence in placed], hits, block_size)
+    num_new = -min(min(branch.blocks) for branch in branches)
+    num_spares = 0
+    if group.num_prompt_tokens % block_size:
+        num_spares = group.num_rows - len(placed)
+    return Entry(placed, branches, num_new, num_new + num_spares)
+
+
+def plan_return(group: SequenceGroup, hits: Sequence[Sequence[int]], block_size: int) -> Entry:
+    """Returns how a swapped group comes back: as it left, with cached blocks where there are any.
+
+    What a sequence had given back before stays given back.
+
+    Each row begins with the tokens that were kept and has to grow for the rest.
+    """
+    S = block_size
+    placed = sequences_to_place(group)
+    numbers: dict[int, int] = {}
+    branches: list[Branch] = []
+    num_needed = 0
+    for sequence, cached in zip(placed, hits, strict=True):
+        blocks = []
+        for index, slot in enumerate(sequence.swapped_slots):
+            if slot == DROPPED:
+                blocks.append(GIVEN_BACK)
+            elif index < len(cached):
+                blocks.append(cached[index])
+            else:
+                blocks.append(numbers.setdefault(slot, -len(numbers) - 1))
+        branches.append(Branch(tuple(blocks), None, sequence.num_swapped))
+        num_needed += blocks_for(len(sequence.token_ids), S) - len(blocks)
+    partial = [branch.blocks[-1] for branch in branches if branch.num_shared % S]
+    num_copies = len(partial) - len(set(partial))
+    return Entry(placed, branches, len(numbers), len(numbers) + num_needed + num_copies)

@@ -1,0 +1,51 @@
+"""What must be true of a scheduler's queues and sequences whenever it is not at work."""
+
+from collections.abc import Iterable
+
+from pallas_paged.engine.core import beam_groups
+from pallas_paged.engine.core.queues import Queues, placed_of
+from pallas_paged.engine.core.request import SequenceStatus, TokenSequence
+from pallas_paged.engine.core.scheduled import ScheduledStep
+from pallas_paged.engine.kv.host_pool import HostPool
+
+
+def check_queues(queues: Queues, host_pool: HostPool) -> None:
+    """Asserts that the queues, their groups, and the room of swapped ones agree."""
+    waiting, running = queues.waiting, queues.running
+    queued = [*running, *waiting]
+    assert {id(g) for g in queued} == {id(g) for g in queues.unfinished.values()}
+    assert len(queued) == len(queues.unfinished)
+    assert queues.placed == placed_of(running)
+    assert queues.num_rows == sum(group.num_rows for group in running)
+    for group in queued:
+        assert group.live
+        beam_groups.check_invariants(group)
+    used: set[int] = set()
+    for group in running:
+        assert group.status is SequenceStatus.RUNNING
+        rows = {s.row for s in group.placed if s.row is not None}
+        assert len(rows) == len(group.placed)
+        assert all(s.row is None for s in group.live if s not in group.placed)
+        waits = group.waits_for_host
+        assert all(s.num_dispatched < s.num_tokens + waits for s in group.live)
+        assert rows.isdisjoint(used)
+        used |= rows
+    for group in waiting:
+        swapped = group.swapped is not None
+        assert group.status is (SequenceStatus.SWAPPED if swapped else SequenceStatus.WAITING)
+        assert all(s.row is None and s.num_reserved == 0 for s in group.sequences)
+    for queue in (running, waiting):
+        keys = [queues.order.key(group) for group in queue]
+        assert keys == sorted(set(keys))
+    chunks = [group.swapped.num_blocks for group in queued if group.swapped is not None]
+    assert sum(chunks) == host_pool.num_used <= host_pool.num_blocks
+
+
+def check_counts(sequence: TokenSequence, in_flight: Iterable[ScheduledStep]) -> None:
+    """Asserts that a sequence's counts fit the steps in flight."""
+    mine = [one for step in in_flight for one in step.scheduled if one.sequence is sequence]
+    assert sequence.num_in_flight == len(mine)
+    num_samples = sum(one.samples for one in mine)
+    assert sequence.num_pending == (0 if sequence.group.waits_for_host else num_samples)
+    assert sequence.num_tokens <= sequence.group.max_length
+    assert sequence.num_computed <= sequence.num_dispatched <= sequence.num_reserved

@@ -1,0 +1,239 @@
+"""From what the scheduler decided to the plan that a device gets: padded, packed, no objects."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pallas_paged.engine.core.buckets import Bucket, Buckets
+from pallas_paged.engine.core.plan import StepPlan
+from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
+from pallas_paged.engine.core.row_edits import RowEdits
+from pallas_paged.engine.core.scheduled import ScheduledSequence, ScheduledStep
+from pallas_paged.engine.core.step_inputs import FullInputs, StepInputs, packed_size, views
+from pallas_paged.engine.kv.interface import Memory
+
+_NO_TARGETS = np.zeros((2, 0), np.int32)
+
+
+class Planned(NamedTuple):
+    """A plan, and whose its `prompt_targets` are: requests with numbers of tokens, in order."""
+
+    plan: StepPlan
+    prompts: list[tuple[SequenceGroup, int]]
+
+
+class _Batch(NamedTuple):
+    """A step's `scheduled.Batch` with arrays of B entries."""
+
+    sequences: list[TokenSequence]
+    rows: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    samples: np.ndarray
+    on_device: np.ndarray
+
+
+class Planner:
+    """Makes plans of scheduled steps, in the order in which they were scheduled.
+
+    What a row's sequence asks of sampling is kept in columns, one entry per row of the block
+    tables, and written only when the row gets another sequence.
+    """
+
+    def __init__(self, memory: Memory, buckets: Buckets) -> None:
+        """Takes blocks from the tables of `memory`, and shapes from `buckets`."""
+        self._memory = memory
+        self._buckets = buckets
+        self._num_rows = len(memory.tables)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what the device's rows hold: it is new, or begins anew."""
+        self._columns = _Columns(self._num_rows)
+        self._row_edits = RowEdits(self._num_rows)
+
+    def plan(self, step: ScheduledStep) -> Planned:
+        """Returns the plan of a step; the blocks of all its tokens are in the block tables."""
+        sequences, rows, starts, counts, samples, on_device = step.batch
+        batch = _Batch(
+            sequences,
+            np.array(rows, np.int32),
+            np.array(starts, np.int32),
+            np.array(counts, np.int32),
+            np.array(samples, bool),
+            np.array(on_device, bool),
+        )
+        self._columns.follow(batch.rows, sequences)
+        targets: list[range] = []
+        scheduled: list[ScheduledSequence] = []
+        is_full = wants_logprobs = False
+        if self._columns.is_special[batch.rows].any():
+            scheduled = step.scheduled
+            targets = [_targets_of(one) for one in scheduled]
+            wants_logprobs = any(map(samples_logprobs, scheduled))
+            is_full = wants_logprobs or any(targets) or any(map(_samples_ruled, scheduled))
+        lens = batch.starts + batch.counts
+        bucket = self._buckets.pick(
+            step.num_tokens,
+            len(sequences),
+            -(-int(lens.max()) // self._memory.block_size),
+            is_decode=bool((batch.counts == 1).all()) and not any(targets),
+            is_full=is_full,
+        )
+        prompt_targets, prompts = _take_targets(scheduled, targets)
+        plan = StepPlan(
+            step.step_id,
+            bucket,
+            step.dropped_chunks,
+            step.swap_outs,
+            step.swap_ins,
+            step.copies,
+            tuple(self._row_edits.next_edits(scheduled)) if is_full else (),
+            self._packed(batch, lens, bucket, scheduled),
+            wants_logprobs,
+            prompt_targets,
+        )
+        return Planned(plan, prompts)
+
+    def _packed(
+        self, batch: _Batch, lens: np.ndarray, bucket: Bucket, scheduled: list[ScheduledSequence]
+    ) -> np.ndarray:
+        """Returns the packed inputs of a step, padded to `bucket`: i32[packed_size(bucket)].
+
+        `scheduled` is needed for full buckets only.
+        """
+        tables, S, columns = self._memory.tables, self._memory.block_size, self._columns
+        packed = np.zeros(packed_size(bucket), np.int32)
+        x = views(packed, bucket)
+        sequences, rows, starts, counts, samples, on_device = batch
+        ends = np.cumsum(counts, dtype=np.int32)
+        B, T = len(rows), int(ends[-1])
+        positions = np.arange(T, dtype=np.int32) + np.repeat(starts - (ends - counts), counts)
+        x.positions[:T] = positions
+        x.slot_mapping[:T] = tables[np.repeat(rows, counts), positions // S] * S + positions % S
+        np.take(tables[:, : bucket.table_width], rows, 0, x.block_tables[:B], mode="clip")
+        x.seq_lens[:B] = np.where(counts > 0, lens, 0)
+        x.query_start_loc[1 : B + 1] = ends
+        x.query_start_loc[B + 1 :] = T
+        x.rows[B:] = x.sample_rows[B:] = self._num_rows
+        x.rows[:B] = rows
+        x.sample_rows[:B] = np.where(samples, rows, self._num_rows)
+        x.logits_indices[:B] = ends - 1  # for a fork without tokens, the last one of its parent
+        x.sample_positions[:B] = lens
+        x.input_on_device[:B] = on_device
+        for b in np.flatnonzero(~on_device & (counts > 0)).tolist():
+            start, count = starts[b], counts[b]
+            token_ids = sequences[b].token_ids[start : start + count]
+            x.input_ids[ends[b] - count : ends[b]] = token_ids
+        columns.fill(x, rows)
+        if x.full is not None:
+            _fill_full(x.full, scheduled, self._num_rows)
+        return packed
+
+
+class _Columns:
+    """What each row's sequence asks of sampling.
+
+    Attributes:
+      is_special: bool[R], whether its request asks for log-probabilities or has rules for logits,
+        so that some of its steps are full.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.is_special = np.zeros(num_rows, bool)
+        self._numbers = np.full(num_rows, -1, np.int64)  # of the sequences
+        self._temperature, self._top_p, self._min_p = np.zeros((3, num_rows), np.float32)
+        self._top_k, self._sample_index = np.zeros((2, num_rows), np.int32)
+        self._seeds = np.zeros((num_rows, 2), np.uint32)
+
+    def follow(self, rows: np.ndarray, sequences: list[TokenSequence]) -> None:
+        """Writes the rows that have got another sequence."""
+        numbers = np.array([sequence.number for sequence in sequences])
+        for b in np.flatnonzero(self._numbers[rows] != numbers).tolist():
+            self._write(int(rows[b]), sequences[b])
+
+    def _write(self, row: int, sequence: TokenSequence) -> None:
+        group = sequence.group
+        params = group.sampling_params
+        self._numbers[row] = sequence.number
+        self._temperature[row] = params.temperature
+        self._top_k[row] = params.top_k
+        self._top_p[row] = params.top_p
+        self._min_p[row] = params.min_p
+        self._seeds[row] = params.seed >> 32, params.seed & 0xFFFFFFFF
+        self._sample_index[row] = sequence.index
+        asks = params.logprobs is not None or params.prompt_logprobs is not None
+        self.is_special[row] = asks or group.logit_rules is not None
+
+    def fill(self, x: StepInputs[np.ndarray], rows: np.ndarray) -> None:
+        """Fills a step's sampling inputs."""
+        B = len(rows)
+        x.temperature[:B] = self._temperature[rows]
+        x.top_k[:B] = self._top_k[rows]
+        x.top_p[:B] = self._top_p[rows]
+        x.min_p[:B] = self._min_p[rows]
+        x.seeds[:B] = self._seeds[rows]
+        x.sample_index[:B] = self._sample_index[rows]
+
+
+def samples_logprobs(one: ScheduledSequence) -> bool:
+    """Whether the token that is sampled comes with log-probabilities."""
+    return one.samples and one.sequence.sampling_params.logprobs is not None
+
+
+def _samples_ruled(one: ScheduledSequence) -> bool:
+    return one.samples and one.sequence.logit_rules is not None
+
+
+def _targets_of(one: ScheduledSequence) -> range:
+    """Returns the positions of the prompt's tokens whose log-probabilities the step brings.
+
+    Each position once in a request's life, whatever is computed again after a preemption. The
+    token at position p is predicted by the one before it, which may be in another chunk than it.
+    """
+    sequence = one.sequence
+    if sequence.sampling_params.prompt_logprobs is None:
+        return range(0)
+    first = max(one.start, sequence.group.num_prompt_logprobs) + 1
+    return range(first, min(one.start + one.num_tokens, sequence.num_prompt_tokens - 1) + 1)
+
+
+def _take_targets(
+    scheduled: list[ScheduledSequence], targets: list[range]
+) -> tuple[np.ndarray, list[tuple[SequenceGroup, int]]]:
+    """Returns `prompt_targets` and `Planned.prompts`, and counts them as on their way."""
+    if not any(targets):
+        return _NO_TARGETS, []
+    indices: list[int] = []
+    tokens: list[int] = []
+    prompts: list[tuple[SequenceGroup, int]] = []
+    offset = 0
+    for one, positions in zip(scheduled, targets, strict=True):
+        if positions:
+            indices.extend(offset + position - 1 - one.start for position in positions)
+            tokens.extend(one.sequence.prompt_token_ids[positions.start : positions.stop])
+            prompts.append((one.sequence.group, len(positions)))
+            one.sequence.group.num_prompt_logprobs = positions.stop - 1
+        offset += one.num_tokens
+    return np.array([indices, tokens], np.int32), prompts
+
+
+def _fill_full(
+    x: FullInputs[np.ndarray], scheduled: list[ScheduledSequence], num_rows: int
+) -> None:
+    """Fills the fields that only full steps have."""
+    x.counted_rows[:] = num_rows
+    x.repetition_penalty[:] = 1.0
+    for b, one in enumerate(scheduled):
+        x.wants_logprobs[b] = samples_logprobs(one)
+        rules = one.sequence.logit_rules
+        if rules is None or not one.samples:
+            continue
+        x.uses_bias[b] = rules.uses_bias
+        if rules.uses_penalties:
+            x.uses_penalties[b] = 1
+            x.repetition_penalty[b] = rules.repetition_penalty
+            x.presence_penalty[b] = rules.presence_penalty
+            x.frequency_penalty[b] = rules.frequency_penalty
+            if one.start + one.num_tokens > one.sequence.num_prompt_tokens:
+                x.counted_rows[b] = one.row

@@ -1,0 +1,300 @@
+"""A request as the scheduler sees it: a group of sequences, and how far each one has come."""
+
+import dataclasses
+import enum
+import itertools
+from typing import Any
+
+from pallas_paged.engine.core.beam_search import BeamSearch, Candidates
+from pallas_paged.engine.core.core_output import FinishReason, RequestStats
+from pallas_paged.engine.core.logit_rules import LogitRules
+from pallas_paged.engine.kv.host_pool import SwappedChunk
+from pallas_paged.engine.kv.prefix_cache import Hit
+from pallas_paged.engine.kv.sharing import Root
+
+_NUMBERS = itertools.count()
+
+
+class SequenceStatus(enum.Enum):
+    """Where a group or a sequence of it stands: queued, running, queued on the host, or done."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    SWAPPED = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclasses.dataclass(eq=False, slots=True, weakref_slot=True)
+class TokenSequence:
+    """One completion of a request: the prompt and the tokens generated for it.
+
+    Three counts tell how far a sequence is, because the host runs one step ahead of the device:
+    `num_computed <= num_dispatched <= num_reserved`. They count from position 0 and start again
+    when the group is preempted, since its blocks are given back. Only the scheduler changes what
+    follows `index`.
+
+    Attributes:
+      group: the request's sequences.
+      index: which of the request's completions it is.
+      token_ids: the prompt and the committed output tokens.
+      row: its row in the block tables while it runs, else None. A sequence that has not been forked
+        from the first one yet has none either.
+      leader: the sequence that computes the last of the blocks it shares from the start of a
+        recomputation; None where they are computed already.
+      num_shared: tokens in those blocks; it computes none of them.
+      num_reserved: tokens that its blocks are allocated for.
+      num_swapped: tokens whose keys and values wait in host memory.
+      swapped_slots: the blocks of the group's chunk that hold them, in order; -1 for one that it
+        had given back before.
+      hits: cached blocks that were found for it while it waits, see `PrefixCache.match`.
+      num_remembered: full blocks that the memory was told of, see `Memory.remember`.
+      num_dispatched: tokens whose keys and values are computed, or will be by a step in flight.
+      num_computed: tokens whose keys and values a committed step computed.
+      num_in_flight: uncommitted steps that hold the sequence, those before a preemption included.
+      num_pending: tokens sampled by uncommitted steps: on the device, not in `token_ids` yet. 0
+        or 1 whenever a step is scheduled; always 0 where the group `waits_for_host`.
+      candidates: of a beam whose last token is computed, until the others' are too; else None.
+      finish_reason: None until it finished.
+      stop_reason: the stop token or stop string that ended it, None for any other end.
+      number: tells it from all other sequences of this process.
+    """
+
+    group: "SequenceGroup"
+    index: int = 0
+
+    token_ids: list[int] = dataclasses.field(init=False)
+    row: int | None = dataclasses.field(init=False, default=None)
+    leader: "TokenSequence | None" = dataclasses.field(init=False, default=None, repr=False)
+    num_shared: int = dataclasses.field(init=False, default=0)
+    num_reserved: int = dataclasses.field(init=False, default=0)
+    num_swapped: int = dataclasses.field(init=False, default=0)
+    swapped_slots: tuple[int, ...] = dataclasses.field(init=False, default=())
+    hits: list[Hit] = dataclasses.field(init=False, default_factory=list, repr=False)
+    num_remembered: int = dataclasses.field(init=False, default=0)
+    num_dispatched: int = dataclasses.field(init=False, default=0)
+    num_computed: int = dataclasses.field(init=False, default=0)
+    num_in_flight: int = dataclasses.field(init=False, default=0)
+    num_pending: int = dataclasses.field(init=False, default=0)
+    candidates: Candidates | None = dataclasses.field(init=False, default=None)
+    finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
+    stop_reason: int | str | None = dataclasses.field(init=False, default=None)
+    number: int = dataclasses.field(init=False, default_factory=_NUMBERS.__next__)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.group.prompt_token_ids)
+
+    @property
+    def request_id(self) -> str:
+        """The group's."""
+        return self.group.request_id
+
+    @property
+    def sampling_params(self) -> Any:
+        """The group's; the scheduler never reads it."""
+        return self.group.sampling_params
+
+    @property
+    def logit_rules(self) -> LogitRules | None:
+        """The group's; the scheduler never reads them."""
+        return self.group.logit_rules
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """The group's."""
+        return self.group.prompt_token_ids
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.group.prompt_token_ids)
+
+    @property
+    def status(self) -> SequenceStatus:
+        """Finished, or as the group is."""
+        return SequenceStatus.FINISHED if self.is_finished else self.group.status
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Committed output tokens."""
+        return len(self.token_ids) - len(self.group.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """The committed output tokens, a new list."""
+        return self.token_ids[len(self.group.prompt_token_ids) :]
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens, the pending ones included."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has a `finish_reason`."""
+        return self.finish_reason is not None
+
+    def give_up_blocks(self) -> None:
+        """Starts again, with prompt and output as the prompt; what is in flight stays counted."""
+        self.row = self.leader = self.candidates = None
+        self.num_shared = self.num_remembered = self.num_reserved = 0
+        self.num_dispatched = self.num_computed = 0
+
+    def continued(self, index: int, token: int) -> "TokenSequence":
+        """Returns a sequence that has come as far as this one, and has one more token; no row."""
+        child = TokenSequence(self.group, index)
+        child.token_ids = [*self.token_ids, token]
+        child.num_reserved, child.num_remembered = self.num_reserved, self.num_remembered
+        child.num_dispatched, child.num_computed = self.num_dispatched, self.num_computed
+        return child
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class SequenceGroup:
+    """A request: `num_seqs` completions of one prompt, which run, wait and lose blocks together.
+
+    The prompt is computed once, by the first sequence; when its last token is, the others are
+    forked from it, and each of them samples its own first token. A beam search begins with one
+    sequence; after each token its sequences are replaced by their best continuations, and in the
+    end by the results.
+
+    Attributes:
+      request_id: unique among unfinished requests.
+      prompt_token_ids: the prompt, at least one token.
+      max_tokens: the most tokens to generate per sequence, at least 1.
+      stop_token_ids: tokens that end a sequence; reported as its `stop_reason`.
+      eos_token_ids: the model's end tokens, which end it without a `stop_reason`; empty for
+        `ignore_eos`.
+      arrival_time: seconds, for metrics; the order of arrival is the order of `Scheduler.add`.
+      sampling_params: carried for the sampler; the scheduler never reads it.
+      logit_rules: what the request changes in its logits, None for nothing; carried like
+        `sampling_params`, of which it is made.
+      priority: lower ones first, where the scheduler orders by it.
+      num_seqs: how many completions, or beams.
+      cache_salt: keeps its cached blocks apart from those of requests with another one.
+      reads_cache: whether it uses cached blocks; not if each token of its prompt has to be computed
+        for `prompt_logprobs`.
+      writes_cache: whether its blocks are cached.
+      beams: the beam search that the sequences are the beams of, best first; None for sampling.
+      waits_for_host: whether no step continues a sequence before the host knows its last token, so
+        that it runs in every second step while others run in each; always so for beams.
+      sequences: all of them, by index.
+      is_held: whether its tokens are given out when a sequence ends, and not before.
+      status: see `SequenceStatus`.
+      arrival: counts the scheduler's groups.
+      is_forked: whether every live sequence has a row while the group runs; else only the first.
+      swapped: its blocks in host memory while it is swapped out.
+      planned_entry: how it would come in, planned while it waited, and from what; see `Admission`.
+      stats: see `RequestStats`.
+      ending_ids: `eos_token_ids` and `stop_token_ids`.
+      max_length: tokens, prompt and output, at which its sequences end; the scheduler sets it.
+      num_prompt_logprobs: log-probabilities of the prompt that steps have computed, or will; they
+        are computed once, whatever is computed again after a preemption.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
+    arrival_time: float = 0.0
+    sampling_params: Any = None
+    logit_rules: LogitRules | None = None
+    priority: int = 0
+    num_seqs: int = 1
+    cache_salt: str | None = None
+    reads_cache: bool = True
+    writes_cache: bool = True
+    beams: BeamSearch | None = None
+    waits_for_host: bool = False
+
+    sequences: list[TokenSequence] = dataclasses.field(init=False, repr=False)
+    is_held: bool = dataclasses.field(init=False, default=False)
+    status: SequenceStatus = dataclasses.field(init=False, default=SequenceStatus.WAITING)
+    arrival: int = dataclasses.field(init=False, default=0)
+    is_forked: bool = dataclasses.field(init=False, default=False)
+    swapped: SwappedChunk | None = dataclasses.field(init=False, default=None)
+    planned_entry: tuple[Any, Any] | None = dataclasses.field(init=False, default=None, repr=False)
+    stats: RequestStats = dataclasses.field(init=False, default=RequestStats())
+    ending_ids: frozenset[int] = dataclasses.field(init=False)
+    max_length: int = dataclasses.field(init=False, default=0)
+    num_prompt_logprobs: int = dataclasses.field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.ending_ids = self.eos_token_ids | self.stop_token_ids
+        num_first = self.num_seqs if self.beams is None else 1
+        self.sequences = [TokenSequence(self, index) for index in range(num_first)]
+        if self.beams is not None:
+            self.waits_for_host = True
+            mine = self.num_seqs, self.max_tokens, self.ending_ids
+            assert (self.beams.width, self.beams.max_tokens, self.beams.ending_ids) == mine
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def live(self) -> list[TokenSequence]:
+        """The sequences that have not finished, by index; a new list."""
+        return [sequence for sequence in self.sequences if sequence.finish_reason is None]
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a step in flight computes tokens of its live sequences."""
+        return any(sequence.num_in_flight for sequence in self.live)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache when it was first admitted."""
+        return self.stats.num_cached_tokens
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often it was preempted."""
+        return self.stats.num_preemptions
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it takes while it runs: one per live sequence, or beam to come."""
+        return len(self.live) if self.beams is None else self.num_seqs
+
+    @property
+    def cache_root(self) -> Root:
+        """What its cached blocks depend on beside the tokens: today the salt alone."""
+        return self.cache_salt
+
+    def ending_of(self, token: int) -> tuple[FinishReason, int | None]:
+        """Returns finish and stop reason of an output that is over with this token."""
+        if token in self.eos_token_ids:
+            return "stop", None
+        return ("stop", token) if token in self.stop_token_ids else ("length", None)
+
+    def forget_swapped(self) -> None:
+        """Forgets the blocks in host memory; the caller gives their room back."""
+        self.swapped = None
+        for sequence in self.sequences:
+            sequence.num_swapped, sequence.swapped_slots = 0, ()
+
+    @property
+    def placed(self) -> list[TokenSequence]:
+        """The live sequences that have a row while the group runs."""
+        live = self.live
+        return live if self.is_forked else live[:1]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all its sequences are."""
+        return self.status is SequenceStatus.FINISHED
+
+    def abort(self, stop_reason: str | None = None) -> None:
+        """Ends what runs of it by "abort", in any state, and counts on none of its figures.
+
+        Whoever calls this empties the queues and the memory that it may be in.
+        """
+        for sequence in self.live:
+            sequence.give_up_blocks()
+            sequence.num_pending = 0
+            sequence.stop_reason = stop_reason
+            sequence.finish_reason = "abort"
+        self.swapped = None
+        self.status = SequenceStatus.FINISHED

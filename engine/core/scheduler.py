@@ -1,0 +1,340 @@
+"""Continuous batching: which tokens of which sequences the next step computes.
+
+The scheduler decides once per step. It may run one step ahead of the device: step n + 1 is
+scheduled while step n computes, so a sequence can be continued from a token that only the device
+knows yet. The device executes steps in order, which is why blocks may be given back, and taken by
+the next step, while a step that uses them is still in flight.
+
+It moves whole groups: the sequences of a request are admitted, preempted and recomputed together.
+
+Why every request finishes: groups are admitted in order of arrival and preempted in the reverse
+order, so the running groups are always the earliest ones. The earliest of all is preempted only
+when it runs alone, and alone it fits, or `add` had refused it.
+"""
+
+import collections
+import collections.abc
+import itertools
+
+from pallas_paged.engine.core.admission import Admission, Arrival, Room
+from pallas_paged.engine.core.committer import Committer, Result
+from pallas_paged.engine.core.core_output import FinishReason
+from pallas_paged.engine.core.displacing import groups_to_displace
+from pallas_paged.engine.core.invariants import check_counts, check_queues
+from pallas_paged.engine.core.policies import ChooseRecovery, Order, always_recompute, choose_victim
+from pallas_paged.engine.core.queues import Queues
+from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
+from pallas_paged.engine.core.scheduled import ScheduledStep
+from pallas_paged.engine.core.swapping import swap_out
+from pallas_paged.engine.core.token_plan import Counts, TokenPlan, dispatch, plan
+from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
+from pallas_paged.engine.kv.interface import Memory
+from pallas_paged.engine.kv.sharing import NO_COPIES, CopyPairs, Root
+
+
+class Scheduler:
+    """Continuous batching of groups, with chunked prefill and preemption of whole groups.
+
+    The engine's loop is `step = schedule()`, dispatch, then `commit` of the *previous* step; or of
+    this one, to run without overlap. Steps are committed in the order in which they were scheduled.
+
+    Args:
+      memory: the block tables, with `max_num_seqs` rows, each wide enough for `max_model_len`.
+      max_num_seqs: the most sequences that run at once.
+      max_num_batched_tokens: the most tokens of a step. Longer prompts are computed in chunks.
+      max_model_len: the most tokens of a sequence, prompt and output; there it ends by "length".
+      watermark_blocks: blocks that admission leaves free while other groups run, so that they
+        can grow before anyone is preempted. None: one in a hundred, at least one.
+      order: who runs, and comes back, before whom; see `policies`.
+      choose_recovery: whether a group that loses its blocks is computed again or swapped out.
+      host_pool: the host memory that groups are swapped to; None has no room.
+      sliding_window: the most tokens that a query sees in any layer, itself included; rows give
+        back the blocks that have left it. None: a layer sees all tokens, and rows keep theirs.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        watermark_blocks: int | None = None,
+        order: Order | None = None,
+        choose_recovery: ChooseRecovery = always_recompute,
+        host_pool: HostPool | None = None,
+        sliding_window: int | None = None,
+    ) -> None:
+        for name, value, least in (
+            ("max_num_seqs", max_num_seqs, 1),
+            ("max_num_batched_tokens", max_num_batched_tokens, 1),
+            ("max_model_len", max_model_len, 2),
+            ("watermark_blocks", watermark_blocks, 0),
+            ("sliding_window", sliding_window, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        self.memory = memory
+        self.max_num_batched_tokens = max_num_batched_tokens
+        if watermark_blocks is None:
+            watermark_blocks = max(1, memory.num_usable_blocks // 100)
+        self.watermark_blocks = watermark_blocks
+        self.num_preemptions = 0
+        self.host_pool = HostPool(0, memory.num_usable_blocks) if host_pool is None else host_pool
+        self.admission = Admission(memory, self.host_pool, max_num_seqs, max_model_len)
+        self.queues = Queues(Order() if order is None else order)
+        self._committer = Committer(memory, self.queues, self.host_pool, sliding_window)
+        self._choose_recovery = choose_recovery
+        self._arrivals = itertools.count()
+        self._swap_outs: list[BlockMove] = []  # for the next step
+        self._in_flight: collections.deque[ScheduledStep] = collections.deque()
+        self._step_ids = itertools.count()
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request is unfinished; the last step may be in flight even if not."""
+        return bool(self.queues.unfinished)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue, new and preempted."""
+        return len(self.queues.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold blocks."""
+        return len(self.queues.running)
+
+    @property
+    def row_lens(self) -> dict[int, int]:
+        """The tokens of each row in use that are computed, or will be by the step in flight."""
+        return {
+            sequence.row: sequence.num_dispatched
+            for sequence in self.queues.placed
+            if sequence.row is not None
+        }
+
+    def add(self, group: SequenceGroup) -> None:
+        """Puts a new group at the end of the queue; raises `ValueError` as `check` does."""
+        self.check(group)
+        group.arrival = next(self._arrivals)
+        group.max_length = self.admission.max_length(group)
+        self.queues.add(group)
+
+    def check(self, group: SequenceGroup) -> None:
+        """Tells whether `add` would accept the group; changes nothing.
+
+        Raises:
+          ValueError: its id is taken; or see `Admission.check`.
+        """
+        if group.request_id in self.queues.unfinished:
+            raise ValueError(
+                f"request_id={group.request_id!r} is taken by an unfinished request; use another"
+            )
+        self.admission.check(group)
+
+    def pin(self, token_ids: collections.abc.Sequence[int], root: Root) -> bool:
+        """Keeps the full blocks of a prefix, until `unpin`, however little memory there is.
+
+        Returns False, and changes nothing, if not all of them are cached.
+
+        Raises:
+          ValueError: an unfinished request could not run to its end beside them.
+        """
+        num_blocks = len(token_ids) // self.memory.block_size
+        if not self.memory.pin(token_ids, root):
+            return False
+        for group in self.queues.unfinished.values():
+            if not self.admission.fits_beside_pins(group):
+                self.memory.unpin(token_ids, root)
+                raise ValueError(
+                    f"pinning {num_blocks} blocks would leave too few of "
+                    f"{self.memory.num_usable_blocks} for request {group.request_id!r}; pin fewer "
+                    "tokens, wait for the request's end, or enlarge the cache"
+                )
+        return True
+
+    def unpin(self, token_ids: collections.abc.Sequence[int], root: Root) -> bool:
+        """Takes a `pin` back; returns False if there is none."""
+        return self.memory.unpin(token_ids, root)
+
+    def schedule(self) -> ScheduledStep | None:
+        """Returns the next step, or None if nothing can be computed now.
+
+        None means that nothing is unfinished, or that the step in flight must be committed first.
+        Running groups come first, then those that wait, as far as tokens, rows and blocks
+        allow. When the running ones find no blocks to grow, the last of them loses its own, until
+        the others fit; it waits at the head of the queue then, and nobody overtakes it.
+        """
+        assert len(self._in_flight) <= 1, "at most one step may be in flight"
+        preempted = self._displace()
+        planned = self._plan(self.queues.placed)
+        while (copies := self._reserve(planned)) is None:
+            preempted.append(self._preempt(choose_victim(self.queues.running)))
+            planned = self._plan(self.queues.placed)
+        arrivals, first = self._admit(self.max_num_batched_tokens - planned.num_tokens)
+        swap_ins, more_copies = self.admission.give_blocks(arrivals)
+        counts = self._fork([*planned.counts, *first])
+        if not counts:
+            assert self._in_flight or not self.has_unfinished, "nothing to wait for, nothing to do"
+            return None
+        dropped = self.host_pool.take_dropped()
+        step = ScheduledStep(
+            next(self._step_ids),
+            dispatch(counts),
+            sum(count for _, count in counts),
+            dropped,
+            tuple(move for move in self._swap_outs if move.chunk.number not in dropped),
+            swap_ins,
+            copies.and_then(more_copies),
+            tuple(arrival.group for arrival in arrivals),
+            tuple(preempted),
+        )
+        self._swap_outs.clear()
+        self._in_flight.append(step)
+        return step
+
+    def commit(
+        self, step: ScheduledStep, results: collections.abc.Sequence[Result]
+    ) -> list[TokenSequence]:
+        """Takes a step's results and returns the sequences that got a token, finished or not.
+
+        Tokens for sequences that finished or were aborted after the step was scheduled are
+        dropped. A sequence that was preempted meanwhile keeps its token; a beam computes its
+        candidates again. Beams go on, as new sequences, when all those of their group have theirs.
+
+        Args:
+          step: the earliest uncommitted step.
+          results: see `Result`, aligned with `step.scheduled`; any value where nothing is sampled.
+        """
+        oldest = self._in_flight.popleft()
+        assert step is oldest, "steps are committed in order"
+        return self._committer.commit(step, results)
+
+    def finish(
+        self, sequence: TokenSequence, reason: FinishReason, stop_reason: int | str | None = None
+    ) -> None:
+        """Ends a sequence in any state and frees its blocks; does nothing if it has ended."""
+        self._committer.finish(sequence, reason, stop_reason)
+
+    def abort(self, request_id: str) -> None:
+        """Ends what runs of a request by "abort"; does nothing if it is unknown or has ended."""
+        if request_id in self.queues.unfinished:
+            self._committer.abort(self.queues.unfinished[request_id])
+
+    def abort_all(self) -> list[SequenceGroup]:
+        """Aborts and returns all requests, and forgets the steps in flight.
+
+        For use after an error or an interrupt, wherever it struck: nothing that may be half-changed
+        is read, and the scheduler and its memory begin anew. May be called again if it was
+        interrupted itself.
+        """
+        aborted = list(self.queues.unfinished.values())
+        for group in aborted:
+            group.abort()
+        self._in_flight.clear()
+        self._swap_outs.clear()
+        self.host_pool.clear()
+        self.memory.free_all()
+        self.queues.clear()  # last: what is aborted is in there
+        return aborted
+
+    def check_invariants(self) -> None:
+        """Asserts that the queues, the counts, the steps in flight and the memory agree."""
+        check_queues(self.queues, self.host_pool)
+        for group in self.queues.unfinished.values():
+            for sequence in group.live:
+                check_counts(sequence, self._in_flight)
+        assert self.queues.num_rows <= self.admission.max_num_seqs
+        placed = self.queues.placed
+        self.memory.check_invariants({s.row: s.num_reserved for s in placed if s.row is not None})
+
+    def _plan(self, sequences: list[TokenSequence]) -> TokenPlan:
+        return plan(sequences, self.max_num_batched_tokens)
+
+    def _reserve(self, planned: TokenPlan) -> CopyPairs | None:
+        """Allocates what the planned tokens need beyond their sequences' blocks: all or nothing."""
+        return self.memory.append(planned.rows, planned.growth) if planned.rows else NO_COPIES
+
+    def _displace(self) -> list[SequenceGroup]:
+        """Preempts the groups that the head of the queue displaces."""
+        victims = groups_to_displace(
+            self.queues,
+            self.admission,
+            max_num_tokens=self.max_num_batched_tokens,
+            watermark_blocks=self.watermark_blocks,
+        )
+        return [self._preempt(victim) for victim in victims]
+
+    def _admit(self, budget: int) -> tuple[list[Arrival], Counts]:
+        """Moves groups from the queue to the running ones, and plans their first tokens."""
+        arrivals: list[Arrival] = []
+        counts: Counts = []
+        if not budget or not self.queues.waiting:
+            return arrivals, counts
+        num_rows = self.admission.max_num_seqs - self.queues.num_rows
+        num_blocks = self.memory.num_free_blocks
+        for group in self.queues.waiting:
+            if group.is_in_flight:
+                break  # what a preempted group still has in flight belongs to its earlier life
+            spared = self.watermark_blocks if self.queues.running or arrivals else 0
+            arrival = self.admission.arrival_of(group, Room(num_rows, num_blocks - spared))
+            if arrival is None:
+                break
+            arrivals.append(arrival)
+            num_rows -= group.num_rows
+            num_blocks -= arrival.num_blocks
+            self.admission.enter(arrival)
+            planned = plan(group.placed, budget)
+            counts += planned.counts
+            budget -= planned.num_tokens
+            if not budget:
+                break
+        self.queues.run(arrival.group for arrival in arrivals)
+        return arrivals, counts
+
+    def _fork(self, counts: Counts) -> Counts:
+        """Adds the sequences forked from those that reach the end of their group's prompt."""
+        ready = {
+            sequence
+            for sequence, count in counts
+            if not sequence.group.is_forked
+            and sequence.num_dispatched + count == sequence.num_tokens
+        }
+        if not ready:
+            return counts
+        families: Counts = []
+        children, parents = [], []
+        for parent, count in counts:
+            families.append((parent, count))
+            if parent in ready:
+                parent.group.is_forked = True
+                self.queues.rows_changed()
+                for child in parent.group.live[1:]:
+                    child.num_reserved = child.num_dispatched = parent.num_reserved
+                    child.num_remembered = parent.num_reserved // self.memory.block_size
+                    families.append((child, 0))
+                    children.append(child)
+                    parents.append(parent.row)
+        rows = self.memory.fork([row for row in parents if row is not None])
+        for child, row in zip(children, rows, strict=True):
+            child.row = row
+        return families
+
+    def _preempt(self, group: SequenceGroup) -> SequenceGroup:
+        """Takes all blocks; what is not swapped out starts again, prompt and output as a prompt."""
+        self.queues.stop(group)
+        self.num_preemptions += 1  # before the host pool counts a swap, which is one of them
+        move = None
+        if self._choose_recovery(group) == "swap":
+            move = swap_out(group, self.memory.tables, self.memory.block_size, self.host_pool)
+        if move is not None:
+            self._swap_outs.append(move)
+        self.memory.free([s.row for s in group.placed if s.row is not None])
+        for sequence in group.sequences:
+            sequence.give_up_blocks()
+        group.status = SequenceStatus.WAITING if move is None else SequenceStatus.SWAPPED
+        group.is_forked = False
+        self.queues.wait(group)
+        group.stats = group.stats._replace(num_preemptions=group.num_preemptions + 1)
+        return group

@@ -1,0 +1,52 @@
+"""What a group's blocks are copied from and to when it is swapped out, and when it comes back."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
+from pallas_paged.engine.kv.host_pool import DROPPED, BlockMove, HostPool
+from pallas_paged.engine.kv.sharing import GIVEN_BACK, blocks_for
+
+
+def swap_out(group: SequenceGroup, tables: np.ndarray, S: int, pool: HostPool) -> BlockMove | None:
+    """Gives a running group that is about to lose its blocks room for them in host memory.
+
+    Nothing past the committed tokens is kept, and never the last token: a beam that waits for the
+    others computes it once more. Each block is copied once, whoever shares it.
+
+    Returns:
+      What to copy, or None where there is no room, or a sequence has nothing to keep.
+    """
+    rows = [(s, s.row, min(s.num_computed, len(s.token_ids) - 1)) for s in group.placed]
+    if any(row is None or not num_kept for _, row, num_kept in rows):
+        return None
+    slots = {GIVEN_BACK: DROPPED}
+    for _, row, num_kept in rows:
+        for block in tables[row, : blocks_for(num_kept, S)].tolist():
+            slots.setdefault(block, len(slots) - 1)
+    group.swapped = pool.take(len(slots) - 1)
+    if group.swapped is None:
+        return None
+    for sequence, row, num_kept in rows:
+        blocks = tables[row, : blocks_for(num_kept, S)].tolist()
+        sequence.num_swapped = num_kept
+        sequence.swapped_slots = tuple(slots[block] for block in blocks)
+    return BlockMove(group.swapped, np.array(list(slots)[1:], np.int32))
+
+
+def swap_in(
+    placed: Sequence[TokenSequence], tables: np.ndarray, hits: Sequence[Sequence[int]]
+) -> BlockMove:
+    """Returns what to copy into the rows that a swapped group has been given."""
+    chunk = placed[0].group.swapped
+    assert chunk is not None
+    block_ids = np.zeros(chunk.num_blocks, np.int32)
+    for sequence, cached in zip(placed, hits, strict=True):
+        for index, slot in enumerate(sequence.swapped_slots):
+            block = tables[sequence.row, index]
+            if slot == DROPPED:
+                continue
+            if index >= len(cached) or block != cached[index]:
+                block_ids[slot] = block
+    return BlockMove(chunk, block_ids)

@@ -1,0 +1,140 @@
+"""The compiled programs that copy whole blocks: all layers in one launch, a few padded sizes."""
+
+import bisect
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
+from pallas_paged.engine.kv.host_pool import BlockMove, chunk_sizes
+from pallas_paged.engine.kv.sharing import CopyPairs
+from pallas_paged.kv_cache import NULL_BLOCK, KVCache
+from pallas_paged.ops.block_copy.api import copy_blocks
+from pallas_paged.ops.block_transfer.api import gather_blocks, scatter_blocks
+
+Caches = tuple[KVCache, ...]
+
+
+class BlockPrograms:
+    """Copies between blocks of the KV caches, and to host memory and back.
+
+    A compiled program refuses inputs of any other shape or dtype, so nothing compiles by accident.
+
+    Attributes:
+      num_traces: how often each (program, number of blocks) was traced.
+    """
+
+    def __init__(
+        self,
+        kv_caches: Caches,
+        max_num_seqs: int,
+        *,
+        swaps: bool,
+        implementation: str | None = None,
+        placement: Placement = DEFAULT_DEVICE,
+    ):
+        """Takes shapes and dtypes from `kv_caches`; a step copies fewer than `max_num_seqs`.
+
+        `swaps` tells whether `gather` and `scatter` are compiled ahead; `implementation` is that of
+        all three operations; `placement` is that of the caches, by default JAX's default device.
+        """
+        self._implementation = implementation
+        self.num_traces: dict[tuple[str, int], int] = {}
+        self._placement = placement
+        self._caches = placement.cache_shapes(kv_caches)
+        self._copy_sizes = _powers(4, max_num_seqs)
+        num_blocks = jax.tree.leaves(kv_caches)[0].shape[0]
+        self._chunk_sizes = chunk_sizes(num_blocks - 1) if swaps else ()
+        self._on_device, self._on_host = placement.kv_caches, placement.host_blocks
+        self._compiled: dict[tuple[str, int], jax.stages.Compiled] = {}
+
+    def copy(self, kv_caches: Caches, pairs: CopyPairs) -> Caches:
+        """Copies `pairs.src` to `pairs.dst` in every layer; donates `kv_caches`."""
+        size = self._copy_sizes[bisect.bisect_left(self._copy_sizes, len(pairs.src))]
+        src, dst = (_padded(blocks, size) for blocks in pairs)
+        return self._program("copy", size)(kv_caches, src, dst)
+
+    def swap_out(self, kv_caches: Caches, move: BlockMove) -> Caches:
+        """Returns blocks of every layer in host memory; copies in one launch, without waiting."""
+        size = move.chunk.num_blocks
+        gathered = self._program("gather", size)(kv_caches, _padded(move.block_ids, size))
+        return jax.device_put(gathered, self._on_host)
+
+    def swap_in(self, kv_caches: Caches, move: BlockMove, chunk: Caches) -> Caches:
+        """Copies blocks of every layer back from what `swap_out` returned; donates `kv_caches`."""
+        blocks = jax.device_put(chunk, self._on_device)
+        return self._program("scatter", move.chunk.num_blocks)(kv_caches, move.block_ids, blocks)
+
+    def compile(self) -> None:
+        """Compiles every program ahead."""
+        for size in self._copy_sizes:
+            self._program("copy", size)
+        for size in self._chunk_sizes:
+            self._program("gather", size)
+            self._program("scatter", size)
+
+    def _program(self, name: str, size: int) -> Callable:
+        if (name, size) not in self._compiled:
+            with self._placement.as_target():
+                self._compiled[name, size] = self._lower(name, size).compile()
+        return self._compiled[name, size]
+
+    def _lower(self, name: str, size: int) -> jax.stages.Lowered:
+        self.num_traces[name, size] = self.num_traces.get((name, size), 0) + 1
+        ids = jax.ShapeDtypeStruct((size,), jnp.int32)
+        copy, gather, scatter = (
+            functools.partial(function, implementation=self._implementation)
+            for function in (_copy, _gather, _scatter)
+        )
+        if name == "copy":
+            return jax.jit(copy, donate_argnums=0).lower(self._caches, ids, ids)
+        if name == "gather":
+            return jax.jit(gather).lower(self._caches, ids)
+        blocks = self._placement.cache_shapes(jax.eval_shape(gather, self._caches, ids))
+        return jax.jit(scatter, donate_argnums=0).lower(self._caches, ids, blocks)
+
+
+def _copy(
+    kv_caches: Caches, src: jax.Array, dst: jax.Array, *, implementation: str | None
+) -> Caches:
+    return tuple(
+        copy_blocks(cache, src, dst, implementation=implementation, promise_in_bounds=True)
+        for cache in kv_caches
+    )
+
+
+def _gather(kv_caches: Caches, block_ids: jax.Array, *, implementation: str | None) -> Caches:
+    return tuple(
+        gather_blocks(cache, block_ids, implementation=implementation, promise_in_bounds=True)
+        for cache in kv_caches
+    )
+
+
+def _scatter(
+    kv_caches: Caches, block_ids: jax.Array, blocks: Caches, *, implementation: str | None
+) -> Caches:
+    return tuple(
+        scatter_blocks(
+            cache, block_ids, part, implementation=implementation, promise_in_bounds=True
+        )
+        for cache, part in zip(kv_caches, blocks, strict=True)
+    )
+
+
+def _padded(blocks: np.ndarray, size: int) -> np.ndarray:
+    padded = np.full(size, NULL_BLOCK, np.int32)
+    padded[: len(blocks)] = blocks
+    return padded
+
+
+def _powers(base: int, last: int) -> tuple[int, ...]:
+    """Returns base, base**2, ... and `last`."""
+    sizes = []
+    size = base
+    while size < last:
+        sizes.append(size)
+        size *= base
+    return (*sizes, last)

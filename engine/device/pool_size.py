@@ -1,0 +1,166 @@
+"""How large the KV pool is, and where a device's bytes go."""
+
+import dataclasses
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_paged.engine.config import DEFAULT_CPU_KV_CACHE_BYTES, EngineConfig, round_num_blocks
+from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.logprobs import width_for
+from pallas_paged.engine.device.device_memory import memory_stats, usable_bytes
+from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
+from pallas_paged.engine.device.programs import StepPrograms
+from pallas_paged.engine.device.row_state import RowState
+from pallas_paged.models import CausalLM
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolPlan:
+    """The pool's size and the bytes beside it.
+
+    Attributes:
+      num_blocks: N, the null block included.
+      max_blocks_per_seq: M, the width of a block table.
+      block_size: S.
+      block_bytes: bytes of one block over all layers, scales of quantised caches included.
+      weight_bytes: bytes of the model's parameters.
+      row_state_bytes: bytes of `RowState`, from the first request on that asks for penalties, bias
+        or log-probabilities.
+      temporary_bytes: bytes of the largest step's temporaries; None where the pool's size did not
+        need them.
+    """
+
+    num_blocks: int
+    max_blocks_per_seq: int
+    block_size: int
+    block_bytes: int
+    weight_bytes: int
+    row_state_bytes: int
+    temporary_bytes: int | None
+
+    def __str__(self) -> str:
+        slots = (self.num_blocks - 1) * self.block_size
+        parts = [
+            f"weights {_mib(self.weight_bytes)}",
+            f"KV pool {_mib(self.num_blocks * self.block_bytes)}"
+            f" ({self.num_blocks} blocks of {self.block_size} tokens, {slots} tokens)",
+            f"penalties and bias {_mib(self.row_state_bytes)} from their first use on",
+        ]
+        if self.temporary_bytes is not None:
+            parts.append(f"temporaries of the largest step {_mib(self.temporary_bytes)}")
+        return "memory: " + ", ".join(parts)
+
+
+def buckets_for(config: EngineConfig, max_blocks_per_seq: int) -> Buckets:
+    """Returns the shapes of the steps of an engine."""
+    return Buckets.for_limits(
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        max_blocks_per_seq,
+        deterministic=config.deterministic,
+    )
+
+
+def plan_pool(
+    config: EngineConfig,
+    model: CausalLM,
+    max_model_len: int,
+    cache_dtype: jnp.dtype,
+    implementation: str,
+    placement: Placement = DEFAULT_DEVICE,
+) -> PoolPlan:
+    """Sizes the pool by `num_blocks`, else by bytes, else by the device.
+
+    On a CPU the device's default is a stated size; on a GPU it is the configured share of its
+    memory less what is in use (the weights), less the temporaries of the largest compiled step and
+    less `row_state_bytes`, for else the first request with a penalty would run out of memory.
+    Unless `num_blocks` asks for it, no pool is larger than all sequences at their longest need.
+    The device is that of `placement`, by default JAX's default device.
+
+    Raises:
+      ValueError: there is no room for a single block beside the null block, or more is asked for
+        than the device has.
+      NotImplementedError: a layer's cache is of a kind that no pool holds, see `CacheSpec`.
+    """
+    S = config.block_size
+    shape = model.config
+    specs = shape.cache_specs(S, cache_dtype)
+    block_bytes = sum(spec.block_bytes for spec in specs)
+    max_blocks_per_seq = math.ceil(max_model_len / S)
+    weight_bytes = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model))
+    )
+    row_state = jax.eval_shape(lambda: RowState.zeros(config.max_num_seqs, shape.vocab_size))
+    row_state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in row_state)
+    temporary_bytes = None
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+    else:
+        if config.kv_cache_memory_bytes is not None:
+            source = f"kv_cache_memory_bytes={config.kv_cache_memory_bytes}"
+            pool_bytes = config.kv_cache_memory_bytes
+        elif placement.device.platform == "cpu":
+            source, pool_bytes = "the default on a CPU", DEFAULT_CPU_KV_CACHE_BYTES
+        else:
+            source = f"gpu_memory_utilization={config.gpu_memory_utilization}"
+            programs = StepPrograms(
+                model,
+                tuple(spec.shapes(2) for spec in specs),
+                config.max_num_seqs,
+                width_for(config.max_logprobs, shape.vocab_size),
+                implementation,
+                config.cache_implementation,
+                config.deterministic,
+                placement=placement,
+            )
+            largest = buckets_for(config, max_blocks_per_seq).largest()
+            temporary_bytes = max(map(programs.temporary_bytes, largest))
+            stats = memory_stats(placement.device)
+            if stats is None:
+                raise ValueError(
+                    "JAX does not tell the memory of this device, so that no share of it is known; "
+                    "set num_blocks or kv_cache_memory_bytes"
+                )
+            usable = usable_bytes(stats, config.gpu_memory_utilization)
+            pool_bytes = usable - stats["bytes_in_use"] - temporary_bytes - row_state_bytes
+        num_blocks = round_num_blocks(max(0, pool_bytes) // block_bytes)
+        if num_blocks < 2:
+            raise ValueError(
+                f"{source} leaves {max(0, pool_bytes)} bytes for the KV pool, and a block takes "
+                f"{block_bytes}; at least 2 blocks are needed: give it more memory, or choose a "
+                "smaller block_size or model"
+            )
+        num_blocks = min(num_blocks, config.max_num_seqs * max_blocks_per_seq + 1)
+    capacity = _memory_bytes(placement.device)
+    if num_blocks * block_bytes > capacity:
+        raise ValueError(
+            f"a KV pool of {num_blocks} blocks takes {_mib(num_blocks * block_bytes)}, and the "
+            f"device has {_mib(capacity)}; choose a smaller num_blocks or kv_cache_memory_bytes"
+        )
+    # Nobody can hold more blocks than there are: a narrower table is a smaller copy every step.
+    max_blocks_per_seq = min(max_blocks_per_seq, num_blocks - 1)
+    return PoolPlan(
+        num_blocks,
+        max_blocks_per_seq,
+        S,
+        block_bytes,
+        weight_bytes,
+        row_state_bytes,
+        temporary_bytes,
+    )
+
+
+def _memory_bytes(device: jax.Device) -> int:
+    """Returns the memory of a device: what JAX may use of a GPU, or the machine's."""
+    stats = memory_stats(device)
+    if stats is not None:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,235 @@
+"""The compiled programs of steps, one per bucket, and of what goes with them."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.core.row_edits import edit_size
+from pallas_paged.engine.core.step_inputs import packed_size
+from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
+from pallas_paged.engine.device.row_state import RowState, edit_rows
+from pallas_paged.engine.device.step import (
+    NUM_PROMPT_ROWS,
+    Caches,
+    StepArrays,
+    prompt_logprobs,
+    run_step,
+)
+from pallas_paged.models import CausalLM
+
+logger = logging.getLogger(__name__)
+
+ANNOUNCED_AFTER_S = 2.0
+"""A compilation that is longer under way is announced."""
+
+
+@dataclasses.dataclass
+class StepPrograms:
+    """Compiles `run_step` per bucket, ahead or at first use, and counts what it traced.
+
+    A compiled program refuses inputs of any other shape or dtype, so nothing compiles by accident.
+
+    Attributes:
+      model: the model; its state is an argument of every call, not a constant of the programs.
+      kv_caches: the caches, of which only shapes and dtypes are kept.
+      max_num_seqs: R.
+      logprobs_width: W, see `logprobs`.
+      implementation: of paged attention.
+      cache_implementation: of the writes to the caches.
+      deterministic: see `EngineConfig`.
+      placement: of all arrays, by default JAX's default device when a program is compiled.
+      num_traces: how often each bucket was traced.
+      announce: called with a line, in another thread, while a compilation takes its time.
+    """
+
+    model: CausalLM
+    kv_caches: Caches
+    max_num_seqs: int
+    logprobs_width: int
+    implementation: str | None = None
+    cache_implementation: str | None = None
+    deterministic: bool = False
+    placement: Placement = DEFAULT_DEVICE
+    num_traces: dict[Bucket, int] = dataclasses.field(default_factory=dict)
+    announce: Callable[[str], object] = logger.info
+
+    def __post_init__(self) -> None:
+        self.graphdef, params = nnx.split(self.model)
+        self.params = self.placement.put_parameters(params)
+        # Not the arrays: they would stay in memory beside the ones that take their place.
+        self.kv_caches = self.placement.cache_shapes(self.kv_caches)
+        self._compiled: dict[Bucket, jax.stages.Compiled] = {}
+        self._compiled_edit: jax.stages.Compiled | None = None
+        self._compiled_rows: jax.stages.Compiled | None = None
+        self._compiled_prompt: dict[int, jax.stages.Compiled] = {}  # by T
+        self._hidden: dict[int, jax.ShapeDtypeStruct] = {}  # by T, of full steps
+
+    def __call__(
+        self,
+        bucket: Bucket,
+        kv_caches: Caches,
+        last_tokens: jax.Array,
+        packed: jax.Array,
+        row_state: RowState | None = None,
+    ) -> StepArrays:
+        """Runs the step; donates `kv_caches`, `last_tokens` and, to a full step, the counts.
+
+        A full step needs `row_state`, and a plain one takes none.
+        """
+        assert bucket.is_full == (row_state is not None)
+        if bucket not in self._compiled:
+            self.compile([bucket])
+        state = () if row_state is None else (row_state.counts, row_state.bias)
+        return self._compiled[bucket](self.params, kv_caches, last_tokens, packed, *state)
+
+    def new_row_state(self) -> RowState:
+        """Returns the state of rows that nobody uses, newly allocated."""
+        self.compile_rows()
+        assert self._compiled_rows is not None
+        return self._compiled_rows()
+
+    def edit_rows(self, row_state: RowState, last_tokens: jax.Array, packed: jax.Array) -> RowState:
+        """Runs `row_state.edit_rows`; donates `row_state`."""
+        self.compile_edit()
+        assert self._compiled_edit is not None
+        return self._compiled_edit(row_state, last_tokens, packed)
+
+    def compile_edit(self) -> None:
+        """Compiles the program of `edit_rows`, if it is not."""
+        if self._compiled_edit is not None:
+            return
+        packed = self._input(edit_size(self.max_num_seqs))
+        jitted = jax.jit(edit_rows, donate_argnums=0)
+        with self.placement.as_target():
+            lowered = jitted.lower(self._row_state(), self._input(self.max_num_seqs + 1), packed)
+            self._compiled_edit = lowered.compile()
+
+    def compile_rows(self) -> None:
+        """Compiles the program of `new_row_state`, if it is not."""
+        if self._compiled_rows is None:
+            jitted = jax.jit(self._zero_rows, out_shardings=self.placement.inputs)
+            self._compiled_rows = jitted.lower().compile()
+
+    def prompt_logprobs(self, hidden: jax.Array, packed: jax.Array) -> jax.Array:
+        """Runs `prompt_logprobs`."""
+        num_tokens = hidden.shape[0]
+        if num_tokens not in self._compiled_prompt:
+            self._compile_prompt(hidden)
+        return self._compiled_prompt[num_tokens](self.params, hidden, packed)
+
+    def _compile_prompt(self, hidden: jax.Array | jax.ShapeDtypeStruct) -> None:
+        packed = self._input(2, NUM_PROMPT_ROWS)
+        run = functools.partial(prompt_logprobs, graphdef=self.graphdef, width=self.logprobs_width)
+        params = self.placement.parameter_shapes(self.params)
+        lowered = self._lower(jax.jit(run), params, hidden, packed)
+        with self.placement.as_target():
+            self._compiled_prompt[hidden.shape[0]] = lowered.compile()
+
+    def compile_all(self, buckets: Iterable[Bucket]) -> None:
+        """Compiles every program that steps of the `buckets` may run."""
+        self.compile(buckets)
+        self.compile_rows()
+        self.compile_edit()
+        for num_tokens, hidden in self._hidden.items():
+            if num_tokens not in self._compiled_prompt:
+                self._compile_prompt(hidden)
+
+    def compile(self, buckets: Iterable[Bucket]) -> None:
+        """Compiles the programs of those `buckets` that have none yet, two at a time."""
+        missing = [bucket for bucket in buckets if bucket not in self._compiled]
+        if not missing:
+            return
+        names = ", ".join(map(str, missing))
+        begin = time.perf_counter()
+        if_slow = threading.Timer(ANNOUNCED_AFTER_S, self.announce, [f"compiling {names}"])
+        if_slow.start()
+        try:
+            self._compile(missing)
+        finally:
+            if_slow.cancel()
+        logger.info("compiled %s in %.1f s", names, time.perf_counter() - begin)
+
+    def _compile(self, missing: list[Bucket]) -> None:
+        # Tracing runs Python and gains nothing from threads; XLA's compiler leaves the lock.
+        lowered = [self.lower(bucket) for bucket in missing]
+        for bucket, program in zip(missing, lowered, strict=True):
+            hidden = program.out_info.hidden
+            if hidden is not None:
+                self._hidden[bucket.num_tokens] = self.placement.input_shapes(hidden)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            compiled = pool.map(lambda program: program.compile(), lowered)
+            self._compiled.update(zip(missing, compiled, strict=True))
+
+    def lower(self, bucket: Bucket) -> jax.stages.Lowered:
+        """Traces the program of one bucket."""
+        step, arguments, donated = self.function(bucket)
+        return self._lower(jax.jit(step, donate_argnums=donated), *arguments)
+
+    def function(
+        self, bucket: Bucket
+    ) -> tuple[Callable[..., StepArrays], tuple[Any, ...], tuple[int, ...]]:
+        """Returns what is compiled for a bucket: `run_step` with everything but arrays filled in.
+
+        Returns:
+          the function; the shapes and dtypes of its arguments, which are the parameters and those
+          of a call; which of them are donated.
+        """
+
+        def step(
+            params: Any, kv_caches: Caches, last: jax.Array, packed: jax.Array, *state: jax.Array
+        ) -> StepArrays:
+            self.num_traces[bucket] = self.num_traces.get(bucket, 0) + 1
+            return run_step(
+                params,
+                kv_caches,
+                last,
+                packed,
+                RowState(*state) if bucket.is_full else None,
+                graphdef=self.graphdef,
+                bucket=bucket,
+                logprobs_width=self.logprobs_width,
+                implementation=self.implementation,
+                cache_implementation=self.cache_implementation,
+                deterministic=self.deterministic,
+            )
+
+        last_tokens, packed = map(self._input, (self.max_num_seqs + 1, packed_size(bucket)))
+        state = self._row_state() if bucket.is_full else ()
+        params = self.placement.parameter_shapes(self.params)
+        arguments = (params, self.kv_caches, last_tokens, packed, *state)
+        return step, arguments, (1, 2, 4) if bucket.is_full else (1, 2)
+
+    def _lower(self, jitted: Any, *args: Any) -> jax.stages.Lowered:
+        """Traces a program that computes with the model's parameters."""
+        precision = jax.config.jax_default_matmul_precision
+        if precision is None and jax.tree.leaves(self.params)[0].dtype == jnp.float32:
+            precision = "highest"  # else a GPU rounds the factors of products to 10 bits
+        with jax.default_matmul_precision(precision), self.placement.as_target():
+            return jitted.lower(*args)
+
+    def _input(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return self.placement.input_shapes(jax.ShapeDtypeStruct(shape, jnp.int32))
+
+    def _row_state(self) -> RowState:
+        return self.placement.input_shapes(jax.eval_shape(self._zero_rows))
+
+    def _zero_rows(self) -> RowState:
+        return RowState.zeros(self.max_num_seqs, self.model.config.vocab_size)
+
+    def temporary_bytes(self, bucket: Bucket) -> int:
+        """Returns the bytes of a bucket's compiled program beside inputs and what is in place."""
+        self.compile([bucket])
+        analysis = self._compiled[bucket].memory_analysis()
+        assert analysis is not None, "XLA gave no memory analysis of a compiled program"
+        in_place = analysis.alias_size_in_bytes
+        return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - in_place

@@ -1,0 +1,182 @@
+"""Holds the device's state and runs the plans of steps on it.
+
+The only module that copies from the device to the host.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_paged.engine.core import logprobs
+from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.plan import StepPlan, StepResult
+from pallas_paged.engine.device.block_programs import BlockPrograms, Caches
+from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
+from pallas_paged.engine.device.programs import StepPrograms
+from pallas_paged.engine.device.row_state import RowState
+from pallas_paged.engine.device.step import NUM_PROMPT_ROWS
+from pallas_paged.models import CausalLM
+
+
+class InFlight(NamedTuple):
+    """What a dispatched step will have computed.
+
+    Attributes:
+      copied: i32[B], the samples, or where the plan wants log-probabilities i32[B, 3 + 2 W].
+      prompt_logprobs: i32[`NUM_PROMPT_ROWS`, 3 + 2 W] each, in as many arrays as needed.
+      num_prompt_targets: how many of their rows are not padding.
+    """
+
+    copied: jax.Array
+    prompt_logprobs: tuple[jax.Array, ...] = ()
+    num_prompt_targets: int = 0
+
+
+class ModelRunner:
+    """Runs a model's steps on the devices of a placement, by default JAX's default device.
+
+    Attributes:
+      buckets: the shapes of steps.
+      kv_caches: one per layer; replaced by every step.
+      last_tokens: i32[R + 1], see `StepArrays`.
+      row_state: what full steps keep of the rows; None before the first of them.
+      programs: the compiled steps.
+      block_programs: the compiled copies of blocks.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        *,
+        num_blocks: int,
+        block_size: int,
+        kv_cache_dtype: jnp.dtype,
+        max_num_seqs: int,
+        buckets: Buckets,
+        max_logprobs: int = 20,
+        implementation: str | None = None,
+        cache_implementation: str | None = None,
+        deterministic: bool = False,
+        swaps: bool = False,
+        placement: Placement = DEFAULT_DEVICE,
+    ):
+        config = model.config
+        specs = config.cache_specs(block_size, kv_cache_dtype)
+        if placement.mesh is None:  # what lies there now is not moved by another setting later
+            placement = Placement.on(placement.device)
+        self._inputs = placement.inputs
+        self._make_caches = lambda: tuple(
+            spec.zeros(num_blocks, placement.kv_caches) for spec in specs
+        )
+        self.buckets = buckets
+        self.kv_caches = self._make_caches()
+        self._num_rows = max_num_seqs
+        self.row_state: RowState | None = None
+        self.last_tokens = self._fresh_tokens()
+        self._chunks: dict[int, Caches] = {}  # swapped blocks in host memory, by number
+        self.programs = StepPrograms(
+            model,
+            self.kv_caches,
+            max_num_seqs,
+            logprobs.width_for(max_logprobs, config.vocab_size),
+            implementation,
+            cache_implementation,
+            deterministic,
+            placement,
+        )
+        self.block_programs = BlockPrograms(
+            self.kv_caches,
+            max_num_seqs,
+            swaps=swaps,
+            implementation=cache_implementation,
+            placement=placement,
+        )
+
+    def dispatch(self, plan: StepPlan) -> InFlight:
+        """Starts a step without waiting for its result; the caches are donated to it."""
+        self._move_blocks(plan)
+        packed = jax.device_put(plan.inputs, self._inputs)
+        row_state = self._edited_rows(plan) if plan.bucket.is_full else None
+        result = self.programs(plan.bucket, self.kv_caches, self.last_tokens, packed, row_state)
+        self.kv_caches, self.last_tokens = result.kv_caches, result.last_tokens
+        if row_state is not None and result.counts is not None:
+            self.row_state = row_state._replace(counts=result.counts)
+        copied = result.tokens
+        if plan.wants_logprobs:
+            assert result.logprobs is not None, "a step with log-probabilities is full"
+            copied = result.logprobs
+        copied.copy_to_host_async()
+        if not plan.prompt_targets.size:
+            return InFlight(copied)
+        assert result.hidden is not None, "a step with prompt targets is full, and no decode step"
+        found = self._prompt_logprobs(result.hidden, plan.prompt_targets)
+        return InFlight(copied, found, plan.prompt_targets.shape[1])
+
+    def _move_blocks(self, plan: StepPlan) -> None:
+        """Carries out the copies that come before a step."""
+        for number in plan.dropped_chunks:
+            self._chunks.pop(number, None)  # dropped before it was ever swapped out: not here
+        for move in plan.swap_outs:
+            chunk = self.block_programs.swap_out(self.kv_caches, move)
+            self._chunks[move.chunk.number] = chunk
+        for move in plan.swap_ins:
+            chunk = self._chunks.pop(move.chunk.number)
+            self.kv_caches = self.block_programs.swap_in(self.kv_caches, move, chunk)
+        if len(plan.copies.src):
+            self.kv_caches = self.block_programs.copy(self.kv_caches, plan.copies)
+
+    def _edited_rows(self, plan: StepPlan) -> RowState:
+        """Returns what a full step needs of the rows, which is not there before the first one."""
+        if self.row_state is None:
+            self.row_state = self.programs.new_row_state()
+        for edit in plan.row_edits:
+            self.row_state = self.programs.edit_rows(
+                self.row_state, self.last_tokens, jax.device_put(edit, self._inputs)
+            )
+        return self.row_state
+
+    def _prompt_logprobs(self, hidden: jax.Array, targets: np.ndarray) -> tuple[jax.Array, ...]:
+        """Starts the log-probabilities of prompts that a step's hidden states give."""
+        arrays = []
+        for start in range(0, targets.shape[1], NUM_PROMPT_ROWS):
+            piece = targets[:, start : start + NUM_PROMPT_ROWS]
+            packed = np.zeros((2, NUM_PROMPT_ROWS), np.int32)
+            packed[:, : piece.shape[1]] = piece
+            packed_there = jax.device_put(packed, self._inputs)
+            arrays.append(self.programs.prompt_logprobs(hidden, packed_there))
+            arrays[-1].copy_to_host_async()
+        return tuple(arrays)
+
+    def collect(self, in_flight: InFlight) -> StepResult:
+        """Waits for a step and returns what it computed."""
+        prompts = None
+        if in_flight.prompt_logprobs:
+            rows = np.concatenate([np.asarray(array) for array in in_flight.prompt_logprobs])
+            prompts = rows[: in_flight.num_prompt_targets]
+        copied = np.asarray(in_flight.copied)
+        if copied.ndim == 1:
+            return StepResult(copied, None, prompts)
+        return StepResult(copied[:, 0], copied, prompts)
+
+    def recover(self) -> None:
+        """Replaces the caches: a failed step may have taken them, or left its error in them."""
+        self.kv_caches = ()  # first, for there may be no room for two
+        self.kv_caches = self._make_caches()
+        self._chunks.clear()
+        self.row_state = None
+        self.last_tokens = self._fresh_tokens()
+
+    def _fresh_tokens(self) -> jax.Array:
+        """Returns the last tokens of rows that nobody uses."""
+        return jnp.zeros(self._num_rows + 1, jnp.int32, device=self._inputs)
+
+    def warm_up(self) -> None:
+        """Compiles every program, so that no step waits for a compilation."""
+        self.programs.compile_all(self.buckets.all())
+        self.block_programs.compile()
+
+    def block_until_ready(self) -> None:
+        """Waits until every dispatched step has run."""
+        jax.block_until_ready((self.kv_caches, self.last_tokens, self.row_state))

@@ -1,0 +1,153 @@
+"""What one step computes on the device: the model, new keys and values, the rows' next tokens.
+
+Every shape comes in two variants. The plain one samples and returns tokens. The full one also does
+what few requests ask for: penalties, bias and masks (`row_state`), and log-probabilities
+(`logprobs`). A step runs it only if a sequence that samples in it asks, and what none of its rows
+asked for is skipped when the program runs.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.core.logprobs import packed_width
+from pallas_paged.engine.device.logprobs import pack
+from pallas_paged.engine.device.row_state import RowState, apply_rules, count_tokens
+from pallas_paged.engine.device.sampling import sample
+from pallas_paged.engine.device.unpack import (
+    attention_metadata,
+    logit_inputs,
+    sampling_inputs,
+    unpack,
+)
+from pallas_paged.kv_cache import KVCache
+from pallas_paged.models.attend import paged_attend
+
+Caches = tuple[KVCache, ...]
+
+NUM_PROMPT_ROWS = 64
+"""Tokens whose log-probabilities one call of the program for prompts computes."""
+
+
+class StepArrays(NamedTuple):
+    """What a step leaves on the device.
+
+    Attributes:
+      kv_caches: in the place of those that were donated.
+      last_tokens: i32[R + 1], with this step's samples.
+      tokens: i32[B], the samples. A sequence whose logits are not finite gets V, one whose rules
+        leave no token V + 1, which are no tokens: the host turns them into errors.
+      logprobs: of a full step in which a row asks for them, see `logprobs.pack`, whose first column
+        are the `tokens`; zeros if no row does; None after a plain step.
+      counts: see `RowState`, with this step's input tokens; None after a plain step.
+      hidden: of all T tokens, for `prompt_logprobs`; of full steps that are not decode steps.
+    """
+
+    kv_caches: Caches
+    last_tokens: jax.Array
+    tokens: jax.Array
+    logprobs: jax.Array | None
+    counts: jax.Array | None
+    hidden: jax.Array | None
+
+
+def run_step(
+    params: Any,
+    kv_caches: Caches,
+    last_tokens: jax.Array,
+    packed: jax.Array,
+    row_state: RowState | None,
+    *,
+    graphdef: nnx.GraphDef,
+    bucket: Bucket,
+    logprobs_width: int,
+    implementation: str | None,
+    cache_implementation: str | None,
+    deterministic: bool,
+) -> StepArrays:
+    """Computes a step's tokens, writes their keys and values, and samples.
+
+    Args:
+      params: the model's split state.
+      kv_caches: one per layer; donated by `StepPrograms`.
+      last_tokens: i32[R + 1], the last token sampled in each of the allocator's R rows, and one
+        entry that padding writes to; donated.
+      packed: i32[K], see `step_inputs`.
+      row_state: of a full step, else None; its counts are donated.
+      graphdef: the model's graph definition.
+      bucket: the step's shape.
+      logprobs_width: W, see `logprobs`.
+      implementation: of paged attention.
+      cache_implementation: of the writes to the caches.
+      deterministic: see `EngineConfig`.
+    """
+    x = unpack(packed, bucket)
+    starts = x.query_start_loc[:-1]
+    on_device = jnp.where(x.input_on_device == 1, starts, bucket.num_tokens)
+    input_ids = x.input_ids.at[on_device].set(last_tokens[x.rows], mode="drop")
+
+    model = nnx.merge(graphdef, params)
+    attend = functools.partial(
+        paged_attend,
+        implementation=implementation,
+        write_implementation=cache_implementation,
+        promise_in_bounds=True,  # the scheduler's own ids; a step has no launches to spare
+        deterministic=deterministic,
+    )
+    metadata = attention_metadata(x, bucket)
+    hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend)
+    logits = model.compute_logits(hidden[x.logits_indices])
+
+    wrong = cannot_sample(logits)
+    if x.full is None or row_state is None:
+        tokens = sample(logits, sampling_inputs(x))
+        last_tokens = last_tokens.at[x.sample_rows].set(tokens)
+        tokens = jnp.where(wrong, logits.shape[-1], tokens)
+        return StepArrays(kv_caches, last_tokens, tokens, None, None, None)
+
+    counts = count_tokens(row_state.counts, x.full.counted_rows, input_ids[x.logits_indices])
+    ruled = apply_rules(logits, RowState(counts, row_state.bias), logit_inputs(x))
+    empty = jnp.all(ruled == -jnp.inf, axis=-1)
+    tokens = sample(ruled, sampling_inputs(x))
+    last_tokens = last_tokens.at[x.sample_rows].set(tokens)
+    tokens = jnp.where(empty, logits.shape[-1] + 1, tokens)
+    tokens = jnp.where(wrong, logits.shape[-1], tokens)
+    found = jax.lax.cond(
+        jnp.any(x.full.wants_logprobs == 1),
+        lambda: pack(logits, tokens, logprobs_width),
+        lambda: jnp.zeros((bucket.num_seqs, packed_width(logprobs_width)), jnp.int32),
+    )
+    kept = None if bucket.is_decode else hidden
+    return StepArrays(kv_caches, last_tokens, tokens, found, counts, kept)
+
+
+def cannot_sample(logits: jax.Array) -> jax.Array:
+    """Returns which rows of logits [B, V] have a NaN, an infinity, or nothing but -infinities."""
+    # Not by the maximum of the logits: on a CPU it may leave out a NaN.
+    grades = jnp.where(logits == -jnp.inf, 0, jnp.where(logits < jnp.inf, jnp.int32(1), 2))
+    return jnp.max(grades, axis=-1) != 1
+
+
+def prompt_logprobs(
+    params: Any,
+    hidden: jax.Array,
+    packed: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    width: int,
+) -> jax.Array:
+    """Returns `logprobs.pack`'s i32[P, 3 + 2 W] of P tokens of prompts; P is `NUM_PROMPT_ROWS`.
+
+    Args:
+      params: the model's split state.
+      hidden: `StepArrays.hidden`.
+      packed: i32[2, P], the tokens in front of those P, as indices into `hidden`, and the P tokens.
+      graphdef: the model's graph definition.
+      width: W.
+    """
+    logits = nnx.merge(graphdef, params).compute_logits(hidden[packed[0]])
+    return pack(logits, packed[1], width)

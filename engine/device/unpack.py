@@ -1,0 +1,61 @@
+"""A step's packed inputs on the device: its fields, as attention, rules and sampling take them."""
+
+import math
+
+import jax
+import numpy as np
+
+from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.core.step_inputs import StepInputs, layout, step_inputs
+from pallas_paged.engine.device.row_state import LogitInputs
+from pallas_paged.engine.device.sampling import SamplingInputs
+from pallas_paged.kv_cache import AttentionMetadata
+
+
+def unpack(packed: jax.Array, bucket: Bucket) -> StepInputs[jax.Array]:
+    """Returns the fields of a packed step on the device, inside a trace."""
+    arrays, offset = {}, 0
+    for name, (shape, dtype) in layout(bucket).items():
+        size = math.prod(shape)
+        bits = jax.lax.slice_in_dim(packed, offset, offset + size).reshape(shape)
+        arrays[name] = bits if dtype == np.int32 else jax.lax.bitcast_convert_type(bits, dtype)
+        offset += size
+    return step_inputs(arrays)
+
+
+def attention_metadata(x: StepInputs[jax.Array], bucket: Bucket) -> AttentionMetadata:
+    """Returns what the model's attention needs of a step's inputs."""
+    return AttentionMetadata(
+        positions=x.positions,
+        slot_mapping=x.slot_mapping,
+        block_tables=x.block_tables,
+        seq_lens=x.seq_lens,
+        query_start_loc=x.query_start_loc,
+        max_query_len=1 if bucket.is_decode else bucket.num_tokens,
+    )
+
+
+def logit_inputs(x: StepInputs[jax.Array]) -> LogitInputs:
+    """Returns what the rules of a full step need of its inputs."""
+    assert x.full is not None, "not a full step"
+    return LogitInputs(
+        rows=x.rows,
+        uses_bias=x.full.uses_bias,
+        uses_penalties=x.full.uses_penalties,
+        repetition_penalty=x.full.repetition_penalty,
+        presence_penalty=x.full.presence_penalty,
+        frequency_penalty=x.full.frequency_penalty,
+    )
+
+
+def sampling_inputs(x: StepInputs[jax.Array]) -> SamplingInputs:
+    """Returns what sampling needs of a step's inputs."""
+    return SamplingInputs(
+        temperature=x.temperature,
+        top_k=x.top_k,
+        top_p=x.top_p,
+        min_p=x.min_p,
+        seeds=x.seeds,
+        sample_index=x.sample_index,
+        positions=x.sample_positions,
+    )

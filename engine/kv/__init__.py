@@ -1,0 +1,1 @@
+"""Who owns which block of KV memory: block tables, cached prefixes, swapped blocks."""

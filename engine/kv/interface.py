@@ -1,0 +1,153 @@
+"""What a scheduler asks of KV memory, in blocks and rows; it may be anything that keeps this."""
+
+import collections.abc
+from typing import Protocol
+
+import numpy as np
+
+from pallas_paged.engine.kv.prefix_cache import Hit
+from pallas_paged.engine.kv.sharing import CopyPairs, FullBlocks, Root, RowPlan
+
+
+class Memory(Protocol):
+    """Blocks of KV memory, owned by rows.
+
+    A row is a sequence's place in the block tables, from its admission or fork until it is freed.
+    The scheduler calls each verb at most once per attempt to schedule, never once per sequence.
+    """
+
+    @property
+    def num_usable_blocks(self) -> int:
+        """Blocks of the pool, without the null block."""
+        ...
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that `admit` and `append` can take now."""
+        ...
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        ...
+
+    @property
+    def tables(self) -> np.ndarray:
+        """The blocks of each row in order, i32[R, M]; never written to."""
+        ...
+
+    def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
+        """Returns how many blocks of the pool so many blocks in so many rows take."""
+        ...
+
+    def match(
+        self,
+        token_ids: collections.abc.Sequence[int],
+        root: Root,
+        known: list[Hit] | None = None,
+    ) -> list[int]:
+        """Returns the cached blocks that the tokens begin with, never one with the last token.
+
+        Only those that were remembered with an equal `root`, see `FullBlocks`.
+        `known` is what an earlier call for these tokens left in it, see `PrefixCache.match`.
+        """
+        ...
+
+    def num_free_after(
+        self,
+        freed_rows: collections.abc.Sequence[int],
+        rows: collections.abc.Sequence[int],
+        num_tokens: collections.abc.Sequence[int],
+    ) -> int:
+        """Returns `num_free_blocks` as it would be after `free` and `append`; changes nothing.
+
+        Negative by the blocks that `append` lacks. No row is both freed and appended to.
+        """
+        ...
+
+    def num_unreferenced(
+        self,
+        blocks: collections.abc.Sequence[int],
+        freed_rows: collections.abc.Sequence[int] = (),
+    ) -> int:
+        """Returns how many of these cached blocks no row uses: `num_free_blocks` counts them.
+
+        Rows that are to be freed use none.
+        """
+        ...
+
+    def count_query(self, num_tokens: int, num_hits: int) -> None:
+        """Counts a prompt's tokens, and those of them that are cached, in the statistics."""
+        ...
+
+    def pin(self, token_ids: collections.abc.Sequence[int], root: Root) -> bool:
+        """Keeps the full blocks of these tokens; False, and no change, if one is not cached."""
+        ...
+
+    def unpin(self, token_ids: collections.abc.Sequence[int], root: Root) -> bool:
+        """Takes a `pin` back; False if there is none."""
+        ...
+
+    def num_pinned_for_others(self, blocks: collections.abc.Sequence[int]) -> int:
+        """Returns how many pinned blocks are none of these."""
+        ...
+
+    def remember(self, full: collections.abc.Sequence[FullBlocks]) -> None:
+        """Keeps full blocks for later requests that begin with the same tokens.
+
+        A row that `merges` has the blocks that are kept already in place of its equal ones then.
+        """
+        ...
+
+    def replace(self, blocks: collections.abc.Mapping[int, int]) -> None:
+        """Lets every row that has one of the full blocks have the equal one that it maps to."""
+        ...
+
+    def admit(self, plans: collections.abc.Sequence[RowPlan]) -> list[int]:
+        """Gives each plan a free row with its blocks; the caller knows that they fit."""
+        ...
+
+    def append(
+        self, rows: collections.abc.Sequence[int], num_tokens: collections.abc.Sequence[int]
+    ) -> CopyPairs | None:
+        """Allocates more tokens to the rows, all of them or none, and then returns None.
+
+        Returns what must be copied before the new tokens are written.
+        """
+        ...
+
+    def fork(self, parents: collections.abc.Sequence[int]) -> list[int]:
+        """Gives each parent (one may come often) a child: a free row with all of its blocks."""
+        ...
+
+    def truncate(
+        self, rows: collections.abc.Sequence[int], num_tokens: collections.abc.Sequence[int]
+    ) -> None:
+        """Shortens each row to so many tokens, at least one, and gives back the blocks past them.
+
+        A block that others have, or that is kept for later requests, stays theirs.
+        """
+        ...
+
+    def drop_front(self, num_blocks: collections.abc.Mapping[int, int]) -> None:
+        """Gives back the first blocks of rows, {row: how many}, those given back before included.
+
+        For full blocks of tokens that no query of the row sees any more. The row's other blocks
+        stay in their places, and 0 stands in those of the first ones.
+        """
+        ...
+
+    def free(self, rows: collections.abc.Sequence[int]) -> None:
+        """Gives back the rows and their blocks."""
+        ...
+
+    def free_all(self) -> None:
+        """Gives back every row and its blocks, also if a verb was cut short between any two lines.
+
+        Nothing is cached or pinned afterwards.
+        """
+        ...
+
+    def check_invariants(self, num_tokens: dict[int, int]) -> None:
+        """Asserts that exactly these rows are in use, with so many tokens each."""
+        ...

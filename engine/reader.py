@@ -1,0 +1,85 @@
+"""From what callers of `LLM` pass to groups: all of a call are checked before any is queued."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.core.request import SequenceGroup
+from pallas_paged.engine.engine import Engine
+from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.engine.text.prompts import (
+    Params,
+    Prompt,
+    PromptReader,
+    broadcast_params,
+    cache_salt,
+    checked_priorities,
+    named,
+    split_prompts,
+)
+from pallas_paged.engine.turns import Turns
+from pallas_paged.models import load_sampling_defaults
+
+
+class RequestReader:
+    """Makes the groups of one engine."""
+
+    def __init__(self, engine: Engine, turns: Turns, prompts: PromptReader, config: EngineConfig):
+        """`prompts` reads with the model's tokenizer; `config` is the engine's."""
+        self._engine = engine
+        self._turns = turns
+        self._prompts = prompts
+        self._config = config
+
+    def read(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params | Sequence[Params] | None,
+        priority: Sequence[int] | None,
+    ) -> list[tuple[SequenceGroup, str | None]]:
+        """Returns a group for each prompt, and the prompt's text; queues nothing yet.
+
+        Raises:
+          ValueError: see `LLM.generate`.
+        """
+        split = split_prompts(prompts)
+        priorities = checked_priorities(priority, len(split), self._config.scheduling_policy)
+        most_tokens = None
+        if sampling_params is None:
+            sampling_params = default_sampling_params(self._config.model)
+            most_tokens = sampling_params.max_tokens
+            sampling_params = dataclasses.replace(sampling_params, max_tokens=None)
+        params = broadcast_params(sampling_params, len(split))
+        contents = []
+        for index, prompt in enumerate(split):
+            with named(index, split):
+                contents.append((*self._prompts.read(prompt), cache_salt(prompt)))
+        requests = []
+        with self._turns, self._engine.all_or_none():
+            for index, (text, ids, salt) in enumerate(contents):
+                with named(index, split):
+                    group = self._engine.make_group(ids, params[index], cache_salt=salt)
+                group.priority = priorities[index]
+                if most_tokens is not None:
+                    group.max_tokens = min(group.max_tokens, most_tokens)
+                requests.append((group, text))
+        return requests
+
+
+def default_sampling_params(model: str) -> SamplingParams:
+    """Returns `SamplingParams` with what the model's `generation_config.json` advises.
+
+    These are its temperature, top_k, top_p, min_p, repetition_penalty and max_new_tokens, where
+    it has them; see `pallas_paged.models.load_sampling_defaults`.
+
+    Raises:
+      ValueError: one of them is not usable; requests then have to bring their own.
+    """
+    defaults: dict[str, Any] = dict(load_sampling_defaults(model))
+    try:
+        return SamplingParams(**defaults)
+    except ValueError as error:
+        raise ValueError(
+            f"the generation_config.json of {model}: {error}; or pass sampling_params"
+        ) from error

@@ -1,0 +1,199 @@
+"""The warpgroup of the sm_90a prefill kernel that brings queries, keys and values.
+
+It keeps a queue of steps full that the computing warpgroups read. Of a quantised cache it keeps
+two: bytes that arrive, and the numbers that it makes of them.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_paged.ops.attention.hopper.prefill_parts import (
+    Barriers,
+    Inputs,
+    Problem,
+    Smem,
+    Tile,
+    Tiles,
+    TilesBarriers,
+)
+from pallas_paged.ops.attention.hopper.quantised import (
+    convert_tile,
+    load_scales,
+    masked_scales,
+    scale_pitch,
+)
+from pallas_paged.ops.attention.hopper.tiles import ROW_LAYOUT, WARPS
+
+
+def bring(problem: Problem, tile: Tile, inputs: Inputs, smem: Smem, barriers: Barriers) -> None:
+    """Fills shared memory with q, and stage after stage with keys and values."""
+    _load_queries(problem, tile, inputs, smem, barriers)
+    if problem.is_quantised:
+        _load_and_convert(problem, tile, inputs, smem.tiles, barriers.tiles)
+    else:
+        _load_numbers(problem, tile, inputs, smem.tiles, barriers.tiles)
+
+    @pl.loop(jnp.maximum(tile.turns - 2 * problem.stages, 0), tile.turns)
+    def _(turn: Any) -> None:
+        """Hears all that the others say, so that no barrier is left in the middle of a phase."""
+        plgpu.barrier_wait(barriers.tiles.consumed.at[lax.rem(turn, 2 * problem.stages)])
+
+
+def _load_queries(
+    problem: Problem, tile: Tile, inputs: Inputs, smem: Smem, barriers: Barriers
+) -> None:
+    tokens = problem.tokens
+    for begin, width in problem.staged_columns:
+        if begin > 0:
+            plgpu.barrier_wait(barriers.staging_free)
+
+        @pl.loop(0, problem.group + jnp.minimum(tile.key_end, 0))
+        def _(head: Any, begin: int = begin, width: int = width) -> None:
+            q = inputs.q.at[:, tile.kv_head * problem.group + head, pl.ds(begin, width)]
+            plgpu.copy_gmem_to_smem(
+                q.at[pl.ds(tile.first_token, tokens)],
+                smem.staging.at[pl.ds(head * tokens, tokens)],
+                barriers.q,
+            )
+
+
+def _load_numbers(
+    problem: Problem, tile: Tile, inputs: Inputs, tiles: Tiles, barriers: TilesBarriers
+) -> None:
+    rows = problem.block_rows
+
+    @pl.loop(tile.begin, tile.end)
+    def _(step: Any) -> None:
+        for what, cache in enumerate((inputs.cache.k, inputs.cache.v)):
+            turn = 2 * (step - tile.begin) + what
+            slot = lax.rem(turn, 2 * problem.stages)
+            _wait_until_consumed(problem, turn, barriers)
+            copies = ((cache, tiles.numbers.at[slot], rows),)
+            _copy_blocks(problem, tile, inputs, step, copies, barriers.filled.at[slot])
+
+
+def _load_and_convert(
+    problem: Problem, tile: Tile, inputs: Inputs, tiles: Tiles, barriers: TilesBarriers
+) -> None:
+    """One loop takes keys and values in turn: two sets of addresses are too many registers."""
+    rows, slots = problem.block_rows, 2 * problem.tuning.stages
+    cache = inputs.cache
+
+    def request(turn: Any) -> None:
+        slot = lax.rem(turn, slots)
+        for what, (stored, scales) in enumerate(
+            ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+        ):
+            copies = (
+                (stored, tiles.stored.at[slot], rows),
+                (scales, tiles.stored_scales.at[slot], scale_pitch(rows)),
+            )
+            pl.when(lax.rem(turn, 2) == what)(
+                functools.partial(
+                    _copy_blocks,
+                    problem,
+                    tile,
+                    inputs,
+                    tile.begin + turn // 2,
+                    copies,
+                    barriers.arrived.at[slot],
+                )
+            )
+
+    pl.loop(0, jnp.minimum(slots, tile.turns))(request)
+
+    @pl.loop(0, tile.turns)
+    def _(turn: Any) -> None:
+        plgpu.barrier_wait(barriers.arrived.at[lax.rem(turn, slots)])
+        _wait_until_consumed(problem, turn, barriers)
+        _convert(problem, tile, tiles, turn)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(barriers.filled.at[lax.rem(turn, 2 * problem.stages)])
+        pl.when(turn + slots < tile.turns)(lambda: request(turn + slots))
+
+
+def _convert(problem: Problem, tile: Tile, tiles: Tiles, turn: Any) -> None:
+    """Makes the numbers and the scales of a turn that are multiplied.
+
+    Those of values that are not the tile's become 0. Of keys nothing does: what comes of a key that
+    no token sees is masked.
+    """
+    slot, stored_slot = lax.rem(turn, 2 * problem.stages), lax.rem(turn, 2 * problem.tuning.stages)
+    stored, scales = tiles.stored.at[stored_slot], tiles.stored_scales.at[stored_slot]
+    numbers, copy_rows, size = tiles.numbers.at[slot], problem.block_rows, problem.tuning.tile_keys
+    first_key = (tile.begin + turn // 2) * size
+    is_key = lax.rem(turn, 2) == 0
+    rows = (
+        jnp.where(is_key, 0, tile.key_begin - first_key),
+        jnp.where(is_key, size, tile.key_end - first_key),
+    )
+    convert_tile(
+        stored,
+        numbers,
+        rows=rows,
+        scales=scales if problem.scales_values else None,
+        copy_rows=copy_rows,
+        scaled_rows=(rows[0], jnp.where(is_key, 0, rows[1])),
+        piece_rows=problem.piece_rows,
+        unroll=False,
+    )
+    factors = load_scales(scales, 0, size, copy_rows, ROW_LAYOUT)
+    factors *= jnp.where(is_key, problem.logits_factor, 1.0)
+    tiles.scales[slot] = masked_scales(factors, 0, rows, ROW_LAYOUT)
+
+
+def _wait_until_consumed(problem: Problem, turn: Any, barriers: TilesBarriers) -> None:
+    """Waits for the turn that had the slot of `turn` before."""
+    slots = 2 * problem.stages
+
+    @pl.when(turn >= slots)
+    def _() -> None:
+        plgpu.barrier_wait(barriers.consumed.at[lax.rem(turn, slots)])
+
+
+def _copy_blocks(
+    problem: Problem,
+    tile: Tile,
+    inputs: Inputs,
+    step: Any,
+    copies: tuple[tuple[Any, Any, int], ...],
+    arrived: Any,
+) -> None:
+    """Starts the copies of a step's blocks; begins when all of the warpgroup is here.
+
+    Args:
+      problem, tile, inputs: of the kernel.
+      step: number of the step.
+      copies: (an array of the cache, the buffer, how far the blocks lie apart there).
+      arrived: the barrier, one arrival per copy of a block.
+    """
+    rows = problem.block_rows
+    num_pieces = problem.tuning.tile_keys // rows
+    pieces_per_block = problem.block_size // rows
+    last_block = (tile.key_end - 1) // problem.block_size
+
+    @plgpu.warp_map
+    def _(warp: Any) -> None:
+        def copy(i: Any) -> None:
+            # Behind the last block the table may end: bring that one again. All keys outside
+            # [key_begin, key_end) are masked.
+            piece = step * num_pieces + i
+            block = jnp.minimum(piece // pieces_per_block, last_block)
+            page = inputs.block_tables[tile.sequence, block]
+            begin = lax.rem(piece, pieces_per_block) * rows
+            for cache, buffer, pitch in copies:
+                plgpu.copy_gmem_to_smem(
+                    cache.at[page, tile.kv_head, pl.ds(begin, rows)],
+                    buffer.at[pl.ds(i * pitch, rows)],
+                    arrived,
+                )
+
+        for round_begin in range(0, num_pieces, WARPS):
+            is_whole = round_begin + WARPS <= num_pieces
+            once = functools.partial(copy, round_begin + warp)
+            once() if is_whole else pl.when(round_begin + warp < num_pieces)(once)

@@ -1,0 +1,246 @@
+"""What the warpgroups of the sm_90a prefill kernel share: the problem, memory, barriers, tile."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_paged.kv_cache import KVCache
+from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
+from pallas_paged.ops.attention.hopper.prefill_plan import (
+    FIRST_POSITION,
+    FIRST_TOKEN,
+    KEY_BEGIN,
+    KEY_END,
+    NUM_TOKENS,
+    SEQUENCE,
+    TILE_ROWS,
+    tile_tokens,
+)
+from pallas_paged.ops.attention.hopper.quantised import scale_slots, scales_values
+from pallas_paged.ops.attention.online_softmax import logits_factor
+from pallas_paged.ops.attention.smem import swizzled
+from pallas_paged.quantisation import is_quantised
+
+WARPGROUP_ROWS = 64
+COMPUTE_WARPGROUPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What the kernel is specialised for; C = `tuning.tile_keys`."""
+
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    block_size: int
+    dtype: Any  # of queries and the result
+    cache_dtype: Any  # of keys and values: the same, or a quantised one
+    scale: float
+    sliding_window: int | None
+    logits_soft_cap: float | None
+    tuning: PrefillTuning
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether keys and values have scales, and have to be converted."""
+        return is_quantised(self.cache_dtype)
+
+    @property
+    def stages(self) -> int:
+        """Steps whose keys and values are in shared memory, ready to be multiplied."""
+        return self.tuning.converted if self.is_quantised else self.tuning.stages
+
+    @property
+    def logits_factor(self) -> float:
+        """What products of queries and keys are multiplied by, for `exp2`: also the soft cap's."""
+        return logits_factor(self.scale, self.logits_soft_cap)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers per thread of the loading warpgroup and of each computing one.
+
+        Together no more than the 504 that the warpgroups begin with: an increase waits for them.
+        """
+        return (56, 224) if self.is_quantised else (40, 232)
+
+    @property
+    def scales_values(self) -> bool:
+        """Whether quantised values are scaled as they are converted, else the weights are.
+
+        At large head_dims the computing warpgroups have no registers for that.
+        """
+        return scales_values(self.dtype) or self.head_dim > 128
+
+    @property
+    def piece_rows(self) -> int:
+        """Rows of a quantised tile that are converted at a time: found by compiling."""
+        return {192: 32, 256: 16}.get(self.head_dim, 64)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a tile."""
+        return tile_tokens(self.group, self.head_dim)
+
+    @property
+    def block_rows(self) -> int:
+        """Keys that one copy brings: a block, or the part of it that fits into a step."""
+        return min(self.block_size, self.tuning.tile_keys)
+
+    @property
+    def staged_columns(self) -> tuple[tuple[int, int], ...]:
+        """(begin, width) of the parts of head_dim that lie in the staging buffer one by one."""
+        width = self.head_dim if self.head_dim <= 128 else 64
+        return tuple((begin, width) for begin in range(0, self.head_dim, width))
+
+
+class Inputs(NamedTuple):
+    """The kernel's arguments in global memory, the result among them."""
+
+    q: Any  # [T, Hq, D]
+    cache: KVCache
+    block_tables: Any  # i32[B, M]
+    tiles: Any  # i32[X, 6]
+    slopes: Any  # f32[Hk, 128], or None
+    sinks: Any  # f32[Hk, 128], or None
+    out: Any  # [T, Hq, D], written
+
+
+class Tiles(NamedTuple):
+    """Of some steps C keys, C values, C keys and so on, in shared memory.
+
+    The last three if they are quantised.
+    """
+
+    numbers: Any  # [2 * stages, C, D], what is multiplied
+    scales: Any  # f32[2 * stages, C]; of values of no use where the numbers have been scaled
+    stored: Any  # [2 * tuning.stages, C, D], as they come from the cache
+    stored_scales: Any  # f32[2 * tuning.stages, scale_slots]
+
+
+class Smem(NamedTuple):
+    """Shared memory."""
+
+    q: Any  # [128, D]
+    tiles: Tiles
+    weights: Any  # [2, 64, C], or None
+    staging: Any  # [128, width], a part of q's columns, at the end of the result's; not swizzled,
+    # so that a copy may begin at any token
+    lse: Any  # f32[128]
+
+
+class TilesBarriers(NamedTuple):
+    """What is said about each of the places in `Tiles`."""
+
+    arrived: Any  # the stored ones are there; None unless quantised
+    filled: Any  # the numbers are there
+    consumed: Any  # both computing warpgroups are done with them
+
+
+class Barriers(NamedTuple):
+    """`pair` holds the two computing warpgroups together."""
+
+    q: Any
+    staging_free: Any
+    tiles: TilesBarriers
+    pair: Any
+
+
+def scratch_types(problem: Problem) -> dict[str, Any]:
+    """Returns the shared memory and the barriers of a thread block."""
+    tuning, dim, dtype = problem.tuning, problem.head_dim, problem.dtype
+    weights = None
+    if not tuning.in_registers:
+        weights = swizzled((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, tuning.tile_keys), dtype)
+    return {
+        "smem": Smem(
+            q=swizzled((TILE_ROWS, dim), dtype),
+            tiles=_tiles(problem),
+            weights=weights,
+            staging=plgpu.SMEM((TILE_ROWS, problem.staged_columns[0][1]), dtype),
+            lse=plgpu.SMEM((TILE_ROWS,), jnp.float32),
+        ),
+        "barriers": Barriers(
+            q=plgpu.Barrier(num_arrivals=problem.group),
+            staging_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+            tiles=_tiles_barriers(problem),
+            pair=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+        ),
+    }
+
+
+def _tiles(problem: Problem) -> Tiles:
+    size, dim, slots = problem.tuning.tile_keys, problem.head_dim, 2 * problem.tuning.stages
+    numbers = swizzled((2 * problem.stages, size, dim), problem.dtype)
+    if not problem.is_quantised:
+        return Tiles(numbers, None, None, None)
+    return Tiles(
+        numbers,
+        plgpu.SMEM((2 * problem.stages, size), jnp.float32),
+        plgpu.SMEM((slots, size, dim), problem.cache_dtype),
+        plgpu.SMEM((slots, scale_slots(size, problem.block_rows)), jnp.float32),
+    )
+
+
+def _tiles_barriers(problem: Problem) -> TilesBarriers:
+    copies, slots = problem.tuning.tile_keys // problem.block_rows, 2 * problem.stages
+    consumed = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=slots)
+    if not problem.is_quantised:
+        filled = plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
+        return TilesBarriers(None, filled, consumed)
+    arrived = plgpu.Barrier(num_arrivals=2 * copies, num_barriers=2 * problem.tuning.stages)
+    return TilesBarriers(arrived, plgpu.Barrier(num_barriers=slots), consumed)
+
+
+class Tile(NamedTuple):
+    """A record of the plan, and the steps that follow from it.
+
+    Steps [begin, full_begin) and [full_end, end) have keys that some token cannot see.
+    """
+
+    kv_head: Any
+    first_token: Any
+    num_tokens: Any
+    first_position: Any
+    sequence: Any
+    key_begin: Any
+    key_end: Any
+    begin: Any
+    full_begin: Any
+    full_end: Any
+    end: Any
+
+    @property
+    def turns(self) -> Any:
+        """How often keys or values are brought: both for each step."""
+        return 2 * (self.end - self.begin)
+
+
+def read_tile(problem: Problem, tiles: Any) -> Tile:
+    """Returns the tile of this thread block."""
+    tile = lax.axis_index("tile")
+    size = problem.tuning.tile_keys
+    key_begin, key_end = tiles[tile, KEY_BEGIN], tiles[tile, KEY_END]
+    first_position = tiles[tile, FIRST_POSITION]
+    begin, end = key_begin // size, pl.cdiv(key_end, size)
+    full_begin = begin
+    if problem.sliding_window is not None:
+        full_begin = pl.cdiv(jnp.maximum(key_end - problem.sliding_window, 0), size)
+        full_begin = jnp.clip(full_begin, begin, end)
+    full_end = jnp.clip((first_position + 1) // size, full_begin, end)
+    return Tile(
+        lax.axis_index("kv_head"),
+        tiles[tile, FIRST_TOKEN],
+        tiles[tile, NUM_TOKENS],
+        first_position,
+        tiles[tile, SEQUENCE],
+        key_begin,
+        key_end,
+        begin,
+        full_begin,
+        full_end,
+        end,
+    )

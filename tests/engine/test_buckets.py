@@ -1,0 +1,118 @@
+"""The shapes of steps: few, one for every step, and tables as wide as the longest row needs."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from pallas_paged.engine import SamplingParams
+from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.core import buckets as buckets_module
+from pallas_paged.engine.core.buckets import MIN_TABLE_WIDTH, Bucket, Buckets
+from pallas_paged.engine.core.plan import StepPlan
+from pallas_paged.engine.device.pool_size import buckets_for
+from tests.engine.serving import assert_idle, make_llm
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 8, 9, 64, 100])
+@pytest.mark.parametrize("max_num_batched_tokens", [100, 128, 512])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_every_step_fits_a_bucket_that_is_compiled_ahead(
+    max_num_seqs: int, max_num_batched_tokens: int, deterministic: bool
+) -> None:
+    config = EngineConfig(
+        "m",
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        deterministic=deterministic,
+    )
+    buckets = buckets_for(config, 40)
+    every = buckets.all()
+    assert len(every) == len(set(every)) <= 40
+    assert len(every) == 2 or not deterministic
+    for num_seqs in range(1, max_num_seqs + 1):
+        for num_tokens in range(num_seqs, max_num_batched_tokens + 1, 7):
+            bucket = buckets.pick(num_tokens, num_seqs, 9, is_decode=num_tokens == num_seqs)
+            assert bucket in every
+            assert bucket.num_seqs >= num_seqs
+            assert bucket.num_tokens >= num_tokens
+            assert bucket.table_width == 40
+            assert bucket.is_decode == (num_tokens == num_seqs and not deterministic)
+
+
+def test_buckets_are_the_smallest_that_fit() -> None:
+    buckets = Buckets((1, 2, 4), (8, 32), (2, 4), (5, 50))
+    assert buckets.pick(3, 3, 6, is_decode=True) == Bucket(4, 4, 50, is_decode=True)
+    assert buckets.pick(8, 2, 5, is_decode=False) == Bucket(8, 2, 5, is_decode=False)
+    assert buckets.pick(9, 3, 50, is_decode=False) == Bucket(32, 4, 50, is_decode=False)
+    with pytest.raises(AssertionError, match="largest bucket 32"):
+        buckets.pick(33, 1, 1, is_decode=False)
+
+
+def widths(max_blocks_per_seq: int, *, deterministic: bool = False) -> tuple[int, ...]:
+    buckets = Buckets.for_limits(8, 64, max_blocks_per_seq, deterministic=deterministic)
+    found = {bucket.table_width for bucket in buckets.all()}
+    assert sorted(found) == list(buckets.table_widths)
+    return buckets.table_widths
+
+
+@pytest.mark.parametrize(
+    ("max_blocks_per_seq", "expected"),
+    [(1, (1,)), (128, (128,)), (256, (256,)), (257, (128, 257)), (8192, (128, 1024, 8192))],
+)
+def test_tables_have_few_widths_the_last_of_which_takes_all(
+    max_blocks_per_seq: int, expected: tuple[int, ...]
+) -> None:
+    assert MIN_TABLE_WIDTH == 128
+    assert widths(max_blocks_per_seq) == expected
+    assert widths(max_blocks_per_seq, deterministic=True) == (max_blocks_per_seq,)
+
+
+@pytest.mark.parametrize(
+    ("longest", "width"), [(1, 128), (128, 128), (129, 1024), (1024, 1024), (1025, 8192)]
+)
+@pytest.mark.parametrize("is_decode", [True, False])
+def test_the_width_is_the_least_that_holds_the_longest_row(
+    longest: int, width: int, is_decode: bool
+) -> None:
+    buckets = Buckets.for_limits(8, 64, 8192)
+    assert buckets.pick(8, 8, longest, is_decode=is_decode).table_width == width
+
+
+PROMPTS = [{"prompt_token_ids": list(range(5, 5 + length))} for length in (3, 10, 27)]
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def run(min_width: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Sequence[int]], list[int]]:
+    """Returns the tokens, and the width of each step's tables in blocks of 4 tokens."""
+    monkeypatch.setattr(buckets_module, "MIN_TABLE_WIDTH", min_width)
+    llm = make_llm(
+        "llama-gqa-llama3",
+        max_num_seqs=4,
+        max_num_batched_tokens=32,
+        max_model_len=96,
+        block_size=4,
+        async_scheduling=False,
+    )
+    dispatch, steps = llm.runner.dispatch, []
+
+    def note(plan: StepPlan) -> object:
+        steps.append(plan.bucket.table_width)
+        return dispatch(plan)
+
+    monkeypatch.setattr(llm.runner, "dispatch", note)
+    outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert_idle(llm)
+    return [output.outputs[0].token_ids for output in outputs], steps
+
+
+def test_rows_that_grow_into_a_wider_table_get_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The longest row has 32 tokens, 8 blocks, in its sixth step; the first chunk has 32 in all."""
+    one_width, steps = run(96, monkeypatch)
+    assert set(steps) == {24}
+    tokens, steps = run(8, monkeypatch)
+    assert tokens == one_width
+    grown = steps.index(24)
+    assert 0 < grown < len(steps) - 1
+    assert steps == [8] * grown + [24] * (len(steps) - grown)

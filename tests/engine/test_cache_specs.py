@@ -1,0 +1,88 @@
+"""Pool, runner and block copies take each layer's cache from its own spec."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_paged.cache_spec import BlockArray, CacheSpec
+from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.device.block_programs import BlockPrograms
+from pallas_paged.engine.device.pool_size import buckets_for, plan_pool
+from pallas_paged.engine.device.runner import ModelRunner
+from pallas_paged.engine.kv.host_pool import BlockMove, SwappedChunk
+from tests.engine.bigram_model import Bigram, BigramConfig, make_table
+
+FLOAT32 = jnp.dtype(jnp.float32)
+WIDE = CacheSpec.attention(2, 4, 8, FLOAT32, v_head_dim=24)
+SLIDING = CacheSpec.attention(1, 4, 16, FLOAT32, sliding_window=6)
+LATENT = CacheSpec("latent", (BlockArray("latent", (4, 96), FLOAT32),), 4)
+RECURRENT = CacheSpec("recurrent", (BlockArray("state", (8, 8), FLOAT32),), None)
+NUM_BLOCKS = 9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayeredConfig(BigramConfig):
+    specs: tuple[CacheSpec, ...]
+
+    def cache_specs(self, block_size: int, dtype: Any) -> tuple[CacheSpec, ...]:
+        return self.specs
+
+
+def layered(*specs: CacheSpec) -> Bigram:
+    model = Bigram(make_table())
+    model.config = LayeredConfig(**vars(model.config), specs=specs)
+    return model
+
+
+def plan(*specs: CacheSpec) -> Any:
+    config = EngineConfig("m", num_blocks=NUM_BLOCKS, block_size=4)
+    return plan_pool(config, layered(*specs), 32, FLOAT32, "xla")
+
+
+def make_runner(*specs: CacheSpec) -> ModelRunner:
+    config = EngineConfig("m", max_num_seqs=2, max_num_batched_tokens=8, block_size=4)
+    return ModelRunner(
+        layered(*specs),
+        num_blocks=NUM_BLOCKS,
+        block_size=4,
+        kv_cache_dtype=FLOAT32,
+        max_num_seqs=2,
+        buckets=buckets_for(config, 8),
+        swaps=True,
+    )
+
+
+def test_a_block_takes_what_each_layer_takes() -> None:
+    assert plan(WIDE, SLIDING, SLIDING).block_bytes == 4 * (2 * 4 * (8 + 24) + 2 * 4 * (16 + 16))
+
+
+def test_each_layer_gets_its_own_cache() -> None:
+    shapes = [(cache.k.shape, cache.v.shape) for cache in make_runner(WIDE, SLIDING).kv_caches]
+    assert shapes == [((9, 2, 4, 8), (9, 2, 4, 24)), ((9, 1, 4, 16), (9, 1, 4, 16))]
+
+
+def test_blocks_of_unlike_layers_move_together() -> None:
+    rng = np.random.default_rng(0)
+    caches = tuple(
+        jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), s.zeros(9))
+        for s in (WIDE, SLIDING)
+    )
+    before = [np.array(array) for array in jax.tree.leaves(caches)]
+    programs = BlockPrograms(caches, 2, swaps=True)
+    chunk = SwappedChunk(0, 8)
+    moved = programs.swap_out(caches, BlockMove(chunk, np.array([5, 2], np.int32)))
+    ids = np.array([7, 3, 0, 0, 0, 0, 0, 0], np.int32)
+    caches = programs.swap_in(caches, BlockMove(chunk, ids), moved)
+    for array, old in zip(jax.tree.leaves(caches), before, strict=True):
+        np.testing.assert_array_equal(array[jnp.array([7, 3, 4])], old[[5, 2, 4]])
+
+
+@pytest.mark.parametrize("spec", [LATENT, RECURRENT], ids=lambda spec: spec.kind)
+def test_kinds_that_no_pool_holds_are_refused_by_name(spec: CacheSpec) -> None:
+    for start in (plan, make_runner):
+        with pytest.raises(NotImplementedError, match=f"a '{spec.kind}' cache"):
+            start(WIDE, spec)
