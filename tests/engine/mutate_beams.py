@@ -21,6 +21,7 @@ _RULE, _GROUPS, _COMMITTER, _TOKENS, _SEQUENCE, _SWAPPING = (
 )
 _SEARCHES = "tests/engine/test_beam_search.py"
 _WAITING = "tests/engine/test_waiting_beams.py"
+_BEAMS = "tests/engine/test_beams.py"
 _LIVES = "tests/engine/test_scheduler_stateful.py"
 
 MUTATIONS = {
@@ -53,7 +54,7 @@ MUTATIONS = {
         _RULE, "return self.width + len(self.ending_ids)", "return self.width", _SEARCHES
     ),
     "another parent's row": Mutation(
-        _GROUPS, "forks.append((rows[parent], child))", "forks.append((rows[0], child))", _LIVES
+        _GROUPS, "forks.append((rows[parent], child))", "forks.append((rows[0], child))", _BEAMS
     ),
     "dead beams keep their rows": Mutation(
         _COMMITTER, "freed_rows = freed_rows + dead_rows", "pass", _LIVES

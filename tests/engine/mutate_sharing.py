@@ -49,7 +49,7 @@ _UNIT = (
     "tests/engine/test_sharing.py::TestEqualBlocks"
 )
 _INTERRUPTS = "tests/engine/test_interrupts.py"
-_RECOVERY = "tests/engine/test_recovery.py"
+_MOVES = "tests/engine/test_cache_specs.py"
 _PLANS = "tests/engine/test_plan.py"
 _PROCESSOR = "tests/engine/test_output_processor.py"
 _LIVES = "tests/engine/test_scheduler_stateful.py"
@@ -175,13 +175,13 @@ MUTATIONS = {
         _RUNNER,
         f"{_OUT}{_IN}",
         f"{_IN}{_OUT}",
-        _RECOVERY,
+        _MOVES,
     ),
     "blocks copied before they are swapped in": Mutation(
         _RUNNER,
         f"{_IN}{_COPY}",
         f"{_COPY}{_IN}",
-        _RECOVERY,
+        _MOVES,
     ),
     "no watermark": Mutation(
         _SCHEDULER,

@@ -10,10 +10,13 @@ import pytest
 
 from pallas_paged.cache_spec import BlockArray, CacheSpec
 from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.core.plan import StepPlan
 from pallas_paged.engine.device.block_programs import BlockPrograms
 from pallas_paged.engine.device.pool_size import buckets_for, plan_pool
 from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.kv.host_pool import BlockMove, SwappedChunk
+from pallas_paged.engine.kv.sharing import NO_COPIES, CopyPairs
 from tests.engine.bigram_model import Bigram, BigramConfig, make_table
 
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -79,6 +82,48 @@ def test_blocks_of_unlike_layers_move_together() -> None:
     caches = programs.swap_in(caches, BlockMove(chunk, ids), moved)
     for array, old in zip(jax.tree.leaves(caches), before, strict=True):
         np.testing.assert_array_equal(array[jnp.array([7, 3, 4])], old[[5, 2, 4]])
+
+
+def move_plan(**moves: Any) -> StepPlan:
+    """Returns a plan of which only what comes before its step matters."""
+    nothing = np.zeros(0, np.int32)
+    plan = StepPlan(
+        step_id=0,
+        bucket=Bucket(8, 2, 8, is_decode=False),
+        dropped_chunks=(),
+        swap_outs=(),
+        swap_ins=(),
+        copies=NO_COPIES,
+        row_edits=(),
+        inputs=nothing,
+        wants_logprobs=False,
+        prompt_targets=nothing.reshape(2, 0),
+    )
+    return plan._replace(**moves)
+
+
+def test_a_plan_swaps_out_before_it_swaps_in_and_copies_last() -> None:
+    """One block is emptied, filled and copied in one plan."""
+    runner = make_runner(WIDE, SLIDING)
+    rng = np.random.default_rng(0)
+    runner.kv_caches = jax.tree.map(
+        lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), runner.kv_caches
+    )
+    before = [np.array(array) for array in jax.tree.leaves(runner.kv_caches)]
+
+    def move(number: int, block: int) -> BlockMove:
+        ids = np.zeros(8, np.int32)
+        ids[0] = block
+        return BlockMove(SwappedChunk(number, 8), ids)
+
+    one = np.array([3], np.int32)
+    runner._move_blocks(move_plan(swap_outs=(move(0, 5),)))
+    runner._move_blocks(
+        move_plan(swap_outs=(move(1, 3),), swap_ins=(move(0, 3),), copies=CopyPairs(one, one + 1))
+    )
+    runner._move_blocks(move_plan(swap_ins=(move(1, 6),)))
+    for array, old in zip(jax.tree.leaves(runner.kv_caches), before, strict=True):
+        np.testing.assert_array_equal(array[jnp.array([3, 4, 6])], old[[5, 5, 3]])
 
 
 @pytest.mark.parametrize("spec", [LATENT, RECURRENT], ids=lambda spec: spec.kind)
