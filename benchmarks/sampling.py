@@ -32,10 +32,11 @@ from pallas_paged.engine.core.plan import StepPlan
 from pallas_paged.engine.core.planner import Planner
 from pallas_paged.engine.core.request import SequenceGroup
 from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.core.step_inputs import seed_words
 from pallas_paged.engine.device.logprobs import pack
 from pallas_paged.engine.device.row_state import LogitInputs, RowState, apply_rules, count_tokens
 from pallas_paged.engine.device.runner import ModelRunner
-from pallas_paged.engine.device.sampling import SamplingInputs, sample, seed_words
+from pallas_paged.engine.device.sampling import SamplingInputs, sample
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.models import command_line
 from pallas_paged.models.decoder import Decoder

@@ -28,11 +28,7 @@ from pallas_paged.engine.core.scheduler import Scheduler
 from pallas_paged.engine.device import device_memory
 from pallas_paged.engine.device.compilation_cache import use_compilation_cache
 from pallas_paged.engine.device.placement import Placement
-from pallas_paged.engine.device.pool_size import (
-    PoolPlan,
-    buckets_for,
-    plan_pool,
-)
+from pallas_paged.engine.device.pool_size import PoolPlan, buckets_for, plan_pool
 from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
@@ -267,7 +263,7 @@ def _recovery(config: EngineConfig, plan: PoolPlan) -> ChooseRecovery:
 def _choose_attention(
     config: EngineConfig, shape: ModelConfig, dtype: Any, specs: Sequence[CacheSpec]
 ) -> str:
-    """Returns which attention a model of that shape and dtype runs with."""
+    """Returns which attention all layers of such a model run with: XLA's can serve any of them."""
     names = set()
     for cache in (spec.shapes(2) for spec in dict.fromkeys(specs)):
         q = jax.ShapeDtypeStruct((1, shape.num_q_heads, cache.k.shape[3]), dtype)
@@ -280,18 +276,16 @@ def _choose_attention(
                 deterministic=config.deterministic,
             )
         )
-    return _of_all_layers(names)
+    if len(names) == 1:
+        return names.pop()
+    logger.warning("no attention of %s serves all layers: they run with 'xla'", sorted(names))
+    return "xla"
 
 
 def _choose_writes(config: EngineConfig, dtype: Any, specs: Sequence[CacheSpec]) -> str:
-    """Returns what writes such a model's keys and values."""
+    """Returns what writes such a model's keys and values; each layer chooses for itself."""
     names = set()
     for cache in (spec.shapes(2) for spec in dict.fromkeys(specs)):
         k = jax.ShapeDtypeStruct((1, cache.k.shape[1], cache.k.shape[3]), dtype)
         names.add(write_implementation(config.cache_implementation, k, cache))
-    return _of_all_layers(names)
-
-
-def _of_all_layers(names: set[str]) -> str:
-    """Returns the implementation that all layers run with: XLA's can serve any of them."""
-    return names.pop() if len(names) == 1 else "xla"
+    return ", ".join(sorted(names))

@@ -11,11 +11,7 @@ from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.kv.stats import KVStats, kv_stats
 from pallas_paged.engine.metrics import Counts
 from pallas_paged.engine.outputs import RequestOutput
-from pallas_paged.engine.sampling_params import (
-    BeamSearchParams,
-    RequestOutputKind,
-    SamplingParams,
-)
+from pallas_paged.engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from pallas_paged.engine.text.bad_words import bad_sequences
 from pallas_paged.engine.text.output_processor import OutputProcessor
 from pallas_paged.engine.text.tokenizer import Tokenizer
@@ -119,11 +115,12 @@ class Engine:
         """
         params = group.sampling_params
         kind = params.output_kind if output_kind is None else output_kind
-        asks = params.stop, params.logprobs, params.prompt_logprobs
         group.is_held = (
             kind is RequestOutputKind.FINAL_ONLY
             and group.beams is None
-            and all(one in (None, ()) for one in asks)
+            and not params.stop
+            and params.logprobs is None
+            and params.prompt_logprobs is None
         )
         with self._all_or_nobody(ValueError):
             if group.request_id in self._processor:

@@ -147,10 +147,10 @@ class LLM:
 
         What an output holds is up to the request's `output_kind`: all so far, which costs more per
         token the longer it gets, only what is new, or nothing before the end. The last output of a
-        request has `finished` set. What is wrong with a prompt is raised
-        before this returns; the requests run while the result is iterated over, together with
-        those of other iterations. Leaving the iteration early aborts what has not finished.
-        A beam search is yielded once, when it is over.
+        request has `finished` set. What is wrong with a prompt is raised before this returns; the
+        requests run while the result is iterated over, together with those of other iterations.
+        Leaving the iteration early aborts what has not finished. A beam search is yielded once,
+        when it is over.
         """
         return self._run(self._reader.read(prompts, sampling_params, priority), self.announce)
 

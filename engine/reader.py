@@ -15,7 +15,7 @@ from pallas_paged.engine.text.prompts import (
     broadcast_params,
     cache_salt,
     checked_priorities,
-    named,
+    naming_prompt,
     split_prompts,
 )
 from pallas_paged.engine.turns import Turns
@@ -53,12 +53,12 @@ class RequestReader:
         params = broadcast_params(sampling_params, len(split))
         contents = []
         for index, prompt in enumerate(split):
-            with named(index, split):
+            with naming_prompt(index, split):
                 contents.append((*self._prompts.read(prompt), cache_salt(prompt)))
         requests = []
         with self._turns, self._engine.all_or_none():
             for index, (text, ids, salt) in enumerate(contents):
-                with named(index, split):
+                with naming_prompt(index, split):
                     group = self._engine.make_group(ids, params[index], cache_salt=salt)
                 group.priority = priorities[index]
                 if most_tokens is not None:

@@ -39,7 +39,9 @@ class Streams:
             with self._turns:
                 self._awaited |= unfinished
                 for group, text in requests:
-                    kind = output_kind or group.sampling_params.output_kind
+                    kind = output_kind
+                    if kind is None:
+                        kind = group.sampling_params.output_kind
                     if kind is RequestOutputKind.DELTA:
                         self._deltas.add(group.request_id)
                     self._engine.add(group, text, output_kind=kind)

@@ -1,8 +1,8 @@
 """Whether a group can run at all, whether it fits now, and how it gets its blocks."""
 
-import collections.abc
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pallas_paged.engine.core.entries import Entry, plan_entry, plan_return, sequences_to_place
@@ -148,16 +148,14 @@ class Admission:
             group.stats = group.stats._replace(num_cached_tokens=num_cached)
             self.memory.count_query(group.num_prompt_tokens, group.num_cached_tokens)
 
-    def give_blocks(
-        self, arrivals: collections.abc.Sequence[Arrival]
-    ) -> tuple[tuple[BlockMove, ...], CopyPairs]:
+    def give_blocks(self, arrivals: Sequence[Arrival]) -> tuple[tuple[BlockMove, ...], CopyPairs]:
         """Gives all arrivals their rows; returns what to copy from the host, and between blocks."""
         if not arrivals:
             return (), NO_COPIES
         self._give_rows(arrivals)
         return self._bring_back([a for a in arrivals if a.group.swapped is not None])
 
-    def _give_rows(self, arrivals: collections.abc.Sequence[Arrival]) -> None:
+    def _give_rows(self, arrivals: Sequence[Arrival]) -> None:
         """Allocates the rows of all arrivals at once."""
         placed: list[TokenSequence] = []
         plans: list[RowPlan] = []
@@ -172,9 +170,7 @@ class Admission:
         for sequence, row in zip(placed, self.memory.admit(plans), strict=True):
             sequence.row = row
 
-    def _bring_back(
-        self, swapped: collections.abc.Sequence[Arrival]
-    ) -> tuple[tuple[BlockMove, ...], CopyPairs]:
+    def _bring_back(self, swapped: Sequence[Arrival]) -> tuple[tuple[BlockMove, ...], CopyPairs]:
         """Says what to copy from the host, and lets the rows grow for what was not kept."""
         if not swapped:
             return (), NO_COPIES

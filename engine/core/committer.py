@@ -1,6 +1,6 @@
 """Takes in what a step computed: new tokens, filled blocks, next beams; and how sequences end."""
 
-import collections.abc
+from collections.abc import Iterable, Sequence
 
 from pallas_paged.engine.core import beam_groups
 from pallas_paged.engine.core.beam_search import Candidates
@@ -36,9 +36,7 @@ class Committer:
         if sliding_window is not None:
             self._window_blocks = window_blocks(sliding_window, memory.block_size)
 
-    def commit(
-        self, step: ScheduledStep, results: collections.abc.Sequence[Result]
-    ) -> list[TokenSequence]:
+    def commit(self, step: ScheduledStep, results: Sequence[Result]) -> list[TokenSequence]:
         """Returns the sequences that got a token, finished or not; see `Scheduler.commit`."""
         S = self._memory.block_size
         filled: list[TokenSequence] = []
@@ -131,7 +129,7 @@ class Committer:
             self._memory.drop_front(num_blocks)
 
     def _advance_beams(
-        self, groups: collections.abc.Iterable[SequenceGroup], freed_rows: list[int]
+        self, groups: Iterable[SequenceGroup], freed_rows: list[int]
     ) -> list[TokenSequence]:
         """Replaces the beams of groups that are ready; frees these rows and those of dead beams.
 
@@ -156,7 +154,7 @@ class Committer:
 
     def _retire(
         self,
-        sequences: collections.abc.Sequence[TokenSequence],
+        sequences: Sequence[TokenSequence],
         reason: FinishReason,
         stop_reason: int | str | None,
     ) -> list[int]:

@@ -60,8 +60,8 @@ class Intake:
 
         A request without an id or a seed draws one, unless it is refused. Requests share cached
         blocks only with those of the same `cache_salt`. `bad_sequences` are the tokens of the
-        request's `bad_words`. `max_tokens=None` means as many as the
-        model allows and as fit beside what is pinned for other prompts.
+        request's `bad_words`. `max_tokens=None` means as many as the model allows and as fit beside
+        what is pinned for other prompts.
 
         Raises:
           ValueError: the prompt is empty, too long for the model, or for the pool together with

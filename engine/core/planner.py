@@ -9,7 +9,13 @@ from pallas_paged.engine.core.plan import StepPlan
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
 from pallas_paged.engine.core.row_edits import RowEdits
 from pallas_paged.engine.core.scheduled import ScheduledSequence, ScheduledStep
-from pallas_paged.engine.core.step_inputs import FullInputs, StepInputs, packed_size, views
+from pallas_paged.engine.core.step_inputs import (
+    FullInputs,
+    StepInputs,
+    packed_size,
+    seed_words,
+    views,
+)
 from pallas_paged.engine.kv.interface import Memory
 
 _NO_TARGETS = np.zeros((2, 0), np.int32)
@@ -160,7 +166,7 @@ class _Columns:
         self._top_k[row] = params.top_k
         self._top_p[row] = params.top_p
         self._min_p[row] = params.min_p
-        self._seeds[row] = params.seed >> 32, params.seed & 0xFFFFFFFF
+        self._seeds[row] = seed_words(params.seed)
         self._sample_index[row] = sequence.index
         asks = params.logprobs is not None or params.prompt_logprobs is not None
         self.is_special[row] = asks or group.logit_rules is not None

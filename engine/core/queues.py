@@ -24,24 +24,25 @@ class Queues:
         self.waiting: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
         self._placed: list[TokenSequence] | None = None
-        self._num_rows = 0
+        self._num_rows: int | None = None
 
     @property
     def placed(self) -> list[TokenSequence]:
         """The sequences of running groups that have a row, in order; not to be changed."""
         if self._placed is None:
             self._placed = placed_of(self.running)
-            self._num_rows = sum(group.num_rows for group in self.running)
         return self._placed
 
     @property
     def num_rows(self) -> int:
         """Rows that the running groups take, those of sequences that are yet to fork included."""
-        return self._num_rows if self.placed else 0
+        if self._num_rows is None:
+            self._num_rows = sum(group.num_rows for group in self.running)
+        return self._num_rows
 
     def rows_changed(self) -> None:
         """To be called when a running group has other sequences, or others of them have rows."""
-        self._placed = None
+        self._placed = self._num_rows = None
 
     def add(self, group: SequenceGroup) -> None:
         """Takes a new group in; it waits."""

@@ -44,9 +44,8 @@ def edit_size(num_rows: int) -> int:
 class _Held(NamedTuple):
     """What a row holds: the state for a sequence's token at `position`, without its input token."""
 
-    sequence: weakref.ref[
-        TokenSequence
-    ]  # a finished one, with all its tokens, is not kept for that
+    # Weak: a finished sequence, with all its tokens, is not kept for this.
+    sequence: weakref.ref[TokenSequence]
     position: int
     is_short: bool  # ending tokens are excluded
     banned: list[int]  # by bad sequences, in the step before

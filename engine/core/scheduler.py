@@ -13,8 +13,8 @@ when it runs alone, and alone it fits, or `add` had refused it.
 """
 
 import collections
-import collections.abc
 import itertools
+from collections.abc import Sequence
 
 from pallas_paged.engine.core.admission import Admission, Arrival, Room
 from pallas_paged.engine.core.committer import Committer, Result
@@ -133,7 +133,7 @@ class Scheduler:
             )
         self.admission.check(group)
 
-    def pin(self, token_ids: collections.abc.Sequence[int], root: Root) -> bool:
+    def pin(self, token_ids: Sequence[int], root: Root) -> bool:
         """Keeps the full blocks of a prefix, until `unpin`, however little memory there is.
 
         Returns False, and changes nothing, if not all of them are cached.
@@ -154,7 +154,7 @@ class Scheduler:
                 )
         return True
 
-    def unpin(self, token_ids: collections.abc.Sequence[int], root: Root) -> bool:
+    def unpin(self, token_ids: Sequence[int], root: Root) -> bool:
         """Takes a `pin` back; returns False if there is none."""
         return self.memory.unpin(token_ids, root)
 
@@ -194,9 +194,7 @@ class Scheduler:
         self._in_flight.append(step)
         return step
 
-    def commit(
-        self, step: ScheduledStep, results: collections.abc.Sequence[Result]
-    ) -> list[TokenSequence]:
+    def commit(self, step: ScheduledStep, results: Sequence[Result]) -> list[TokenSequence]:
         """Takes a step's results and returns the sequences that got a token, finished or not.
 
         Tokens for sequences that finished or were aborted after the step was scheduled are

@@ -144,3 +144,8 @@ def step_inputs(arrays: dict[str, Any]) -> StepInputs[Any]:
         return StepInputs(**plain)
     full = {name: array for name, array in arrays.items() if name in FullInputs._fields}
     return StepInputs(**plain, full=FullInputs(**full))
+
+
+def seed_words(seed: int) -> tuple[int, int]:
+    """Returns a request's 64-bit seed as the two words of a row of `StepInputs.seeds`."""
+    return seed >> 32, seed & 0xFFFFFFFF

@@ -1,6 +1,6 @@
 """How many tokens of which sequences a step computes, and what is counted when it is dispatched."""
 
-import collections.abc
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from pallas_paged.engine.core.request import TokenSequence
@@ -26,7 +26,7 @@ class TokenPlan(NamedTuple):
     growth: list[int]
 
 
-def plan(sequences: collections.abc.Iterable[TokenSequence], budget: int) -> TokenPlan:
+def plan(sequences: Iterable[TokenSequence], budget: int) -> TokenPlan:
     """Returns what sequences compute next, in their order, within the budget."""
     counts: Counts = []
     rows: list[int] = []

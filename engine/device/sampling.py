@@ -45,7 +45,7 @@ class SamplingInputs(NamedTuple):
       top_k: i32[B], >= 0; 0 is off.
       top_p: f32[B], in (0, 1]; 1 is off.
       min_p: f32[B], in [0, 1]; 0 is off.
-      seeds: u32[B, 2], the request's seed; see `seed_words`.
+      seeds: u32[B, 2], the request's seed; see `step_inputs.seed_words`.
       sample_index: i32[B], which of the request's completions the row is.
       positions: i32[B], position in the sequence of the token to choose.
     """
@@ -57,11 +57,6 @@ class SamplingInputs(NamedTuple):
     seeds: UInt32[Array, "B 2"]
     sample_index: Int32[Array, "B"]
     positions: Int32[Array, "B"]
-
-
-def seed_words(seed: int) -> tuple[int, int]:
-    """Returns a 64-bit seed as the two words of `SamplingInputs.seeds`."""
-    return seed >> 32, seed & 0xFFFFFFFF
 
 
 def sample(logits: Float[Array, "B V"], inputs: SamplingInputs) -> Int32[Array, "B"]:

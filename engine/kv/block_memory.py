@@ -1,8 +1,8 @@
 """KV memory over the functional block tables: the engine's only owner of block-table state."""
 
 import collections
-import collections.abc
 import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import override
 
 import numpy as np
@@ -74,7 +74,7 @@ class BlockTableMemory(Memory):
     @override
     def match(
         self,
-        token_ids: collections.abc.Sequence[int],
+        token_ids: Sequence[int],
         root: Root,
         known: list[Hit] | None = None,
     ) -> list[int]:
@@ -86,9 +86,9 @@ class BlockTableMemory(Memory):
     @override
     def num_free_after(
         self,
-        freed_rows: collections.abc.Sequence[int],
-        rows: collections.abc.Sequence[int],
-        num_tokens: collections.abc.Sequence[int],
+        freed_rows: Sequence[int],
+        rows: Sequence[int],
+        num_tokens: Sequence[int],
     ) -> int:
         state = self._without(freed_rows)
         num_new = np.zeros_like(state.seq_lens)
@@ -99,8 +99,8 @@ class BlockTableMemory(Memory):
     @override
     def num_unreferenced(
         self,
-        blocks: collections.abc.Sequence[int],
-        freed_rows: collections.abc.Sequence[int] = (),
+        blocks: Sequence[int],
+        freed_rows: Sequence[int] = (),
     ) -> int:
         ref_counts = np.asarray(self._without(freed_rows).ref_counts)
         return int(np.count_nonzero(ref_counts[list(set(blocks))] == 1))
@@ -112,7 +112,7 @@ class BlockTableMemory(Memory):
             self.prefix_cache.num_hit_tokens += num_hits
 
     @override
-    def pin(self, token_ids: collections.abc.Sequence[int], root: Root) -> bool:
+    def pin(self, token_ids: Sequence[int], root: Root) -> bool:
         blocks = self._cached(token_ids, root)
         if blocks is None:
             return False
@@ -122,7 +122,7 @@ class BlockTableMemory(Memory):
         return True
 
     @override
-    def unpin(self, token_ids: collections.abc.Sequence[int], root: Root) -> bool:
+    def unpin(self, token_ids: Sequence[int], root: Root) -> bool:
         blocks, prefix = self._cached(token_ids, root), (tuple(token_ids), root)
         if blocks is None or prefix not in self._pinned:
             return False
@@ -143,10 +143,10 @@ class BlockTableMemory(Memory):
         return len(self.prefix_cache) == len(self.pins)
 
     @override
-    def num_pinned_for_others(self, blocks: collections.abc.Sequence[int]) -> int:
+    def num_pinned_for_others(self, blocks: Sequence[int]) -> int:
         return len(self.pins.keys() - set(blocks))
 
-    def _cached(self, token_ids: collections.abc.Sequence[int], root: Root) -> list[int] | None:
+    def _cached(self, token_ids: Sequence[int], root: Root) -> list[int] | None:
         """Returns the full blocks of these tokens, or None if not all of them are cached."""
         num_full = len(token_ids) // self.block_size
         if self.prefix_cache is None:
@@ -155,7 +155,7 @@ class BlockTableMemory(Memory):
         return blocks if len(blocks) == num_full else None
 
     @override
-    def remember(self, full: collections.abc.Sequence[FullBlocks]) -> None:
+    def remember(self, full: Sequence[FullBlocks]) -> None:
         if self.prefix_cache is None or not full:
             return
         entered: list[int] = []
@@ -171,9 +171,7 @@ class BlockTableMemory(Memory):
             self.state = block_tables.hold(self.state, np.array(entered, np.int32))
         self.replace(replaced)
 
-    def _blocks_of(
-        self, full: collections.abc.Sequence[FullBlocks]
-    ) -> collections.abc.Iterator[list[int]]:
+    def _blocks_of(self, full: Sequence[FullBlocks]) -> Iterator[list[int]]:
         """Yields the new full blocks of each item, behind the one before them if there is one."""
         begins = [max(item.first - 1, 0) for item in full]
         counts = [item.end - begin for item, begin in zip(full, begins, strict=True)]
@@ -185,7 +183,7 @@ class BlockTableMemory(Memory):
             yield blocks[end - count : end]
 
     @override
-    def replace(self, blocks: collections.abc.Mapping[int, int]) -> None:
+    def replace(self, blocks: Mapping[int, int]) -> None:
         # Steps in flight still read the old blocks: they have tables of their own, and whoever
         # takes the blocks next writes in a later step.
         if not blocks:
@@ -196,7 +194,7 @@ class BlockTableMemory(Memory):
         self.state = block_tables.replace(self.state, old, new)
 
     @override
-    def admit(self, plans: collections.abc.Sequence[RowPlan]) -> list[int]:
+    def admit(self, plans: Sequence[RowPlan]) -> list[int]:
         rows = self._empty_rows(len(plans))
         blocks = np.zeros((len(plans), max(len(plan.blocks) for plan in plans)), np.int32)
         for given, plan in zip(blocks, plans, strict=True):
@@ -208,9 +206,7 @@ class BlockTableMemory(Memory):
         return rows
 
     @override
-    def append(
-        self, rows: collections.abc.Sequence[int], num_tokens: collections.abc.Sequence[int]
-    ) -> CopyPairs | None:
+    def append(self, rows: Sequence[int], num_tokens: Sequence[int]) -> CopyPairs | None:
         num_new = np.zeros_like(self.state.seq_lens)
         num_new[rows] = num_tokens
         most = sum(num_tokens) // self.block_size + 2 * len(rows)
@@ -222,7 +218,7 @@ class BlockTableMemory(Memory):
         copied = np.flatnonzero(result.copy_dst)
         return CopyPairs(np.asarray(result.copy_src)[copied], np.asarray(result.copy_dst)[copied])
 
-    def _evict(self, needed: int, keep: collections.abc.Collection[int] = ()) -> None:
+    def _evict(self, needed: int, keep: Collection[int] = ()) -> None:
         """Frees cached blocks, none of `keep`, until so many blocks are free; if that helps."""
         missing = needed - int(self.state.num_free)
         if self.prefix_cache is None or missing <= 0:
@@ -232,7 +228,7 @@ class BlockTableMemory(Memory):
             self.state = block_tables.release(self.state, np.array(evicted, np.int32))
 
     @override
-    def fork(self, parents: collections.abc.Sequence[int]) -> list[int]:
+    def fork(self, parents: Sequence[int]) -> list[int]:
         children = self._empty_rows(len(parents))
         self.state = block_tables.fork(
             self.state, np.array(parents, np.int32), np.array(children, np.int32)
@@ -240,9 +236,7 @@ class BlockTableMemory(Memory):
         return children
 
     @override
-    def truncate(
-        self, rows: collections.abc.Sequence[int], num_tokens: collections.abc.Sequence[int]
-    ) -> None:
+    def truncate(self, rows: Sequence[int], num_tokens: Sequence[int]) -> None:
         assert all(count > 0 for count in num_tokens), "an empty row is nobody's; `free` it"
         new_lens = np.array(self.state.seq_lens)
         new_lens[list(rows)] = num_tokens
@@ -253,7 +247,7 @@ class BlockTableMemory(Memory):
         self.state = block_tables.truncate(self.state, new_lens)
 
     @override
-    def drop_front(self, num_blocks: collections.abc.Mapping[int, int]) -> None:
+    def drop_front(self, num_blocks: Mapping[int, int]) -> None:
         counts = np.zeros_like(self.state.seq_lens)
         counts[list(num_blocks)] = list(num_blocks.values())
         if self.prefix_cache is not None:
@@ -263,7 +257,7 @@ class BlockTableMemory(Memory):
         self.state = block_tables.drop_front(self.state, counts)
 
     @override
-    def free(self, rows: collections.abc.Sequence[int]) -> None:
+    def free(self, rows: Sequence[int]) -> None:
         if self.prefix_cache is not None:
             blocks = self.tables[list(rows)]
             self.prefix_cache.touch(blocks[blocks != NULL_BLOCK])
@@ -293,7 +287,7 @@ class BlockTableMemory(Memory):
     def _ref_counts(self) -> np.ndarray:
         return np.asarray(self.state.ref_counts)
 
-    def _without(self, rows: collections.abc.Sequence[int]) -> BlockTables:
+    def _without(self, rows: Sequence[int]) -> BlockTables:
         """Returns the state as it would be without these rows."""
         if not rows:
             return self.state
@@ -315,7 +309,7 @@ class BlockTableMemory(Memory):
         assert len(rows) == count, f"no row for {count - len(rows)} sequences"
         return rows
 
-    def _named(self, rows: collections.abc.Sequence[int]) -> np.ndarray:
+    def _named(self, rows: Sequence[int]) -> np.ndarray:
         named = np.zeros(self.state.seq_lens.shape, bool)
         named[list(rows)] = True
         return named

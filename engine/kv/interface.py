@@ -1,6 +1,6 @@
 """What a scheduler asks of KV memory, in blocks and rows; it may be anything that keeps this."""
 
-import collections.abc
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -33,7 +33,10 @@ class Memory(Protocol):
 
     @property
     def tables(self) -> np.ndarray:
-        """The blocks of each row in order, i32[R, M]; never written to."""
+        """The blocks of each row in order, i32[R, M]; only read by callers.
+
+        The next call that changes rows may change the array itself.
+        """
         ...
 
     def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
@@ -42,7 +45,7 @@ class Memory(Protocol):
 
     def match(
         self,
-        token_ids: collections.abc.Sequence[int],
+        token_ids: Sequence[int],
         root: Root,
         known: list[Hit] | None = None,
     ) -> list[int]:
@@ -55,9 +58,9 @@ class Memory(Protocol):
 
     def num_free_after(
         self,
-        freed_rows: collections.abc.Sequence[int],
-        rows: collections.abc.Sequence[int],
-        num_tokens: collections.abc.Sequence[int],
+        freed_rows: Sequence[int],
+        rows: Sequence[int],
+        num_tokens: Sequence[int],
     ) -> int:
         """Returns `num_free_blocks` as it would be after `free` and `append`; changes nothing.
 
@@ -67,8 +70,8 @@ class Memory(Protocol):
 
     def num_unreferenced(
         self,
-        blocks: collections.abc.Sequence[int],
-        freed_rows: collections.abc.Sequence[int] = (),
+        blocks: Sequence[int],
+        freed_rows: Sequence[int] = (),
     ) -> int:
         """Returns how many of these cached blocks no row uses: `num_free_blocks` counts them.
 
@@ -80,56 +83,52 @@ class Memory(Protocol):
         """Counts a prompt's tokens, and those of them that are cached, in the statistics."""
         ...
 
-    def pin(self, token_ids: collections.abc.Sequence[int], root: Root) -> bool:
+    def pin(self, token_ids: Sequence[int], root: Root) -> bool:
         """Keeps the full blocks of these tokens; False, and no change, if one is not cached."""
         ...
 
-    def unpin(self, token_ids: collections.abc.Sequence[int], root: Root) -> bool:
+    def unpin(self, token_ids: Sequence[int], root: Root) -> bool:
         """Takes a `pin` back; False if there is none."""
         ...
 
-    def num_pinned_for_others(self, blocks: collections.abc.Sequence[int]) -> int:
+    def num_pinned_for_others(self, blocks: Sequence[int]) -> int:
         """Returns how many pinned blocks are none of these."""
         ...
 
-    def remember(self, full: collections.abc.Sequence[FullBlocks]) -> None:
+    def remember(self, full: Sequence[FullBlocks]) -> None:
         """Keeps full blocks for later requests that begin with the same tokens.
 
         A row that `merges` has the blocks that are kept already in place of its equal ones then.
         """
         ...
 
-    def replace(self, blocks: collections.abc.Mapping[int, int]) -> None:
+    def replace(self, blocks: Mapping[int, int]) -> None:
         """Lets every row that has one of the full blocks have the equal one that it maps to."""
         ...
 
-    def admit(self, plans: collections.abc.Sequence[RowPlan]) -> list[int]:
+    def admit(self, plans: Sequence[RowPlan]) -> list[int]:
         """Gives each plan a free row with its blocks; the caller knows that they fit."""
         ...
 
-    def append(
-        self, rows: collections.abc.Sequence[int], num_tokens: collections.abc.Sequence[int]
-    ) -> CopyPairs | None:
+    def append(self, rows: Sequence[int], num_tokens: Sequence[int]) -> CopyPairs | None:
         """Allocates more tokens to the rows, all of them or none, and then returns None.
 
         Returns what must be copied before the new tokens are written.
         """
         ...
 
-    def fork(self, parents: collections.abc.Sequence[int]) -> list[int]:
+    def fork(self, parents: Sequence[int]) -> list[int]:
         """Gives each parent (one may come often) a child: a free row with all of its blocks."""
         ...
 
-    def truncate(
-        self, rows: collections.abc.Sequence[int], num_tokens: collections.abc.Sequence[int]
-    ) -> None:
+    def truncate(self, rows: Sequence[int], num_tokens: Sequence[int]) -> None:
         """Shortens each row to so many tokens, at least one, and gives back the blocks past them.
 
         A block that others have, or that is kept for later requests, stays theirs.
         """
         ...
 
-    def drop_front(self, num_blocks: collections.abc.Mapping[int, int]) -> None:
+    def drop_front(self, num_blocks: Mapping[int, int]) -> None:
         """Gives back the first blocks of rows, {row: how many}, those given back before included.
 
         For full blocks of tokens that no query of the row sees any more. The row's other blocks
@@ -137,7 +136,7 @@ class Memory(Protocol):
         """
         ...
 
-    def free(self, rows: collections.abc.Sequence[int]) -> None:
+    def free(self, rows: Sequence[int]) -> None:
         """Gives back the rows and their blocks."""
         ...
 

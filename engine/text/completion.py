@@ -3,11 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from pallas_paged.engine.core.core_output import (
-    BeamFigures,
-    FinishReason,
-    TokenLogprobs,
-)
+from pallas_paged.engine.core.core_output import BeamFigures, FinishReason, TokenLogprobs
 from pallas_paged.engine.outputs import CompletionOutput, Logprob
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.text.detokenizer import Detokenizer, prompt_context, text_of

@@ -95,7 +95,7 @@ def checked_priorities(priority: Sequence[int] | None, count: int, policy: str) 
 
 
 @contextlib.contextmanager
-def named(index: int, prompts: list[Prompt]) -> Iterator[None]:
+def naming_prompt(index: int, prompts: list[Prompt]) -> Iterator[None]:
     """Lets a `ValueError` that is raised inside say which of several prompts is meant."""
     try:
         yield

@@ -1,6 +1,7 @@
 """Pool, runner and block copies take each layer's cache from its own spec."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_paged.cache_spec import BlockArray, CacheSpec
+from pallas_paged.engine import build
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.plan import StepPlan
@@ -131,3 +133,22 @@ def test_kinds_that_no_pool_holds_are_refused_by_name(spec: CacheSpec) -> None:
     for start in (plan, make_runner):
         with pytest.raises(NotImplementedError, match=f"a '{spec.kind}' cache"):
             start(WIDE, spec)
+
+
+def test_layers_of_unlike_choices_run_with_xla_and_say_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU whose kernels serve the head size of some layers only."""
+    config = EngineConfig("m")
+    shape = layered(WIDE, SLIDING).config
+    choose = build._choose_attention
+
+    def choice(_: str, q: Any, k: Any, v: Any, **options: Any) -> str:
+        return "fast" if k.shape == v.shape else "other"
+
+    monkeypatch.setattr(build, "attention_implementation", choice)
+    with caplog.at_level(logging.WARNING):
+        assert choose(config, shape, FLOAT32, (SLIDING, SLIDING)) == "fast"
+        assert not caplog.records
+        assert choose(config, shape, FLOAT32, (SLIDING, WIDE)) == "xla"
+    assert "no attention of ['fast', 'other'] serves all layers" in caplog.text

@@ -10,8 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from pallas_paged.engine.core.step_inputs import seed_words
 from pallas_paged.engine.device import sampling
-from pallas_paged.engine.device.sampling import SamplingInputs, seed_words
+from pallas_paged.engine.device.sampling import SamplingInputs
 
 sample = jax.jit(sampling.sample)
 
