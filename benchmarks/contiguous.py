@@ -122,6 +122,7 @@ class ContiguousMemory(BlockTableMemory):
         """Replaces the block tables by those of the rows in use: each has its place whole."""
         num_blocks, M = len(self.state.ref_counts), self.blocks_per_place
         in_use = np.flatnonzero(self._lens)
+        self._versions += 1
         tables = np.zeros_like(self.state.tables)
         tables[in_use] = 1 + in_use[:, None] * M + np.arange(M)
         seq_lens, ref_counts, free_blocks = (

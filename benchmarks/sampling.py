@@ -174,6 +174,8 @@ def decode_step(num_rows: int, vocab_size: int) -> Callable[[], jax.Array]:
     plan = whole_decode_step(
         memory, buckets, num_rows, tuple(t % vocab_size for t in range(context))
     )
+    runner.dispatch(plan)  # with all entries of the block tables, which stay there
+    plan = plan._replace(table_edits=())
     return lambda: runner.dispatch(plan).copied
 
 

@@ -187,6 +187,7 @@ def compile_step(context: Context) -> None:
             nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))),
             tuple(spec.shapes(1 + sizes["batch"] * max_blocks) for spec in specs),
             max_num_seqs=sizes["batch"],
+            max_blocks_per_seq=max_blocks,
             logprobs_width=1,
             implementation=implementation,
             cache_implementation=implementation,

@@ -77,7 +77,7 @@ class Step(NamedTuple):
         return "xla" if self.model == "tiny" else "mosaic_gpu"
 
     def program(self) -> Program:
-        """Returns the step: of parameters, caches, last tokens and the packed inputs."""
+        """Returns the step: of parameters, caches, rows and the packed inputs."""
         name = f"{self.model} decode step {self.name}, {self.implementation}"
         options = COMMAND_BUFFERS[self.command_buffers]
         return Program(
@@ -104,6 +104,7 @@ def _compiled(step: Step) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         nnx.merge(*_model(step.model)),
         timing.abstract(described_caches(step)),
         max_num_seqs=step.batch,
+        max_blocks_per_seq=step.blocks_per_seq,
         logprobs_width=1,
         implementation=step.implementation,
         cache_implementation=step.implementation,
@@ -153,7 +154,7 @@ def packed_inputs(step: Step, tables: np.ndarray, temperature: float) -> jax.Arr
     x.positions[:] = last
     slots = tables[:, last // step.block_size] * step.block_size
     x.slot_mapping[:] = slots + last % step.block_size
-    x.block_tables[:] = tables
+    x.table_places[:] = tables.size  # the padding row: no entry changes
     x.seq_lens[:] = step.context
     x.query_start_loc[:] = np.arange(step.batch + 1)
     x.rows[:] = x.sample_rows[:] = x.logits_indices[:] = x.seeds[:, 1] = rows
@@ -186,6 +187,8 @@ def run(step: Step, context: Context) -> Row:
     rng = np.random.default_rng(0)
     num_blocks = step.batch * step.blocks_per_seq
     tables = 1 + rng.permutation(num_blocks).astype(np.int32).reshape(step.batch, -1)
+    null_row = np.zeros((1, step.blocks_per_seq), np.int32)
+    tables_there = jax.device_put(np.concatenate([tables, null_row]))
     tokens = jax.device_put(rng.integers(0, config.vocab_size, step.batch + 1, np.int32))
     calls, repeats = (20, 5) if context.on_gpu else (2, 2)
     for name, temperature in (("", 0.8), ("greedy_", 0.0)):
@@ -195,7 +198,9 @@ def run(step: Step, context: Context) -> Row:
             jax.block_until_ready(tokens)
             begin = time.perf_counter()
             for _ in range(calls):
-                *caches, tokens, sampled = program(params, caches, tokens, packed)
+                *caches, tokens, tables_there, sampled = program(
+                    params, caches, [tokens, tables_there], packed
+                )
             jax.block_until_ready(tokens)
             seconds.append((time.perf_counter() - begin) / calls)
         if np.any(np.asarray(sampled) >= config.vocab_size):

@@ -23,6 +23,8 @@ class StepPlan(NamedTuple):
       swap_outs: blocks to copy to the host.
       swap_ins: blocks to copy back; a chunk is dropped when it is read.
       copies: blocks to copy inside the pool.
+      table_edits: i32[2, `table_edits.NUM_ENTRIES`] each, to be written into the block tables in
+        order, before what the inputs write there: places and blocks, see `StepInputs`.
       row_edits: i32[`edit_size`] each, to be applied to the row state in order; none in a plain
         step. Whatever the host learns between two steps comes to a row this way. So could the mask
         of a grammar, V bits of a row: one more field of `edit_layout`. As it follows from the last
@@ -39,6 +41,7 @@ class StepPlan(NamedTuple):
     swap_outs: tuple[BlockMove, ...]
     swap_ins: tuple[BlockMove, ...]
     copies: CopyPairs
+    table_edits: tuple[np.ndarray, ...]
     row_edits: tuple[np.ndarray, ...]
     inputs: np.ndarray
     wants_logprobs: bool
@@ -55,8 +58,9 @@ class StepPlan(NamedTuple):
             *self.copies,
             self.inputs,
             *self.prompt_targets,
-            [len(self.swap_outs), len(self.swap_ins)],
+            [len(self.swap_outs), len(self.swap_ins), len(self.table_edits)],
             *(part for move in self.swap_outs + self.swap_ins for part in move),
+            *(part for edit in self.table_edits for part in edit),
             *self.row_edits,
         ]
         arrays = [np.asarray(part, np.int32) for part in parts]
@@ -77,11 +81,12 @@ class StepPlan(NamedTuple):
         copies = CopyPairs(next(parts), next(parts))
         inputs = next(parts)
         targets = np.stack([next(parts), next(parts)])
-        num_outs, num_ins = next(parts).tolist()
+        num_outs, num_ins, num_edits = next(parts).tolist()
         moves = tuple(
             BlockMove(SwappedChunk(*next(parts).tolist()), next(parts))
             for _ in range(num_outs + num_ins)
         )
+        table_edits = tuple(np.stack([next(parts), next(parts)]) for _ in range(num_edits))
         return cls(
             high * 2**31 + low,
             Bucket(num_tokens, num_seqs, table_width, is_decode, is_full),
@@ -89,6 +94,7 @@ class StepPlan(NamedTuple):
             moves[:num_outs],
             moves[num_outs:],
             copies,
+            table_edits,
             tuple(parts),
             inputs,
             wants_logprobs,

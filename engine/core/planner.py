@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pallas_paged.engine.core.buckets import Bucket, Buckets
+from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.plan import StepPlan
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
 from pallas_paged.engine.core.row_edits import RowEdits
@@ -16,6 +16,7 @@ from pallas_paged.engine.core.step_inputs import (
     seed_words,
     views,
 )
+from pallas_paged.engine.core.table_edits import TableEdits
 from pallas_paged.engine.kv.interface import Memory
 
 _NO_TARGETS = np.zeros((2, 0), np.int32)
@@ -55,6 +56,7 @@ class Planner:
 
     def reset(self) -> None:
         """Forgets what the device's rows hold: it is new, or begins anew."""
+        self._table_edits = TableEdits(self._memory)
         self._columns = _Columns(self._num_rows)
         self._row_edits = RowEdits(self._num_rows)
 
@@ -87,6 +89,11 @@ class Planner:
             is_full=is_full,
         )
         prompt_targets, prompts = _take_targets(scheduled, targets)
+        table_edits, last_edit = self._table_edits.next_edits(batch.rows, bucket.num_seqs)
+        inputs = np.zeros(packed_size(bucket), np.int32)
+        x = views(inputs, bucket)
+        x.table_places[:], x.table_blocks[:] = last_edit
+        self._fill(x, batch, lens, scheduled)
         plan = StepPlan(
             step.step_id,
             bucket,
@@ -94,30 +101,32 @@ class Planner:
             step.swap_outs,
             step.swap_ins,
             step.copies,
+            tuple(table_edits),
             tuple(self._row_edits.next_edits(scheduled)) if is_full else (),
-            self._packed(batch, lens, bucket, scheduled),
+            inputs,
             wants_logprobs,
             prompt_targets,
         )
         return Planned(plan, prompts)
 
-    def _packed(
-        self, batch: _Batch, lens: np.ndarray, bucket: Bucket, scheduled: list[ScheduledSequence]
-    ) -> np.ndarray:
-        """Returns the packed inputs of a step, padded to `bucket`: i32[packed_size(bucket)].
+    def _fill(
+        self,
+        x: StepInputs[np.ndarray],
+        batch: _Batch,
+        lens: np.ndarray,
+        scheduled: list[ScheduledSequence],
+    ) -> None:
+        """Fills the inputs of a step, which are zeros, but for the entries of block tables.
 
         `scheduled` is needed for full buckets only.
         """
-        tables, S, columns = self._memory.tables, self._memory.block_size, self._columns
-        packed = np.zeros(packed_size(bucket), np.int32)
-        x = views(packed, bucket)
+        tables, S = self._memory.tables, self._memory.block_size
         sequences, rows, starts, counts, samples, on_device = batch
         ends = np.cumsum(counts, dtype=np.int32)
         B, T = len(rows), int(ends[-1])
         positions = np.arange(T, dtype=np.int32) + np.repeat(starts - (ends - counts), counts)
         x.positions[:T] = positions
         x.slot_mapping[:T] = tables[np.repeat(rows, counts), positions // S] * S + positions % S
-        np.take(tables[:, : bucket.table_width], rows, 0, x.block_tables[:B], mode="clip")
         x.seq_lens[:B] = np.where(counts > 0, lens, 0)
         x.query_start_loc[1 : B + 1] = ends
         x.query_start_loc[B + 1 :] = T
@@ -131,10 +140,9 @@ class Planner:
             start, count = starts[b], counts[b]
             token_ids = sequences[b].token_ids[start : start + count]
             x.input_ids[ends[b] - count : ends[b]] = token_ids
-        columns.fill(x, rows)
+        self._columns.fill(x, rows)
         if x.full is not None:
             _fill_full(x.full, scheduled, self._num_rows)
-        return packed
 
 
 class _Columns:

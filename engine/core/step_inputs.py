@@ -39,16 +39,18 @@ class FullInputs[A](NamedTuple):
 
 
 class StepInputs[A](NamedTuple):
-    """What one step needs from the host; T tokens, B sequences, M blocks, R allocator rows.
+    """What one step needs from the host; T tokens, B sequences, R allocator rows.
 
     Attributes:
       input_ids: i32[T]; where `input_on_device`, replaced by the row's last sampled token.
-      positions: i32[T], see `AttentionMetadata`, as are the next four.
+      positions: i32[T], see `AttentionMetadata`, as are the next three.
       slot_mapping: i32[T].
-      block_tables: i32[B, M].
       seq_lens: i32[B].
       query_start_loc: i32[B + 1].
       rows: i32[B], the allocator's row of each sequence; R for padding.
+      table_places: i32[B], what to write into the device's block tables before anything else: row *
+        M + column, with the tables' width M; row R, column 0 for padding.
+      table_blocks: i32[B], the blocks to write there; the null block for padding.
       input_on_device: i32[B], 1 where the sequence's single input token is the last one sampled.
       sample_rows: i32[B], `rows` where a token is sampled, R elsewhere.
       logits_indices: i32[B], the token whose hidden state gives the sequence's logits.
@@ -65,10 +67,11 @@ class StepInputs[A](NamedTuple):
     input_ids: A
     positions: A
     slot_mapping: A
-    block_tables: A
     seq_lens: A
     query_start_loc: A
     rows: A
+    table_places: A
+    table_blocks: A
     input_on_device: A
     sample_rows: A
     logits_indices: A
@@ -94,10 +97,11 @@ def layout(bucket: Bucket) -> dict[str, tuple[Shape, np.dtype]]:
         "input_ids": ((T,), i32),
         "positions": ((T,), i32),
         "slot_mapping": ((T,), i32),
-        "block_tables": ((B, bucket.table_width), i32),
         "seq_lens": ((B,), i32),
         "query_start_loc": ((B + 1,), i32),
         "rows": ((B,), i32),
+        "table_places": ((B,), i32),
+        "table_blocks": ((B,), i32),
         "input_on_device": ((B,), i32),
         "sample_rows": ((B,), i32),
         "logits_indices": ((B,), i32),

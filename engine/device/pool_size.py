@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from pallas_paged.engine.device.device_memory import memory_stats, usable_bytes
 from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.device.row_state import RowState
+from pallas_paged.engine.device.rows import Rows
 from pallas_paged.models import CausalLM
 
 
@@ -28,6 +30,7 @@ class PoolPlan:
       block_size: S.
       block_bytes: bytes of one block over all layers, scales of quantised caches included.
       weight_bytes: bytes of the model's parameters.
+      rows_bytes: bytes of `Rows`, which are those of the block tables.
       row_state_bytes: bytes of `RowState`, from the first request on that asks for penalties, bias
         or log-probabilities.
       temporary_bytes: bytes of the largest step's temporaries; None where the pool's size did not
@@ -39,6 +42,7 @@ class PoolPlan:
     block_size: int
     block_bytes: int
     weight_bytes: int
+    rows_bytes: int
     row_state_bytes: int
     temporary_bytes: int | None
 
@@ -48,6 +52,7 @@ class PoolPlan:
             f"weights {_mib(self.weight_bytes)}",
             f"KV pool {_mib(self.num_blocks * self.block_bytes)}"
             f" ({self.num_blocks} blocks of {self.block_size} tokens, {slots} tokens)",
+            f"block tables {_mib(self.rows_bytes)}",
             f"penalties and bias {_mib(self.row_state_bytes)} from their first use on",
         ]
         if self.temporary_bytes is not None:
@@ -76,8 +81,9 @@ def plan_pool(
     """Sizes the pool by `num_blocks`, else by bytes, else by the device.
 
     On a CPU the device's default is a stated size; on a GPU it is the configured share of its
-    memory less what is in use (the weights), less the temporaries of the largest compiled step and
-    less `row_state_bytes`, for else the first request with a penalty would run out of memory.
+    memory less what is in use (the weights), the temporaries of the largest compiled step,
+    `rows_bytes` and `row_state_bytes`: else the first request with a penalty would run out of
+    memory.
     Unless `num_blocks` asks for it, no pool is larger than all sequences at their longest need.
     The device is that of `placement`, by default JAX's default device.
 
@@ -91,11 +97,10 @@ def plan_pool(
     specs = shape.cache_specs(S, cache_dtype)
     block_bytes = sum(spec.block_bytes for spec in specs)
     max_blocks_per_seq = math.ceil(max_model_len / S)
-    weight_bytes = sum(
-        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model))
-    )
+    weight_bytes = _bytes(nnx.state(model))
     row_state = jax.eval_shape(lambda: RowState.zeros(config.max_num_seqs, shape.vocab_size))
-    row_state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in row_state)
+    row_state_bytes = _bytes(row_state)
+    rows_bytes = _rows_bytes(config.max_num_seqs, max_blocks_per_seq)
     temporary_bytes = None
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
@@ -111,6 +116,7 @@ def plan_pool(
                 model,
                 tuple(spec.shapes(2) for spec in specs),
                 config.max_num_seqs,
+                max_blocks_per_seq,
                 width_for(config.max_logprobs, shape.vocab_size),
                 implementation,
                 config.cache_implementation,
@@ -126,7 +132,8 @@ def plan_pool(
                     "set num_blocks or kv_cache_memory_bytes"
                 )
             usable = usable_bytes(stats, config.gpu_memory_utilization)
-            pool_bytes = usable - stats["bytes_in_use"] - temporary_bytes - row_state_bytes
+            beside = temporary_bytes + rows_bytes + row_state_bytes
+            pool_bytes = usable - stats["bytes_in_use"] - beside
         num_blocks = round_num_blocks(max(0, pool_bytes) // block_bytes)
         if num_blocks < 2:
             raise ValueError(
@@ -141,7 +148,7 @@ def plan_pool(
             f"a KV pool of {num_blocks} blocks takes {_mib(num_blocks * block_bytes)}, and the "
             f"device has {_mib(capacity)}; choose a smaller num_blocks or kv_cache_memory_bytes"
         )
-    # Nobody can hold more blocks than there are: a narrower table is a smaller copy every step.
+    # Nobody can hold more blocks than there are.
     max_blocks_per_seq = min(max_blocks_per_seq, num_blocks - 1)
     return PoolPlan(
         num_blocks,
@@ -149,6 +156,7 @@ def plan_pool(
         S,
         block_bytes,
         weight_bytes,
+        _rows_bytes(config.max_num_seqs, max_blocks_per_seq),
         row_state_bytes,
         temporary_bytes,
     )
@@ -160,6 +168,14 @@ def _memory_bytes(device: jax.Device) -> int:
     if stats is not None:
         return stats["bytes_limit"]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _rows_bytes(num_rows: int, table_width: int) -> int:
+    return _bytes(jax.eval_shape(lambda: Rows.zeros(num_rows, table_width)))
+
+
+def _bytes(arrays: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
 
 
 def _mib(num_bytes: int) -> str:

@@ -16,8 +16,10 @@ from flax import nnx
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.row_edits import edit_size
 from pallas_paged.engine.core.step_inputs import packed_size
+from pallas_paged.engine.core.table_edits import NUM_ENTRIES
 from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
 from pallas_paged.engine.device.row_state import RowState, edit_rows
+from pallas_paged.engine.device.rows import Rows, edit_tables
 from pallas_paged.engine.device.step import (
     NUM_PROMPT_ROWS,
     Caches,
@@ -43,6 +45,7 @@ class StepPrograms:
       model: the model; its state is an argument of every call, not a constant of the programs.
       kv_caches: the caches, of which only shapes and dtypes are kept.
       max_num_seqs: R.
+      max_blocks_per_seq: M, the width of the block tables.
       logprobs_width: W, see `logprobs`.
       implementation: of paged attention.
       cache_implementation: of the writes to the caches.
@@ -55,6 +58,7 @@ class StepPrograms:
     model: CausalLM
     kv_caches: Caches
     max_num_seqs: int
+    max_blocks_per_seq: int
     logprobs_width: int
     implementation: str | None = None
     cache_implementation: str | None = None
@@ -69,6 +73,7 @@ class StepPrograms:
         # Not the arrays: they would stay in memory beside the ones that take their place.
         self.kv_caches = self.placement.cache_shapes(self.kv_caches)
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
+        self._compiled_tables: jax.stages.Compiled | None = None
         self._compiled_edit: jax.stages.Compiled | None = None
         self._compiled_rows: jax.stages.Compiled | None = None
         self._compiled_prompt: dict[int, jax.stages.Compiled] = {}  # by T
@@ -78,11 +83,11 @@ class StepPrograms:
         self,
         bucket: Bucket,
         kv_caches: Caches,
-        last_tokens: jax.Array,
+        rows: Rows,
         packed: jax.Array,
         row_state: RowState | None = None,
     ) -> StepArrays:
-        """Runs the step; donates `kv_caches`, `last_tokens` and, to a full step, the counts.
+        """Runs the step; donates `kv_caches`, `rows` and, to a full step, the counts.
 
         A full step needs `row_state`, and a plain one takes none.
         """
@@ -90,7 +95,22 @@ class StepPrograms:
         if bucket not in self._compiled:
             self.compile([bucket])
         state = () if row_state is None else (row_state.counts, row_state.bias)
-        return self._compiled[bucket](self.params, kv_caches, last_tokens, packed, *state)
+        return self._compiled[bucket](self.params, kv_caches, rows, packed, *state)
+
+    def edit_tables(self, rows: Rows, edit: jax.Array) -> Rows:
+        """Writes the entries of a `StepPlan.table_edits` into the block tables; donates `rows`."""
+        self.compile_tables()
+        assert self._compiled_tables is not None
+        return self._compiled_tables(rows, edit)
+
+    def compile_tables(self) -> None:
+        """Compiles the program of `edit_tables`, if it is not."""
+        if self._compiled_tables is not None:
+            return
+        jitted = jax.jit(lambda rows, edit: edit_tables(rows, *edit), donate_argnums=0)
+        with self.placement.as_target():
+            lowered = jitted.lower(self._rows(), self._input(2, NUM_ENTRIES))
+            self._compiled_tables = lowered.compile()
 
     def new_row_state(self) -> RowState:
         """Returns the state of rows that nobody uses, newly allocated."""
@@ -138,6 +158,7 @@ class StepPrograms:
     def compile_all(self, buckets: Iterable[Bucket]) -> None:
         """Compiles every program that steps of the `buckets` may run."""
         self.compile(buckets)
+        self.compile_tables()
         self.compile_rows()
         self.compile_edit()
         for num_tokens, hidden in self._hidden.items():
@@ -186,13 +207,13 @@ class StepPrograms:
         """
 
         def step(
-            params: Any, kv_caches: Caches, last: jax.Array, packed: jax.Array, *state: jax.Array
+            params: Any, kv_caches: Caches, rows: Rows, packed: jax.Array, *state: jax.Array
         ) -> StepArrays:
             self.num_traces[bucket] = self.num_traces.get(bucket, 0) + 1
             return run_step(
                 params,
                 kv_caches,
-                last,
+                rows,
                 packed,
                 RowState(*state) if bucket.is_full else None,
                 graphdef=self.graphdef,
@@ -203,10 +224,10 @@ class StepPrograms:
                 deterministic=self.deterministic,
             )
 
-        last_tokens, packed = map(self._input, (self.max_num_seqs + 1, packed_size(bucket)))
+        packed = self._input(packed_size(bucket))
         state = self._row_state() if bucket.is_full else ()
         params = self.placement.parameter_shapes(self.params)
-        arguments = (params, self.kv_caches, last_tokens, packed, *state)
+        arguments = (params, self.kv_caches, self._rows(), packed, *state)
         return step, arguments, (1, 2, 4) if bucket.is_full else (1, 2)
 
     def _lower(self, jitted: Any, *args: Any) -> jax.stages.Lowered:
@@ -219,6 +240,10 @@ class StepPrograms:
 
     def _input(self, *shape: int) -> jax.ShapeDtypeStruct:
         return self.placement.input_shapes(jax.ShapeDtypeStruct(shape, jnp.int32))
+
+    def _rows(self) -> Rows:
+        rows = jax.eval_shape(lambda: Rows.zeros(self.max_num_seqs, self.max_blocks_per_seq))
+        return self.placement.input_shapes(rows)
 
     def _row_state(self) -> RowState:
         return self.placement.input_shapes(jax.eval_shape(self._zero_rows))

@@ -16,6 +16,7 @@ from pallas_paged.engine.device.block_programs import BlockPrograms, Caches
 from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.device.row_state import RowState
+from pallas_paged.engine.device.rows import Rows
 from pallas_paged.engine.device.step import NUM_PROMPT_ROWS
 from pallas_paged.models import CausalLM
 
@@ -40,7 +41,7 @@ class ModelRunner:
     Attributes:
       buckets: the shapes of steps.
       kv_caches: one per layer; replaced by every step.
-      last_tokens: i32[R + 1], see `StepArrays`.
+      rows: last tokens and block tables; replaced by every step.
       row_state: what full steps keep of the rows; None before the first of them.
       programs: the compiled steps.
       block_programs: the compiled copies of blocks.
@@ -74,12 +75,13 @@ class ModelRunner:
         self.kv_caches = self._make_caches()
         self._num_rows = max_num_seqs
         self.row_state: RowState | None = None
-        self.last_tokens = self._fresh_tokens()
+        self.rows = self._fresh_rows()
         self._chunks: dict[int, Caches] = {}  # swapped blocks in host memory, by number
         self.programs = StepPrograms(
             model,
             self.kv_caches,
             max_num_seqs,
+            buckets.table_widths[-1],
             logprobs.width_for(max_logprobs, config.vocab_size),
             implementation,
             cache_implementation,
@@ -97,10 +99,12 @@ class ModelRunner:
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Starts a step without waiting for its result; the caches are donated to it."""
         self._move_blocks(plan)
+        for edit in plan.table_edits:
+            self.rows = self.programs.edit_tables(self.rows, jax.device_put(edit, self._inputs))
         packed = jax.device_put(plan.inputs, self._inputs)
         row_state = self._edited_rows(plan) if plan.bucket.is_full else None
-        result = self.programs(plan.bucket, self.kv_caches, self.last_tokens, packed, row_state)
-        self.kv_caches, self.last_tokens = result.kv_caches, result.last_tokens
+        result = self.programs(plan.bucket, self.kv_caches, self.rows, packed, row_state)
+        self.kv_caches, self.rows = result.kv_caches, result.rows
         if row_state is not None and result.counts is not None:
             self.row_state = row_state._replace(counts=result.counts)
         copied = result.tokens
@@ -133,7 +137,7 @@ class ModelRunner:
             self.row_state = self.programs.new_row_state()
         for edit in plan.row_edits:
             self.row_state = self.programs.edit_rows(
-                self.row_state, self.last_tokens, jax.device_put(edit, self._inputs)
+                self.row_state, self.rows.last_tokens, jax.device_put(edit, self._inputs)
             )
         return self.row_state
 
@@ -166,11 +170,12 @@ class ModelRunner:
         self.kv_caches = self._make_caches()
         self._chunks.clear()
         self.row_state = None
-        self.last_tokens = self._fresh_tokens()
+        self.rows = self._fresh_rows()
 
-    def _fresh_tokens(self) -> jax.Array:
-        """Returns the last tokens of rows that nobody uses."""
-        return jnp.zeros(self._num_rows + 1, jnp.int32, device=self._inputs)
+    def _fresh_rows(self) -> Rows:
+        return jax.device_put(
+            Rows.zeros(self._num_rows, self.buckets.table_widths[-1]), self._inputs
+        )
 
     def warm_up(self) -> None:
         """Compiles every program, so that no step waits for a compilation."""
@@ -179,4 +184,4 @@ class ModelRunner:
 
     def block_until_ready(self) -> None:
         """Waits until every dispatched step has run."""
-        jax.block_until_ready((self.kv_caches, self.last_tokens, self.row_state))
+        jax.block_until_ready((self.kv_caches, self.rows, self.row_state))

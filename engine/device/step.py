@@ -17,6 +17,7 @@ from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.logprobs import packed_width
 from pallas_paged.engine.device.logprobs import pack
 from pallas_paged.engine.device.row_state import RowState, apply_rules, count_tokens
+from pallas_paged.engine.device.rows import Rows, edit_tables
 from pallas_paged.engine.device.sampling import sample
 from pallas_paged.engine.device.unpack import (
     attention_metadata,
@@ -38,7 +39,7 @@ class StepArrays(NamedTuple):
 
     Attributes:
       kv_caches: in the place of those that were donated.
-      last_tokens: i32[R + 1], with this step's samples.
+      rows: with this step's samples and entries of block tables.
       tokens: i32[B], the samples. A sequence whose logits are not finite gets V, one whose rules
         leave no token V + 1, which are no tokens: the host turns them into errors.
       logprobs: of a full step in which a row asks for them, see `logprobs.pack`, whose first column
@@ -48,7 +49,7 @@ class StepArrays(NamedTuple):
     """
 
     kv_caches: Caches
-    last_tokens: jax.Array
+    rows: Rows
     tokens: jax.Array
     logprobs: jax.Array | None
     counts: jax.Array | None
@@ -58,7 +59,7 @@ class StepArrays(NamedTuple):
 def run_step(
     params: Any,
     kv_caches: Caches,
-    last_tokens: jax.Array,
+    rows: Rows,
     packed: jax.Array,
     row_state: RowState | None,
     *,
@@ -74,8 +75,7 @@ def run_step(
     Args:
       params: the model's split state.
       kv_caches: one per layer; donated by `StepPrograms`.
-      last_tokens: i32[R + 1], the last token sampled in each of the allocator's R rows, and one
-        entry that padding writes to; donated.
+      rows: of the allocator; donated.
       packed: i32[K], see `step_inputs`.
       row_state: of a full step, else None; its counts are donated.
       graphdef: the model's graph definition.
@@ -86,9 +86,10 @@ def run_step(
       deterministic: see `EngineConfig`.
     """
     x = unpack(packed, bucket)
+    rows = edit_tables(rows, x.table_places, x.table_blocks)
     starts = x.query_start_loc[:-1]
     on_device = jnp.where(x.input_on_device == 1, starts, bucket.num_tokens)
-    input_ids = x.input_ids.at[on_device].set(last_tokens[x.rows], mode="drop")
+    input_ids = x.input_ids.at[on_device].set(rows.last_tokens[x.rows], mode="drop")
 
     model = nnx.merge(graphdef, params)
     attend = functools.partial(
@@ -98,22 +99,22 @@ def run_step(
         promise_in_bounds=True,  # the scheduler's own ids; a step has no launches to spare
         deterministic=deterministic,
     )
-    metadata = attention_metadata(x, bucket)
+    metadata = attention_metadata(x, rows.block_tables, bucket)
     hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend)
     logits = model.compute_logits(hidden[x.logits_indices])
 
     wrong = cannot_sample(logits)
     if x.full is None or row_state is None:
         tokens = sample(logits, sampling_inputs(x))
-        last_tokens = last_tokens.at[x.sample_rows].set(tokens)
+        rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(tokens))
         tokens = jnp.where(wrong, logits.shape[-1], tokens)
-        return StepArrays(kv_caches, last_tokens, tokens, None, None, None)
+        return StepArrays(kv_caches, rows, tokens, None, None, None)
 
     counts = count_tokens(row_state.counts, x.full.counted_rows, input_ids[x.logits_indices])
     ruled = apply_rules(logits, RowState(counts, row_state.bias), logit_inputs(x))
     empty = jnp.all(ruled == -jnp.inf, axis=-1)
     tokens = sample(ruled, sampling_inputs(x))
-    last_tokens = last_tokens.at[x.sample_rows].set(tokens)
+    rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(tokens))
     tokens = jnp.where(empty, logits.shape[-1] + 1, tokens)
     tokens = jnp.where(wrong, logits.shape[-1], tokens)
     found = jax.lax.cond(
@@ -122,7 +123,7 @@ def run_step(
         lambda: jnp.zeros((bucket.num_seqs, packed_width(logprobs_width)), jnp.int32),
     )
     kept = None if bucket.is_decode else hidden
-    return StepArrays(kv_caches, last_tokens, tokens, found, counts, kept)
+    return StepArrays(kv_caches, rows, tokens, found, counts, kept)
 
 
 def cannot_sample(logits: jax.Array) -> jax.Array:

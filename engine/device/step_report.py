@@ -90,6 +90,7 @@ def compile_step(
         model,
         caches,
         config.max_num_seqs,
+        bucket.table_width,
         width_for(config.max_logprobs, shape.vocab_size),
         config.attention_implementation,
         config.cache_implementation,

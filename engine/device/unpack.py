@@ -23,12 +23,14 @@ def unpack(packed: jax.Array, bucket: Bucket) -> StepInputs[jax.Array]:
     return step_inputs(arrays)
 
 
-def attention_metadata(x: StepInputs[jax.Array], bucket: Bucket) -> AttentionMetadata:
-    """Returns what the model's attention needs of a step's inputs."""
+def attention_metadata(
+    x: StepInputs[jax.Array], block_tables: jax.Array, bucket: Bucket
+) -> AttentionMetadata:
+    """Returns what the model's attention needs of a step's inputs and of `Rows.block_tables`."""
     return AttentionMetadata(
         positions=x.positions,
         slot_mapping=x.slot_mapping,
-        block_tables=x.block_tables,
+        block_tables=block_tables[x.rows, : bucket.table_width],
         seq_lens=x.seq_lens,
         query_start_loc=x.query_start_loc,
         max_query_len=1 if bucket.is_decode else bucket.num_tokens,

@@ -41,6 +41,7 @@ class BlockTableMemory(Memory):
         self._pinned = collections.Counter()
         width = blocks_for(max_model_len, block_size)
         self.state = block_tables.create(num_blocks, max_num_seqs, width, block_size, in_place=True)
+        self._versions = np.zeros(max_num_seqs, np.int64)
 
     @property
     @override
@@ -66,6 +67,16 @@ class BlockTableMemory(Memory):
     @override
     def tables(self) -> np.ndarray:
         return np.asarray(self.state.tables)
+
+    @property
+    @override
+    def num_blocks(self) -> np.ndarray:
+        return -(-np.asarray(self.state.seq_lens, np.int64) // self.block_size)
+
+    @property
+    @override
+    def versions(self) -> np.ndarray:
+        return self._versions
 
     @override
     def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
@@ -192,6 +203,7 @@ class BlockTableMemory(Memory):
         if self.prefix_cache is not None:
             assert not self.prefix_cache.is_cached[old].any(), f"{old} are cached"
         self.state = block_tables.replace(self.state, old, new)
+        self._versions += 1  # it is rare, and any row may have one of the old blocks
 
     @override
     def admit(self, plans: Sequence[RowPlan]) -> list[int]:
@@ -203,6 +215,7 @@ class BlockTableMemory(Memory):
         self._evict(-int(blocks.min()), keep=set(blocks[blocks > 0].tolist()))
         self.state, ok = block_tables.admit(self.state, np.array(rows), num_tokens, blocks)
         assert ok, f"{self.num_free_blocks} free blocks are too few for {num_tokens} tokens"
+        self._versions[rows] += 1
         return rows
 
     @override
@@ -212,9 +225,11 @@ class BlockTableMemory(Memory):
         most = sum(num_tokens) // self.block_size + 2 * len(rows)
         if self.prefix_cache is not None and most > self.state.num_free:
             self._evict(int(block_tables.num_blocks_needed(self.state, num_new)))
+        num_before = self.num_blocks
         self.state, result = block_tables.append(self.state, num_new)
         if not result.ok:
             return None
+        self._versions += (self.num_blocks > num_before) | (np.asarray(result.copy_dst) > 0)
         copied = np.flatnonzero(result.copy_dst)
         return CopyPairs(np.asarray(result.copy_src)[copied], np.asarray(result.copy_dst)[copied])
 
@@ -233,6 +248,7 @@ class BlockTableMemory(Memory):
         self.state = block_tables.fork(
             self.state, np.array(parents, np.int32), np.array(children, np.int32)
         )
+        self._versions[children] += 1
         return children
 
     @override
@@ -255,6 +271,7 @@ class BlockTableMemory(Memory):
                 blocks = self.tables[row, :count]
                 self.prefix_cache.touch(blocks[blocks != NULL_BLOCK])
         self.state = block_tables.drop_front(self.state, counts)
+        self._versions += counts > 0
 
     @override
     def free(self, rows: Sequence[int]) -> None:

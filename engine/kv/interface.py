@@ -39,6 +39,16 @@ class Memory(Protocol):
         """
         ...
 
+    @property
+    def num_blocks(self) -> np.ndarray:
+        """How many entries of each row of `tables` count, i64[R]; only read by callers."""
+        ...
+
+    @property
+    def versions(self) -> np.ndarray:
+        """A number of each row that grows whenever an entry of it changes, i64[R]; only read."""
+        ...
+
     def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
         """Returns how many blocks of the pool so many blocks in so many rows take."""
         ...

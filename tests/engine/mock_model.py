@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -219,6 +219,14 @@ class MockRunner:
         return results
 
 
+class _Dispatched(NamedTuple):
+    """A plan, the blocks that nobody owned when it came, and the tables of its rows then."""
+
+    plan: StepPlan
+    free: np.ndarray
+    tables: dict[int, np.ndarray]
+
+
 class MockDevice:
     """The mock model as an `Executor`: of a plan it gets the bytes, and knows nothing else.
 
@@ -237,13 +245,14 @@ class MockDevice:
         self.fails_in = 0
         self._memory = memory
         self._width = width
-        self.queue: collections.deque[tuple[StepPlan, np.ndarray]] = collections.deque()
+        self.queue: collections.deque[_Dispatched] = collections.deque()
         self.recover()
 
     def recover(self) -> None:
         num_rows, num_blocks = len(self._memory.tables), self._memory.num_usable_blocks + 1
         self.cache = np.full((num_blocks, self._memory.block_size), -1)
         self.last_tokens = np.full(num_rows + 1, -1)
+        self.tables = np.zeros((num_rows + 1, self._memory.tables.shape[1]), np.int32)
         self.chunks: dict[int, np.ndarray] = {}
         self.queue.clear()
 
@@ -254,7 +263,13 @@ class MockDevice:
     def dispatch(self, plan: StepPlan) -> int:
         self.note(f"dispatch {plan.step_id}")
         free = np.flatnonzero(self._memory.state.ref_counts == 0)
-        self.queue.append((StepPlan.from_bytes(plan.to_bytes()), free))
+        plan = StepPlan.from_bytes(plan.to_bytes())
+        rows = views(plan.inputs, plan.bucket).rows
+        tables = {
+            row: self._memory.tables[row, : self._memory.num_blocks[row]].copy()
+            for row in rows[rows < len(self._memory.tables)].tolist()
+        }
+        self.queue.append(_Dispatched(plan, free, tables))
         return plan.step_id
 
     def collect(self, in_flight: int) -> StepResult:
@@ -263,10 +278,12 @@ class MockDevice:
             self.fails_in -= 1
             if not self.fails_in:
                 raise KeyboardInterrupt
-        plan, free = self.queue.popleft()
+        plan, free, tables = self.queue.popleft()
         assert plan.step_id == in_flight, "the device computes steps in order"
         x = views(plan.inputs, plan.bucket)
         self._write(plan, x, free)
+        for row, blocks in tables.items():
+            np.testing.assert_array_equal(self.tables[row, : len(blocks)], blocks)
         B = int(np.count_nonzero(x.rows < len(self.last_tokens) - 1))
         contexts = [self._context(x, b) for b in range(B)]
         tokens = np.zeros(plan.bucket.num_seqs, np.int32)
@@ -290,6 +307,9 @@ class MockDevice:
             slots = np.flatnonzero(move.block_ids)
             self.cache[move.block_ids[slots]] = self.chunks.pop(move.chunk.number)[slots]
         self.cache[plan.copies.dst] = self.cache[plan.copies.src]
+        for places, blocks in (*plan.table_edits, (x.table_places, x.table_blocks)):
+            self.tables.reshape(-1)[places] = blocks
+        assert not self.tables[-1].any(), "the padding row has null blocks"
         ids = x.input_ids.copy()
         on_device = np.flatnonzero(x.input_on_device)
         ids[x.query_start_loc[on_device]] = self.last_tokens[x.rows[on_device]]
@@ -298,7 +318,8 @@ class MockDevice:
     def _context(self, x: StepInputs[np.ndarray], b: int) -> list[int]:
         """Returns the tokens that row b of the step has behind it; a fork has its parent's."""
         owner = int(np.searchsorted(x.query_start_loc, x.logits_indices[b], side="right")) - 1
-        context: list[int] = self.cache[x.block_tables[owner]].ravel()[: x.seq_lens[owner]].tolist()
+        blocks = self.tables[x.rows[owner]]
+        context: list[int] = self.cache[blocks].ravel()[: x.seq_lens[owner]].tolist()
         return context
 
     def _packed(self, context: list[int], token: int) -> np.ndarray:

@@ -96,6 +96,7 @@ def move_plan(**moves: Any) -> StepPlan:
         swap_outs=(),
         swap_ins=(),
         copies=NO_COPIES,
+        table_edits=(),
         row_edits=(),
         inputs=nothing,
         wants_logprobs=False,

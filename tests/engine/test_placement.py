@@ -65,7 +65,7 @@ def test_an_engine_runs_on_the_devices_of_its_placement(
     built = engine_on(Placement.on(*jax.devices()[devices]))
     assert tokens_of(built) == expected
     runner = built.runner
-    state = runner.kv_caches, runner.last_tokens, runner.row_state, runner.programs.params
+    state = runner.kv_caches, runner.rows, runner.row_state, runner.programs.params
     for array in jax.tree.leaves(state):
         assert array.devices() == mine
         assert array.sharding.is_fully_replicated

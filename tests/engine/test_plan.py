@@ -35,6 +35,7 @@ PLANS = st.builds(
     swap_outs=st.lists(MOVES, max_size=3).map(tuple),
     swap_ins=st.lists(MOVES, max_size=3).map(tuple),
     copies=st.integers(0, 4).flatmap(lambda k: st.builds(CopyPairs, arrays(k), arrays(k))),
+    table_edits=st.lists(arrays(8).map(lambda a: a.reshape(2, -1)), max_size=3).map(tuple),
     row_edits=st.lists(arrays(), max_size=3).map(tuple),
     inputs=arrays(),
     wants_logprobs=st.booleans(),
@@ -157,6 +158,7 @@ def test_a_run_of_everything_gives_the_same_over_bytes() -> None:
     seen = {name: sum(bool(getattr(p, name)) for p in plans) for name in StepPlan._fields[2:5]}
     seen |= {
         "copies": sum(len(p.copies.src) > 0 for p in plans),
+        "table_edits": sum(len(p.table_edits) > 0 for p in plans),
         "row_edits": sum(len(p.row_edits) > 0 for p in plans),
         "wants_logprobs": sum(p.wants_logprobs for p in plans),
         "prompt_targets": sum(p.prompt_targets.size > 0 for p in plans),

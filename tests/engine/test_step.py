@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_paged.engine import SamplingParams
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.device.step import cannot_sample
-from tests.engine.serving import make_llm
+from tests.engine.serving import assert_idle, make_llm
 
 DECODE = Bucket(4, 4, 64, is_decode=True)
 MIXED = Bucket(32, 4, 64, is_decode=False)
@@ -27,8 +28,11 @@ def test_the_caches_are_updated_in_place(name: str, bucket: Bucket) -> None:
     text = compiled.as_text()
     shape = ",".join(map(str, caches[0].k.shape))
     aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text).group(1)
-    assert aliases.count("may-alias") + aliases.count("must-alias") >= 2 * len(caches)
-    copies = re.findall(rf"= f32\[{shape}\]\S* copy\(.*", text)
+    rows = llm.runner.rows
+    num_donated = 2 * len(caches) + len(rows)
+    assert aliases.count("may-alias") + aliases.count("must-alias") >= num_donated
+    tables = ",".join(map(str, rows.block_tables.shape))
+    copies = re.findall(rf"= (?:f32\[{shape}\]|s32\[{tables}\])\S* copy\(.*", text)
     assert not copies
     one_cache = caches[0].k.nbytes
     assert compiled.memory_analysis().temp_size_in_bytes < one_cache
@@ -50,6 +54,20 @@ def test_the_programs_keep_no_cache_alive() -> None:
     kept = jax.tree.leaves(llm.runner.programs.kv_caches)
     assert len(kept) == 2 * llm.model_config.num_layers
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in kept)
+
+
+@pytest.mark.parametrize("lost", ["kv_caches", "rows", "row_state"])
+def test_an_engine_goes_on_after_a_step_that_took_its_arrays(lost: str) -> None:
+    llm = make_llm("llama-gqa-llama3", max_num_seqs=4, max_num_batched_tokens=32)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, presence_penalty=0.5)
+    prompts = [{"prompt_token_ids": list(range(5, 25))}, {"prompt_token_ids": [7, 8, 9]}]
+    before = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    for leaf in jax.tree.leaves(getattr(llm.runner, lost)):
+        leaf.delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        llm.generate(prompts, params)
+    assert [output.outputs[0].token_ids for output in llm.generate(prompts, params)] == before
+    assert_idle(llm)
 
 
 @pytest.mark.parametrize("size", [3, 300])

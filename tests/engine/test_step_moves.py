@@ -51,7 +51,7 @@ def compiled(config, bucket, dtype=jnp.float32, cache_dtype=None):
     model = nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0)))
     specs = config.cache_specs(16, dtype if cache_dtype is None else cache_dtype)
     caches = tuple(spec.shapes(777) for spec in specs)
-    programs = StepPrograms(model, caches, 16, 32)
+    programs = StepPrograms(model, caches, 16, 20, 32)
     text = programs.lower(bucket).compile().as_text()
     assert text is not None
     return text, jax.tree.leaves((programs.params, caches))
@@ -84,7 +84,7 @@ def test_programs_beside_the_step_on_a_cpu():
     for name, size in (("copy", 4), ("gather", 8), ("scatter", 8)):
         text = blocks._lower(name, size).compile().as_text()
         assert moves(text, jax.tree.leaves(caches)) == [], name
-    programs = StepPrograms(model, caches, 16, 32)
+    programs = StepPrograms(model, caches, 16, 20, 32)
     hidden = jax.ShapeDtypeStruct((32, LLAMA.hidden_size), jnp.float32)
     programs._compile_prompt(hidden)
     text = programs._compiled_prompt[32].as_text()

@@ -51,7 +51,7 @@ def test_the_programs_of_a_step(shape: ModelConfig, monkeypatch: pytest.MonkeyPa
         family: Any = FAMILIES[shape.architecture].model
         model = nnx.eval_shape(lambda: family(shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
         caches = tuple(spec.shapes(20) for spec in shape.cache_specs(8, jnp.int8))
-        programs = StepPrograms(model, caches, 4, logprobs_width=32)
+        programs = StepPrograms(model, caches, 4, 20, logprobs_width=32)
         for bucket in BUCKETS:
             programs.lower(bucket)
     assert found == set()
