@@ -194,7 +194,8 @@ def run_all(llm: LLM, workload: Workload, arrivals_s: Sequence[float]) -> dict[s
 def baseline_engine(llm: LLM) -> tuple[Engine, int]:
     """Returns an engine over `ContiguousMemory`, and how many sequences that has places for.
 
-    Model, pool, programs and limits are those of `llm`, whose own engine must be idle.
+    Model, pool, programs and limits are those of `llm`, whose own engine must be idle, and may run
+    again after `llm.engine.core.reset()` alone.
     """
     memory = ContiguousMemory(
         num_blocks=llm.engine.memory.num_usable_blocks + 1,
@@ -295,5 +296,4 @@ def _used_share(engine: Engine) -> float:
     memory = engine.memory
     if isinstance(memory, ContiguousMemory):
         return memory.num_tokens / memory.num_reserved_slots
-    held = memory.num_usable_blocks - memory.num_free_blocks
-    return int(memory.state.seq_lens.sum()) / (held * memory.state.block_size)
+    return engine.kv_stats().token_share

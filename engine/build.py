@@ -157,7 +157,7 @@ def join(
     Args:
       scheduler: whose memory is `memory`.
       memory: the owner of the block tables.
-      executor: the device.
+      executor: the device. Another engine over it may run again after `EngineCore.reset` alone.
       buckets: the shapes of its steps.
       vocab_size: V; token ids are below it.
       max_model_len: most tokens of a sequence.

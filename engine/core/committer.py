@@ -118,7 +118,8 @@ class Committer:
     def _drop_left_of_window(self, filled: list[TokenSequence], num_kept: int) -> None:
         """Gives back the blocks that no further query of these sequences sees, in no layer.
 
-        The step in flight has block tables of its own, and runs before whoever takes the blocks.
+        The device's tables change with the next step: the one in flight runs before that, and
+        before whoever takes the blocks.
         """
         num_blocks = {
             sequence.row: sequence.num_remembered - num_kept

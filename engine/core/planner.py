@@ -48,14 +48,18 @@ class Planner:
     """
 
     def __init__(self, memory: Memory, buckets: Buckets) -> None:
-        """Takes blocks from the tables of `memory`, and shapes from `buckets`."""
+        """Takes blocks from the tables of `memory`, and shapes from `buckets`.
+
+        The device must get the plans of no other planner, unless `reset` is called behind them.
+        """
+        assert buckets.table_widths[-1] == memory.tables.shape[1], "the device has other tables"
         self._memory = memory
         self._buckets = buckets
         self._num_rows = len(memory.tables)
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what the device's rows hold: it is new, or begins anew."""
+        """Forgets what the device's rows hold."""
         self._table_edits = TableEdits(self._memory)
         self._columns = _Columns(self._num_rows)
         self._row_edits = RowEdits(self._num_rows)

@@ -20,10 +20,10 @@ class TableEdits:
     """
 
     def __init__(self, memory: Memory) -> None:
-        """The device has R rows of M null blocks, as the tables of `memory` are at first."""
+        """Takes blocks from the tables of `memory`; nothing is known of the device's."""
         self._memory = memory
-        self._sent = np.zeros_like(memory.tables)
-        self._versions = np.zeros(len(memory.tables), np.int64)
+        self._sent = np.full_like(memory.tables, -1)
+        self._versions = np.full(len(memory.tables), -1, np.int64)
 
     def next_edits(self, rows: np.ndarray, size: int) -> tuple[list[np.ndarray], np.ndarray]:
         """Returns the entries in which these rows, no row twice, differ from the device's.

@@ -82,8 +82,8 @@ def plan_pool(
 
     On a CPU the device's default is a stated size; on a GPU it is the configured share of its
     memory less what is in use (the weights), the temporaries of the largest compiled step,
-    `rows_bytes` and `row_state_bytes`: else the first request with a penalty would run out of
-    memory.
+    `rows_bytes`, and `row_state_bytes`, without which the first request with a penalty would run
+    out of memory.
     Unless `num_blocks` asks for it, no pool is larger than all sequences at their longest need.
     The device is that of `placement`, by default JAX's default device.
 

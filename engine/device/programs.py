@@ -107,10 +107,14 @@ class StepPrograms:
         """Compiles the program of `edit_tables`, if it is not."""
         if self._compiled_tables is not None:
             return
-        jitted = jax.jit(lambda rows, edit: edit_tables(rows, *edit), donate_argnums=0)
         with self.placement.as_target():
-            lowered = jitted.lower(self._rows(), self._input(2, NUM_ENTRIES))
-            self._compiled_tables = lowered.compile()
+            self._compiled_tables = self._lower_tables().compile()
+
+    def _lower_tables(self) -> jax.stages.Lowered:
+        def edit(rows: Rows, edit: jax.Array) -> Rows:
+            return edit_tables(rows, *edit)
+
+        return jax.jit(edit, donate_argnums=0).lower(self._rows(), self._input(2, NUM_ENTRIES))
 
     def new_row_state(self) -> RowState:
         """Returns the state of rows that nobody uses, newly allocated."""
@@ -158,7 +162,6 @@ class StepPrograms:
     def compile_all(self, buckets: Iterable[Bucket]) -> None:
         """Compiles every program that steps of the `buckets` may run."""
         self.compile(buckets)
-        self.compile_tables()
         self.compile_rows()
         self.compile_edit()
         for num_tokens, hidden in self._hidden.items():
@@ -166,10 +169,14 @@ class StepPrograms:
                 self._compile_prompt(hidden)
 
     def compile(self, buckets: Iterable[Bucket]) -> None:
-        """Compiles the programs of those `buckets` that have none yet, two at a time."""
+        """Compiles the programs of those `buckets` that have none yet, two at a time.
+
+        And the one that edits block tables, which the steps of any bucket may need.
+        """
         missing = [bucket for bucket in buckets if bucket not in self._compiled]
         if not missing:
             return
+        self.compile_tables()
         names = ", ".join(map(str, missing))
         begin = time.perf_counter()
         if_slow = threading.Timer(ANNOUNCED_AFTER_S, self.announce, [f"compiling {names}"])

@@ -19,11 +19,12 @@ class Rows(NamedTuple):
     block_tables: jax.Array
 
     @classmethod
-    def zeros(cls, num_rows: int, table_width: int) -> "Rows":
+    def zeros(
+        cls, num_rows: int, table_width: int, device: jax.sharding.Sharding | None = None
+    ) -> "Rows":
         """Returns R rows that nobody uses, with tables of M null blocks."""
-        return cls(
-            jnp.zeros(num_rows + 1, jnp.int32), jnp.zeros((num_rows + 1, table_width), jnp.int32)
-        )
+        shapes = (num_rows + 1,), (num_rows + 1, table_width)
+        return cls(*(jnp.zeros(shape, jnp.int32, device=device) for shape in shapes))
 
 
 def edit_tables(rows: Rows, places: jax.Array, blocks: jax.Array) -> Rows:

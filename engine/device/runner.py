@@ -165,7 +165,7 @@ class ModelRunner:
         return StepResult(copied[:, 0], copied, prompts)
 
     def recover(self) -> None:
-        """Replaces the caches: a failed step may have taken them, or left its error in them."""
+        """Replaces all state: a failed step may have taken it, or left its error in it."""
         self.kv_caches = ()  # first, for there may be no room for two
         self.kv_caches = self._make_caches()
         self._chunks.clear()
@@ -173,9 +173,7 @@ class ModelRunner:
         self.rows = self._fresh_rows()
 
     def _fresh_rows(self) -> Rows:
-        return jax.device_put(
-            Rows.zeros(self._num_rows, self.buckets.table_widths[-1]), self._inputs
-        )
+        return Rows.zeros(self._num_rows, self.buckets.table_widths[-1], self._inputs)
 
     def warm_up(self) -> None:
         """Compiles every program, so that no step waits for a compilation."""

@@ -13,6 +13,7 @@ from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.logprobs import width_for
 from pallas_paged.engine.device.programs import StepPrograms
+from pallas_paged.engine.kv.sharing import blocks_for
 from pallas_paged.launches import Launches, Schedule, launches
 from pallas_paged.models import ModelConfig
 from pallas_paged.models.llama import LlamaConfig
@@ -90,7 +91,7 @@ def compile_step(
         model,
         caches,
         config.max_num_seqs,
-        bucket.table_width,
+        max(bucket.table_width, blocks_for(shape.max_model_len, config.block_size)),
         width_for(config.max_logprobs, shape.vocab_size),
         config.attention_implementation,
         config.cache_implementation,

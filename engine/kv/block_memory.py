@@ -195,8 +195,8 @@ class BlockTableMemory(Memory):
 
     @override
     def replace(self, blocks: Mapping[int, int]) -> None:
-        # Steps in flight still read the old blocks: they have tables of their own, and whoever
-        # takes the blocks next writes in a later step.
+        # Steps in flight still read the old blocks: the device's tables change with the next step,
+        # and whoever takes the blocks writes in a later one, too.
         if not blocks:
             return
         old, new = (np.array(list(ids), np.int32) for ids in (blocks.keys(), blocks.values()))

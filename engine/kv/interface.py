@@ -46,7 +46,10 @@ class Memory(Protocol):
 
     @property
     def versions(self) -> np.ndarray:
-        """A number of each row that grows whenever an entry of it changes, i64[R]; only read."""
+        """A number of each row, i64[R]; only read by callers.
+
+        It grows whenever an entry that counts changes, or begins to count.
+        """
         ...
 
     def blocks_taken(self, num_blocks: int, num_rows: int) -> int:

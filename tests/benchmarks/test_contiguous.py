@@ -9,6 +9,7 @@ import pytest
 from benchmarks import offline
 from benchmarks.contiguous import ContiguousMemory
 from benchmarks.workloads import Request, Workload
+from pallas_paged.engine import SamplingParams
 from pallas_paged.engine.kv.sharing import RowPlan
 from tests.engine.serving import make_llm
 
@@ -119,6 +120,27 @@ def test_baselines_finish_every_request(llm):
     assert paged.kv_used_share > continuous.kv_used_share
 
 
+def test_an_engine_goes_on_after_another_one_has_used_its_device(llm):
+    prompts = [
+        {"prompt_token_ids": list(one.prompt_token_ids)} for one in workload(llm, 6).requests
+    ]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    before, after = [], []
+    for tokens in (before, after):
+        llm.engine.core.reset()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        tokens += [output.outputs[0].token_ids for output in outputs]
+        engine, _ = offline.baseline_engine(llm)
+        for index, prompt in enumerate(prompts):
+            group = engine.make_group(prompt["prompt_token_ids"], params, request_id=str(index))
+            engine.add(group)
+        found = {}
+        while engine.has_unfinished:
+            found |= {output.request_id: output.outputs[0].token_ids for output in engine.step()}
+        assert [found[str(index)] for index in range(6)] == tokens
+    assert before == after
+
+
 def test_a_static_batch_waits_for_the_one_before(llm):
     requests = workload(llm, 6)
     engine, num_places = offline.baseline_engine(llm)
@@ -129,6 +151,7 @@ def test_a_static_batch_waits_for_the_one_before(llm):
 
 
 def test_requests_start_after_they_arrive(llm):
+    llm.engine.core.reset()  # other engines have used its device
     offline.drive(llm.engine, workload(llm, 1), [0.0])  # compiles
     arrivals = [0.0, 0.0, 0.3, 0.6]
     run = offline.drive(llm.engine, workload(llm, 4), arrivals)

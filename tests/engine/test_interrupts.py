@@ -34,6 +34,7 @@ Line = tuple[CodeType, int]
 FILES = {
     "memory": ("block_memory.py", "prefix_cache.py", "block_tables.py"),
     "scheduling": ("scheduler.py", "admission.py", "queues.py", "committer.py", "token_plan.py"),
+    "plans": ("planner.py", "table_edits.py"),
     "delivery": ("engine.py", "engine_core.py", "output_processor.py", "completion.py"),
 }
 ALL = "TRACES" in os.environ

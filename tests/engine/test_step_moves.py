@@ -84,7 +84,11 @@ def test_programs_beside_the_step_on_a_cpu():
     for name, size in (("copy", 4), ("gather", 8), ("scatter", 8)):
         text = blocks._lower(name, size).compile().as_text()
         assert moves(text, jax.tree.leaves(caches)) == [], name
-    programs = StepPrograms(model, caches, 16, 20, 32)
+    programs = StepPrograms(model, caches, 16, 777, 32)
+    edit = programs._lower_tables().compile()
+    memory, tables_bytes = edit.memory_analysis(), 4 * 17 * 777
+    assert memory.alias_size_in_bytes >= tables_bytes > memory.temp_size_in_bytes
+    assert re.findall(r"= s32\[(?:17,777|13209)\]\S* copy\(.*", edit.as_text()) == []
     hidden = jax.ShapeDtypeStruct((32, LLAMA.hidden_size), jnp.float32)
     programs._compile_prompt(hidden)
     text = programs._compiled_prompt[32].as_text()

@@ -7,6 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from benchmarks.contiguous import ContiguousMemory
 from pallas_paged.engine import SamplingParams
 from pallas_paged.engine.core.plan import StepPlan
 from pallas_paged.engine.core.table_edits import NUM_ENTRIES, TableEdits
@@ -87,6 +88,31 @@ def test_a_block_in_another_ones_place_is_sent() -> None:
     assert device.check([0, 1]) == []
     remember(memory, 1, range(9))
     assert device.check([0, 1]) == [(1, 0), (1, 1)]
+
+
+def test_a_new_planner_sends_all() -> None:
+    """Whatever the plans of another one have left on the device."""
+    memory = make_memory(num_blocks=30)
+    admit(memory, [9, 9])
+    memory.drop_front({0: 1})
+    device = Device(memory)
+    device.tables[:] = 29
+    assert device.check([0, 1]) == [(row, column) for row in range(2) for column in range(3)]
+
+
+def test_memory_in_one_piece_is_sent() -> None:
+    memory = ContiguousMemory(num_blocks=17, block_size=4, max_num_seqs=4, max_model_len=16)
+    device = Device(memory)
+    for lens in ([3, 9], [1]):
+        admit(memory, lens)
+    device.check([0, 1, 2])
+    memory.free([1])
+    memory.free([0])
+    admit(memory, [7])
+    device.check([0, 2])
+    memory.free_all()
+    admit(memory, [2, 2, 2])
+    device.check([0, 1, 2])
 
 
 VERBS = ("admit", "append", "fork", "truncate", "drop_front", "free", "remember", "free_all")
