@@ -35,7 +35,7 @@ SMALL = (
         (
             "sharing",
             "--num_requests=3 --max_num_seqs=8 --prefix_len=40 --prefix_requests=3 "
-            "--beam_requests=2",
+            "--beam_requests=1",
         ),
         ("sharing", "--wall_time --random_model=tiny --prefix_len=40 --prefix_requests=3"),
         ("throughput", f"{SMALL} --baseline=static,continuous"),

@@ -30,11 +30,16 @@ class Run(NamedTuple):
     seconds: float
 
 
+# Each program runs often, which is worth LLVM's time, see tests/conftest.py.
+_FLAGS = os.environ["XLA_FLAGS"].replace("optimization_level=0", "optimization_level=1")
+
+
 def suite(*options: str, module: str = "benchmarks.gpu_suite") -> Run:
     begin = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", module, *options],
         cwd=ROOT,
+        env=dict(os.environ) | {"XLA_FLAGS": _FLAGS},
         capture_output=True,
         text=True,
         timeout=600,

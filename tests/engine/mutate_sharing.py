@@ -25,6 +25,8 @@ _DISPLACING = "pallas_paged/engine/core/displacing.py"
     _SHARING,
     _STATS,
     _SWAPPING,
+    _PLANNER,
+    _EDITS,
 ) = (
     f"pallas_paged/engine/{name}.py"
     for name in (
@@ -42,6 +44,8 @@ _DISPLACING = "pallas_paged/engine/core/displacing.py"
         "kv/sharing",
         "kv/stats",
         "core/swapping",
+        "core/planner",
+        "core/table_edits",
     )
 )
 _UNIT = (
@@ -53,6 +57,7 @@ _MOVES = "tests/engine/test_cache_specs.py"
 _PLANS = "tests/engine/test_plan.py"
 _PROCESSOR = "tests/engine/test_output_processor.py"
 _LIVES = "tests/engine/test_scheduler_stateful.py"
+_SENT = "tests/engine/test_table_edits.py"
 _WINDOW = "tests/engine/test_sliding_window.py"
 _HITS, _PINS, _EVICTION = (
     f"tests/engine/test_prefix_caching.py::Test{name}" for name in ("Hits", "Pins", "Eviction")
@@ -68,7 +73,46 @@ _OUT, _IN, _COPY = (
     "            self.kv_caches = self.block_programs.copy(self.kv_caches, plan.copies)\n",
 )
 
+_GROWN, _COPIED = "(self.num_blocks > num_before)", "(np.asarray(result.copy_dst) > 0)"
+
 MUTATIONS = {
+    "a new row not sent to the device": Mutation(
+        _MEMORY, "        self._versions[rows] += 1\n", "", _SENT
+    ),
+    "an appended block not sent": Mutation(_MEMORY, f"{_GROWN} | {_COPIED}", _COPIED, _SENT),
+    "a copied block not sent": Mutation(_MEMORY, f"{_GROWN} | {_COPIED}", _GROWN, _SENT),
+    "a fork's blocks not sent": Mutation(
+        _MEMORY, "        self._versions[children] += 1\n", "", _SENT
+    ),
+    "a block that was given back left on the device": Mutation(
+        _MEMORY, "        self._versions += counts > 0\n", "", _SENT
+    ),
+    "a block in another's place not sent": Mutation(
+        _MEMORY, "        self._versions += 1  # it is rare", "        pass  # it is rare", _SENT
+    ),
+    "what is sent forgotten": Mutation(_EDITS, "        sent[places] = blocks\n", "", _SENT),
+    "null blocks taken as known": Mutation(
+        _EDITS, "np.full_like(memory.tables, -1)", "np.zeros_like(memory.tables)", _SENT
+    ),
+    "padding in the first row": Mutation(_EDITS, "edit[0] = self._sent.size", "pass", _SENT),
+    "tables taken as known after a reset": Mutation(
+        _PLANNER,
+        "        self._table_edits = TableEdits(self._memory)\n",
+        "        self.__dict__.setdefault('_table_edits', TableEdits(self._memory))\n",
+        "tests/engine/test_core.py",
+    ),
+    "edits before a step left out": Mutation(
+        _RUNNER,
+        "self.rows = self.programs.edit_tables(self.rows, jax.device_put(edit, self._inputs))",
+        "pass",
+        _PLANS,
+    ),
+    "rows that a failed step took": Mutation(
+        _RUNNER,
+        "        self.row_state = None\n        self.rows = self._fresh_rows()\n",
+        "        self.row_state = None\n",
+        "tests/engine/test_step.py",
+    ),
     "no copy on write": Mutation(
         _TABLES,
         "copies = shared & ~(leaving & (keeper[last_block] == rows))",

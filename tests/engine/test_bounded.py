@@ -70,7 +70,6 @@ def serve(llm: LLM, numbers: range) -> None:
             llm.unpin_prefix(prompt)
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
 def test_no_container_grows_with_the_requests_served() -> None:
     llm = make_mock_llm(num_blocks=17, enable_prefix_caching=True, num_host_blocks=8)
     serve(llm, range(30))

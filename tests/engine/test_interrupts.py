@@ -28,8 +28,6 @@ from tests.engine.mock_model import (
     search_alone,
 )
 
-pytestmark = pytest.mark.usefixtures("unchecked_shapes")
-
 Line = tuple[CodeType, int]
 FILES = {
     "memory": ("block_memory.py", "prefix_cache.py", "block_tables.py"),

@@ -6,7 +6,6 @@ from typing import Any
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
-import pytest
 
 from pallas_paged.engine import LLM, BeamSearchParams, SamplingParams
 from pallas_paged.engine.core.buckets import Bucket
@@ -135,7 +134,6 @@ def run(llm: LLM) -> list[Any]:
     return [(output.prompt_logprobs, output.outputs) for output in outputs]
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_run_of_everything_gives_the_same_over_bytes() -> None:
     llm = make_llm(
         "llama-gqa-llama3",

@@ -1,6 +1,7 @@
 """Sampling: which tokens may be drawn, how often, and what the draw depends on."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from pallas_paged.engine.core.step_inputs import seed_words
 from pallas_paged.engine.device import sampling
 from pallas_paged.engine.device.sampling import SamplingInputs
 
-sample = jax.jit(sampling.sample)
+# Few programs draw many tokens, which is worth LLVM's time, see tests/conftest.py.
+fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+sample = fast_jit(sampling.sample)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +182,7 @@ def kept_by_top_k(logits: np.ndarray, top_k: list[int], num_candidates: int) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "NUM_CANDIDATES", num_candidates)
-        kept = jax.jit(search)(jnp.asarray(logits), jnp.asarray(top_k, jnp.int32))
+        kept = fast_jit(search)(jnp.asarray(logits), jnp.asarray(top_k, jnp.int32))
     return np.asarray(kept)[:, : logits.shape[1]]
 
 
@@ -206,7 +209,7 @@ def test_the_token_does_not_depend_on_how_top_k_was_found(monkeypatch):
     rows = [Options(top_k=1 + i % 70, top_p=[1.0, 0.8][i % 2], seed=i) for i in range(64)]
     tokens = sample(logits, inputs_of(rows))
     monkeypatch.setattr(sampling, "NUM_CANDIDATES", 1)
-    by_bisection = jax.jit(lambda *args: sampling.sample(*args))
+    by_bisection = fast_jit(lambda *args: sampling.sample(*args))
     np.testing.assert_array_equal(by_bisection(logits, inputs_of(rows)), tokens)
 
 
@@ -265,7 +268,7 @@ def test_a_weight_of_zero_is_never_picked_whatever_the_rounding():
     rng = np.random.default_rng(0)
     weights = np.where(rng.random((200, 333)) < 0.7, 0, rng.random((200, 333))).astype(np.float32)
     sums = np.cumsum(weights, axis=1)
-    first_above = jax.jit(sampling._first_above)
+    first_above = fast_jit(sampling._first_above)
     for share in (0.0, 0.5, 1 - 2**-24, 1.0, 1.001):
         target = sums[:, -1] * np.float32(share)
         picked = np.asarray(first_above(jnp.asarray(weights), jnp.asarray(target)))[:, None]

@@ -471,7 +471,6 @@ def live(machine: type[SchedulerMachine], num_lives: int) -> collections.Counter
     return seen
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
 def test_random_lives_with_a_sliding_window() -> None:
     seen = live(WindowMachine, 100)
     for event in (
@@ -491,7 +490,6 @@ def test_random_lives_with_a_sliding_window() -> None:
         assert seen[event], f"the lives do not test {event!r}: {seen}"
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
 def test_random_lives() -> None:
     seen = live(SchedulerMachine, 140)
     for event in (

@@ -116,7 +116,6 @@ def mixed_requests() -> list[SequenceGroup]:
     ]
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize("recovery", [always_recompute, always_swap])
 def test_an_abort_at_any_step_returns_every_block(recovery: ChooseRecovery) -> None:
     """Each of the requests is aborted before each of the steps of its life."""
@@ -166,7 +165,6 @@ def abort_at(turn: int, place: int, overlap: bool, recovery: ChooseRecovery) -> 
     return status
 
 
-@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_full_pool_holds_hardly_anything_but_tokens() -> None:
     """Lengths as ShareGPT's, blocks of 16: the paper's Fig. 2, and its figure for paging."""
     requests = workloads.draw(
