@@ -28,19 +28,15 @@ import pytest
 from hypothesis import Phase, settings
 from jaxtyping import install_import_hook
 
-# Many tests build the same small engine: what one of them compiled the next one finds, in whichever
-# test process or program it runs. A folder of limited size has a lock, for JAX writes its files in
-# place.
-if "TESTS_COMPILATION_CACHE" not in os.environ:  # else this is a worker of the process that made it
-    os.environ["TESTS_COMPILATION_CACHE"] = tempfile.mkdtemp(prefix="pallas-paged-tests-")
-    atexit.register(shutil.rmtree, os.environ["TESTS_COMPILATION_CACHE"], ignore_errors=True)
-for _name, _value in (
-    ("jax_compilation_cache_dir", os.environ["TESTS_COMPILATION_CACHE"]),
-    ("jax_compilation_cache_max_size", 2**34),
-    ("jax_persistent_cache_min_compile_time_secs", 0.1),
-):
-    jax.config.update(_name, _value)
-    os.environ[_name.upper()] = str(_value)  # for programs that tests run
+# Many tests build the same small engine: what one of them compiled the next one finds. One folder
+# for each of the test processes, for JAX writes its files in place.
+_cache = tempfile.mkdtemp(prefix="pallas-paged-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", _cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# And the programs that this process runs, one after the other.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 # For tests/mutations.py: that a test fails is enough, nobody asks for the smallest example.
 settings.register_profile("no-shrinking", phases=[Phase.explicit, Phase.generate])

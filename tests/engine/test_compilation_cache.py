@@ -41,11 +41,7 @@ print(len(hits), len(misses), llm.engine.memory.num_usable_blocks)
 """
 
 
-CACHE_SETTINGS = (
-    "JAX_COMPILATION_CACHE_DIR",
-    "JAX_COMPILATION_CACHE_MAX_SIZE",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
-)
+CACHE_SETTINGS = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 
 
 def start(folder: pathlib.Path, pool_bytes: int) -> tuple[int, int, int]:
