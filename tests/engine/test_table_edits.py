@@ -73,6 +73,9 @@ def test_a_row_of_another_owner_is_sent_again() -> None:
     memory.free([0])
     admit(memory, [5, 5])
     device.check([0, 1])
+    memory.free([1])
+    assert memory.fork([0]) == [1]
+    device.check([0, 1])
     memory.free_all()
     admit(memory, [5, 30])
     device.check([1])
