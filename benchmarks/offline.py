@@ -194,8 +194,8 @@ def run_all(llm: LLM, workload: Workload, arrivals_s: Sequence[float]) -> dict[s
 def baseline_engine(llm: LLM) -> tuple[Engine, int]:
     """Returns an engine over `ContiguousMemory`, and how many sequences that has places for.
 
-    Model, pool, programs and limits are those of `llm`, whose own engine must be idle, and may run
-    again after `llm.engine.core.reset()` alone.
+    Model, pool, programs and limits are those of `llm`, whose own engine must be idle. Call
+    `llm.engine.core.reset()` before that one goes on: the device holds other block tables then.
     """
     memory = ContiguousMemory(
         num_blocks=llm.engine.memory.num_usable_blocks + 1,

@@ -157,7 +157,8 @@ def join(
     Args:
       scheduler: whose memory is `memory`.
       memory: the owner of the block tables.
-      executor: the device. Another engine over it may run again after `EngineCore.reset` alone.
+      executor: the device. An engine that goes on after another one has used its device must be
+        reset before, see `EngineCore.reset`.
       buckets: the shapes of its steps.
       vocab_size: V; token ids are below it.
       max_model_len: most tokens of a sequence.

@@ -16,6 +16,7 @@ from benchmarks.gpu_suite.stage import Case, Context, Program, Row, Stage
 from pallas_paged import KVCache
 from pallas_paged.engine.core import step_inputs
 from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.device.pool_size import num_bytes
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.kv.sharing import blocks_for
 from pallas_paged.models import ModelConfig
@@ -138,8 +139,7 @@ def described_parameters(step: Step) -> Any:
 def floor_bytes(step: Step) -> int:
     """Returns the bytes that a step must read: all weights but the embedding table, all KV."""
     config = step.config
-    parameters = jax.tree.leaves(_model(step.model)[1])
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in parameters)
+    weights = num_bytes(_model(step.model)[1])
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size * 2
     block_bytes = sum(s.block_bytes for s in config.cache_specs(step.block_size, jnp.bfloat16))

@@ -50,7 +50,7 @@ class Planner:
     def __init__(self, memory: Memory, buckets: Buckets) -> None:
         """Takes blocks from the tables of `memory`, and shapes from `buckets`.
 
-        The device must get the plans of no other planner, unless `reset` is called behind them.
+        A device that has run the plans of another planner holds other tables: call `reset` then.
         """
         assert buckets.table_widths[-1] == memory.tables.shape[1], "the device has other tables"
         self._memory = memory

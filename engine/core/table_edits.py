@@ -48,9 +48,9 @@ class TableEdits:
         """Returns the entries in which rows differ, and takes note that they are sent."""
         memory, M = self._memory, self._sent.shape[1]
         rows = rows[memory.versions[rows] != self._versions[rows]]
+        self._versions[rows] = memory.versions[rows]
         if not len(rows):
             return np.zeros((2, 0), np.int32)
-        self._versions[rows] = memory.versions[rows]
         counts = memory.num_blocks[rows]
         ends = np.cumsum(counts)
         places = np.arange(ends[-1]) + np.repeat(rows * M - (ends - counts), counts)

@@ -97,9 +97,9 @@ def plan_pool(
     specs = shape.cache_specs(S, cache_dtype)
     block_bytes = sum(spec.block_bytes for spec in specs)
     max_blocks_per_seq = math.ceil(max_model_len / S)
-    weight_bytes = _bytes(nnx.state(model))
+    weight_bytes = num_bytes(nnx.state(model))
     row_state = jax.eval_shape(lambda: RowState.zeros(config.max_num_seqs, shape.vocab_size))
-    row_state_bytes = _bytes(row_state)
+    row_state_bytes = num_bytes(row_state)
     rows_bytes = _rows_bytes(config.max_num_seqs, max_blocks_per_seq)
     temporary_bytes = None
     if config.num_blocks is not None:
@@ -171,10 +171,11 @@ def _memory_bytes(device: jax.Device) -> int:
 
 
 def _rows_bytes(num_rows: int, table_width: int) -> int:
-    return _bytes(jax.eval_shape(lambda: Rows.zeros(num_rows, table_width)))
+    return num_bytes(jax.eval_shape(lambda: Rows.zeros(num_rows, table_width)))
 
 
-def _bytes(arrays: Any) -> int:
+def num_bytes(arrays: Any) -> int:
+    """Returns the bytes of all arrays of a tree, or of what has their shapes and dtypes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
 
 

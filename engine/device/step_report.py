@@ -12,6 +12,7 @@ from pallas_paged.deviceless import compile_with_schedule, target_device
 from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.logprobs import width_for
+from pallas_paged.engine.device.pool_size import num_bytes
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.kv.sharing import blocks_for
 from pallas_paged.launches import Launches, Schedule, launches
@@ -103,15 +104,11 @@ def compile_step(
     assert memory is not None, "XLA gave no memory analysis of a compiled program"
     return StepReport(
         bucket,
-        weight_bytes=_bytes(nnx.state(model)),
-        cache_bytes=_bytes(caches),
+        weight_bytes=num_bytes(nnx.state(model)),
+        cache_bytes=num_bytes(caches),
         in_place_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         launches=launches(text),
         schedule=schedule,
         moves=tuple(moves(text, jax.tree.leaves((nnx.state(model), caches)))),
     )
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

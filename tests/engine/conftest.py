@@ -8,9 +8,9 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="module")
 def unchecked_shapes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Shapes are checked by the tests of what has them, and here by those of `test_smoke`.
+    """Checks shapes in `test_smoke` alone: other folders have tests of the functions one by one.
 
-    Elsewhere here that would take much of the time, of the mock model's four fifths.
+    It would be much of the time of the engine's tests, four fifths of it with the mock model.
     """
     jaxtyping.config.update("jaxtyping_disable", not request.module.__name__.endswith("test_smoke"))
     yield

@@ -111,7 +111,9 @@ def test_memory_in_one_piece_is_sent() -> None:
     device.check([0, 1, 2])
     memory.free([1])
     memory.free([0])
-    admit(memory, [7])
+    before = memory.versions.copy()
+    assert admit(memory, [7]) == [0]
+    assert memory.versions[0] > before[0], "its entries count again"
     device.check([0, 2])
     memory.free_all()
     admit(memory, [2, 2, 2])
