@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from pallas_paged.engine.core.core_output import CoreOutput
+from pallas_paged.engine.core.core_output import CoreOutput, NewTokens
 from pallas_paged.engine.core.engine_core import EngineCore
 from pallas_paged.engine.core.intake import Intake
 from pallas_paged.engine.core.request import SequenceGroup
@@ -190,17 +190,17 @@ class Engine:
         with self._all_or_nobody():
             while self._late_aborts:
                 self._process(self.core.abort(self._late_aborts.pop()))
-            self._process(self.core.step())
+            self._process(*self.core.step())
 
     def drain(self) -> None:
         """Steps until nothing is left to do; what the requests still get is lost."""
         while self.has_unfinished:
             self.step()
 
-    def _process(self, outputs: Iterable[CoreOutput]) -> None:
+    def _process(self, outputs: Iterable[CoreOutput], tokens: NewTokens | None = None) -> None:
         """Lets the requests have what the core gave them, and the core know what that ended."""
         begin = len(self.undelivered)
-        processed = self._processor.process(outputs, self.undelivered)
+        processed = self._processor.process(outputs, tokens, self.undelivered)
         for ending in processed.endings:
             self.core.finish(*ending)
         for request_id in processed.faults:

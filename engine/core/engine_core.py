@@ -7,10 +7,15 @@ from typing import Any, NamedTuple
 
 from pallas_paged.engine.core import beam_groups, logprobs
 from pallas_paged.engine.core.beam_search import Candidates
-from pallas_paged.engine.core.core_output import CoreOutput, TokenLogprobs
+from pallas_paged.engine.core.core_output import (
+    CoreOutput,
+    CoreOutputs,
+    NewTokens,
+    TokenLogprobs,
+)
 from pallas_paged.engine.core.plan import Executor, StepResult
 from pallas_paged.engine.core.planner import Planned, Planner, samples_logprobs
-from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
+from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.core.scheduler import Scheduler
 
@@ -21,6 +26,9 @@ NO_TOKEN_REASONS = (
     "no token is left: allowed_token_ids, bad_words and min_tokens exclude all of them",
 )
 """What V, V + 1 mean in the place of a token."""
+
+
+NO_OUTPUTS = CoreOutputs([], NewTokens([], [], []))
 
 
 class _InFlight(NamedTuple):
@@ -112,7 +120,7 @@ class EngineCore:
         self._planner.reset()
         self.executor.recover()
 
-    def step(self) -> list[CoreOutput]:
+    def step(self) -> CoreOutputs:
         """Dispatches the next step and takes in the one before; returns what that one gave.
 
         With `async_scheduling` the step dispatched here stays in flight, so that the host's work
@@ -122,7 +130,7 @@ class EngineCore:
         dispatched = self._dispatch(step) if step is not None else None
         if self._async_scheduling:
             dispatched, self._in_flight = self._in_flight, dispatched
-        return self._take_in(dispatched) if dispatched is not None else []
+        return self._take_in(dispatched) if dispatched is not None else NO_OUTPUTS
 
     def _dispatch(self, step: ScheduledStep) -> _InFlight:
         if step.admitted:
@@ -134,7 +142,7 @@ class EngineCore:
         planned = self._planner.plan(step)
         return _InFlight(step, planned, self.executor.dispatch(planned.plan))
 
-    def _take_in(self, in_flight: _InFlight) -> list[CoreOutput]:
+    def _take_in(self, in_flight: _InFlight) -> CoreOutputs:
         """Commits a step's tokens and returns what the requests get by it."""
         step = in_flight.step
         result = self.executor.collect(in_flight.handle)
@@ -177,53 +185,55 @@ def _outputs(
     advanced: Iterable[TokenSequence],
     logprobs: dict[TokenSequence, TokenLogprobs],
     prompts: dict[SequenceGroup, TokenLogprobs],
-) -> list[CoreOutput]:
+) -> CoreOutputs:
     """Returns what sequences without and with a new token give; beams only when all is over."""
+    tokens = NewTokens([], [], [])
+    request_ids, indices, token_ids = tokens
     outputs = [_output(sequence) for sequence in aborted if sequence.group.beams is None]
     searches = {sequence.group: None for sequence in aborted if sequence.group.beams is not None}
     now = time.monotonic()
     for sequence in advanced:
         group = sequence.group
-        if group.stats.first_token_time_s is None:
-            group.stats = group.stats._replace(first_token_time_s=now)
-        if group.beams is not None:
-            searches[group] = None
-            continue
+        has_news = group.stats is not group.told_stats
+        if has_news:
+            if group.stats.first_token_time_s is None:
+                group.stats = group.stats._replace(first_token_time_s=now)
+            group.told_stats = group.stats
         if group.is_held:
             if sequence.finish_reason is not None:
                 outputs.append(_output(sequence))
-            continue
-        outputs.append(
-            CoreOutput(
-                group.request_id,
-                sequence.index,
-                sequence.token_ids[-1:],
-                sequence.finish_reason,
-                sequence.stop_reason,
-                group.status is SequenceStatus.FINISHED,
-                group.stats,
-                logprobs.get(sequence) if logprobs else None,
-            )
-        )
+        elif group.beams is not None:
+            searches[group] = None
+        elif not (has_news or sequence.finish_reason or (logprobs and sequence in logprobs)):
+            request_ids.append(group.request_id)
+            indices.append(sequence.index)
+            token_ids.append(sequence.token_ids[-1])
+        else:
+            outputs.append(_output(sequence, sequence.token_ids[-1:], logprobs.get(sequence)))
     for group in searches:
         if group.is_finished:
             outputs += _beam_outputs(group)
     _mark_last(outputs)
     for group, found in prompts.items():
         _attach(outputs, group, found)
-    return outputs
+    return CoreOutputs(outputs, tokens)
 
 
-def _output(sequence: TokenSequence) -> CoreOutput:
-    """Returns what a sequence gives without a new token: nothing, or what was held back."""
+def _output(
+    sequence: TokenSequence,
+    token_ids: Sequence[int] = (),
+    logprobs: TokenLogprobs | None = None,
+) -> CoreOutput:
+    """Returns what a sequence gives with these new tokens, or with all that were held back."""
     return CoreOutput(
         sequence.request_id,
         sequence.index,
-        sequence.output_token_ids if sequence.group.is_held else [],
+        sequence.output_token_ids if sequence.group.is_held else token_ids,
         sequence.finish_reason,
         sequence.stop_reason,
         sequence.group.is_finished,
         sequence.group.stats,
+        logprobs,
     )
 
 

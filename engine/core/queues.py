@@ -25,6 +25,7 @@ class Queues:
         self.running: list[SequenceGroup] = []
         self._placed: list[TokenSequence] | None = None
         self._num_rows: int | None = None
+        self._are_forked: bool | None = None
 
     @property
     def placed(self) -> list[TokenSequence]:
@@ -40,9 +41,16 @@ class Queues:
             self._num_rows = sum(group.num_rows for group in self.running)
         return self._num_rows
 
+    @property
+    def are_forked(self) -> bool:
+        """Whether every live sequence of the running groups has a row."""
+        if self._are_forked is None:
+            self._are_forked = all(group.is_forked for group in self.running)
+        return self._are_forked
+
     def rows_changed(self) -> None:
         """To be called when a running group has other sequences, or others of them have rows."""
-        self._placed = self._num_rows = None
+        self._placed = self._num_rows = self._are_forked = None
 
     def add(self, group: SequenceGroup) -> None:
         """Takes a new group in; it waits."""

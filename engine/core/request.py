@@ -185,6 +185,7 @@ class SequenceGroup:
       swapped: its blocks in host memory while it is swapped out.
       planned_entry: how it would come in, planned while it waited, and from what; see `Admission`.
       stats: see `RequestStats`.
+      told_stats: those that its last token told of, or tells with the end of what is held back.
       ending_ids: `eos_token_ids` and `stop_token_ids`.
       max_length: tokens, prompt and output, at which its sequences end; the scheduler sets it.
       num_prompt_logprobs: log-probabilities of the prompt that steps have computed, or will; they
@@ -215,12 +216,14 @@ class SequenceGroup:
     swapped: SwappedChunk | None = dataclasses.field(init=False, default=None)
     planned_entry: tuple[Any, Any] | None = dataclasses.field(init=False, default=None, repr=False)
     stats: RequestStats = dataclasses.field(init=False, default=RequestStats())
+    told_stats: RequestStats | None = dataclasses.field(init=False, default=None, repr=False)
     ending_ids: frozenset[int] = dataclasses.field(init=False)
     max_length: int = dataclasses.field(init=False, default=0)
     num_prompt_logprobs: int = dataclasses.field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        self.ending_ids = self.eos_token_ids | self.stop_token_ids
+        eos, stop = self.eos_token_ids, self.stop_token_ids
+        self.ending_ids = eos | stop if stop else eos  # most groups share one set
         num_first = self.num_seqs if self.beams is None else 1
         self.sequences = [TokenSequence(self, index) for index in range(num_first)]
         if self.beams is not None:

@@ -172,17 +172,17 @@ class Scheduler:
         while (copies := self._reserve(planned)) is None:
             preempted.append(self._preempt(choose_victim(self.queues.running)))
             planned = self._plan(self.queues.placed)
-        arrivals, first = self._admit(self.max_num_batched_tokens - planned.num_tokens)
+        arrivals = self._admit(planned.counts, self.max_num_batched_tokens - planned.num_tokens)
         swap_ins, more_copies = self.admission.give_blocks(arrivals)
-        counts = self._fork([*planned.counts, *first])
-        if not counts:
+        counts = self._fork(planned.counts)
+        if not counts.sequences:
             assert self._in_flight or not self.has_unfinished, "nothing to wait for, nothing to do"
             return None
         dropped = self.host_pool.take_dropped()
         step = ScheduledStep(
             next(self._step_ids),
             dispatch(counts),
-            sum(count for _, count in counts),
+            sum(counts.num_tokens),
             dropped,
             tuple(move for move in self._swap_outs if move.chunk.number not in dropped),
             swap_ins,
@@ -264,12 +264,11 @@ class Scheduler:
         )
         return [self._preempt(victim) for victim in victims]
 
-    def _admit(self, budget: int) -> tuple[list[Arrival], Counts]:
-        """Moves groups from the queue to the running ones, and plans their first tokens."""
+    def _admit(self, counts: Counts, budget: int) -> list[Arrival]:
+        """Moves groups from the queue to the running ones, and adds their first tokens."""
         arrivals: list[Arrival] = []
-        counts: Counts = []
         if not budget or not self.queues.waiting:
-            return arrivals, counts
+            return arrivals
         num_rows = self.admission.max_num_seqs - self.queues.num_rows
         num_blocks = self.memory.num_free_blocks
         for group in self.queues.waiting:
@@ -284,34 +283,39 @@ class Scheduler:
             num_blocks -= arrival.num_blocks
             self.admission.enter(arrival)
             planned = plan(group.placed, budget)
-            counts += planned.counts
+            counts.sequences.extend(planned.counts.sequences)
+            counts.num_tokens.extend(planned.counts.num_tokens)
             budget -= planned.num_tokens
             if not budget:
                 break
         self.queues.run(arrival.group for arrival in arrivals)
-        return arrivals, counts
+        return arrivals
 
     def _fork(self, counts: Counts) -> Counts:
         """Adds the sequences forked from those that reach the end of their group's prompt."""
+        if self.queues.are_forked:
+            return counts
         ready = {
             sequence
-            for sequence, count in counts
+            for sequence, count in zip(*counts, strict=True)
             if not sequence.group.is_forked
             and sequence.num_dispatched + count == sequence.num_tokens
         }
         if not ready:
             return counts
-        families: Counts = []
+        families = Counts([], [])
         children, parents = [], []
-        for parent, count in counts:
-            families.append((parent, count))
+        for parent, count in zip(*counts, strict=True):
+            families.sequences.append(parent)
+            families.num_tokens.append(count)
             if parent in ready:
                 parent.group.is_forked = True
                 self.queues.rows_changed()
                 for child in parent.group.live[1:]:
                     child.num_reserved = child.num_dispatched = parent.num_reserved
                     child.num_remembered = parent.num_reserved // self.memory.block_size
-                    families.append((child, 0))
+                    families.sequences.append(child)
+                    families.num_tokens.append(0)
                     children.append(child)
                     parents.append(parent.row)
         rows = self.memory.fork([row for row in parents if row is not None])

@@ -6,8 +6,17 @@ from typing import NamedTuple
 from pallas_paged.engine.core.request import TokenSequence
 from pallas_paged.engine.core.scheduled import Batch
 
-type Counts = list[tuple[TokenSequence, int]]
-"""How many tokens of which sequences to compute, group by group."""
+
+class Counts(NamedTuple):
+    """How many tokens of which sequences to compute, group by group, in columns.
+
+    Attributes:
+      sequences: the sequences.
+      num_tokens: how many tokens of each.
+    """
+
+    sequences: list[TokenSequence]
+    num_tokens: list[int]
 
 
 class TokenPlan(NamedTuple):
@@ -28,7 +37,8 @@ class TokenPlan(NamedTuple):
 
 def plan(sequences: Iterable[TokenSequence], budget: int) -> TokenPlan:
     """Returns what sequences compute next, in their order, within the budget."""
-    counts: Counts = []
+    counts = Counts([], [])
+    planned, lengths = counts
     rows: list[int] = []
     growth: list[int] = []
     left = budget
@@ -46,7 +56,8 @@ def plan(sequences: Iterable[TokenSequence], budget: int) -> TokenPlan:
                 break
         # A leader comes first, and takes the budget until all that it shares is computed.
         assert sequence.leader is None or _may_start(sequence, counts), "reads unwritten blocks"
-        counts.append((sequence, count))
+        planned.append(sequence)
+        lengths.append(count)
         left -= count
         more = start + count - sequence.num_reserved
         if more > 0:
@@ -58,18 +69,16 @@ def plan(sequences: Iterable[TokenSequence], budget: int) -> TokenPlan:
 
 def dispatch(counts: Counts) -> Batch:
     """Counts the planned tokens as dispatched; there is room for them."""
-    batch = Batch([], [], [], [], [], [])
-    sequences, rows, starts, lengths, samples, on_device = batch
-    for sequence, num_tokens in counts:
+    batch = Batch(counts.sequences, [], [], counts.num_tokens, [], [])
+    _, rows, starts, _, samples, on_device = batch
+    for sequence, num_tokens in zip(*counts, strict=True):
         row, start, num_known = sequence.row, sequence.num_dispatched, len(sequence.token_ids)
         end = start + num_tokens
         assert row is not None
         is_end = end == num_known + sequence.num_pending
         assert end <= num_known or num_tokens == 1
-        sequences.append(sequence)
         rows.append(row)
         starts.append(start)
-        lengths.append(num_tokens)
         samples.append(is_end)
         on_device.append(end > num_known)
         sequence.num_dispatched = end
@@ -86,5 +95,5 @@ def _may_start(sequence: TokenSequence, counts: Counts) -> bool:
     leader = sequence.leader
     if leader is None or leader.is_finished:
         return True
-    num_planned = sum(count for other, count in counts if other is leader)
+    num_planned = sum(count for other, count in zip(*counts, strict=True) if other is leader)
     return leader.num_dispatched + num_planned >= sequence.num_shared

@@ -120,6 +120,12 @@ class Completion:
     is_torn: bool = False
     is_changed: bool = False
 
+    def begun_detokenizer(self) -> Detokenizer:
+        """Returns what makes its text, which is begun with the first token."""
+        if self.detokenizer is None:
+            self.detokenizer = self.texts.detokenizer()
+        return self.detokenizer
+
     def take(
         self,
         token_ids: Sequence[int],
@@ -138,9 +144,7 @@ class Completion:
         self.is_changed = True
         texts = self.texts
         if texts.are_read:
-            detokenizer = self.detokenizer
-            if detokenizer is None:
-                detokenizer = self.detokenizer = texts.detokenizer()
+            detokenizer = self.begun_detokenizer()
             if self.stop is not None:
                 token_ids, finish_reason, stop_reason = self._look_for_stop(
                     self.stop, detokenizer, token_ids, finish_reason, stop_reason

@@ -81,6 +81,7 @@ class StreamDetokenizer:
     __slots__ = (
         "_backend",
         "_context",
+        "_last",
         "_pending",
         "_skip_special_tokens",
         "_step",
@@ -106,7 +107,9 @@ class StreamDetokenizer:
         self._step: Callable[[Tokenizer, int], str | None] = DecodeStream(
             list(context), skip_special_tokens
         ).step
-        self._context: Sequence[int] = context  # what was read last; stands for all before it
+        # What was read last, which stands for all before it: a single token, else the context.
+        self._last: int | None = None
+        self._context: Sequence[int] = context
         self._pending: list[int] = []  # what the stream holds back
         self._window: WindowDetokenizer | None = None
 
@@ -123,10 +126,9 @@ class StreamDetokenizer:
             return self._go_on_with_window()
         if text is None:
             return self._hold(token_id)
+        self._last = token_id
         if self._pending:
-            self._context, self._pending = (*self._pending, token_id), []
-        else:
-            self._context = (token_id,)
+            self._last, self._context, self._pending = None, (*self._pending, token_id), []
         return text
 
     def finish(self) -> str:
@@ -145,8 +147,9 @@ class StreamDetokenizer:
 
     def _go_on_with_window(self) -> str:
         """Reads what is pending in a window, which takes all further tokens."""
+        context = self._context if self._last is None else (self._last,)
         window = WindowDetokenizer(
-            self._backend, self._context, skip_special_tokens=self._skip_special_tokens
+            self._backend, context, skip_special_tokens=self._skip_special_tokens
         )
         pending, self._pending = self._pending, []
         self._window, self._step = window, lambda _, token_id: window.append(token_id)

@@ -27,6 +27,8 @@ _DISPLACING = "pallas_paged/engine/core/displacing.py"
     _SWAPPING,
     _PLANNER,
     _EDITS,
+    _QUEUES,
+    _LOOP,
 ) = (
     f"pallas_paged/engine/{name}.py"
     for name in (
@@ -46,6 +48,8 @@ _DISPLACING = "pallas_paged/engine/core/displacing.py"
         "core/swapping",
         "core/planner",
         "core/table_edits",
+        "core/queues",
+        "core/engine_core",
     )
 )
 _UNIT = (
@@ -56,6 +60,7 @@ _INTERRUPTS = "tests/engine/test_interrupts.py"
 _MOVES = "tests/engine/test_cache_specs.py"
 _PLANS = "tests/engine/test_plan.py"
 _PROCESSOR = "tests/engine/test_output_processor.py"
+_DELTAS = "tests/engine/test_core.py::test_each_delta_has_the_metrics_of_its_moment"
 _LIVES = "tests/engine/test_scheduler_stateful.py"
 _SENT = "tests/engine/test_table_edits.py"
 _WINDOW = "tests/engine/test_sliding_window.py"
@@ -298,6 +303,18 @@ MUTATIONS = {
     ),
     "what an output has held given out once more": Mutation(
         _OUTPUTS, "request.is_given = True", "pass", _PROCESSOR
+    ),
+    "a stop string not looked for in a token alone": Mutation(
+        _OUTPUTS, "            and not params.stop\n", "", _PROCESSOR
+    ),
+    "a preemption not told with the next token": Mutation(
+        _LOOP, "elif not (has_news or sequence", "elif not (sequence", _DELTAS
+    ),
+    "sequences that never fork": Mutation(
+        _QUEUES,
+        "self._num_rows = self._are_forked = None\n\n    def add",
+        "self._num_rows = None\n\n    def add",
+        _UNIT,
     ),
     "back before its earlier life is over": Mutation(
         _SCHEDULER,

@@ -168,6 +168,22 @@ def test_metrics_are_in_order() -> None:
         assert m.first_scheduled_time_s <= m.first_token_time_s <= m.finish_time_s
 
 
+def test_each_delta_has_the_metrics_of_its_moment() -> None:
+    engine = make_engine(num_blocks=17)
+    for prompt in prompts(12):
+        group = engine.make_group(prompt, GREEDY)
+        engine.add(group, output_kind=RequestOutputKind.DELTA)
+    counts: dict[str, list[int]] = {}
+    while engine.has_unfinished:
+        for output in engine.step():
+            assert output.metrics.first_token_time_s is not None
+            counts.setdefault(output.request_id, []).append(output.metrics.num_preemptions)
+    assert all(each == sorted(each) for each in counts.values())
+    # With the first token behind the preemption, and not with the last of all.
+    assert any(0 < each.index(each[-1]) < len(each) - 1 for each in counts.values())
+    assert engine.core.scheduler.num_preemptions == sum(each[-1] for each in counts.values())
+
+
 # ---- outputs -----------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from pallas_paged.engine import LLM, RequestOutput, SamplingParams
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.engine import Engine
-from pallas_paged.engine.text import output_processor
+from pallas_paged.engine.text import open_request
 from tests.engine.bigram_model import expected, make_table, run
 from tests.engine.bigram_model import make_engine as make_bigram_engine
 from tests.engine.serving import assert_idle, make_llm, nothing_compiles, reference_requests
@@ -163,7 +163,7 @@ def test_generate_makes_one_output_of_each_request(
         outputs.append(RequestOutput(*args, **options))
         return outputs[-1]
 
-    monkeypatch.setattr(output_processor, "RequestOutput", recorded)
+    monkeypatch.setattr(open_request, "RequestOutput", recorded)
     done = llm.generate(PROMPTS[:3], dataclasses.replace(PLAIN, logprobs=1), use_tqdm=False)
     assert sorted(map(id, done)) == sorted(map(id, outputs))
 

@@ -33,7 +33,13 @@ FILES = {
     "memory": ("block_memory.py", "prefix_cache.py", "block_tables.py"),
     "scheduling": ("scheduler.py", "admission.py", "queues.py", "committer.py", "token_plan.py"),
     "plans": ("planner.py", "table_edits.py"),
-    "delivery": ("engine.py", "engine_core.py", "output_processor.py", "completion.py"),
+    "delivery": (
+        "engine.py",
+        "engine_core.py",
+        "output_processor.py",
+        "open_request.py",
+        "completion.py",
+    ),
 }
 ALL = "TRACES" in os.environ
 TOOL = 4

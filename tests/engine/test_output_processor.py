@@ -25,6 +25,7 @@ from pallas_paged.engine.core.core_output import (
     BeamFigures,
     CoreOutput,
     FinishReason,
+    NewTokens,
     RequestStats,
     TokenLogprobs,
 )
@@ -37,11 +38,41 @@ KINDS = (CUMULATIVE, DELTA, FINAL_ONLY)
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 PROMPT = (5, 6, 7)
 STATS = RequestStats(1.0, 2, 3)
-FILES = ("/output_processor.py", "/completion.py", "/stop.py", "/text/logprobs.py")
+FILES = tuple(
+    f"/text/{name}.py"
+    for name in ("output_processor", "open_request", "completion", "stop", "logprobs")
+)
 TOOL = 3
 """A number of `sys.monitoring` that nobody else uses."""
 STATS = RequestStats(1.0, 1.5, 2, 3)
 CODE = "def read(path):\n    return open(path).read()\n"
+
+
+@pytest.fixture(autouse=True, scope="module", params=[False, True], ids=["whole", "tokens"])
+def whether_tokens_come_alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs every test twice: what says no more than a token comes as it, or as a whole output."""
+    process = OutputProcessor.process
+
+    def apart(
+        made: OutputProcessor,
+        step: Iterable[CoreOutput],
+        into: list[RequestOutput] | None = None,
+    ) -> Processed:
+        others: list[CoreOutput] = []
+        tokens = NewTokens([], [], [])
+        for one in step:
+            if len(one.token_ids) == 1 and one == says_only(one):
+                tokens.request_ids.append(one.request_id)
+                tokens.indices.append(one.index)
+                tokens.token_ids.append(one.token_ids[0])
+            else:
+                others.append(one)
+        return process(made, others, tokens, into)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            patch.setattr(OutputProcessor, "process", apart)
+        yield
 
 
 class Letters:
@@ -96,6 +127,11 @@ def core(
         STATS,
         **fields,
     )
+
+
+def says_only(one: CoreOutput) -> CoreOutput:
+    """Returns what says the same tokens and nothing else."""
+    return core(one.token_ids, name=one.request_id, index=one.index)
 
 
 def logprobs_of(tokens: str) -> TokenLogprobs:
@@ -549,7 +585,7 @@ def test_failing_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_output_is_in_the_list_before_its_request_is_forgotten() -> None:
     made = processor(names="rs")
     into: list[RequestOutput] = []
-    processed = made.process([core("a", "length"), core("b", name="s")], into)
+    processed = made.process([core("a", "length"), core("b", name="s")], into=into)
     assert processed.outputs is into
     assert [one.request_id for one in into] == ["r", "s"]
     made.fail("s", "why", into)
@@ -599,7 +635,7 @@ def test_an_interrupt_anywhere_leaves_what_can_be_failed(kind: RequestOutputKind
                 core("cb", name="s", index=1, logprobs=logprobs_of("cb")),
                 core("cb", logprobs=logprobs_of("cb"), prompt_logprobs=logprobs_of("g")),
             ],
-            given,
+            into=given,
         )
         step = [
             core("cdc", name="s", logprobs=logprobs_of("cdc")),
@@ -609,7 +645,7 @@ def test_an_interrupt_anywhere_leaves_what_can_be_failed(kind: RequestOutputKind
         interrupts = 0
         try:
             with interrupted_before_line(number):
-                made.process(step, given)
+                made.process(step, into=given)
                 for name in list(made.request_ids):
                     made.fail(name, "why", given)
         except KeyboardInterrupt:
@@ -620,6 +656,31 @@ def test_an_interrupt_anywhere_leaves_what_can_be_failed(kind: RequestOutputKind
             check_cut(name, whole, [one for one in given if one.request_id == name], kind)
         if not interrupts:
             return
+
+
+def test_an_interrupt_anywhere_cuts_a_token_stream_short() -> None:
+    for number in range(1, 200):
+        made = processor(kind=DELTA, names="rs")
+        given: list[RequestOutput] = []
+        made.process([core("a"), core("x", name="s")], into=given)
+        interrupts = 0
+        try:
+            with interrupted_before_line(number):
+                made.process([core("b"), core("y", name="s")], into=given)
+        except KeyboardInterrupt:
+            interrupts += 1
+        for name in "rs":
+            made.fail(name, "why", given)
+        for name, whole in (("r", "ab"), ("s", "xy")):
+            mine = [one for one in given if one.request_id == name]
+            assert [one.finished for one in mine] == [False] * (len(mine) - 1) + [True]
+            (one,) = functools.reduce(RequestOutput.merged_with, mine).outputs
+            assert one.token_ids == tuple(ids(whole))[: len(one.token_ids)]
+            assert one.text is not None
+            assert whole[: len(one.token_ids)] in (one.text, one.text[:-1])
+        if not interrupts:
+            return
+    raise AssertionError("it never ends")
 
 
 def check_cut(
