@@ -2,6 +2,7 @@
 
 import atexit
 import concurrent.futures
+import gc
 import multiprocessing
 import os
 import shutil
@@ -44,6 +45,12 @@ settings.register_profile("no-shrinking", phases=[Phase.explicit, Phase.generate
 LAYER_1 = ["pallas_paged.kv_cache", "pallas_paged.block_tables", "pallas_paged.ops"]
 MODELS = [f"pallas_paged.models.{name}" for name in ("attend", "decoder", "layers", "opt", "rope")]
 install_import_hook(LAYER_1 + MODELS, "beartype.beartype")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Freezes what has been imported: it stays, and no collection of garbage walks through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

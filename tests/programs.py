@@ -15,7 +15,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parent.parent
 _LIBRARIES = ["absl.app", "flax.nnx", "jax.numpy", "orbax.checkpoint", "tqdm", "transformers"]
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(_LIBRARIES)
+_server.set_forkserver_preload([*_LIBRARIES, "tests.frozen"])
 
 
 class Done(NamedTuple):
@@ -26,10 +26,11 @@ class Done(NamedTuple):
     stderr: str
 
 
-def run_program(module: str, *flags: str, timeout_s: float = 300) -> Done:
-    """Runs `python -m module flags` in the repository's root, to its end."""
+def run_program(module: str, *flags: str, text: str = "", timeout_s: float = 300) -> Done:
+    """Runs `python -m module flags` in the repository's root, to its end; it can read `text`."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [pathlib.Path(folder, name) for name in ("stdout", "stderr")]
+        files = [pathlib.Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+        files[0].write_text(text, encoding="utf-8")
         process = _server.Process(target=_run, args=(module, flags, *files))
         process.start()
         process.join(timeout_s)
@@ -37,13 +38,13 @@ def run_program(module: str, *flags: str, timeout_s: float = 300) -> Done:
             process.kill()
             process.join()
             raise TimeoutError(f"{module} {flags} takes longer than {timeout_s} s")
-        stdout, stderr = (file.read_text(encoding="utf-8") for file in files)
+        stdout, stderr = (file.read_text(encoding="utf-8") for file in files[1:])
     return Done(process.exitcode, stdout, stderr)
 
 
 def _run(module: str, flags: tuple[str, ...], *files: pathlib.Path) -> None:
-    for number, file in enumerate(files, 1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    for number, file in enumerate(files):
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
     os.chdir(ROOT)
     sys.argv = [module, *flags]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

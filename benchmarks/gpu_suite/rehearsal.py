@@ -62,7 +62,7 @@ def cases(context: Context) -> list[Case]:
 
     return [
         Case("fails", _fail),
-        Case("hangs", _hang, limit_s=2.0),
+        Case("hangs", _hang, limit_s=0.5),
         Case("crashes", _crash),
         loading("does not compile", REFUSED),
         loading("crashes its compiler", FATAL),

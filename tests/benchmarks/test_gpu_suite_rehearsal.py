@@ -18,6 +18,12 @@ from benchmarks.gpu_suite.stage import BROKEN, Context, append
 from tests.programs import run_program
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
+TOYS = (
+    "^((device|rehearsal|model|decode|prefill|cache|torch|hints): |tuning: decode|"
+    "correctness: mosaic_gpu: (prefill|int8|nothing|write_kv int8|copy_blocks b|gather_blocks i)|"
+    "more_correctness: xla: (decode|float8|one token|copy_blocks|write_kv b))"
+)
+"""A few of each stage: what the others compute, the tests of stages and kernels look at."""
 CARRIED = "^(rehearsal: works|more_correctness: xla: [cd])"
 LIMIT_S = 120.0
 H100 = Context("sm_90", pathlib.Path("/nonexistent"), pathlib.Path("/nonexistent"))
@@ -79,7 +85,9 @@ def carried(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def first(carried, tmp_path_factory) -> tuple[pathlib.Path, Run]:
     out = tmp_path_factory.mktemp("out")
-    return out, suite(f"--out={out}", "--toy", f"--programs={carried}", "--budget_s=240")
+    return out, suite(
+        f"--out={out}", "--toy", f"--cases={TOYS}", f"--programs={carried}", "--budget_s=240"
+    )
 
 
 @pytest.mark.slow
@@ -146,7 +154,8 @@ def test_programs_made_elsewhere_are_loaded(first, carried):
 def test_the_next_run_begins_with_this_one(first, tmp_path):
     out, _ = first
     before = results(out)
-    again = suite(f"--out={tmp_path}", "--toy", f"--previous={out}", "--rerun=failed")
+    toys = "--toy", f"--cases={TOYS}"
+    again = suite(f"--out={tmp_path}", *toys, f"--previous={out}", "--rerun=failed")
     assert again.status == 0, again.output + again.errors
     after = results(tmp_path)
     for stage, rows in before.items():
@@ -156,7 +165,7 @@ def test_the_next_run_begins_with_this_one(first, tmp_path):
             assert lines(tmp_path, stage, name) == 1 + is_run, (stage, name)
     assert after["rehearsal"]["crashes"]["status"] == "crashed"
     # And with nothing left to do there is nothing to wait for.
-    idle = suite(f"--out={tmp_path}", "--toy", f"--previous={tmp_path}")
+    idle = suite(f"--out={tmp_path}", *toys, f"--previous={tmp_path}")
     assert idle.status == 0, idle.output + idle.errors
     assert results(tmp_path) == after
 

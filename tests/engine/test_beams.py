@@ -18,6 +18,8 @@ from tests.engine import beam_oracle, bigram_model
 from tests.engine.serving import MIN_MARGIN, assert_idle, make_llm
 from tests.models.references import DATA
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 NAME = "llama-gqa-llama3"
 RECORDED = Path(__file__).parent / "data"
 PROMPT = {"prompt_token_ids": [5, 17, 99, 42, 7]}

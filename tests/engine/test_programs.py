@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.models.references import DATA
+from tests.programs import run_program
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ["--max_tokens=8", "--num_blocks=40", "--max_model_len=128", "--temperature=0"]
@@ -21,12 +22,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("home")
 
 
-def run(
-    program: str, *flags: str, home: pathlib.Path, text: str = ""
-) -> subprocess.CompletedProcess[str]:
+def run(program: str, *flags: str, home: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    """Runs a program in a process and an environment of a user's."""
     return subprocess.run(
         [sys.executable, "-m", f"pallas_paged.engine.{program}", *flags],
-        input=text,
         capture_output=True,
         text=True,
         env=environment(home),
@@ -63,28 +62,27 @@ def test_platforms_that_are_not_there_are_no_news(cache: pathlib.Path) -> None:
     assert lines[0].startswith("8 tokens in")
 
 
-def test_prompts_come_from_a_file_and_from_standard_input(
-    cache: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_prompts_come_from_a_file_and_from_standard_input(tmp_path: pathlib.Path) -> None:
+    generate = functools.partial(run_program, "pallas_paged.engine.generate", *TINY)
     lines = "import os\n\nclass Stack:\n"
     (tmp_path / "prompts.txt").write_text(lines)
-    from_file = run("generate", f"--prompts_file={tmp_path / 'prompts.txt'}", *TINY, home=cache)
-    from_stdin = run("generate", "--prompts_file=-", *TINY, home=cache, text=lines)
+    from_file = generate(f"--prompts_file={tmp_path / 'prompts.txt'}")
+    from_stdin = generate("--prompts_file=-", text=lines)
     assert from_file.returncode == from_stdin.returncode == 0, from_file.stderr
     assert from_file.stdout == from_stdin.stdout
     assert "=== 0: 'import os'" in from_file.stdout
     assert "=== 1: 'class Stack:'" in from_file.stdout
-    bare = run("generate", "--noecho", "--prompts_file=-", *TINY, home=cache, text=lines)
+    bare = generate("--noecho", "--prompts_file=-", text=lines)
     labels = ("=== 0: 'import os'", "=== 0"), ("=== 1: 'class Stack:'", "=== 1")
     assert bare.stdout == functools.reduce(
         lambda s, pair: s.replace(*pair), labels, from_file.stdout
     )
-    whole = run("generate", *TINY, home=cache, text="class Stack:\n    def")
+    whole = generate(text="class Stack:\n    def")
     assert whole.stdout.startswith("class Stack:\n    def")
 
 
-def test_the_chat_template_is_used(cache: pathlib.Path) -> None:
-    done = run("generate", "--chat", "--prompt=Read a file.", *TINY, home=cache)
+def test_the_chat_template_is_used() -> None:
+    done = run_program("pallas_paged.engine.generate", "--chat", "--prompt=Read a file.", *TINY)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -118,9 +116,11 @@ def test_standard_input_may_be_closed() -> None:
 
 
 FORKED = """
-import json, os, sys
+import gc, json, os, sys
 from pallas_paged.engine import generate
 from pallas_paged.models import command_line
+gc.collect()
+gc.freeze()  # or each fork walks through all of it when it ends
 for index, (flags, text) in enumerate(json.load(open("cases.json"))):
     open(f"{index}.in", "w", errors="surrogateescape").write(text)
     if not os.fork():
@@ -157,8 +157,8 @@ def test_what_is_wrong_is_said_in_one_line(index: int, ends: pathlib.Path) -> No
     assert out == ""
 
 
-def test_help_lists_the_flags(cache: pathlib.Path) -> None:
-    done = run("generate", "--help", home=cache)
+def test_help_lists_the_flags() -> None:
+    done = run_program("pallas_paged.engine.generate", "--help")
     for flag in (
         "--model",
         "--prompt",

@@ -54,7 +54,7 @@ def check_one_command_buffer(step: StepReport) -> None:
 
 def test_what_a_layer_adds_to_a_decode_step() -> None:
     """Its launches, listed, and no memory but its cache's."""
-    one, two = (report("llama-8b", n, DECODE, "h100") for n in (1, 2))
+    one, two = (report("llama-8b", n, DECODE, "h100", vocab_size=1152) for n in (1, 2))
     for step in (one, two):
         check_in_place(step)
         check_one_command_buffer(step)

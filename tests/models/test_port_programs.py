@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from pallas_paged.models.porting import port
 from tests.models.references import load_reference
 from tests.models.test_port import assert_bitwise, tensors_in
+from tests.programs import run_program
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,20 +83,22 @@ def test_the_programs(tmp_path):
     assert "parity: yes" in out
     assert len(errors.splitlines()) < 10, "Orbax's own lines do not belong here"
 
-    strict = run("port", f"--out={ported}", f"--reference={reference}", "--tolerance=1e-9")
-    exported = run("export", f"--checkpoint={ported}", f"--out={tmp_path / 'hf'}")
-    out, errors = strict.communicate()
-    assert strict.returncode == 1, errors
-    assert "parity: NO" in out
-    out, errors = exported.communicate()
-    assert exported.returncode == 0, errors
+    models = "pallas_paged.models"
+    strict = run_program(
+        f"{models}.port", f"--out={ported}", f"--reference={reference}", "--tolerance=1e-9"
+    )
+    assert strict.returncode == 1, strict.stderr
+    assert "parity: NO" in strict.stdout
+    exported = run_program(f"{models}.export", f"--checkpoint={ported}", f"--out={tmp_path / 'hf'}")
+    assert exported.returncode == 0, exported.stderr
     assert_bitwise(tensors_in(tmp_path / "hf"), tensors_in(source))
 
-    unasked = run("port", f"--hf_dir={source}", f"--out={ported}")
-    untorched = run("record_reference", f"--hf_dir={source}", f"--out={tmp_path / 'r.npz'}")
-    _, errors = unasked.communicate()
-    assert (unasked.returncode, "exists: give --overwrite" in errors) == (2, True)
-    assert "Traceback" not in errors
-    _, errors = untorched.communicate()
+    unasked = run_program(f"{models}.port", f"--hf_dir={source}", f"--out={ported}")
+    assert (unasked.returncode, "exists: give --overwrite" in unasked.stderr) == (2, True)
+    assert "Traceback" not in unasked.stderr
+    untorched = run_program(
+        f"{models}.record_reference", f"--hf_dir={source}", f"--out={tmp_path / 'r.npz'}"
+    )
     assert untorched.returncode == 2
-    assert "No module named 'torch': recording runs the checkpoint with transformers" in errors
+    message = "No module named 'torch': recording runs the checkpoint with transformers"
+    assert message in untorched.stderr
