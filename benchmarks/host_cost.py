@@ -1,7 +1,8 @@
 """What the engine costs the host: CPU time per decode step and per new request.
 
 The engine is the real one (scheduler, block tables, intake, text); its device computes nothing.
-Milliseconds are CPU time of the process. They are compared with a fixed loop that is timed before
+Milliseconds are CPU time of a process, which each case has to itself: memory that earlier ones have
+scattered slows the next by a half. They are compared with a fixed loop that is timed before
 and after each case, so that a busy or another machine changes the ratios little: targets are
 ratios too, printed as the milliseconds that they are on the machine of `calibration.QUIET_MS`.
 
@@ -9,11 +10,13 @@ ratios too, printed as the milliseconds that they are on the machine of `calibra
   python -m benchmarks.host_cost --num_seqs=256 --kinds=plain --max_model_len=8192 --profile
 """
 
+import concurrent.futures
 import cProfile
 import functools
 import gc
 import itertools
 import json
+import multiprocessing
 import pathlib
 import pstats
 import statistics
@@ -203,6 +206,13 @@ def _add_next(house: House, prompts: Iterator[list[int]], params: SamplingParams
     house.add(next(prompts), params)
 
 
+def apart(measure: Callable[..., dict[str, Any]], *case: Any) -> dict[str, Any]:
+    """Returns the row of a case that is measured in a fork of this process."""
+    fork = multiprocessing.get_context("fork")  # nothing here starts a device, or its threads
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=fork) as pool:
+        return pool.submit(measure, *case).result()
+
+
 def made_up(vocab_size: int) -> Tokenizer:
     """Returns a tokenizer of that size, as the engine loads it from a folder."""
     with tempfile.TemporaryDirectory() as folder:
@@ -225,9 +235,11 @@ def measure() -> dict[str, list[dict[str, Any]]]:
     intakes = list(itertools.product(kinds, tokenizers, lens[:1], waiting))
     rows: dict[str, list[dict[str, Any]]] = {}
     if "steps" in _TABLES.value:
-        rows["steps"] = [measure_steps(*case) for case in tqdm(steps, "steps", disable=None)]
+        rows["steps"] = [apart(measure_steps, *case) for case in tqdm(steps, "steps", disable=None)]
     if "intake" in _TABLES.value:
-        rows["intake"] = [measure_intake(*case) for case in tqdm(intakes, "intake", disable=None)]
+        rows["intake"] = [
+            apart(measure_intake, *case) for case in tqdm(intakes, "intake", disable=None)
+        ]
     return rows
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # An interpreted kernel blocks one of the CPU client's threads for each of its own that waits at a
@@ -25,6 +26,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+import jaxtyping
 import pytest
 from hypothesis import Phase, settings
 from jaxtyping import install_import_hook
@@ -45,6 +47,19 @@ settings.register_profile("no-shrinking", phases=[Phase.explicit, Phase.generate
 LAYER_1 = ["pallas_paged.kv_cache", "pallas_paged.block_tables", "pallas_paged.ops"]
 MODELS = [f"pallas_paged.models.{name}" for name in ("attend", "decoder", "layers", "opt", "rope")]
 install_import_hook(LAYER_1 + MODELS, "beartype.beartype")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unchecked_shapes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Checks shapes in tests of the functions one by one, and in one of the engine's modules.
+
+    It would be much of the time of the engine's tests, four fifths of it with the mock model.
+    """
+    name = request.module.__name__
+    is_whole = name.startswith(("tests.engine.", "tests.benchmarks."))
+    jaxtyping.config.update("jaxtyping_disable", is_whole and not name.endswith(".test_smoke"))
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

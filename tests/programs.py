@@ -45,6 +45,8 @@ def run_program(module: str, *flags: str, text: str = "", timeout_s: float = 300
 def _run(module: str, flags: tuple[str, ...], *files: pathlib.Path) -> None:
     for number, file in enumerate(files):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
+    # multiprocessing has put an empty file there.
+    sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
     os.chdir(ROOT)
     sys.argv = [module, *flags]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -170,8 +170,9 @@ def test_help_lists_the_flags() -> None:
         assert flag in done.stdout
 
 
-def test_the_demo_streams_and_reports(cache: pathlib.Path) -> None:
-    done = run("demo", "--max_tokens=12", "--prompt=import os", "--prompt=def f(", home=cache)
+def test_the_demo_streams_and_reports() -> None:
+    flags = "--max_tokens=12", "--prompt=import os", "--prompt=def f("
+    done = run_program("pallas_paged.engine.demo", *flags)
     assert done.returncode == 0, done.stderr
     assert "KV pool" in done.stdout
     assert "tokens/s in one batch" in done.stdout
