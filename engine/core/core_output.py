@@ -108,7 +108,7 @@ class CoreOutputs(NamedTuple):
 
     Attributes:
       others: of the sequences that got no token, or have more to say; to be read first.
-      tokens: of the others that got one, if their request's `stats` are those that it told last.
+      tokens: of all others; the `stats` of their requests are those that `others` told last.
     """
 
     others: list[CoreOutput]

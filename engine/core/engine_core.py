@@ -28,9 +28,6 @@ NO_TOKEN_REASONS = (
 """What V, V + 1 mean in the place of a token."""
 
 
-NO_OUTPUTS = CoreOutputs([], NewTokens([], [], []))
-
-
 class _InFlight(NamedTuple):
     """A dispatched step: as it was scheduled, as it was planned, and what the executor returned."""
 
@@ -130,7 +127,9 @@ class EngineCore:
         dispatched = self._dispatch(step) if step is not None else None
         if self._async_scheduling:
             dispatched, self._in_flight = self._in_flight, dispatched
-        return self._take_in(dispatched) if dispatched is not None else NO_OUTPUTS
+        if dispatched is None:
+            return CoreOutputs([], NewTokens([], [], []))
+        return self._take_in(dispatched)
 
     def _dispatch(self, step: ScheduledStep) -> _InFlight:
         if step.admitted:

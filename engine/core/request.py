@@ -185,7 +185,8 @@ class SequenceGroup:
       swapped: its blocks in host memory while it is swapped out.
       planned_entry: how it would come in, planned while it waited, and from what; see `Admission`.
       stats: see `RequestStats`.
-      told_stats: those that its last token told of, or tells with the end of what is held back.
+      told_stats: the `stats` of its last token, which a `CoreOutput` has told or, where it is held
+        back, will tell.
       ending_ids: `eos_token_ids` and `stop_token_ids`.
       max_length: tokens, prompt and output, at which its sequences end; the scheduler sets it.
       num_prompt_logprobs: log-probabilities of the prompt that steps have computed, or will; they

@@ -258,17 +258,18 @@ def test_a_peer_fails_alone(context, monkeypatch):
     assert row["xla_t2_us"] > 0
 
 
-@pytest.mark.parametrize("shape", [TOY, TOY_PROMPTS], ids=["decode", "prefill"])
 @pytest.mark.parametrize(
-    ("break_it", "message"),
+    ("shape", "break_it", "message"),
     [
-        (lambda out: out, None),
-        (lambda out: jnp.flip(out, axis=1), "differs from XLA's result"),
-        (lambda out: out.at[-1, 0].mul(1.2), "differs from XLA's result"),
-        (lambda out: out.at[-1, 0, 0].set(jnp.nan), "not finite"),
-        (jnp.zeros_like, "the whole result is 0"),
+        (TOY, lambda out: out, None),
+        (TOY, lambda out: jnp.flip(out, axis=1), "differs from XLA's result"),
+        (TOY, lambda out: out.at[-1, 0].mul(1.2), "differs from XLA's result"),
+        (TOY, lambda out: out.at[-1, 0, 0].set(jnp.nan), "not finite"),
+        (TOY, jnp.zeros_like, "the whole result is 0"),
+        (TOY_PROMPTS, lambda out: out, None),
+        (TOY_PROMPTS, lambda out: out.at[-1, 0].mul(1.2), "differs from XLA's result"),
     ],
-    ids=["right", "heads", "one", "nan", "zeros"],
+    ids=["right", "heads", "one", "nan", "zeros", "prefill right", "prefill one"],
 )
 def test_a_wrong_result_gets_no_time(shape, break_it, message, context, monkeypatch):
     as_ours(monkeypatch, "reference")

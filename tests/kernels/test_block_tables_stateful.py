@@ -306,7 +306,7 @@ def test_random_operations(sizes):
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=25,
+            max_examples=15,
             stateful_step_count=50,
             deadline=None,
             derandomize=True,
