@@ -13,14 +13,17 @@ GPU_JAX ?= 0.11.2
 demo: $(VENV)/.base
 	@$(PY) -m pallas_paged.engine.demo
 
+# Three processes keep two cores busy: tests also wait, for programs that they start.
+TEST := $(PY) -m pytest -n 3 --dist=loadfile
+
 test: $(VENV)/.test
-	@$(PY) -m pytest -n 2 --dist=loadfile
+	@$(TEST)
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(PY) -m pytest -n 2 --dist=loadfile
+	$(TEST)
 
 format: $(VENV)/.test
 	$(VENV)/bin/ruff format .
