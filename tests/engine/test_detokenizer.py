@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from pallas_paged.engine.text import detokenizer
 from pallas_paged.engine.text.detokenizer import (
     MAX_PENDING,
     REPLACEMENT,
@@ -228,6 +229,22 @@ def test_the_stream_reads_all_but_invalid_bytes():
     rest = [*map(stream.append, [*you, wrong, *dog])]
     assert stream._window is not None  # the library's stream raises at the dog
     assert "".join(rest) + stream.finish() == f"你{REPLACEMENT} dog"
+
+
+@pytest.mark.parametrize("read", ["a", "你"], ids=["a token", "a character of three"])
+def test_a_window_begins_behind_what_was_read_last(read, monkeypatch):
+    contexts = []
+
+    def window(tokenizer, context, **options):
+        contexts.append(list(context))
+        return WindowDetokenizer(tokenizer, context, **options)
+
+    monkeypatch.setattr(detokenizer, "WindowDetokenizer", window)
+    last = [byte_token(byte) for byte in read.encode()]
+    stream = StreamDetokenizer(small_tokenizers.byte_level(), [byte_token(b"p"[0])])
+    for token in (byte_token(b"b"[0]), *last, *[byte_token(0xFF)] * (MAX_PENDING + 1)):
+        stream.append(token)
+    assert contexts == [last]
 
 
 def test_another_error_of_the_stream_is_raised(monkeypatch):

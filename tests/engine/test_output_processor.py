@@ -620,6 +620,16 @@ def interrupted_before_line(number: int) -> Iterator[None]:
         events.free_tool_id(TOOL)
 
 
+def test_a_fault_in_a_stream_ends_that_one_alone() -> None:
+    made = processor(kind=DELTA, names="rst")
+    made.process([core("a", name=name) for name in "rst"])
+    processed = made.process([core("b"), core("z", name="s"), core("c", name="t")])
+    assert processed.faults == {"s": "OSError: no z"}
+    assert [one.finished for one in processed.outputs] == [False, True, False]
+    assert texts(processed) == [["b"], [""], ["c"]]
+    assert list(made.request_ids) == ["r", "t"]
+
+
 @every_kind
 def test_an_interrupt_anywhere_leaves_what_can_be_failed(kind: RequestOutputKind) -> None:
     """In a step, and in failing the requests after it: each has one last output, cut short."""
