@@ -1,8 +1,8 @@
 """What the engine costs the host: CPU time per decode step and per new request.
 
 The engine is the real one (scheduler, block tables, intake, text); its device computes nothing.
-Milliseconds are CPU time of a process, which each case has to itself: memory that earlier ones have
-scattered slows the next by up to a third. They are compared with a fixed loop that is timed before
+Milliseconds are CPU time of a process, which each case has to itself: what earlier ones leave in
+memory slows the next. They are compared with a fixed loop that is timed before
 and after each case, so that a busy or another machine changes the ratios little: targets are
 ratios too, printed as the milliseconds that they are on the machine of `calibration.QUIET_MS`.
 

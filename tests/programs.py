@@ -1,7 +1,8 @@
 """Runs programs of ours as a user does, but for the import of other people's libraries.
 
 That takes two seconds each time, mostly more than the program. So a process imports them once, and
-programs are forked from it: nothing of ours is imported there, no flag defined, no device started.
+programs are forked from it: nothing of the package is imported there, no flag defined, no device
+started.
 """
 
 import multiprocessing

@@ -107,9 +107,9 @@ class CoreOutputs(NamedTuple):
     """What a step gave.
 
     Attributes:
-      others: of the sequences that got no token, or have more to say; to be read first.
-      tokens: of all others; the `stats` of their requests are those that `others` told last.
+      outputs: of the sequences that got no token, or have more to say; to be read first.
+      tokens: of all others; the `stats` of their requests are those that `outputs` told last.
     """
 
-    others: list[CoreOutput]
+    outputs: list[CoreOutput]
     tokens: NewTokens

@@ -75,7 +75,7 @@ class Planner:
             np.array(samples, bool),
             np.array(on_device, bool),
         )
-        self._columns.follow(batch)
+        self._columns.follow(batch.rows, sequences)
         targets: list[range] = []
         scheduled: list[ScheduledSequence] = []
         is_full = wants_logprobs = False
@@ -160,18 +160,12 @@ class _Columns:
     def __init__(self, num_rows: int) -> None:
         self.is_special = np.zeros(num_rows, bool)
         self._numbers = np.full(num_rows, -1, np.int64)  # of the sequences
-        self._last: list[TokenSequence] = []  # the sequences of the last step
-        self._last_rows = np.zeros(0, np.int32)
         self._temperature, self._top_p, self._min_p = np.zeros((3, num_rows), np.float32)
         self._top_k, self._sample_index = np.zeros((2, num_rows), np.int32)
         self._seeds = np.zeros((num_rows, 2), np.uint32)
 
-    def follow(self, batch: _Batch) -> None:
+    def follow(self, rows: np.ndarray, sequences: list[TokenSequence]) -> None:
         """Writes the rows that have got another sequence."""
-        sequences, rows = batch.sequences, batch.rows
-        if sequences == self._last and np.array_equal(rows, self._last_rows):
-            return  # most steps: nothing has to be looked up
-        self._last, self._last_rows = sequences, rows
         numbers = np.array([sequence.number for sequence in sequences])
         for b in np.flatnonzero(self._numbers[rows] != numbers).tolist():
             self._write(int(rows[b]), sequences[b])

@@ -118,8 +118,8 @@ class OutputProcessor:
         What comes of sequences and requests that have had their end is ignored.
 
         Args:
-          outputs: see `CoreOutputs.others`.
-          tokens: see `CoreOutputs`.
+          outputs: see `CoreOutputs`, as is the next.
+          tokens: likewise.
           into: a list to put the outputs in, each before its request is forgotten: an interrupt
             then loses none. It becomes `Processed.outputs`; None is a new one.
         """
@@ -130,7 +130,7 @@ class OutputProcessor:
             request = requests.get(output.request_id)
             if request is not None:
                 self._process(request, output, now, processed, changed)
-        for request_id, index, token_id in zip(*tokens or (), strict=True):
+        for request_id, index, token_id in zip(*(tokens or ()), strict=True):
             request = requests.get(request_id)
             if request is None:
                 continue

@@ -1,4 +1,4 @@
-"""The whole GPU suite on a CPU, as it will run on a GPU: and again, from what that run left."""
+"""Every stage of the GPU suite on a CPU, and again from what that run left; a few cases of each."""
 
 import json
 import os

@@ -37,7 +37,6 @@ CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
 KINDS = (CUMULATIVE, DELTA, FINAL_ONLY)
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 PROMPT = (5, 6, 7)
-STATS = RequestStats(1.0, 2, 3)
 FILES = tuple(
     f"/text/{name}.py"
     for name in ("output_processor", "open_request", "completion", "stop", "logprobs")

@@ -63,7 +63,7 @@ def test_every_error_is_tolerated(version):
 
 @functools.cache
 def named(family):
-    """Returns the names and targets of a family's programs, each of which is built for that."""
+    """Returns the names and targets of a family's programs; to build these takes seconds."""
     return [(program.name, program.target) for program in full.FAMILIES[family].programs()]
 
 

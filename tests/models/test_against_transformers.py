@@ -69,7 +69,7 @@ def test_sliding_windows_of_the_layers(name, windows):
     assert len(load_reference(name).prompts[7]) > 6 * max((w or 0) for w in windows)
 
 
-# Each family, and each kind of window.
+# One without windows, windows in all layers and in some, OPT; whole prompts are held for all.
 @pytest.mark.parametrize(
     "name",
     ["llama-gqa-llama3", "mistral-sliding", "opt-postnorm-projected", "qwen3-layer-types"],

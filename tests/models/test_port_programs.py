@@ -58,7 +58,7 @@ def many_shards(folder: Path) -> int:
 
 @pytest.mark.slow
 def test_the_programs(tmp_path):
-    """Side by side, for most of their time is the import of libraries."""
+    """The first two in processes of their own, side by side: mostly they import libraries."""
     source, ported = load_reference("llama-mha-tied").path, tmp_path / "ported"
     port(source, ported)
     total = many_shards(tmp_path / "big")
