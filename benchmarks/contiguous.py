@@ -13,6 +13,7 @@ import numpy as np
 
 from pallas_paged import block_tables
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
+from pallas_paged.engine.kv.interface import Numbers
 from pallas_paged.engine.kv.sharing import NO_COPIES, CopyPairs, RowPlan
 
 
@@ -73,9 +74,7 @@ class ContiguousMemory(BlockTableMemory):
         fits = num_blocks <= num_rows * self.blocks_per_place
         return num_rows * self.blocks_per_place if fits else self.num_usable_blocks + 1
 
-    def num_free_after(
-        self, freed_rows: Sequence[int], rows: Sequence[int], num_tokens: Sequence[int]
-    ) -> int:
+    def num_free_after(self, freed_rows: Sequence[int], rows: Numbers, num_tokens: Numbers) -> int:
         """Counts the freed rows' places; a sequence grows into what it has reserved."""
         return self.num_free_blocks + len(freed_rows) * self.blocks_per_place
 
@@ -88,7 +87,7 @@ class ContiguousMemory(BlockTableMemory):
         self._reserve()
         return rows
 
-    def append(self, rows: Sequence[int], num_tokens: Sequence[int]) -> CopyPairs | None:
+    def append(self, rows: Numbers, num_tokens: Numbers) -> CopyPairs | None:
         """Grows into what is reserved; a sequence never leaves its place."""
         lens = self._lens[list(rows)] + np.asarray(num_tokens, np.int32)
         if (lens > self.blocks_per_place * self.state.block_size).any():

@@ -195,7 +195,7 @@ def whole_decode_step(
     while True:
         step = scheduler.schedule()
         assert step is not None, "nothing is left to schedule"
-        if step.batch.starts == [len(prompt)] * num_rows:
+        if step.batch.starts.tolist() == [len(prompt)] * num_rows:
             return Planner(memory, buckets).plan(step).plan
         scheduler.commit(step, [0] * len(step.batch.rows))
 

@@ -63,6 +63,7 @@ def _results(group: SequenceGroup, search: BeamSearch) -> list[TokenSequence]:
     for index, hypothesis in enumerate(search.results):
         sequence = TokenSequence(group, index)
         sequence.token_ids += hypothesis.token_ids
+        sequence.num_tokens = len(sequence.token_ids)
         ending = group.ending_of(hypothesis.token_ids[-1])
         sequence.finish_reason, sequence.stop_reason = ending
         results.append(sequence)
@@ -96,5 +97,4 @@ def check_invariants(group: SequenceGroup) -> None:
     for beam in beams:
         assert not beam.is_finished
         if beam.candidates is not None:
-            assert beam.num_in_flight == 0
             assert beam.num_computed == beam.num_dispatched == len(beam.token_ids)

@@ -1,10 +1,11 @@
 """Takes in what a step computed: new tokens, filled blocks, next beams; and how sequences end."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from pallas_paged.engine.core import beam_groups
 from pallas_paged.engine.core.beam_search import Candidates
-from pallas_paged.engine.core.core_output import FinishReason
+from pallas_paged.engine.core.core_output import FinishReason, NewTokens
 from pallas_paged.engine.core.entries import repeated_blocks
 from pallas_paged.engine.core.queues import Queues
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
@@ -22,6 +23,20 @@ beyond the tokens that it gave, `Memory.truncate` takes back.
 """
 
 
+class Committed(NamedTuple):
+    """What sequences got by a step.
+
+    Attributes:
+      num_tokens: new tokens; those that a group holds back are in none of the others.
+      others: the sequences that got a token and have more to tell, or ended with it.
+      tokens: of all others. See `SequenceGroup.told_stats`.
+    """
+
+    num_tokens: int
+    others: list[TokenSequence]
+    tokens: NewTokens
+
+
 class Committer:
     """Changes sequences as their steps come back, and gives back the blocks of those that end."""
 
@@ -36,40 +51,54 @@ class Committer:
         if sliding_window is not None:
             self._window_blocks = window_blocks(sliding_window, memory.block_size)
 
-    def commit(self, step: ScheduledStep, results: Sequence[Result]) -> list[TokenSequence]:
-        """Returns the sequences that got a token, finished or not; see `Scheduler.commit`."""
+    def commit(self, step: ScheduledStep, results: Sequence[Result]) -> Committed:
+        """Takes a step's results; see `Scheduler.commit`."""
         S = self._memory.block_size
         filled: list[TokenSequence] = []
-        extended: list[TokenSequence] = []
+        others: list[TokenSequence] = []
         over: list[TokenSequence] = []
         searching: dict[SequenceGroup, None] = {}  # a set in order
-        sequences, _, starts, lengths, samples, _ = step.batch
-        for sequence, start, num_tokens, is_sampled, result in zip(
-            sequences, starts, lengths, samples, results, strict=True
+        tokens = NewTokens([], [], [])
+        request_ids, indices, new_ids = tokens
+        num_new = 0
+        sequences, _, starts, counts, samples, _ = step.batch
+        ends = starts + counts
+        for sequence, end, num_full, is_sampled, result in zip(
+            sequences, ends.tolist(), (ends // S).tolist(), samples.tolist(), results, strict=True
         ):
-            sequence.num_in_flight -= 1
+            group = sequence.group
             if sequence.row is not None:
-                sequence.num_computed = computed = start + num_tokens
-                if computed // S > sequence.num_remembered:
+                sequence.num_computed = end
+                if num_full > sequence.num_remembered:
                     filled.append(sequence)
+            else:
+                group.is_in_flight = False
             if not is_sampled or sequence.finish_reason is not None:
                 continue
+            token_ids = sequence.token_ids
             if not isinstance(result, int):
                 if isinstance(result, Candidates):
                     if sequence.row is not None:
                         sequence.candidates = result
-                        searching[sequence.group] = None
+                        searching[group] = None
                     continue
                 *before, result = _until_end(sequence, result)
-                sequence.token_ids += before
-            pending = sequence.num_pending
-            if pending:
-                sequence.num_pending = pending - 1
-            token_ids, group = sequence.token_ids, sequence.group
+                token_ids += before
+                num_new += len(before)
+                group.told_stats = None  # which a single token would be told with
             token_ids.append(result)
-            extended.append(sequence)
+            num_new += 1
+            if group.waits_for_host:
+                sequence.num_tokens = len(token_ids)
             if result in group.ending_ids or len(token_ids) == group.max_length:
                 over.append(sequence)
+                others.append(sequence)
+            elif group.stats is not group.told_stats:
+                others.append(sequence)
+            elif not group.is_held:
+                request_ids.append(group.request_id)
+                indices.append(sequence.index)
+                new_ids.append(result)
         if filled:
             self._remember(filled)
         ended_rows: list[int] = []
@@ -77,8 +106,10 @@ class Committer:
             ending = sequence.group.ending_of(sequence.token_ids[-1])
             ended_rows += self._retire([sequence], *ending)
         if ended_rows or searching:
-            extended += self._advance_beams(searching, ended_rows)
-        return extended
+            children = self._advance_beams(searching, ended_rows)
+            others += children
+            num_new += len(children)
+        return Committed(num_new, others, tokens)
 
     def finish(
         self, sequence: TokenSequence, reason: FinishReason, stop_reason: int | str | None
@@ -168,7 +199,7 @@ class Committer:
         for sequence in sequences:
             sequence.finish_reason = reason
             sequence.stop_reason = stop_reason
-            sequence.num_pending = 0
+            sequence.num_tokens = len(sequence.token_ids)
             sequence.give_up_blocks()
         self._queues.rows_changed()
         if not group.live:

@@ -63,7 +63,7 @@ def _room_beside(
     """Returns what may be taken beside the groups that stay, once these have grown."""
     freed_rows = tuple(s.row for s in placed_of(victims) if s.row is not None)
     planned = plan(placed_of(staying), max_num_tokens)
-    num_blocks = admission.memory.num_free_after(freed_rows, planned.rows, planned.growth)
+    num_blocks = admission.memory.num_free_after(freed_rows, *planned.growth())
     return Room(
         admission.max_num_seqs - sum(group.num_rows for group in staying),
         num_blocks - (watermark_blocks if staying else 0),

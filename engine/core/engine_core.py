@@ -158,10 +158,10 @@ class EngineCore:
                 else token
                 for sequence, token in zip(step.batch.sequences, tokens, strict=True)
             ]
-        advanced = self.scheduler.commit(step, results)
-        self.num_generated_tokens += len(advanced)
+        committed = self.scheduler.commit(step, results)
+        self.num_generated_tokens += committed.num_tokens
         prompts = _prompt_logprobs_of(in_flight.planned, result)
-        return _outputs(aborted, advanced, logprobs, prompts)
+        return CoreOutputs(_outputs(aborted, committed.others, logprobs, prompts), committed.tokens)
 
     def _abort_without_token(
         self, step: ScheduledStep, tokens: Iterable[int]
@@ -184,38 +184,29 @@ def _outputs(
     advanced: Iterable[TokenSequence],
     logprobs: dict[TokenSequence, TokenLogprobs],
     prompts: dict[SequenceGroup, TokenLogprobs],
-) -> CoreOutputs:
+) -> list[CoreOutput]:
     """Returns what sequences without and with a new token give; beams only when all is over."""
-    tokens = NewTokens([], [], [])
-    request_ids, indices, token_ids = tokens
     outputs = [_output(sequence) for sequence in aborted if sequence.group.beams is None]
     searches = {sequence.group: None for sequence in aborted if sequence.group.beams is not None}
     now = time.monotonic()
     for sequence in advanced:
-        group = sequence.group
-        has_news = group.stats is not group.told_stats
-        if has_news:
-            if group.stats.first_token_time_s is None:
-                group.stats = group.stats._replace(first_token_time_s=now)
-            group.told_stats = group.stats
-        if group.is_held:
-            if sequence.finish_reason is not None:
-                outputs.append(_output(sequence))
-        elif group.beams is not None:
+        group, found = sequence.group, logprobs.get(sequence)
+        if group.stats.first_token_time_s is None:
+            group.stats = group.stats._replace(first_token_time_s=now)
+        if group.beams is not None:
             searches[group] = None
-        elif not (has_news or sequence.finish_reason or (logprobs and sequence in logprobs)):
-            request_ids.append(group.request_id)
-            indices.append(sequence.index)
-            token_ids.append(sequence.token_ids[-1])
-        else:
-            outputs.append(_output(sequence, sequence.token_ids[-1:], logprobs.get(sequence)))
+            continue
+        if found is None:
+            group.told_stats = group.stats
+        if sequence.finish_reason is not None or not group.is_held:
+            outputs.append(_output(sequence, sequence.token_ids[-1:], found))
     for group in searches:
         if group.is_finished:
             outputs += _beam_outputs(group)
     _mark_last(outputs)
-    for group, found in prompts.items():
-        _attach(outputs, group, found)
-    return CoreOutputs(outputs, tokens)
+    for group, of_prompt in prompts.items():
+        _attach(outputs, group, of_prompt)
+    return outputs
 
 
 def _output(

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from pallas_paged.engine.core import beam_groups
 from pallas_paged.engine.core.queues import Queues, placed_of
-from pallas_paged.engine.core.request import SequenceStatus, TokenSequence
+from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.kv.host_pool import HostPool
 
@@ -41,11 +41,17 @@ def check_queues(queues: Queues, host_pool: HostPool) -> None:
     assert sum(chunks) == host_pool.num_used <= host_pool.num_blocks
 
 
+def check_in_flight(group: SequenceGroup, in_flight: Iterable[ScheduledStep]) -> None:
+    """Asserts that a preempted group waits for the steps in flight with its tokens alone."""
+    mine = any(one.sequence.group is group for step in in_flight for one in step.scheduled)
+    assert group.is_in_flight == (mine and group.status is not SequenceStatus.RUNNING)
+
+
 def check_counts(sequence: TokenSequence, in_flight: Iterable[ScheduledStep]) -> None:
     """Asserts that a sequence's counts fit the steps in flight."""
     mine = [one for step in in_flight for one in step.scheduled if one.sequence is sequence]
-    assert sequence.num_in_flight == len(mine)
-    num_samples = sum(one.samples for one in mine)
-    assert sequence.num_pending == (0 if sequence.group.waits_for_host else num_samples)
-    assert sequence.num_tokens <= sequence.group.max_length
+    group, num_samples = sequence.group, sum(one.samples for one in mine)
+    assert sequence.num_pending == (0 if group.waits_for_host else num_samples)
+    assert sequence.num_tokens <= group.max_length
+    assert not mine or sequence.candidates is None
     assert sequence.num_computed <= sequence.num_dispatched <= sequence.num_reserved

@@ -1,5 +1,7 @@
 """From what the scheduler decided to the plan that a device gets: padded, packed, no objects."""
 
+import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +10,7 @@ from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.plan import StepPlan
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
 from pallas_paged.engine.core.row_edits import RowEdits
-from pallas_paged.engine.core.scheduled import ScheduledSequence, ScheduledStep
+from pallas_paged.engine.core.scheduled import Batch, ScheduledSequence, ScheduledStep
 from pallas_paged.engine.core.step_inputs import (
     FullInputs,
     StepInputs,
@@ -19,6 +21,7 @@ from pallas_paged.engine.core.step_inputs import (
 from pallas_paged.engine.core.table_edits import TableEdits
 from pallas_paged.engine.kv.interface import Memory
 
+_number = operator.attrgetter("number")
 _NO_TARGETS = np.zeros((2, 0), np.int32)
 
 
@@ -27,17 +30,6 @@ class Planned(NamedTuple):
 
     plan: StepPlan
     prompts: list[tuple[SequenceGroup, int]]
-
-
-class _Batch(NamedTuple):
-    """A step's `scheduled.Batch` with arrays of B entries."""
-
-    sequences: list[TokenSequence]
-    rows: np.ndarray
-    starts: np.ndarray
-    counts: np.ndarray
-    samples: np.ndarray
-    on_device: np.ndarray
 
 
 class Planner:
@@ -66,16 +58,8 @@ class Planner:
 
     def plan(self, step: ScheduledStep) -> Planned:
         """Returns the plan of a step; the blocks of all its tokens are in the block tables."""
-        sequences, rows, starts, counts, samples, on_device = step.batch
-        batch = _Batch(
-            sequences,
-            np.array(rows, np.int32),
-            np.array(starts, np.int32),
-            np.array(counts, np.int32),
-            np.array(samples, bool),
-            np.array(on_device, bool),
-        )
-        self._columns.follow(batch.rows, sequences)
+        batch = step.batch
+        self._columns.follow(batch.rows, batch.sequences)
         targets: list[range] = []
         scheduled: list[ScheduledSequence] = []
         is_full = wants_logprobs = False
@@ -84,12 +68,12 @@ class Planner:
             targets = [_targets_of(one) for one in scheduled]
             wants_logprobs = any(map(samples_logprobs, scheduled))
             is_full = wants_logprobs or any(targets) or any(map(_samples_ruled, scheduled))
-        lens = batch.starts + batch.counts
+        lens = batch.starts + batch.num_tokens
         bucket = self._buckets.pick(
             step.num_tokens,
-            len(sequences),
+            len(batch.sequences),
             -(-int(lens.max()) // self._memory.block_size),
-            is_decode=bool((batch.counts == 1).all()) and not any(targets),
+            is_decode=bool((batch.num_tokens == 1).all()) and not any(targets),
             is_full=is_full,
         )
         prompt_targets, prompts = _take_targets(scheduled, targets)
@@ -116,7 +100,7 @@ class Planner:
     def _fill(
         self,
         x: StepInputs[np.ndarray],
-        batch: _Batch,
+        batch: Batch,
         lens: np.ndarray,
         scheduled: list[ScheduledSequence],
     ) -> None:
@@ -164,9 +148,9 @@ class _Columns:
         self._top_k, self._sample_index = np.zeros((2, num_rows), np.int32)
         self._seeds = np.zeros((num_rows, 2), np.uint32)
 
-    def follow(self, rows: np.ndarray, sequences: list[TokenSequence]) -> None:
+    def follow(self, rows: np.ndarray, sequences: Sequence[TokenSequence]) -> None:
         """Writes the rows that have got another sequence."""
-        numbers = np.array([sequence.number for sequence in sequences])
+        numbers = np.fromiter(map(_number, sequences), np.int64, len(sequences))
         for b in np.flatnonzero(self._numbers[rows] != numbers).tolist():
             self._write(int(rows[b]), sequences[b])
 

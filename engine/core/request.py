@@ -50,9 +50,8 @@ class TokenSequence:
       num_remembered: full blocks that the memory was told of, see `Memory.remember`.
       num_dispatched: tokens whose keys and values are computed, or will be by a step in flight.
       num_computed: tokens whose keys and values a committed step computed.
-      num_in_flight: uncommitted steps that hold the sequence, those before a preemption included.
-      num_pending: tokens sampled by uncommitted steps: on the device, not in `token_ids` yet. 0
-        or 1 whenever a step is scheduled; always 0 where the group `waits_for_host`.
+      num_tokens: prompt and output tokens, with those that uncommitted steps sample: they are on
+        the device, not in `token_ids` yet.
       candidates: of a beam whose last token is computed, until the others' are too; else None.
       finish_reason: None until it finished.
       stop_reason: the stop token or stop string that ended it, None for any other end.
@@ -73,8 +72,7 @@ class TokenSequence:
     num_remembered: int = dataclasses.field(init=False, default=0)
     num_dispatched: int = dataclasses.field(init=False, default=0)
     num_computed: int = dataclasses.field(init=False, default=0)
-    num_in_flight: int = dataclasses.field(init=False, default=0)
-    num_pending: int = dataclasses.field(init=False, default=0)
+    num_tokens: int = dataclasses.field(init=False)
     candidates: Candidates | None = dataclasses.field(init=False, default=None)
     finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
     stop_reason: int | str | None = dataclasses.field(init=False, default=None)
@@ -82,6 +80,7 @@ class TokenSequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.group.prompt_token_ids)
+        self.num_tokens = len(self.token_ids)
 
     @property
     def request_id(self) -> str:
@@ -124,9 +123,12 @@ class TokenSequence:
         return self.token_ids[len(self.group.prompt_token_ids) :]
 
     @property
-    def num_tokens(self) -> int:
-        """Prompt and output tokens, the pending ones included."""
-        return len(self.token_ids) + self.num_pending
+    def num_pending(self) -> int:
+        """Tokens that uncommitted steps sample.
+
+        0 or 1 whenever a step is scheduled; always 0 where the group `waits_for_host`.
+        """
+        return self.num_tokens - len(self.token_ids)
 
     @property
     def is_finished(self) -> bool:
@@ -143,6 +145,7 @@ class TokenSequence:
         """Returns a sequence that has come as far as this one, and has one more token; no row."""
         child = TokenSequence(self.group, index)
         child.token_ids = [*self.token_ids, token]
+        child.num_tokens = len(child.token_ids)
         child.num_reserved, child.num_remembered = self.num_reserved, self.num_remembered
         child.num_dispatched, child.num_computed = self.num_dispatched, self.num_computed
         return child
@@ -183,10 +186,12 @@ class SequenceGroup:
       arrival: counts the scheduler's groups.
       is_forked: whether every live sequence has a row while the group runs; else only the first.
       swapped: its blocks in host memory while it is swapped out.
+      is_in_flight: whether it waits while a step computes tokens of the life that preemption ended.
       planned_entry: how it would come in, planned while it waited, and from what; see `Admission`.
       stats: see `RequestStats`.
       told_stats: the `stats` of its last token, which a `CoreOutput` has told or, where it is held
-        back, will tell.
+        back, will tell; None where there is more to tell with each token. While these are the
+        `stats`, a token that ends nothing is all that there is to tell.
       ending_ids: `eos_token_ids` and `stop_token_ids`.
       max_length: tokens, prompt and output, at which its sequences end; the scheduler sets it.
       num_prompt_logprobs: log-probabilities of the prompt that steps have computed, or will; they
@@ -215,6 +220,7 @@ class SequenceGroup:
     arrival: int = dataclasses.field(init=False, default=0)
     is_forked: bool = dataclasses.field(init=False, default=False)
     swapped: SwappedChunk | None = dataclasses.field(init=False, default=None)
+    is_in_flight: bool = dataclasses.field(init=False, default=False)
     planned_entry: tuple[Any, Any] | None = dataclasses.field(init=False, default=None, repr=False)
     stats: RequestStats = dataclasses.field(init=False, default=RequestStats())
     told_stats: RequestStats | None = dataclasses.field(init=False, default=None, repr=False)
@@ -241,11 +247,6 @@ class SequenceGroup:
     def live(self) -> list[TokenSequence]:
         """The sequences that have not finished, by index; a new list."""
         return [sequence for sequence in self.sequences if sequence.finish_reason is None]
-
-    @property
-    def is_in_flight(self) -> bool:
-        """Whether a step in flight computes tokens of its live sequences."""
-        return any(sequence.num_in_flight for sequence in self.live)
 
     @property
     def num_cached_tokens(self) -> int:
@@ -297,7 +298,7 @@ class SequenceGroup:
         """
         for sequence in self.live:
             sequence.give_up_blocks()
-            sequence.num_pending = 0
+            sequence.num_tokens = len(sequence.token_ids)
             sequence.stop_reason = stop_reason
             sequence.finish_reason = "abort"
         self.swapped = None

@@ -1,7 +1,10 @@
 """What the scheduler decides for one step, with the sequences themselves: for the core alone."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
 from pallas_paged.engine.kv.host_pool import BlockMove
@@ -34,15 +37,15 @@ class ScheduledSequence(NamedTuple):
 class Batch(NamedTuple):
     """What a step computes of all its sequences: the fields of `ScheduledSequence` in columns.
 
-    Columns of plain numbers cost the host less than an object for each sequence.
+    Arrays cost the host less than an object for each sequence: i32[B], the last two bool[B].
     """
 
-    sequences: list[TokenSequence]
-    rows: list[int]
-    starts: list[int]
-    num_tokens: list[int]
-    samples: list[bool]
-    input_on_device: list[bool]
+    sequences: Sequence[TokenSequence]
+    rows: np.ndarray
+    starts: np.ndarray
+    num_tokens: np.ndarray
+    samples: np.ndarray
+    input_on_device: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,4 +77,5 @@ class ScheduledStep:
     @property
     def scheduled(self) -> list[ScheduledSequence]:
         """The batch one by one, a new list: for what few steps need."""
-        return list(map(ScheduledSequence, *self.batch))
+        sequences, *columns = self.batch
+        return list(map(ScheduledSequence, sequences, *(column.tolist() for column in columns)))

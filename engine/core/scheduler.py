@@ -17,16 +17,17 @@ import itertools
 from collections.abc import Sequence
 
 from pallas_paged.engine.core.admission import Admission, Arrival, Room
-from pallas_paged.engine.core.committer import Committer, Result
+from pallas_paged.engine.core.committer import Committed, Committer, Result
 from pallas_paged.engine.core.core_output import FinishReason
 from pallas_paged.engine.core.displacing import groups_to_displace
-from pallas_paged.engine.core.invariants import check_counts, check_queues
+from pallas_paged.engine.core.forks import fork_ready
+from pallas_paged.engine.core.invariants import check_counts, check_in_flight, check_queues
 from pallas_paged.engine.core.policies import ChooseRecovery, Order, always_recompute, choose_victim
 from pallas_paged.engine.core.queues import Queues
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.core.swapping import swap_out
-from pallas_paged.engine.core.token_plan import Counts, TokenPlan, dispatch, plan
+from pallas_paged.engine.core.token_plan import TokenPlan, dispatch, plan
 from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
 from pallas_paged.engine.kv.interface import Memory
 from pallas_paged.engine.kv.sharing import NO_COPIES, CopyPairs, Root
@@ -172,17 +173,22 @@ class Scheduler:
         while (copies := self._reserve(planned)) is None:
             preempted.append(self._preempt(choose_victim(self.queues.running)))
             planned = self._plan(self.queues.placed)
-        arrivals = self._admit(planned.counts, self.max_num_batched_tokens - planned.num_tokens)
+        arrivals, first = self._admit(self.max_num_batched_tokens - planned.num_tokens)
         swap_ins, more_copies = self.admission.give_blocks(arrivals)
-        counts = self._fork(planned.counts)
-        if not counts.sequences:
+        if first is not None:
+            planned = planned.and_then(first)
+        if not self.queues.are_forked:
+            before, planned = planned, fork_ready(planned, self.memory)
+            if planned is not before:
+                self.queues.rows_changed()
+        if not planned.sequences:
             assert self._in_flight or not self.has_unfinished, "nothing to wait for, nothing to do"
             return None
         dropped = self.host_pool.take_dropped()
         step = ScheduledStep(
             next(self._step_ids),
-            dispatch(counts),
-            sum(counts.num_tokens),
+            dispatch(planned),
+            planned.num_tokens,
             dropped,
             tuple(move for move in self._swap_outs if move.chunk.number not in dropped),
             swap_ins,
@@ -194,8 +200,8 @@ class Scheduler:
         self._in_flight.append(step)
         return step
 
-    def commit(self, step: ScheduledStep, results: Sequence[Result]) -> list[TokenSequence]:
-        """Takes a step's results and returns the sequences that got a token, finished or not.
+    def commit(self, step: ScheduledStep, results: Sequence[Result]) -> Committed:
+        """Takes a step's results and returns what the sequences got, finished or not.
 
         Tokens for sequences that finished or were aborted after the step was scheduled are
         dropped. A sequence that was preempted meanwhile keeps its token; a beam computes its
@@ -241,6 +247,7 @@ class Scheduler:
         """Asserts that the queues, the counts, the steps in flight and the memory agree."""
         check_queues(self.queues, self.host_pool)
         for group in self.queues.unfinished.values():
+            check_in_flight(group, self._in_flight)
             for sequence in group.live:
                 check_counts(sequence, self._in_flight)
         assert self.queues.num_rows <= self.admission.max_num_seqs
@@ -252,7 +259,8 @@ class Scheduler:
 
     def _reserve(self, planned: TokenPlan) -> CopyPairs | None:
         """Allocates what the planned tokens need beyond their sequences' blocks: all or nothing."""
-        return self.memory.append(planned.rows, planned.growth) if planned.rows else NO_COPIES
+        rows, num_tokens = planned.growth()
+        return self.memory.append(rows, num_tokens) if len(rows) else NO_COPIES
 
     def _displace(self) -> list[SequenceGroup]:
         """Preempts the groups that the head of the queue displaces."""
@@ -264,11 +272,13 @@ class Scheduler:
         )
         return [self._preempt(victim) for victim in victims]
 
-    def _admit(self, counts: Counts, budget: int) -> list[Arrival]:
-        """Moves groups from the queue to the running ones, and adds their first tokens."""
+    def _admit(self, budget: int) -> tuple[list[Arrival], TokenPlan | None]:
+        """Moves groups from the queue to the running ones; returns them and what they compute."""
         arrivals: list[Arrival] = []
+        entering: list[TokenSequence] = []
         if not budget or not self.queues.waiting:
-            return arrivals
+            return arrivals, None
+        left = budget
         num_rows = self.admission.max_num_seqs - self.queues.num_rows
         num_blocks = self.memory.num_free_blocks
         for group in self.queues.waiting:
@@ -282,46 +292,12 @@ class Scheduler:
             num_rows -= group.num_rows
             num_blocks -= arrival.num_blocks
             self.admission.enter(arrival)
-            planned = plan(group.placed, budget)
-            counts.sequences.extend(planned.counts.sequences)
-            counts.num_tokens.extend(planned.counts.num_tokens)
-            budget -= planned.num_tokens
-            if not budget:
+            entering += group.placed
+            left -= sum(s.num_tokens - s.num_dispatched for s in group.placed)
+            if left <= 0:
                 break
         self.queues.run(arrival.group for arrival in arrivals)
-        return arrivals
-
-    def _fork(self, counts: Counts) -> Counts:
-        """Adds the sequences forked from those that reach the end of their group's prompt."""
-        if self.queues.are_forked:
-            return counts
-        ready = {
-            sequence
-            for sequence, count in zip(*counts, strict=True)
-            if not sequence.group.is_forked
-            and sequence.num_dispatched + count == sequence.num_tokens
-        }
-        if not ready:
-            return counts
-        families = Counts([], [])
-        children, parents = [], []
-        for parent, count in zip(*counts, strict=True):
-            families.sequences.append(parent)
-            families.num_tokens.append(count)
-            if parent in ready:
-                parent.group.is_forked = True
-                self.queues.rows_changed()
-                for child in parent.group.live[1:]:
-                    child.num_reserved = child.num_dispatched = parent.num_reserved
-                    child.num_remembered = parent.num_reserved // self.memory.block_size
-                    families.sequences.append(child)
-                    families.num_tokens.append(0)
-                    children.append(child)
-                    parents.append(parent.row)
-        rows = self.memory.fork([row for row in parents if row is not None])
-        for child, row in zip(children, rows, strict=True):
-            child.row = row
-        return families
+        return arrivals, plan(entering, budget) if arrivals else None
 
     def _preempt(self, group: SequenceGroup) -> SequenceGroup:
         """Takes all blocks; what is not swapped out starts again, prompt and output as a prompt."""
@@ -335,6 +311,8 @@ class Scheduler:
         self.memory.free([s.row for s in group.placed if s.row is not None])
         for sequence in group.sequences:
             sequence.give_up_blocks()
+        in_flight = itertools.chain(*(step.batch.sequences for step in self._in_flight))
+        group.is_in_flight = any(sequence.group is group for sequence in in_flight)
         group.status = SequenceStatus.WAITING if move is None else SequenceStatus.SWAPPED
         group.is_forked = False
         self.queues.wait(group)

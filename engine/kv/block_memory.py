@@ -9,7 +9,7 @@ import numpy as np
 
 from pallas_paged import block_tables
 from pallas_paged.block_tables import BlockTables
-from pallas_paged.engine.kv.interface import Memory
+from pallas_paged.engine.kv.interface import Memory, Numbers
 from pallas_paged.engine.kv.prefix_cache import Hit, PrefixCache, num_matchable
 from pallas_paged.engine.kv.sharing import CopyPairs, FullBlocks, Root, RowPlan, blocks_for
 from pallas_paged.kv_cache import NULL_BLOCK
@@ -98,12 +98,12 @@ class BlockTableMemory(Memory):
     def num_free_after(
         self,
         freed_rows: Sequence[int],
-        rows: Sequence[int],
-        num_tokens: Sequence[int],
+        rows: Numbers,
+        num_tokens: Numbers,
     ) -> int:
         state = self._without(freed_rows)
         num_new = np.zeros_like(state.seq_lens)
-        num_new[list(rows)] = num_tokens
+        num_new[np.asarray(rows, np.int32)] = num_tokens
         needed = int(block_tables.num_blocks_needed(state, num_new))
         return int(state.num_free) + self._num_evictable(state) - needed
 
@@ -219,10 +219,10 @@ class BlockTableMemory(Memory):
         return rows
 
     @override
-    def append(self, rows: Sequence[int], num_tokens: Sequence[int]) -> CopyPairs | None:
+    def append(self, rows: Numbers, num_tokens: Numbers) -> CopyPairs | None:
         num_new = np.zeros_like(self.state.seq_lens)
         num_new[rows] = num_tokens
-        most = sum(num_tokens) // self.block_size + 2 * len(rows)
+        most = int(num_new.sum()) // self.block_size + 2 * len(rows)
         if self.prefix_cache is not None and most > self.state.num_free:
             self._evict(int(block_tables.num_blocks_needed(self.state, num_new)))
         num_before = self.num_blocks

@@ -8,6 +8,9 @@ import numpy as np
 from pallas_paged.engine.kv.prefix_cache import Hit
 from pallas_paged.engine.kv.sharing import CopyPairs, FullBlocks, Root, RowPlan
 
+type Numbers = np.ndarray | Sequence[int]
+"""One of each row: its place, or tokens."""
+
 
 class Memory(Protocol):
     """Blocks of KV memory, owned by rows.
@@ -72,8 +75,8 @@ class Memory(Protocol):
     def num_free_after(
         self,
         freed_rows: Sequence[int],
-        rows: Sequence[int],
-        num_tokens: Sequence[int],
+        rows: Numbers,
+        num_tokens: Numbers,
     ) -> int:
         """Returns `num_free_blocks` as it would be after `free` and `append`; changes nothing.
 
@@ -123,7 +126,7 @@ class Memory(Protocol):
         """Gives each plan a free row with its blocks; the caller knows that they fit."""
         ...
 
-    def append(self, rows: Sequence[int], num_tokens: Sequence[int]) -> CopyPairs | None:
+    def append(self, rows: Numbers, num_tokens: Numbers) -> CopyPairs | None:
         """Allocates more tokens to the rows, all of them or none, and then returns None.
 
         Returns what must be copied before the new tokens are written.

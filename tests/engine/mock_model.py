@@ -367,7 +367,7 @@ class MockEngine:
 
     def commit(self, step: ScheduledStep, batch: Batch) -> None:
         self.events.append(f"collect {step.step_id}")
-        for sequence in self.scheduler.commit(step, self.runner.collect(batch)):
+        for sequence in self.scheduler.commit(step, self.runner.collect(batch)).others:
             samples = sequence.group.beams is None
             if samples and self.host_stop and self.host_stop(sequence.output_token_ids):
                 self.scheduler.finish(sequence, "stop", "host")

@@ -70,8 +70,8 @@ MUTATIONS = {
     ),
     "dispatched before the result": Mutation(
         _TOKENS,
-        "if not count or num_tokens == sequence.group.max_length:",
-        "if num_tokens == sequence.group.max_length:",
+        "chosen = counts > 0",
+        "chosen = counts >= 0",
         _LIVES,
     ),
     "candidates of an earlier life": Mutation(

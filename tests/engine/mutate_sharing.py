@@ -261,7 +261,7 @@ MUTATIONS = {
     ),
     "preempted though the others grow into it": Mutation(
         _DISPLACING,
-        "admission.memory.num_free_after(freed_rows, planned.rows, planned.growth)",
+        "admission.memory.num_free_after(freed_rows, *planned.growth())",
         "admission.memory.num_free_after(freed_rows, (), ())",
         _UNIT,
     ),
@@ -308,7 +308,7 @@ MUTATIONS = {
         _OUTPUTS, "            and not params.stop\n", "", _PROCESSOR
     ),
     "a preemption not told with the next token": Mutation(
-        _LOOP, "elif not (has_news or sequence", "elif not (sequence", _DELTAS
+        _COMMITTER, "elif group.stats is not group.told_stats:", "elif False:", _DELTAS
     ),
     "sequences that never fork": Mutation(
         _QUEUES,

@@ -31,7 +31,14 @@ from tests.engine.mock_model import (
 Line = tuple[CodeType, int]
 FILES = {
     "memory": ("block_memory.py", "prefix_cache.py", "block_tables.py"),
-    "scheduling": ("scheduler.py", "admission.py", "queues.py", "committer.py", "token_plan.py"),
+    "scheduling": (
+        "scheduler.py",
+        "admission.py",
+        "queues.py",
+        "forks.py",
+        "committer.py",
+        "token_plan.py",
+    ),
     "plans": ("planner.py", "table_edits.py"),
     "delivery": (
         "engine.py",

@@ -121,8 +121,9 @@ class TestOneRequest:
             first = engine.runner.collect(engine.runner.dispatch(step))
             begin = a.num_output_tokens
             assert first == output[begin : begin + 1]
-            advanced = engine.scheduler.commit(step, [output[begin : begin + 3]])
-            assert advanced == [a]
+            a.group.told_stats = a.group.stats  # so that a single token is told as a token alone
+            committed = engine.scheduler.commit(step, [output[begin : begin + 3]])
+            assert committed == (a.num_output_tokens - begin, [a], ([], [], []))
             engine.scheduler.check_invariants()
         assert lengths == [3, 3, 3][: 2 + (ending == "length")]
         assert_as_if_alone(engine, a)
@@ -273,6 +274,7 @@ class TestChunkedPrefill:
         a, b, c = request("a", 3), request("b", 6), request("c", 2)
         add(engine, a, b, c)
         assert shares(engine.step()) == {"a": (0, 3), "b": (0, 1)}
+        assert engine.scheduler.num_waiting == 1, "no blocks before there is a token to compute"
         assert shares(engine.step()) == {"a": (3, 1), "b": (1, 3)}
         assert shares(engine.step()) == {"a": (4, 1), "b": (4, 2), "c": (0, 1)}
         assert shares(engine.step()) == {"a": (5, 1), "b": (6, 1), "c": (1, 1)}
@@ -439,13 +441,13 @@ class TestPreemption:
         step = engine.scheduler.schedule()  # step 0, which samples the first tokens, is in flight
         assert step is not None
         assert step.preempted == (b.group,)
-        assert (b.num_pending, b.num_in_flight, b.num_dispatched) == (1, 1, 0)
+        assert (b.num_pending, b.group.is_in_flight, b.num_dispatched) == (1, True, 0)
         assert engine.in_flight is not None
         batch = engine.runner.dispatch(step)
         engine.commit(*engine.in_flight)
         engine.in_flight = step, batch
         assert b.output_token_ids == [next_token([1, 2, 3, 4])]
-        assert (b.num_pending, b.num_in_flight, b.num_computed) == (0, 0, 0)
+        assert (b.num_pending, b.group.is_in_flight, b.num_computed) == (0, False, 0)
         engine.run()
         assert_as_if_alone(engine, a, b)
 
@@ -590,7 +592,8 @@ class TestOrderOfSteps:
         step = engine.scheduler.schedule()
         assert step is not None
         assert shares(step) == {"a": (0, 3), "b": (0, 1)}
-        assert engine.scheduler.commit(step, [7, -1]) == [a]
+        committed = engine.scheduler.commit(step, [7, -1])
+        assert committed == (1, [a], ([], [], []))
         assert (a.output_token_ids, a.finish_reason) == ([7], "length")
 
 

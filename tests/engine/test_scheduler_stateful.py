@@ -30,6 +30,7 @@ from hypothesis.stateful import (
 )
 
 from pallas_paged.engine.core.beam_search import BeamSearch
+from pallas_paged.engine.core.committer import Committed
 from pallas_paged.engine.core.policies import (
     ChooseRecovery,
     Order,
@@ -249,7 +250,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         waiting = [group for group in live if any(s.candidates for s in group.live)]
         group = (waiting or live)[place % len(waiting or live)]
         self.seen[f"abort while {group.status.name}"] += 1
-        self.seen["abort in flight"] += any(s.num_in_flight for s in group.live)
+        self.seen["abort in flight"] += any(
+            sequence.group is group
+            for step in self.scheduler._in_flight
+            for sequence in step.batch.sequences
+        )
         for _ in range(2):
             self.scheduler.abort(group.request_id)
         assert group.is_finished
@@ -404,9 +409,9 @@ class WindowMachine(SchedulerMachine):
         assert np.count_nonzero(table) == num_blocks - num_dropped > 0
         return num_dropped
 
-    def commit_and_check(self, step: ScheduledStep, results: list[Any]) -> list[TokenSequence]:
+    def commit_and_check(self, step: ScheduledStep, results: list[Any]) -> Committed:
         before = {s: (s.num_remembered, self.num_dropped(s)) for s in self.placed()}
-        extended = self.commit(step, results)
+        committed = self.commit(step, results)
         assert self.setting.sliding_window is not None
         kept = -(-self.setting.sliding_window // self.setting.block_size)
         for sequence in self.placed():
@@ -417,7 +422,7 @@ class WindowMachine(SchedulerMachine):
                 expected = max(0, sequence.num_remembered - kept)
                 self.seen["dropped"] += expected
             assert self.num_dropped(sequence) == expected
-        return extended
+        return committed
 
     def note_forgotten(self, candidates: np.ndarray) -> tuple[int, list[int]]:
         block, behind = self.find_last(candidates)
