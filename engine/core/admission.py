@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from pallas_paged.engine.core.entries import Entry, plan_entry, plan_return, sequences_to_place
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
+from pallas_paged.engine.core.row_columns import Progress, RowColumns
 from pallas_paged.engine.core.swapping import swap_in
 from pallas_paged.engine.kv.host_pool import DROPPED, BlockMove, HostPool
 from pallas_paged.engine.kv.interface import Memory
@@ -48,12 +49,14 @@ class Admission:
 
     Attributes:
       memory: whose rows and blocks the groups get.
+      columns: of these rows.
       host_pool: where swapped groups wait.
       max_num_seqs: the most sequences that run at once.
       max_model_len: the most tokens of a sequence.
     """
 
     memory: Memory
+    columns: RowColumns
     host_pool: HostPool
     max_num_seqs: int
     max_model_len: int
@@ -127,19 +130,10 @@ class Admission:
     def enter(self, arrival: Arrival) -> None:
         """Lets a group's sequences begin with what they share, found or kept."""
         group, entry = arrival.group, arrival.entry
-        for sequence, branch, cached in zip(
-            entry.placed, entry.branches, arrival.hits, strict=True
-        ):
-            sequence.num_shared = sequence.num_dispatched = branch.num_shared
-            sequence.num_reserved = len(sequence.token_ids)
+        for sequence, branch in zip(entry.placed, entry.branches, strict=True):
+            sequence.num_shared = branch.num_shared
             if branch.leader is not None:
                 sequence.leader = entry.placed[branch.leader]
-            else:
-                sequence.num_computed = branch.num_shared
-            found = branch.num_shared // self.memory.block_size
-            if group.swapped and sequence.swapped_slots[0] != DROPPED:
-                found = len(cached)
-            sequence.num_remembered = found
             sequence.hits.clear()
         group.planned_entry = None
         group.is_forked = len(entry.placed) == len(group.live)
@@ -149,7 +143,10 @@ class Admission:
             self.memory.count_query(group.num_prompt_tokens, group.num_cached_tokens)
 
     def give_blocks(self, arrivals: Sequence[Arrival]) -> tuple[tuple[BlockMove, ...], CopyPairs]:
-        """Gives all arrivals their rows; returns what to copy from the host, and between blocks."""
+        """Gives all arrivals their rows; returns what to copy from the host, and between blocks.
+
+        For those that `enter` was called for, in this step.
+        """
         if not arrivals:
             return (), NO_COPIES
         self._give_rows(arrivals)
@@ -157,18 +154,23 @@ class Admission:
 
     def _give_rows(self, arrivals: Sequence[Arrival]) -> None:
         """Allocates the rows of all arrivals at once."""
-        placed: list[TokenSequence] = []
+        placed: list[tuple[TokenSequence, Progress]] = []
         plans: list[RowPlan] = []
         num_new = 0
-        for group, entry, _, _ in arrivals:
-            for sequence, branch in zip(entry.placed, entry.branches, strict=True):
+        for group, entry, hits, _ in arrivals:
+            for sequence, branch, cached in zip(entry.placed, entry.branches, hits, strict=True):
                 blocks = tuple(b if b >= 0 else b - num_new for b in branch.blocks)
-                num_tokens = sequence.num_reserved if group.swapped is None else branch.num_shared
-                plans.append(RowPlan(num_tokens, blocks))
+                num_shared, num_tokens = branch.num_shared, len(sequence.token_ids)
+                plans.append(RowPlan(num_tokens if group.swapped is None else num_shared, blocks))
+                num_computed = num_shared if branch.leader is None else 0
+                num_remembered = num_shared // self.memory.block_size
+                if group.swapped and sequence.swapped_slots[0] != DROPPED:
+                    num_remembered = len(cached)
+                progress = Progress(num_shared, num_computed, num_tokens, num_remembered)
+                placed.append((sequence, progress))
             num_new += entry.num_new
-            placed += entry.placed
-        for sequence, row in zip(placed, self.memory.admit(plans), strict=True):
-            sequence.row = row
+        for (sequence, progress), row in zip(placed, self.memory.admit(plans), strict=True):
+            sequence.take_row(self.columns, row, progress)
 
     def _bring_back(self, swapped: Sequence[Arrival]) -> tuple[tuple[BlockMove, ...], CopyPairs]:
         """Says what to copy from the host, and lets the rows grow for what was not kept."""
@@ -179,7 +181,7 @@ class Admission:
         growing = [sequence for _, entry, _, _ in swapped for sequence in entry.placed]
         copies = self.memory.append(
             [sequence.row for sequence in growing if sequence.row is not None],
-            [sequence.num_reserved - sequence.num_shared for sequence in growing],
+            [len(sequence.token_ids) - sequence.num_shared for sequence in growing],
         )
         assert copies is not None, "admitted without the blocks to grow"
         for arrival in swapped:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from pallas_paged.engine.core.beam_search import BeamSearch
 from pallas_paged.engine.core.core_output import BeamFigures
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
+from pallas_paged.engine.core.row_columns import RowColumns
 
 
 class Inheritance(NamedTuple):
@@ -17,7 +18,7 @@ class Inheritance(NamedTuple):
 
     Attributes:
       dead_rows: to be freed, of beams that nothing continues.
-      forks: rows to be forked, after that, and the sequence that gets the fork.
+      forks: rows to be forked, after that, and the sequences that get the forks.
     """
 
     dead_rows: list[int]
@@ -29,7 +30,7 @@ def is_ready(group: SequenceGroup) -> bool:
     return all(beam.candidates is not None for beam in group.live)
 
 
-def advance(group: SequenceGroup) -> Inheritance:
+def advance(columns: RowColumns, group: SequenceGroup) -> Inheritance:
     """Replaces the beams of a group that is ready by their best continuations, or the results.
 
     A beam's first heir keeps its row, and each further one gets a fork of it.
@@ -42,16 +43,19 @@ def advance(group: SequenceGroup) -> Inheritance:
     )
     rows = {index: beam.row for index, beam in enumerate(beams) if beam.row is not None}
     assert len(rows) == len(beams), "beams are chosen while their group runs"
+    progress = {index: columns.progress(row) for index, row in rows.items()}
+    for beam in beams:
+        beam.give_up_blocks()
     children, forks = [], []
     unclaimed = dict(rows)
     for index, (parent, token) in enumerate(zip(parents, tokens, strict=True)):
         child = beams[parent].continued(index, token)
-        child.row = unclaimed.pop(parent, None)
-        if child.row is None:
+        row = unclaimed.pop(parent, None)
+        if row is None:
             forks.append((rows[parent], child))
+        else:
+            child.take_row(columns, row, progress[parent])
         children.append(child)
-    for beam in beams:
-        beam.give_up_blocks()
     sequences = _results(group, search) if search.is_done else children
     group.beams, group.sequences = search, sequences  # together, should somebody interrupt
     return Inheritance(list(unclaimed.values()), forks)
@@ -63,7 +67,6 @@ def _results(group: SequenceGroup, search: BeamSearch) -> list[TokenSequence]:
     for index, hypothesis in enumerate(search.results):
         sequence = TokenSequence(group, index)
         sequence.token_ids += hypothesis.token_ids
-        sequence.num_tokens = len(sequence.token_ids)
         ending = group.ending_of(hypothesis.token_ids[-1])
         sequence.finish_reason, sequence.stop_reason = ending
         results.append(sequence)

@@ -1,7 +1,9 @@
 """Takes in what a step computed: new tokens, filled blocks, next beams; and how sequences end."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
+
+import numpy as np
 
 from pallas_paged.engine.core import beam_groups
 from pallas_paged.engine.core.beam_search import Candidates
@@ -9,7 +11,8 @@ from pallas_paged.engine.core.core_output import FinishReason, NewTokens
 from pallas_paged.engine.core.entries import repeated_blocks
 from pallas_paged.engine.core.queues import Queues
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
-from pallas_paged.engine.core.scheduled import ScheduledStep
+from pallas_paged.engine.core.row_columns import RowColumns
+from pallas_paged.engine.core.scheduled import Batch, ScheduledStep
 from pallas_paged.engine.kv.host_pool import HostPool
 from pallas_paged.engine.kv.interface import Memory
 from pallas_paged.engine.kv.sharing import FullBlocks, window_blocks
@@ -29,7 +32,7 @@ class Committed(NamedTuple):
     Attributes:
       num_tokens: new tokens; those that a group holds back are in none of the others.
       others: the sequences that got a token and have more to tell, or ended with it.
-      tokens: of all others. See `SequenceGroup.told_stats`.
+      tokens: of all others. See `RowColumns.has_told`.
     """
 
     num_tokens: int
@@ -37,14 +40,36 @@ class Committed(NamedTuple):
     tokens: NewTokens
 
 
+class _Appended(NamedTuple):
+    """What the sequences of a batch got that still have their rows.
+
+    Attributes:
+      gets: bool[B], who got a token.
+      lengths: i32[B], how many tokens these have now.
+      ended: the places in the batch of those that got an ending one.
+      searching: the groups of beams that got candidates, in order.
+    """
+
+    gets: np.ndarray
+    lengths: np.ndarray
+    ended: list[int]
+    searching: dict[SequenceGroup, None]
+
+
 class Committer:
     """Changes sequences as their steps come back, and gives back the blocks of those that end."""
 
     def __init__(
-        self, memory: Memory, queues: Queues, host_pool: HostPool, sliding_window: int | None
+        self,
+        memory: Memory,
+        columns: RowColumns,
+        queues: Queues,
+        host_pool: HostPool,
+        sliding_window: int | None,
     ) -> None:
-        """Works on the scheduler's own memory, queues and host pool."""
+        """Works on the scheduler's own memory, columns, queues and host pool."""
         self._memory = memory
+        self._columns = columns
         self._queues = queues
         self._host_pool = host_pool
         self._window_blocks = None
@@ -53,54 +78,29 @@ class Committer:
 
     def commit(self, step: ScheduledStep, results: Sequence[Result]) -> Committed:
         """Takes a step's results; see `Scheduler.commit`."""
-        S = self._memory.block_size
-        filled: list[TokenSequence] = []
-        others: list[TokenSequence] = []
-        over: list[TokenSequence] = []
-        searching: dict[SequenceGroup, None] = {}  # a set in order
-        tokens = NewTokens([], [], [])
-        request_ids, indices, new_ids = tokens
-        num_new = 0
-        sequences, _, starts, counts, samples, _ = step.batch
+        columns, S = self._columns, self._memory.block_size
+        sequences, numbers, rows, starts, counts, samples, _ = step.batch
         ends = starts + counts
-        for sequence, end, num_full, is_sampled, result in zip(
-            sequences, ends.tolist(), (ends // S).tolist(), samples.tolist(), results, strict=True
-        ):
-            group = sequence.group
-            if sequence.row is not None:
-                sequence.num_computed = end
-                if num_full > sequence.num_remembered:
-                    filled.append(sequence)
-            else:
-                group.is_in_flight = False
-            if not is_sampled or sequence.finish_reason is not None:
-                continue
-            token_ids = sequence.token_ids
-            if not isinstance(result, int):
-                if isinstance(result, Candidates):
-                    if sequence.row is not None:
-                        sequence.candidates = result
-                        searching[group] = None
-                    continue
-                *before, result = _until_end(sequence, result)
-                token_ids += before
-                num_new += len(before)
-                group.told_stats = None  # which a single token would be told with
-            token_ids.append(result)
-            num_new += 1
-            if group.waits_for_host:
-                sequence.num_tokens = len(token_ids)
-            if result in group.ending_ids or len(token_ids) == group.max_length:
-                over.append(sequence)
-                others.append(sequence)
-            elif group.stats is not group.told_stats:
-                others.append(sequence)
-            elif not group.is_held:
-                request_ids.append(group.request_id)
-                indices.append(sequence.index)
-                new_ids.append(result)
-        if filled:
-            self._remember(filled)
+        here = columns.numbers[rows] == numbers  # others have ended, or lost their blocks
+        columns.num_computed[rows[here]] = ends[here]
+        is_filled = here & (ends // S > columns.num_remembered[rows])
+        gets, lengths, ended, searching = self._append(step.batch, here, results)
+        columns.num_known[rows[gets]] = lengths[gets]
+        waiting = gets & columns.waits_for_host[rows]
+        columns.num_tokens[rows[waiting]] = lengths[waiting]
+        is_over = gets & (lengths == columns.max_length[rows])
+        is_over[ended] = True
+        is_told = gets & columns.has_told[rows] & ~is_over
+        tokens = self._tokens(rows, results, np.flatnonzero(is_told & ~columns.is_held[rows]))
+        num_new = int((lengths - ends)[gets].sum())
+        others, over = _chosen(sequences, gets & ~is_told), _chosen(sequences, is_over)
+        if not here.all():
+            places = np.flatnonzero(~here).tolist()
+            late = [(sequences[b], results[b] if samples[b] else None) for b in places]
+            num_late, more, more_over = _append_late(late)
+            num_new, others, over = num_new + num_late, others + more, over + more_over
+        if is_filled.any():
+            self._remember(_chosen(sequences, is_filled))
         ended_rows: list[int] = []
         for sequence in over:
             ending = sequence.group.ending_of(sequence.token_ids[-1])
@@ -110,6 +110,41 @@ class Committer:
             others += children
             num_new += len(children)
         return Committed(num_new, others, tokens)
+
+    def _append(self, batch: Batch, here: np.ndarray, results: Sequence[Result]) -> _Appended:
+        """Gives the sequences that still have their rows, bool[B], what the step found for them."""
+        columns = self._columns
+        token_ids, ending_ids = columns.token_ids, columns.ending_ids
+        gets, lengths = here & batch.samples, batch.starts + batch.num_tokens + 1
+        ended: list[int] = []
+        searching: dict[SequenceGroup, None] = {}
+        places = np.flatnonzero(gets)
+        for b, row in zip(places.tolist(), batch.rows[places].tolist(), strict=True):
+            result = results[b]
+            if not isinstance(result, int):
+                sequence = batch.sequences[b]
+                if isinstance(result, Candidates):
+                    sequence.candidates = result
+                    searching[sequence.group] = None
+                    gets[b] = False
+                    continue
+                *before, result = _until_end(sequence, result)
+                token_ids[row] += before
+                lengths[b] += len(before)
+                columns.has_told[row] = False  # which a single token would be told with
+            token_ids[row].append(result)
+            if result in ending_ids[row]:
+                ended.append(b)
+        return _Appended(gets, lengths, ended, searching)
+
+    def _tokens(self, rows: np.ndarray, results: Sequence[Result], places: np.ndarray) -> NewTokens:
+        """Returns the tokens at these places of a batch, which are all that there is to tell."""
+        columns, told = self._columns, rows[places].tolist()
+        return NewTokens(
+            [columns.request_ids[row] for row in told],
+            [columns.indices[row] for row in told],
+            cast(list[int], [results[b] for b in places.tolist()]),
+        )
 
     def finish(
         self, sequence: TokenSequence, reason: FinishReason, stop_reason: int | str | None
@@ -138,10 +173,11 @@ class Committer:
         full: list[FullBlocks] = []
         for sequence in filled:
             group, row, end = sequence.group, sequence.row, sequence.num_computed // S
-            if group.writes_cache and row is not None:
+            assert row is not None
+            if group.writes_cache:
                 first, ids = sequence.num_remembered, sequence.token_ids
                 full.append(FullBlocks(row, ids, first, end, group.cache_root, group.reads_cache))
-            sequence.num_remembered = end
+            self._columns.num_remembered[row] = end
         self._memory.remember(full)
         if self._window_blocks is not None:
             self._drop_left_of_window(filled, self._window_blocks)
@@ -170,7 +206,7 @@ class Committer:
         children: list[TokenSequence] = []
         forks: list[tuple[int, TokenSequence]] = []
         for group in filter(beam_groups.is_ready, groups):
-            dead_rows, forks_here = beam_groups.advance(group)
+            dead_rows, forks_here = beam_groups.advance(self._columns, group)
             freed_rows = freed_rows + dead_rows
             forks += forks_here
             children += group.sequences
@@ -180,8 +216,8 @@ class Committer:
         self._free(freed_rows)
         if forks:
             rows = self._memory.fork([parent_row for parent_row, _ in forks])
-            for (_, child), row in zip(forks, rows, strict=True):
-                child.row = row
+            for (parent_row, child), row in zip(forks, rows, strict=True):
+                child.take_row(self._columns, row, self._columns.progress(parent_row))
         return children
 
     def _retire(
@@ -199,8 +235,8 @@ class Committer:
         for sequence in sequences:
             sequence.finish_reason = reason
             sequence.stop_reason = stop_reason
-            sequence.num_tokens = len(sequence.token_ids)
             sequence.give_up_blocks()
+            sequence.num_late = 0
         self._queues.rows_changed()
         if not group.live:
             self._end(group)
@@ -213,6 +249,35 @@ class Committer:
             self._host_pool.give_back(group.swapped, is_read=False)
             group.forget_swapped()
         self._queues.end(group)
+
+
+def _append_late(
+    late: Iterable[tuple[TokenSequence, Result | None]],
+) -> tuple[int, list[TokenSequence], list[TokenSequence]]:
+    """Appends their tokens to sequences that have lost their rows since the step was scheduled.
+
+    A sequence that has ended gets none; a beam computes its candidates again.
+
+    Returns how many tokens that were, who got some, and who of these is over with them.
+    """
+    num_new, extended, over = 0, [], []
+    for sequence, result in late:
+        sequence.group.is_in_flight = False
+        if sequence.is_finished or result is None or isinstance(result, Candidates):
+            continue
+        tokens = [result] if isinstance(result, int) else _until_end(sequence, result)
+        sequence.token_ids += tokens
+        sequence.num_late = max(0, sequence.num_late - 1)
+        num_new += len(tokens)
+        extended.append(sequence)
+        group = sequence.group
+        if tokens[-1] in group.ending_ids or len(sequence.token_ids) == group.max_length:
+            over.append(sequence)
+    return num_new, extended, over
+
+
+def _chosen(sequences: Sequence[TokenSequence], which: np.ndarray) -> list[TokenSequence]:
+    return [sequences[b] for b in np.flatnonzero(which).tolist()]
 
 
 def _until_end(sequence: TokenSequence, tokens: list[int]) -> list[int]:

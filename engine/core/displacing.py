@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from pallas_paged.engine.core.admission import Admission, Room
 from pallas_paged.engine.core.policies import displaceable, next_to_admit
-from pallas_paged.engine.core.queues import Queues, placed_of
+from pallas_paged.engine.core.queues import Queues, placed_of, rows_of
 from pallas_paged.engine.core.request import SequenceGroup
-from pallas_paged.engine.core.token_plan import plan
+from pallas_paged.engine.core.token_plan import TokenPlan, plan
 
 
 def groups_to_displace(
@@ -47,7 +47,7 @@ def groups_to_displace(
     if not fits(len(victims)):
         return []
     num_needed = bisect.bisect_left(range(len(victims)), True, key=fits)
-    if plan(placed_of(staying(num_needed)), max_num_tokens).num_tokens == max_num_tokens:
+    if _plan_of(staying(num_needed), admission, max_num_tokens).num_tokens == max_num_tokens:
         return []  # the others compute so much that it would not get a token
     return victims[:num_needed]
 
@@ -62,10 +62,16 @@ def _room_beside(
 ) -> Room:
     """Returns what may be taken beside the groups that stay, once these have grown."""
     freed_rows = tuple(s.row for s in placed_of(victims) if s.row is not None)
-    planned = plan(placed_of(staying), max_num_tokens)
-    num_blocks = admission.memory.num_free_after(freed_rows, *planned.growth())
+    growth = _plan_of(staying, admission, max_num_tokens).growth(admission.columns)
+    num_blocks = admission.memory.num_free_after(freed_rows, *growth)
     return Room(
         admission.max_num_seqs - sum(group.num_rows for group in staying),
         num_blocks - (watermark_blocks if staying else 0),
         freed_rows,
     )
+
+
+def _plan_of(running: Sequence[SequenceGroup], admission: Admission, budget: int) -> TokenPlan:
+    """Returns what running groups would compute next without the others."""
+    placed = placed_of(running)
+    return plan(admission.columns, placed, rows_of(placed), budget)

@@ -196,8 +196,8 @@ def _outputs(
         if group.beams is not None:
             searches[group] = None
             continue
-        if found is None:
-            group.told_stats = group.stats
+        if found is None and sequence.columns is not None:
+            sequence.columns.has_told[sequence.row] = True
         if sequence.finish_reason is not None or not group.is_held:
             outputs.append(_output(sequence, sequence.token_ids[-1:], found))
     for group in searches:

@@ -3,41 +3,45 @@
 import numpy as np
 
 from pallas_paged.engine.core.request import TokenSequence
+from pallas_paged.engine.core.row_columns import Progress, RowColumns
 from pallas_paged.engine.core.token_plan import TokenPlan
 from pallas_paged.engine.kv.interface import Memory
 
 
-def fork_ready(planned: TokenPlan, memory: Memory) -> TokenPlan:
+def fork_ready(columns: RowColumns, planned: TokenPlan, memory: Memory) -> TokenPlan:
     """Forks the groups whose first sequence reaches the end of its prompt in this step.
 
     Returns the plan with their other sequences, each behind the first one of its group: it computes
     nothing, and samples its first token from the same logits. Where no group is ready, that is the
     plan itself.
     """
-    parents: list[TokenSequence] = []
+    parents: list[int] = []
     children: list[TokenSequence] = []
     places: list[int] = []
-    ends = (planned.starts + planned.counts).tolist()
-    for place, (parent, end) in enumerate(zip(planned.sequences, ends, strict=True), 1):
+    at_end = planned.starts + planned.counts == columns.num_tokens[planned.rows]
+    for place in np.flatnonzero(at_end).tolist():
+        parent = planned.sequences[place]
         group = parent.group
-        if group.is_forked or end != parent.num_tokens:
-            continue
-        group.is_forked = True
-        for child in group.live[1:]:
-            child.num_reserved = child.num_dispatched = parent.num_reserved
-            child.num_remembered = parent.num_reserved // memory.block_size
-            parents.append(parent)
-            children.append(child)
-            places.append(place)
+        if not group.is_forked:
+            group.is_forked = True
+            assert parent.row is not None
+            for child in group.live[1:]:
+                parents.append(parent.row)
+                children.append(child)
+                places.append(place + 1)
     if not children:
         return planned
-    rows = memory.fork([parent.row for parent in parents if parent.row is not None])
-    for child, row in zip(children, rows, strict=True):
-        child.row = row
+    rows = memory.fork(parents)
+    num_reserved = columns.num_reserved[parents].tolist()
+    for child, row, num_tokens in zip(children, rows, num_reserved, strict=True):
+        num_full = num_tokens // memory.block_size
+        child.take_row(columns, row, Progress(num_tokens, 0, num_tokens, num_full))
     sequences = list(planned.sequences)
     for place, child in zip(reversed(places), reversed(children), strict=True):
         sequences.insert(place, child)
-    starts = [child.num_dispatched for child in children]
     return TokenPlan(
-        sequences, np.insert(planned.starts, places, starts), np.insert(planned.counts, places, 0)
+        sequences,
+        np.insert(planned.rows, places, rows),
+        np.insert(planned.starts, places, num_reserved),
+        np.insert(planned.counts, places, 0),
     )

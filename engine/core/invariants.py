@@ -1,10 +1,13 @@
 """What must be true of a scheduler's queues and sequences whenever it is not at work."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from pallas_paged.engine.core import beam_groups
 from pallas_paged.engine.core.queues import Queues, placed_of
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
+from pallas_paged.engine.core.row_columns import RowColumns
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.kv.host_pool import HostPool
 
@@ -39,6 +42,17 @@ def check_queues(queues: Queues, host_pool: HostPool) -> None:
         assert keys == sorted(set(keys))
     chunks = [group.swapped.num_blocks for group in queued if group.swapped is not None]
     assert sum(chunks) == host_pool.num_used <= host_pool.num_blocks
+
+
+def check_columns(placed: Sequence[TokenSequence], rows: np.ndarray, columns: RowColumns) -> None:
+    """Asserts that the columns hold these sequences in these rows, and nobody in any other."""
+    assert rows.tolist() == [sequence.row for sequence in placed]
+    assert columns.numbers[rows].tolist() == [sequence.number for sequence in placed]
+    assert np.count_nonzero(columns.numbers >= 0) == len(placed)
+    assert columns.num_known[rows].tolist() == [len(sequence.token_ids) for sequence in placed]
+    for sequence, row in zip(placed, rows.tolist(), strict=True):
+        assert sequence.columns is columns
+        assert columns.token_ids[row] is sequence.token_ids
 
 
 def check_in_flight(group: SequenceGroup, in_flight: Iterable[ScheduledStep]) -> None:

@@ -1,7 +1,5 @@
 """From what the scheduler decided to the plan that a device gets: padded, packed, no objects."""
 
-import operator
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +19,6 @@ from pallas_paged.engine.core.step_inputs import (
 from pallas_paged.engine.core.table_edits import TableEdits
 from pallas_paged.engine.kv.interface import Memory
 
-_number = operator.attrgetter("number")
 _NO_TARGETS = np.zeros((2, 0), np.int32)
 
 
@@ -59,7 +56,7 @@ class Planner:
     def plan(self, step: ScheduledStep) -> Planned:
         """Returns the plan of a step; the blocks of all its tokens are in the block tables."""
         batch = step.batch
-        self._columns.follow(batch.rows, batch.sequences)
+        self._columns.follow(batch)
         targets: list[range] = []
         scheduled: list[ScheduledSequence] = []
         is_full = wants_logprobs = False
@@ -109,7 +106,7 @@ class Planner:
         `scheduled` is needed for full buckets only.
         """
         tables, S = self._memory.tables, self._memory.block_size
-        sequences, rows, starts, counts, samples, on_device = batch
+        sequences, _, rows, starts, counts, samples, on_device = batch
         ends = np.cumsum(counts, dtype=np.int32)
         B, T = len(rows), int(ends[-1])
         positions = np.arange(T, dtype=np.int32) + np.repeat(starts - (ends - counts), counts)
@@ -148,11 +145,10 @@ class _Columns:
         self._top_k, self._sample_index = np.zeros((2, num_rows), np.int32)
         self._seeds = np.zeros((num_rows, 2), np.uint32)
 
-    def follow(self, rows: np.ndarray, sequences: Sequence[TokenSequence]) -> None:
+    def follow(self, batch: Batch) -> None:
         """Writes the rows that have got another sequence."""
-        numbers = np.fromiter(map(_number, sequences), np.int64, len(sequences))
-        for b in np.flatnonzero(self._numbers[rows] != numbers).tolist():
-            self._write(int(rows[b]), sequences[b])
+        for b in np.flatnonzero(self._numbers[batch.rows] != batch.numbers).tolist():
+            self._write(int(batch.rows[b]), batch.sequences[b])
 
     def _write(self, row: int, sequence: TokenSequence) -> None:
         group = sequence.group

@@ -1,7 +1,9 @@
 """Which groups wait and which run, each queue in the order of the scheduling policy."""
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from pallas_paged.engine.core.policies import Order
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
@@ -24,6 +26,7 @@ class Queues:
         self.waiting: list[SequenceGroup] = []
         self.running: list[SequenceGroup] = []
         self._placed: list[TokenSequence] | None = None
+        self._placed_rows: np.ndarray | None = None
         self._num_rows: int | None = None
         self._are_forked: bool | None = None
 
@@ -33,6 +36,13 @@ class Queues:
         if self._placed is None:
             self._placed = placed_of(self.running)
         return self._placed
+
+    @property
+    def placed_rows(self) -> np.ndarray:
+        """The rows of `placed`, i32[B]."""
+        if self._placed_rows is None:
+            self._placed_rows = rows_of(self.placed)
+        return self._placed_rows
 
     @property
     def num_rows(self) -> int:
@@ -50,7 +60,7 @@ class Queues:
 
     def rows_changed(self) -> None:
         """To be called when a running group has other sequences, or others of them have rows."""
-        self._placed = self._num_rows = self._are_forked = None
+        self._placed = self._placed_rows = self._num_rows = self._are_forked = None
 
     def add(self, group: SequenceGroup) -> None:
         """Takes a new group in; it waits."""
@@ -94,3 +104,8 @@ class Queues:
 def placed_of(groups: Iterable[SequenceGroup]) -> list[TokenSequence]:
     """Returns the sequences of groups that have a row, or would if they ran; in order."""
     return [sequence for group in groups for sequence in group.placed]
+
+
+def rows_of(sequences: Sequence[TokenSequence]) -> np.ndarray:
+    """Returns the rows of sequences that have one, i32[B]."""
+    return np.array([sequence.row for sequence in sequences], np.int32)

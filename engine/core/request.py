@@ -8,6 +8,7 @@ from typing import Any
 from pallas_paged.engine.core.beam_search import BeamSearch, Candidates
 from pallas_paged.engine.core.core_output import FinishReason, RequestStats
 from pallas_paged.engine.core.logit_rules import LogitRules
+from pallas_paged.engine.core.row_columns import Progress, RowColumns
 from pallas_paged.engine.kv.host_pool import SwappedChunk
 from pallas_paged.engine.kv.prefix_cache import Hit
 from pallas_paged.engine.kv.sharing import Root
@@ -28,10 +29,8 @@ class SequenceStatus(enum.Enum):
 class TokenSequence:
     """One completion of a request: the prompt and the tokens generated for it.
 
-    Three counts tell how far a sequence is, because the host runs one step ahead of the device:
-    `num_computed <= num_dispatched <= num_reserved`. They count from position 0 and start again
-    when the group is preempted, since its blocks are given back. Only the scheduler changes what
-    follows `index`.
+    How far it is stands in `RowColumns` while it has a row, and is 0 without one: a sequence whose
+    blocks are given back starts again. Only the scheduler changes what follows `index`.
 
     Attributes:
       group: the request's sequences.
@@ -39,19 +38,15 @@ class TokenSequence:
       token_ids: the prompt and the committed output tokens.
       row: its row in the block tables while it runs, else None. A sequence that has not been forked
         from the first one yet has none either.
+      columns: what is known of it by its row, as long as it has one.
       leader: the sequence that computes the last of the blocks it shares from the start of a
         recomputation; None where they are computed already.
       num_shared: tokens in those blocks; it computes none of them.
-      num_reserved: tokens that its blocks are allocated for.
       num_swapped: tokens whose keys and values wait in host memory.
       swapped_slots: the blocks of the group's chunk that hold them, in order; -1 for one that it
         had given back before.
       hits: cached blocks that were found for it while it waits, see `PrefixCache.match`.
-      num_remembered: full blocks that the memory was told of, see `Memory.remember`.
-      num_dispatched: tokens whose keys and values are computed, or will be by a step in flight.
-      num_computed: tokens whose keys and values a committed step computed.
-      num_tokens: prompt and output tokens, with those that uncommitted steps sample: they are on
-        the device, not in `token_ids` yet.
+      num_late: tokens that uncommitted steps sample although it has lost its row.
       candidates: of a beam whose last token is computed, until the others' are too; else None.
       finish_reason: None until it finished.
       stop_reason: the stop token or stop string that ended it, None for any other end.
@@ -63,16 +58,13 @@ class TokenSequence:
 
     token_ids: list[int] = dataclasses.field(init=False)
     row: int | None = dataclasses.field(init=False, default=None)
+    columns: RowColumns | None = dataclasses.field(init=False, default=None, repr=False)
     leader: "TokenSequence | None" = dataclasses.field(init=False, default=None, repr=False)
     num_shared: int = dataclasses.field(init=False, default=0)
-    num_reserved: int = dataclasses.field(init=False, default=0)
     num_swapped: int = dataclasses.field(init=False, default=0)
     swapped_slots: tuple[int, ...] = dataclasses.field(init=False, default=())
     hits: list[Hit] = dataclasses.field(init=False, default_factory=list, repr=False)
-    num_remembered: int = dataclasses.field(init=False, default=0)
-    num_dispatched: int = dataclasses.field(init=False, default=0)
-    num_computed: int = dataclasses.field(init=False, default=0)
-    num_tokens: int = dataclasses.field(init=False)
+    num_late: int = dataclasses.field(init=False, default=0)
     candidates: Candidates | None = dataclasses.field(init=False, default=None)
     finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
     stop_reason: int | str | None = dataclasses.field(init=False, default=None)
@@ -80,7 +72,6 @@ class TokenSequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.group.prompt_token_ids)
-        self.num_tokens = len(self.token_ids)
 
     @property
     def request_id(self) -> str:
@@ -123,6 +114,33 @@ class TokenSequence:
         return self.token_ids[len(self.group.prompt_token_ids) :]
 
     @property
+    def num_dispatched(self) -> int:
+        """Tokens whose keys and values are computed, or will be by a step in flight."""
+        return 0 if self.columns is None else int(self.columns.num_dispatched[self.row])
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose keys and values a committed step computed."""
+        return 0 if self.columns is None else int(self.columns.num_computed[self.row])
+
+    @property
+    def num_reserved(self) -> int:
+        """Tokens that its blocks are allocated for."""
+        return 0 if self.columns is None else int(self.columns.num_reserved[self.row])
+
+    @property
+    def num_remembered(self) -> int:
+        """Full blocks that the memory was told of, see `Memory.remember`."""
+        return 0 if self.columns is None else int(self.columns.num_remembered[self.row])
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens, with those that uncommitted steps sample."""
+        if self.columns is None:
+            return len(self.token_ids) + self.num_late
+        return int(self.columns.num_tokens[self.row])
+
+    @property
     def num_pending(self) -> int:
         """Tokens that uncommitted steps sample.
 
@@ -135,19 +153,35 @@ class TokenSequence:
         """Whether it has a `finish_reason`."""
         return self.finish_reason is not None
 
+    def take_row(self, columns: RowColumns, row: int, progress: Progress) -> None:
+        """Begins in a row, which is empty; no step in flight has its tokens."""
+        assert self.row is None
+        group, num_known = self.group, len(self.token_ids)
+        columns.numbers[row] = self.number
+        columns.num_known[row] = columns.num_tokens[row] = num_known
+        columns.num_dispatched[row], columns.num_computed[row] = progress[:2]
+        columns.num_reserved[row], columns.num_remembered[row] = progress[2:]
+        columns.max_length[row] = group.max_length
+        columns.waits_for_host[row], columns.is_held[row] = group.waits_for_host, group.is_held
+        columns.has_told[row] = False
+        columns.token_ids[row], columns.ending_ids[row] = self.token_ids, group.ending_ids
+        columns.request_ids[row], columns.indices[row] = group.request_id, self.index
+        self.row = row
+        self.columns = columns  # last: an interrupt leaves none without a row
+
     def give_up_blocks(self) -> None:
         """Starts again, with prompt and output as the prompt; what is in flight stays counted."""
+        if self.columns is not None and self.row is not None:
+            self.num_late = self.num_pending
+            self.columns.clear(self.row)
+        self.columns = None
         self.row = self.leader = self.candidates = None
-        self.num_shared = self.num_remembered = self.num_reserved = 0
-        self.num_dispatched = self.num_computed = 0
+        self.num_shared = 0
 
     def continued(self, index: int, token: int) -> "TokenSequence":
-        """Returns a sequence that has come as far as this one, and has one more token; no row."""
+        """Returns a sequence with this one's tokens and one more; it has no row."""
         child = TokenSequence(self.group, index)
         child.token_ids = [*self.token_ids, token]
-        child.num_tokens = len(child.token_ids)
-        child.num_reserved, child.num_remembered = self.num_reserved, self.num_remembered
-        child.num_dispatched, child.num_computed = self.num_dispatched, self.num_computed
         return child
 
 
@@ -189,9 +223,6 @@ class SequenceGroup:
       is_in_flight: whether it waits while a step computes tokens of the life that preemption ended.
       planned_entry: how it would come in, planned while it waited, and from what; see `Admission`.
       stats: see `RequestStats`.
-      told_stats: the `stats` of its last token, which a `CoreOutput` has told or, where it is held
-        back, will tell; None where there is more to tell with each token. While these are the
-        `stats`, a token that ends nothing is all that there is to tell.
       ending_ids: `eos_token_ids` and `stop_token_ids`.
       max_length: tokens, prompt and output, at which its sequences end; the scheduler sets it.
       num_prompt_logprobs: log-probabilities of the prompt that steps have computed, or will; they
@@ -223,7 +254,6 @@ class SequenceGroup:
     is_in_flight: bool = dataclasses.field(init=False, default=False)
     planned_entry: tuple[Any, Any] | None = dataclasses.field(init=False, default=None, repr=False)
     stats: RequestStats = dataclasses.field(init=False, default=RequestStats())
-    told_stats: RequestStats | None = dataclasses.field(init=False, default=None, repr=False)
     ending_ids: frozenset[int] = dataclasses.field(init=False)
     max_length: int = dataclasses.field(init=False, default=0)
     num_prompt_logprobs: int = dataclasses.field(init=False, default=0)
@@ -298,7 +328,7 @@ class SequenceGroup:
         """
         for sequence in self.live:
             sequence.give_up_blocks()
-            sequence.num_tokens = len(sequence.token_ids)
+            sequence.num_late = 0
             sequence.stop_reason = stop_reason
             sequence.finish_reason = "abort"
         self.swapped = None

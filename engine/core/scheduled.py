@@ -38,9 +38,11 @@ class Batch(NamedTuple):
     """What a step computes of all its sequences: the fields of `ScheduledSequence` in columns.
 
     Arrays cost the host less than an object for each sequence: i32[B], the last two bool[B].
+    `numbers`, i64[B], are the sequences' own: by them one is known that loses its row meanwhile.
     """
 
     sequences: Sequence[TokenSequence]
+    numbers: np.ndarray
     rows: np.ndarray
     starts: np.ndarray
     num_tokens: np.ndarray
@@ -77,5 +79,5 @@ class ScheduledStep:
     @property
     def scheduled(self) -> list[ScheduledSequence]:
         """The batch one by one, a new list: for what few steps need."""
-        sequences, *columns = self.batch
+        sequences, _, *columns = self.batch
         return list(map(ScheduledSequence, sequences, *(column.tolist() for column in columns)))

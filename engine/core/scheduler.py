@@ -21,10 +21,16 @@ from pallas_paged.engine.core.committer import Committed, Committer, Result
 from pallas_paged.engine.core.core_output import FinishReason
 from pallas_paged.engine.core.displacing import groups_to_displace
 from pallas_paged.engine.core.forks import fork_ready
-from pallas_paged.engine.core.invariants import check_counts, check_in_flight, check_queues
+from pallas_paged.engine.core.invariants import (
+    check_columns,
+    check_counts,
+    check_in_flight,
+    check_queues,
+)
 from pallas_paged.engine.core.policies import ChooseRecovery, Order, always_recompute, choose_victim
-from pallas_paged.engine.core.queues import Queues
+from pallas_paged.engine.core.queues import Queues, placed_of, rows_of
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
+from pallas_paged.engine.core.row_columns import RowColumns
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.core.swapping import swap_out
 from pallas_paged.engine.core.token_plan import TokenPlan, dispatch, plan
@@ -82,9 +88,10 @@ class Scheduler:
         self.watermark_blocks = watermark_blocks
         self.num_preemptions = 0
         self.host_pool = HostPool(0, memory.num_usable_blocks) if host_pool is None else host_pool
-        self.admission = Admission(memory, self.host_pool, max_num_seqs, max_model_len)
+        self._columns = columns = RowColumns(len(memory.tables))
+        self.admission = Admission(memory, columns, self.host_pool, max_num_seqs, max_model_len)
         self.queues = Queues(Order() if order is None else order)
-        self._committer = Committer(memory, self.queues, self.host_pool, sliding_window)
+        self._committer = Committer(memory, columns, self.queues, self.host_pool, sliding_window)
         self._choose_recovery = choose_recovery
         self._arrivals = itertools.count()
         self._swap_outs: list[BlockMove] = []  # for the next step
@@ -109,11 +116,9 @@ class Scheduler:
     @property
     def row_lens(self) -> dict[int, int]:
         """The tokens of each row in use that are computed, or will be by the step in flight."""
-        return {
-            sequence.row: sequence.num_dispatched
-            for sequence in self.queues.placed
-            if sequence.row is not None
-        }
+        rows = self.queues.placed_rows
+        lens = self._columns.num_dispatched[rows].tolist()
+        return dict(zip(rows.tolist(), lens, strict=True))
 
     def add(self, group: SequenceGroup) -> None:
         """Puts a new group at the end of the queue; raises `ValueError` as `check` does."""
@@ -169,16 +174,18 @@ class Scheduler:
         """
         assert len(self._in_flight) <= 1, "at most one step may be in flight"
         preempted = self._displace()
-        planned = self._plan(self.queues.placed)
+        planned = self._plan()
         while (copies := self._reserve(planned)) is None:
             preempted.append(self._preempt(choose_victim(self.queues.running)))
-            planned = self._plan(self.queues.placed)
-        arrivals, first = self._admit(self.max_num_batched_tokens - planned.num_tokens)
+            planned = self._plan()
+        budget = self.max_num_batched_tokens - planned.num_tokens
+        arrivals = self._admit(budget)
         swap_ins, more_copies = self.admission.give_blocks(arrivals)
-        if first is not None:
-            planned = planned.and_then(first)
+        if arrivals:
+            entering = placed_of(arrival.group for arrival in arrivals)
+            planned = planned.and_then(plan(self._columns, entering, rows_of(entering), budget))
         if not self.queues.are_forked:
-            before, planned = planned, fork_ready(planned, self.memory)
+            before, planned = planned, fork_ready(self._columns, planned, self.memory)
             if planned is not before:
                 self.queues.rows_changed()
         if not planned.sequences:
@@ -187,7 +194,7 @@ class Scheduler:
         dropped = self.host_pool.take_dropped()
         step = ScheduledStep(
             next(self._step_ids),
-            dispatch(planned),
+            dispatch(self._columns, planned),
             planned.num_tokens,
             dropped,
             tuple(move for move in self._swap_outs if move.chunk.number not in dropped),
@@ -240,6 +247,7 @@ class Scheduler:
         self._swap_outs.clear()
         self.host_pool.clear()
         self.memory.free_all()
+        self._columns.clear_all()
         self.queues.clear()  # last: what is aborted is in there
         return aborted
 
@@ -252,14 +260,16 @@ class Scheduler:
                 check_counts(sequence, self._in_flight)
         assert self.queues.num_rows <= self.admission.max_num_seqs
         placed = self.queues.placed
+        check_columns(placed, self.queues.placed_rows, self._columns)
         self.memory.check_invariants({s.row: s.num_reserved for s in placed if s.row is not None})
 
-    def _plan(self, sequences: list[TokenSequence]) -> TokenPlan:
-        return plan(sequences, self.max_num_batched_tokens)
+    def _plan(self) -> TokenPlan:
+        queues, budget = self.queues, self.max_num_batched_tokens
+        return plan(self._columns, queues.placed, queues.placed_rows, budget)
 
     def _reserve(self, planned: TokenPlan) -> CopyPairs | None:
         """Allocates what the planned tokens need beyond their sequences' blocks: all or nothing."""
-        rows, num_tokens = planned.growth()
+        rows, num_tokens = planned.growth(self._columns)
         return self.memory.append(rows, num_tokens) if len(rows) else NO_COPIES
 
     def _displace(self) -> list[SequenceGroup]:
@@ -272,13 +282,11 @@ class Scheduler:
         )
         return [self._preempt(victim) for victim in victims]
 
-    def _admit(self, budget: int) -> tuple[list[Arrival], TokenPlan | None]:
-        """Moves groups from the queue to the running ones; returns them and what they compute."""
+    def _admit(self, budget: int) -> list[Arrival]:
+        """Moves groups from the queue to the running ones, each with tokens to compute."""
         arrivals: list[Arrival] = []
-        entering: list[TokenSequence] = []
         if not budget or not self.queues.waiting:
-            return arrivals, None
-        left = budget
+            return arrivals
         num_rows = self.admission.max_num_seqs - self.queues.num_rows
         num_blocks = self.memory.num_free_blocks
         for group in self.queues.waiting:
@@ -292,12 +300,11 @@ class Scheduler:
             num_rows -= group.num_rows
             num_blocks -= arrival.num_blocks
             self.admission.enter(arrival)
-            entering += group.placed
-            left -= sum(s.num_tokens - s.num_dispatched for s in group.placed)
-            if left <= 0:
+            budget -= sum(len(s.token_ids) - s.num_shared for s in group.placed)
+            if budget <= 0:
                 break
         self.queues.run(arrival.group for arrival in arrivals)
-        return arrivals, plan(entering, budget) if arrivals else None
+        return arrivals
 
     def _preempt(self, group: SequenceGroup) -> SequenceGroup:
         """Takes all blocks; what is not swapped out starts again, prompt and output as a prompt."""

@@ -60,7 +60,7 @@ MUTATIONS = {
         _COMMITTER, "freed_rows = freed_rows + dead_rows", "pass", _LIVES
     ),
     "every heir gets a fork": Mutation(
-        _GROUPS, "child.row = unclaimed.pop(parent, None)", "child.row = None", _LIVES
+        _GROUPS, "row = unclaimed.pop(parent, None)", "row = None", _LIVES
     ),
     "not waiting for all beams": Mutation(
         _GROUPS,
@@ -75,10 +75,7 @@ MUTATIONS = {
         _LIVES,
     ),
     "candidates of an earlier life": Mutation(
-        _COMMITTER,
-        "if sequence.row is not None:\n                        sequence.c",
-        "if True:\n                        sequence.c",
-        _LIVES,
+        _COMMITTER, "here & batch.samples", "batch.samples.copy()", _LIVES
     ),
     "candidates survive preemption": Mutation(
         _SEQUENCE,

@@ -29,6 +29,8 @@ _DISPLACING = "pallas_paged/engine/core/displacing.py"
     _EDITS,
     _QUEUES,
     _LOOP,
+    _SEQUENCE,
+    _COLUMNS,
 ) = (
     f"pallas_paged/engine/{name}.py"
     for name in (
@@ -50,6 +52,8 @@ _DISPLACING = "pallas_paged/engine/core/displacing.py"
         "core/table_edits",
         "core/queues",
         "core/engine_core",
+        "core/request",
+        "core/row_columns",
     )
 )
 _UNIT = (
@@ -261,13 +265,13 @@ MUTATIONS = {
     ),
     "preempted though the others grow into it": Mutation(
         _DISPLACING,
-        "admission.memory.num_free_after(freed_rows, *planned.growth())",
+        "admission.memory.num_free_after(freed_rows, *growth)",
         "admission.memory.num_free_after(freed_rows, (), ())",
         _UNIT,
     ),
     "preempted though the head gets no token": Mutation(
         _DISPLACING,
-        "if plan(placed_of(staying(num_needed)), max_num_tokens).num_tokens == max_num_tokens:",
+        "if _plan_of(staying(num_needed), admission, max_num_tokens).num_tokens == max_num_tokens:",
         "if False:",
         _UNIT,
     ),
@@ -308,7 +312,32 @@ MUTATIONS = {
         _OUTPUTS, "            and not params.stop\n", "", _PROCESSOR
     ),
     "a preemption not told with the next token": Mutation(
-        _COMMITTER, "elif group.stats is not group.told_stats:", "elif False:", _DELTAS
+        _SEQUENCE, "columns.has_told[row] = False", "pass", _DELTAS
+    ),
+    "nothing counts as computed": Mutation(
+        _COMMITTER, "columns.num_computed[rows[here]] = ends[here]", "pass", _UNIT
+    ),
+    "counts written for who has the row now": Mutation(
+        _COMMITTER,
+        "columns.num_computed[rows[here]] = ends[here]",
+        "columns.num_computed[rows] = ends",
+        _LIVES,
+    ),
+    "a row that is never empty": Mutation(_COLUMNS, "self.numbers[row] = -1", "pass", _UNIT),
+    "a late token that stays on its way": Mutation(
+        _COMMITTER, "sequence.num_late = max(0, sequence.num_late - 1)", "pass", _UNIT
+    ),
+    "a late step waited for in vain": Mutation(
+        _COMMITTER, "sequence.group.is_in_flight = False", "pass", _UNIT
+    ),
+    "a late step not waited for": Mutation(
+        _SCHEDULER, "group.is_in_flight = any(", "group.is_in_flight = False and any(", _UNIT
+    ),
+    "several tokens told as one": Mutation(
+        _COMMITTER, "columns.has_told[row] = False", "pass", _UNIT
+    ),
+    "tokens of held groups told": Mutation(
+        _COMMITTER, "is_told & ~columns.is_held[rows]", "is_told", "tests/engine/test_core.py"
     ),
     "sequences that never fork": Mutation(
         _QUEUES,

@@ -187,10 +187,11 @@ def test_each_delta_has_the_metrics_of_its_moment() -> None:
 # ---- outputs -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("logprobs", [None, 0])
 @pytest.mark.parametrize("num_seqs", [1, 3])
-def test_who_wants_the_last_output_only_gets_no_other(num_seqs: int) -> None:
+def test_who_wants_the_last_output_only_gets_no_other(num_seqs: int, logprobs: int | None) -> None:
     engine = make_whole_engine(max_num_seqs=9)
-    params = dataclasses.replace(GREEDY, temperature=1, n=num_seqs, logprobs=0)
+    params = dataclasses.replace(GREEDY, temperature=1, n=num_seqs, logprobs=logprobs)
     final, stream = RequestOutputKind.FINAL_ONLY, RequestOutputKind.CUMULATIVE
     for request_id, kind in (("stream", stream), ("final", final), ("aborted", final)):
         group = engine.make_group([1, 2, 3], params, request_id)

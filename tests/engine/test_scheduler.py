@@ -10,6 +10,7 @@ import pytest
 
 from pallas_paged.engine.core.policies import CheaperRecovery, PriorityOrder, always_swap
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
+from pallas_paged.engine.core.row_columns import Progress, RowColumns
 from pallas_paged.engine.core.scheduler import ScheduledStep, Scheduler
 from tests.engine.mock_model import (
     MockEngine,
@@ -121,7 +122,7 @@ class TestOneRequest:
             first = engine.runner.collect(engine.runner.dispatch(step))
             begin = a.num_output_tokens
             assert first == output[begin : begin + 1]
-            a.group.told_stats = a.group.stats  # so that a single token is told as a token alone
+            a.columns.has_told[a.row] = True  # so that a single token is told as a token alone
             committed = engine.scheduler.commit(step, [output[begin : begin + 3]])
             assert committed == (a.num_output_tokens - begin, [a], ([], [], []))
             engine.scheduler.check_invariants()
@@ -657,7 +658,7 @@ class TestSwapping:
 
     def test_the_estimate_prefers_what_is_cheaper(self) -> None:
         a = request("a", 40)
-        a.num_computed = 40
+        a.take_row(RowColumns(1), 0, Progress(40, 40, 40, 10))
         for seconds_per_token, expected in ((1.0, "swap"), (0.01, "recompute")):
             choose = CheaperRecovery(seconds_per_token, 0.1, 0.5, block_size=4)
             assert choose(a.group) == expected

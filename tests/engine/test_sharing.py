@@ -10,6 +10,7 @@ from pallas_paged.engine.core.beam_search import BeamSearch
 from pallas_paged.engine.core.entries import repeated_blocks
 from pallas_paged.engine.core.policies import ChooseRecovery, always_recompute, always_swap
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus
+from pallas_paged.engine.core.row_columns import Progress, RowColumns
 from pallas_paged.engine.kv.stats import kv_stats
 from tests.engine.mock_model import (
     VOCAB_SIZE,
@@ -78,9 +79,9 @@ class TestEqualBlocks:
     @pytest.mark.parametrize("told", [0, 1])
     def test_the_block_that_the_memory_knows_is_kept(self, told: int) -> None:
         sequences = SequenceGroup("a", PROMPT[:9], 8, num_seqs=2).sequences
+        columns = RowColumns(2)
         for row, sequence in enumerate(sequences):
-            sequence.row, sequence.num_computed = row, 8
-            sequence.num_remembered = 2 if row == told else 0
+            sequence.take_row(columns, row, Progress(8, 8, 8, 2 if row == told else 0))
         tables = np.array([[5, 6, 1], [7, 8, 2]])
         old, kept = tables[1 - told].tolist(), tables[told].tolist()
         assert repeated_blocks(sequences, tables, 4) == dict(zip(old[:2], kept[:2], strict=True))

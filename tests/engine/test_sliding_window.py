@@ -11,6 +11,7 @@ import pytest
 from pallas_paged.engine import LLM, BeamSearchParams, SamplingParams
 from pallas_paged.engine.core.entries import repeated_blocks
 from pallas_paged.engine.core.request import SequenceGroup
+from pallas_paged.engine.core.row_columns import Progress, RowColumns
 from pallas_paged.engine.kv.host_pool import DROPPED
 from pallas_paged.engine.kv.sharing import most_blocks
 from tests.engine.mock_model import generate_alone, make_engine
@@ -154,10 +155,10 @@ def test_a_swapped_row_comes_back_as_it_left(enable_prefix_caching: bool) -> Non
 
 def test_blocks_behind_those_that_are_gone_are_not_taken_for_equal() -> None:
     """Two rows with the same last tokens, and other ones before, which nobody knows any more."""
-    group = SequenceGroup("pair", (1,), 9, num_seqs=2)
+    group, columns = SequenceGroup("pair", (1,), 9, num_seqs=2), RowColumns(2)
     for index, sequence in enumerate(group.sequences):
         sequence.token_ids = [index, 1, 2, 3, 4, 5]
-        sequence.row, sequence.num_computed, sequence.num_remembered = index, 6, 0
+        sequence.take_row(columns, index, Progress(6, 6, 6, 0))
     group.is_forked = True
     tables = np.array([[0, 0, 3], [0, 0, 6]], np.int32)
     assert repeated_blocks(group.placed, tables, 2) == {}
