@@ -22,6 +22,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=2",
         "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
     )
 )
 
@@ -63,9 +64,13 @@ def unchecked_shapes(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Freezes what has been imported: it stays, and no collection of garbage walks through it."""
+    """Freezes what has been imported: it stays, and no collection of garbage walks through it.
+
+    Nor need one begin after every 700 objects: to trace a program makes many, and few are garbage.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(200_000, 20, 20)
 
 
 @pytest.fixture(scope="session")
