@@ -17,6 +17,9 @@ from pallas_paged.ops.attention.config import DecodeConfig
 from tests.kernels.interpreting import TOLERANCES
 
 SPECS = DECODE_KERNEL_SPECS + QUANTISED_KERNEL_SPECS
+# Each option, kind of cache and configuration; the table of `make kernels-full` has every two of
+# these, and of groups, head_dims and block sizes, in one case.
+FEW = (0, 1, 3, 4, 8, 10, 11)
 # Two CTAs in flight, so that shares begin and end within items; or as many as there is work for.
 CONFIGS = (
     DecodeConfig(num_stages=2, ctas_per_sm=1),
@@ -55,7 +58,7 @@ def assert_close(results, arguments):
     np.testing.assert_allclose(lse, expected[1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("index", range(len(SPECS)), ids=str)
+@pytest.mark.parametrize("index", FEW, ids=str)
 def test_equals_the_reference(index):
     spec = SPECS[index]
     arguments = build(spec)

@@ -50,7 +50,11 @@ def run(spec, tuning, into=None, sinks=None, **plan_options):
     return actual, expected
 
 
-@pytest.mark.parametrize("case", interpret_cases(), ids=lambda case: case.spec.name)
+# But what the tests for sm_80 run, and the table of `make kernels-full` has like it for sm_90a.
+CASES = [case for case in interpret_cases() if case.spec.name != "group3"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.spec.name)
 def test_equals_reference(case):
     (out, lse), (expected, expected_lse) = run(*case)
     assert out.dtype == expected.dtype
