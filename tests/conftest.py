@@ -16,13 +16,15 @@ os.environ.setdefault("NPROC", "16")
 # In the environment, so that the programs which tests run are as strict.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-# Most of the time goes into compiling small CPU programs: LLVM need not make them fast.
+# Most of the time goes into compiling small CPU programs: LLVM need not make them fast. And where
+# programs are compiled for a GPU there is none on which variants could be tried.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=2",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_gpu_autotune_level=0",
     )
 )
 
