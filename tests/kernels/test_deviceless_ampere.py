@@ -18,13 +18,8 @@ from tests.kernels.ampere_cases import FEATURES, CompileCase
 
 TARGET = "a100-40gb"
 ALL = FEATURES[3]
-# Decode and mixed steps; each number of rows, and what needs the most registers.
-CASES = (
-    CompileCase(16, 80, 16, 1, **FEATURES[1]),
-    CompileCase(7, 128, 128, 256, "float16", **ALL),
-    CompileCase(3, 256, 64, 256, **ALL),
-    CompileCase(1, 128, 16, 256, "float16", "float8_e4m3fn", **ALL),
-)
+# The table of `make kernels-full` has a hundred others, of which `test_full_table.py` asks as much.
+CASES = (CompileCase(1, 128, 16, 256, "float16", "float8_e4m3fn", **ALL),)
 
 
 def resources(case: CompileCase) -> tuple[KernelResources, ...]:

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from benchmarks.attention_cases.decode import decode_cases
 from pallas_paged.deviceless import KernelResources
-from pallas_paged.ops.attention.config import SM80, SM90
-from tests.kernels import full, interpreted_cases
+from pallas_paged.ops.attention.ampere import problem as ampere_problem
+from pallas_paged.ops.attention.config import SM80, SM90, shared_memory_bytes
+from pallas_paged.ops.attention.hopper import decode_problem
+from tests.kernels import ampere_cases, full, interpreted_cases
 from tests.kernels.covering import covering, pairs
 from tests.kernels.fingerprint import code_of, kernels_hash, sources_of
 
@@ -54,6 +57,24 @@ def test_nothing_spills_and_everything_fits(version):
         assert row.warnings == "", row
         assert row.registers <= 255, row
         assert row.smem_bytes <= MOST_SMEM_BYTES[row.target], row
+
+
+@each_version
+def test_attention_takes_the_shared_memory_that_was_computed(version):
+    """By which a configuration is checked; in sm_90a's code the compiler leaves out the barriers.
+
+    And the registers of an SM are enough for its CTAs, given out by 8 a thread.
+    """
+    rows = {row[:2]: row for row in full.read_table("compiled", version)}
+    for case in decode_cases():
+        computed = shared_memory_bytes(decode_problem.scratch_types(case.problem, case.config))
+        barriers = 8 * (3 * case.config.num_stages + 1)
+        assert rows["decode", case.name].smem_bytes == computed - barriers, case.name
+    for case in ampere_cases.compile_cases():
+        config, row = case.chosen_config, rows["ampere", case.name]
+        computed = shared_memory_bytes(ampere_problem.scratch_types(case.problem, config))
+        assert row.smem_bytes == computed, case.name
+        assert config.ctas_per_sm * -(-row.registers // 8) * 8 * 128 <= 65536, case.name
 
 
 @each_version
