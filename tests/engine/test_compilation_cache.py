@@ -31,7 +31,8 @@ llm = LLM(
     sys.argv[1],
     compilation_cache_dir=sys.argv[2],
     kv_cache_memory_bytes=int(sys.argv[3]),
-    max_num_seqs=2,
+    max_model_len=48,
+    max_num_seqs=1,
     max_num_batched_tokens=16,
     compile_ahead=True,
 )

@@ -22,17 +22,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return tmp_path_factory.mktemp("home")
 
 
-def run(program: str, *flags: str, home: pathlib.Path) -> subprocess.CompletedProcess[str]:
-    """Runs a program in a process and an environment of a user's."""
-    return subprocess.run(
-        [sys.executable, "-m", f"pallas_paged.engine.{program}", *flags],
-        capture_output=True,
-        text=True,
-        env=environment(home),
-        timeout=300,
-    )
-
-
 def environment(home: pathlib.Path) -> dict[str, str]:
     return {
         "HOME": str(home),
@@ -44,19 +33,13 @@ def environment(home: pathlib.Path) -> dict[str, str]:
 
 
 def test_a_prompt_is_completed_with_the_demo_model(cache: pathlib.Path) -> None:
-    done = run("generate", "--prompt=def main(", *TINY, home=cache)
+    """Nobody told JAX on which platform: that there is no TPU, proxy or GPU is no news."""
+    variables = {k: v for k, v in environment(cache).items() if k != "JAX_PLATFORMS"}
+    program = [sys.executable, "-m", "pallas_paged.engine.generate", "--prompt=def main(", *TINY]
+    done = subprocess.run(program, capture_output=True, text=True, env=variables, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("def main(")
     assert len(done.stdout) > len("def main(\n")
-    assert "8 tokens in" in done.stderr
-    assert "PyTorch" not in done.stderr
-
-
-def test_platforms_that_are_not_there_are_no_news(cache: pathlib.Path) -> None:
-    """Nobody told JAX which: it looks for a TPU and a proxy, and its CUDA plugin for a GPU."""
-    variables = {k: v for k, v in environment(cache).items() if k != "JAX_PLATFORMS"}
-    program = [sys.executable, "-m", "pallas_paged.engine.generate", "--prompt=x", *TINY]
-    done = subprocess.run(program, capture_output=True, text=True, env=variables, timeout=300)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("compiling ")]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("8 tokens in")
@@ -67,12 +50,11 @@ def test_prompts_come_from_a_file_and_from_standard_input(tmp_path: pathlib.Path
     lines = "import os\n\nclass Stack:\n"
     (tmp_path / "prompts.txt").write_text(lines)
     from_file = generate(f"--prompts_file={tmp_path / 'prompts.txt'}")
-    from_stdin = generate("--prompts_file=-", text=lines)
-    assert from_file.returncode == from_stdin.returncode == 0, from_file.stderr
-    assert from_file.stdout == from_stdin.stdout
+    assert from_file.returncode == 0, from_file.stderr
     assert "=== 0: 'import os'" in from_file.stdout
     assert "=== 1: 'class Stack:'" in from_file.stdout
     bare = generate("--noecho", "--prompts_file=-", text=lines)
+    assert bare.returncode == 0, bare.stderr
     labels = ("=== 0: 'import os'", "=== 0"), ("=== 1: 'class Stack:'", "=== 1")
     assert bare.stdout == functools.reduce(
         lambda s, pair: s.replace(*pair), labels, from_file.stdout
