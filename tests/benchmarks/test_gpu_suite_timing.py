@@ -36,7 +36,7 @@ STAGES = (
     model_step.STAGE,
 )
 TOY = Shape(2, 40, "4/2", 16)
-TOY_PROMPTS = Shape(2, 80, "4/2", 16, 80)
+TOY_PROMPTS = Shape(2, 24, "4/2", 16, 24)
 
 
 @pytest.fixture
