@@ -37,7 +37,13 @@ def assert_close(actual, expected, tolerance):
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+# Every kind of step over the blocks of two sizes, over others decode and parts of prompts: a size
+# is in the gathering of keys alone, which all kinds share.
+LEFT_OUT = {f"{kind}-block{size}" for kind in ("prefill", "mixed") for size in (8, 32)}
+FEWER_SPECS = [spec for spec in SPECS if spec.name not in LEFT_OUT]
+
+
+@pytest.mark.parametrize("spec", FEWER_SPECS, ids=lambda spec: spec.name)
 def test_xla_equals_reference(spec):
     arguments = build(spec)
     out, lse = run(arguments, "xla")
