@@ -13,8 +13,10 @@ GPU_JAX ?= 0.11.2
 demo: $(VENV)/.base
 	@$(PY) -m pallas_paged.engine.demo
 
-# Three processes keep two cores busy: tests also wait, for programs that they start.
-TEST := $(PY) -m pytest -n 3 --dist=loadfile
+# Three processes keep two cores busy: tests also wait, for programs that they start. Cases of
+# interpreted kernels that are marked `tabled` are left out: the tables of `make kernels-full` hold
+# every two properties of theirs in one case, and a test fails when these are not of today's sources.
+TEST := $(PY) -m pytest -n 3 --dist=loadfile -m 'not tabled'
 
 test: $(VENV)/.test
 	@$(TEST)
@@ -50,7 +52,7 @@ strict: $(VENV)/.test
 # on block tables are the newest JAX's, and what kernels spill is in this JAX's table.
 oldest: $(OLDEST)/.oldest
 	@$(OLDEST)/bin/python -m pytest -n 2 --dist=loadfile --ignore-glob='*stateful*' \
-	  -k 'not no_spills' tests/kernels tests/engine/test_smoke.py
+	  -k 'not no_spills' -m 'not tabled' tests/kernels tests/engine/test_smoke.py
 
 # Compile every named program of the kernels and interpret every named case with both JAX, as far as
 # the committed tables are not up to date; may be stopped and started again.

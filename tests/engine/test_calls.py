@@ -178,8 +178,8 @@ def test_a_slow_compilation_is_said_where_the_user_looks(
     monkeypatch.setattr(programs, "ANNOUNCED_AFTER_S", 0.0)
     llm = small_llm()
     llm.generate(PROMPTS[0], GREEDY)
-    assert "request/s, compiling decode 1x1" in capsys.readouterr().err
+    assert "request/s, compiling decode 8x8" in capsys.readouterr().err
     lines: list[str] = []
     llm.announce = lines.append
-    list(llm.stream(PROMPTS[:5], GREEDY))
-    assert any(line.startswith("compiling decode") for line in lines)
+    list(llm.stream(PROMPTS[:1], dataclasses.replace(GREEDY, logprobs=1)))
+    assert any(line.startswith("compiling decode") and "full" in line for line in lines)

@@ -30,10 +30,7 @@ def _case(name, lens, queries, heads, head_dim, block_size, dtype, tile_keys=64,
 
 
 def interpret_cases() -> list[InterpretCase]:
-    """Every head_dim, block size, dtype and feature; features pairwise; ragged lengths around S.
-
-    The table of `make kernels-full` has every two values of all of these in one case.
-    """
+    """Every head_dim, block size, dtype and feature; features pairwise; ragged lengths around S."""
     bf16, fp16, fp8, int8 = "bfloat16", "float16", "float8_e4m3fn", "int8"
     features = {"sliding_window": 37, "logits_soft_cap": 1.5, "alibi": True, "sinks": True}
     window, cap, alibi, sinks = ({name: value} for name, value in features.items())
@@ -58,6 +55,7 @@ def interpret_cases() -> list[InterpretCase]:
         _case("int8", (70, 32), (9, 2), (3, 1), 80, 32, fp16, **alibi, cache_dtype=int8),
         # More steps than are in flight.
         _case("int8-cap", (270,), (5,), (2, 2), 128, 128, bf16, 128, **cap, cache_dtype=int8),
+        _case("fp8-long", (200, 16), (66, 16), (1, 1), 96, 16, fp16, 128, cache_dtype=fp8),
     ]
 
 

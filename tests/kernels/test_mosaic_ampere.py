@@ -18,6 +18,7 @@ from pallas_paged.ops.attention.config import DecodeConfig
 from tests.kernels.interpret_sm80 import interpret_sm80
 from tests.kernels.interpreting import TOLERANCES, build_poisoned, complete
 from tests.kernels.prefill_cases import interpret_cases
+from tests.kernels.tabled import tabled_but
 
 FEW = DecodeConfig(num_stages=2, ctas_per_sm=1)
 MORE = DecodeConfig(num_stages=3, ctas_per_sm=2)
@@ -50,13 +51,13 @@ FLAT = AttentionSpec(
     sinks=True,
 )
 PREFILL_SPECS = {case.spec.name: case.spec for case in interpret_cases()}
-# Every dtype, option, configuration and way to copy, and shares that divide items; head_dims, block
-# sizes and numbers of rows meet these in the table of `make kernels-full`.
+# Every head_dim, block size, dtype, option and number of rows, and shares that divide items.
 CASES = {
     "decode": (DECODE_KERNEL_SPECS[0], FEW),
     "tokens": (DECODE_KERNEL_SPECS[3], WIDE),
     "split": (DECODE_KERNEL_SPECS[4], MORE),
     "prefill": (PREFILL_SPECS["group3"], FEW),
+    "blocks": (PREFILL_SPECS["group7"], MORE),
     "mixed": (MIXED, FEW),
     "fp8": (QUANTISED_KERNEL_SPECS[0], FEW),
     "int8": (QUANTISED_KERNEL_SPECS[1], WIDE),
@@ -65,8 +66,10 @@ CASES = {
     "flat": (FLAT, FEW),
 }
 LANDINGS = ("decode-early", "decode-late", "tokens-early", "split-late")
-LANDINGS += ("prefill-early", "mixed-late")
+LANDINGS += ("prefill-early", "blocks-late", "mixed-late")
 LANDINGS += ("fp8-late", "int8-early", "shared-early", "wide-late", "flat-late")
+# `make test` runs each option, kind of cache, configuration and way to copy.
+MADE = ("decode-early", "split-late", "prefill-early", "mixed-late", "int8-early", "flat-late")
 
 
 def run(spec, arguments, config, landing):
@@ -80,7 +83,7 @@ def run(spec, arguments, config, landing):
         return jax.block_until_ready(jax.jit(attention)(*arguments.arrays))
 
 
-@pytest.mark.parametrize("name", LANDINGS)
+@pytest.mark.parametrize("name", tabled_but(LANDINGS, MADE))
 def test_equals_the_reference(name):
     case, landing = name.split("-")
     spec, config = CASES[case]
