@@ -16,16 +16,17 @@ demo: $(VENV)/.base
 # Three processes keep two cores busy: tests also wait, for programs that they start. Cases of
 # interpreted kernels that are marked `tabled` are left out: the tables of `make kernels-full` hold
 # every two properties of theirs in one case, and a test fails when these are not of today's sources.
-TEST := $(PY) -m pytest -n 3 --dist=loadfile -m 'not tabled'
+# What is marked `slow`, above all whole rehearsals of the GPU suite, is left to `make check`.
+TEST := $(PY) -m pytest -n 3 --dist=loadfile
 
 test: $(VENV)/.test
-	@$(TEST)
+	@$(TEST) -m 'not slow and not tabled'
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(TEST)
+	$(TEST) -m 'not tabled'
 
 format: $(VENV)/.test
 	$(VENV)/bin/ruff format .
