@@ -18,7 +18,7 @@ class Inheritance(NamedTuple):
 
     Attributes:
       dead_rows: to be freed, of beams that nothing continues.
-      forks: rows to be forked, after that, and the sequences that get the forks.
+      forks: rows to be forked, after that, each with the sequence that gets the fork.
     """
 
     dead_rows: list[int]

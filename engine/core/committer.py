@@ -30,9 +30,10 @@ class Committed(NamedTuple):
     """What sequences got by a step.
 
     Attributes:
-      num_tokens: new tokens; those that a group holds back are in none of the others.
-      others: the sequences that got a token and have more to tell, or ended with it.
-      tokens: of all others. See `RowColumns.has_told`.
+      num_tokens: how many tokens all sequences got, those that their groups hold back included.
+      others: the sequences that have more to tell than a token (see `RowColumns.has_told`), or have
+        ended with it.
+      tokens: of the sequences that have nothing else to tell, and do not hold theirs back.
     """
 
     num_tokens: int
@@ -80,6 +81,7 @@ class Committer:
         """Takes a step's results; see `Scheduler.commit`."""
         columns, S = self._columns, self._memory.block_size
         sequences, numbers, rows, starts, counts, samples, _ = step.batch
+        assert len(results) == len(sequences)
         ends = starts + counts
         here = columns.numbers[rows] == numbers  # others have ended, or lost their blocks
         columns.num_computed[rows[here]] = ends[here]
@@ -131,7 +133,7 @@ class Committer:
                 *before, result = _until_end(sequence, result)
                 token_ids[row] += before
                 lengths[b] += len(before)
-                columns.has_told[row] = False  # which a single token would be told with
+                columns.has_told[row] = False  # `NewTokens` has one token of each
             token_ids[row].append(result)
             if result in ending_ids[row]:
                 ended.append(b)
@@ -217,6 +219,7 @@ class Committer:
         if forks:
             rows = self._memory.fork([parent_row for parent_row, _ in forks])
             for (parent_row, child), row in zip(forks, rows, strict=True):
+                # An heir has the parent's row already, and is as far as the parent was.
                 child.take_row(self._columns, row, self._columns.progress(parent_row))
         return children
 

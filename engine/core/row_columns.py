@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Progress(NamedTuple):
-    """How far the sequence in a row is, in tokens but for the last; see `RowColumns`."""
+    """How far a row's sequence is: three counts of tokens, one of blocks; see `RowColumns`."""
 
     num_dispatched: int
     num_computed: int
@@ -35,8 +35,8 @@ class RowColumns:
       max_length: i32[R], the group's, as are the next two.
       waits_for_host: bool[R].
       is_held: bool[R].
-      has_told: bool[R], whether a token that ends nothing is all that is left to tell: everything
-        else, as new times, was told with a token before.
+      has_told: bool[R], whether a token that ends nothing is all that there is to tell: new times,
+        for instance, were told with a token before.
       token_ids: the sequences' own lists, prompt and output.
       ending_ids: tokens that end them.
       request_ids: the names of their requests.

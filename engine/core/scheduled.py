@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     """What a step computes of all its sequences: the fields of `ScheduledSequence` in columns.
 
     Arrays cost the host less than an object for each sequence: i32[B], the last two bool[B].
-    `numbers`, i64[B], are the sequences' own: by them one is known that loses its row meanwhile.
+    `numbers`, i64[B], are the sequences' own: they tell whether a row is still the sequence's.
     """
 
     sequences: Sequence[TokenSequence]

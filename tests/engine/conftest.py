@@ -17,8 +17,8 @@ ALL_SHAPES = ("test_buckets", "test_full_step", "test_smoke")
 def few_shapes(request: pytest.FixtureRequest) -> Iterator[None]:
     """Gives the engines of most modules few shapes of steps: the largest, and the fewest tokens.
 
-    A program takes a second to compile, and runs a hundred times in no more: what is tested is
-    which requests a step holds, not how far it is padded.
+    To compile a program takes far longer than to run it, and what is tested is which requests a
+    step holds, not how far it is padded.
     """
     if request.module.__name__.rpartition(".")[2] in ALL_SHAPES:
         yield
