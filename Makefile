@@ -16,7 +16,8 @@ demo: $(VENV)/.base
 # Three processes keep two cores busy: tests also wait, for programs that they start. Cases of
 # interpreted kernels that are marked `tabled` are left out: the tables of `make kernels-full` hold
 # every two properties of theirs in one case, and a test fails when these are not of today's sources.
-# What is marked `slow`, above all whole rehearsals of the GPU suite, is left to `make check`.
+# What is marked `slow`, above all rehearsals of the GPU suite and most benchmark programs, is left
+# to `make check`.
 TEST := $(PY) -m pytest -n 3 --dist=loadfile
 
 test: $(VENV)/.test
@@ -83,7 +84,7 @@ dist: $(VENV)/.test
 	@rm -rf dist && $(PY) -m build --outdir dist .
 	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
 	$(PY) -m venv "$$work/venv"; \
-	"$$work/venv/bin/pip" install --quiet --constraint constraints.txt dist/*.whl; \
+	"$$work/venv/bin/pip" install --quiet --no-compile --constraint constraints.txt dist/*.whl; \
 	cd "$$work" && venv/bin/python -m pallas_paged.engine.generate \
 	  --prompt='def main():' --max_tokens=8 --temperature=0
 
@@ -91,26 +92,27 @@ clean:
 	rm -rf $(VENV) $(OLDEST) $(GPU) .gpu-programs dist
 
 # --- set-up -----------------------------------------------------------------------------------
+# Python compiles what it imports when it does; pip would compile every file of every package.
 
 $(VENV)/.base: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo "Installing pallas-paged into $(VENV) ..."
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo "Installing pallas-paged with its test tools into $(VENV) ..."
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
 	@touch $(VENV)/.base $@
 
 $(OLDEST)/.oldest: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.test
-	@$(OLDEST)/bin/pip install --quiet jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) \
+	@$(OLDEST)/bin/pip install --quiet --no-compile jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) \
 	  jax-cuda12-plugin==$(OLDEST_JAX) jax-cuda12-pjrt==$(OLDEST_JAX)
 	@touch $@
 
 $(GPU)/.gpu: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory VENV=$(GPU) $(GPU)/.base
-	@$(GPU)/bin/pip install --quiet --no-deps jax==$(GPU_JAX) jaxlib==$(GPU_JAX) \
+	@$(GPU)/bin/pip install --quiet --no-compile --no-deps jax==$(GPU_JAX) jaxlib==$(GPU_JAX) \
 	  jax-cuda13-plugin==$(GPU_JAX) jax-cuda13-pjrt==$(GPU_JAX) \
 	  'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*'
 	@touch $@

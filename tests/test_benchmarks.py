@@ -13,34 +13,37 @@ SMALL = (
 )
 
 
+QUICK = [
+    ("attention", "--batch=2 --context=32 --heads=2/1 --layers=1 --repeats=1 --parts=decode"),
+    ("block_tables", "--num_seqs=8 --num_tokens=64 --steps=4"),
+    ("products", "--shapes=8x16 --rows=1,4 --dtype=bfloat16 --repeats=1"),
+    ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
+    ("latency", f"{SMALL} --request_rate=40 --goodput=ttft:500 --baseline=static"),
+]
+SLOW = [
+    (
+        "plan_memory",
+        "--model=tests/models/data/mistral-sliding --layers=1 --max_num_seqs=4 "
+        "--max_num_batched_tokens=32 --max_model_len=128",
+    ),
+    (
+        "host_cost",
+        "--num_seqs=4 --max_model_len=512 --vocab_size=1000 --kinds=plain,text,logprobs+deltas "
+        "--waiting=0,5 --num_steps=3 --num_requests=2",
+    ),
+    ("sampling", "--shapes=2x300 --rounds=1 --hidden=16 --layers=1 --heads=2/1 --context=4"),
+    ("recovery", "--block_sizes=8 --num_requests=8 --prompt_len=9 --output_len=20"),
+    (
+        "sharing",
+        "--num_requests=3 --max_num_seqs=8 --prefix_len=40 --prefix_requests=3 --beam_requests=1",
+    ),
+    ("sharing", "--wall_time --random_model=tiny --prefix_len=40 --prefix_requests=3"),
+    ("throughput", f"{SMALL} --baseline=static,continuous"),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "flags"),
-    [
-        ("attention", "--batch=2 --context=32 --heads=2/1 --layers=1 --repeats=1 --parts=decode"),
-        ("block_tables", "--num_seqs=8 --num_tokens=64 --steps=4"),
-        (
-            "plan_memory",
-            "--model=tests/models/data/mistral-sliding --layers=1 --max_num_seqs=4 "
-            "--max_num_batched_tokens=32 --max_model_len=128",
-        ),
-        ("products", "--shapes=8x16 --rows=1,4 --dtype=bfloat16 --repeats=1"),
-        ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
-        (
-            "host_cost",
-            "--num_seqs=4 --max_model_len=512 --vocab_size=1000 --kinds=plain,text,logprobs+deltas "
-            "--waiting=0,5 --num_steps=3 --num_requests=2",
-        ),
-        ("sampling", "--shapes=2x300 --rounds=1 --hidden=16 --layers=1 --heads=2/1 --context=4"),
-        ("recovery", "--block_sizes=8 --num_requests=8 --prompt_len=9 --output_len=20"),
-        (
-            "sharing",
-            "--num_requests=3 --max_num_seqs=8 --prefix_len=40 --prefix_requests=3 "
-            "--beam_requests=1",
-        ),
-        ("sharing", "--wall_time --random_model=tiny --prefix_len=40 --prefix_requests=3"),
-        ("throughput", f"{SMALL} --baseline=static,continuous"),
-        ("latency", f"{SMALL} --request_rate=40 --goodput=ttft:500 --baseline=static"),
-    ],
+    ("name", "flags"), QUICK + [pytest.param(*one, marks=pytest.mark.slow) for one in SLOW]
 )
 def test_it_runs(name: str, flags: str, tmp_path: pathlib.Path) -> None:
     file = tmp_path / "figures.json"

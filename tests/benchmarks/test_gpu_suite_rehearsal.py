@@ -298,6 +298,7 @@ def test_a_run_that_is_terminated_keeps_what_it_found_and_leaves_nothing(tmp_pat
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.slow
 def test_programs_of_other_sources_are_deleted_from_the_folder(carried):
     version = programs.version("cpu")
     works = carried / f"{programs.file_name(rehearsal.DOUBLE.name, version)}.bin"

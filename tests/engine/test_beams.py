@@ -77,7 +77,9 @@ def llm() -> LLM:
     )
 
 
-@pytest.mark.parametrize("name", [NAME, "opt-prenorm", "demo"])
+@pytest.mark.parametrize(
+    "name", [NAME, "opt-prenorm", pytest.param("demo", marks=pytest.mark.slow)]
+)
 def test_results_are_those_of_transformers(name: str, llm: LLM) -> None:
     cases = recorded_cases(name)
     if name != NAME:

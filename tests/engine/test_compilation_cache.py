@@ -57,6 +57,7 @@ def start(folder: pathlib.Path, pool_bytes: int) -> tuple[int, int, int]:
     return hits, misses, blocks
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing(tmp_path: pathlib.Path) -> None:
     block_bytes = 2 * 2 * 4 * 16 * 8 * 4
     _, misses, blocks = start(tmp_path, 15 * block_bytes)

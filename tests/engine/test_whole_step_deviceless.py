@@ -83,10 +83,10 @@ def test_what_a_layer_adds_to_a_decode_step() -> None:
     ("name", "bucket", "kv_cache_dtype", "num_kernels", "most_launches"),
     [
         # As above.
-        ("llama-8b", DECODE, "fp8", 3, 25 + 2 * 14),
+        pytest.param("llama-8b", DECODE, "fp8", 3, 25 + 2 * 14, marks=pytest.mark.slow),
         # The sums are parts of what follows them, and the attention is in two parts.
         ("llama-8b", MIXED, "auto", 4, 31 + 2 * 13),
-        ("opt-13b", MIXED, "auto", 4, 29 + 2 * 13),
+        pytest.param("opt-13b", MIXED, "auto", 4, 29 + 2 * 13, marks=pytest.mark.slow),
     ],
     ids=["llama-decode-fp8", "llama-mixed", "opt-mixed"],
 )
@@ -105,6 +105,7 @@ def test_two_layers_in_place_with_few_launches(
     assert step.launches.total <= most_launches, step.launches
 
 
+@pytest.mark.slow
 def test_a_mixed_step_on_an_a100(in_sm80_process: Callable[..., StepReport]) -> None:
     """In its layer the write, the attention of all sequences in one launch, and its merge."""
     step = in_sm80_process(report, "llama-8b", 1, MIXED, "a100-40gb")
