@@ -92,7 +92,7 @@ clean:
 	rm -rf $(VENV) $(OLDEST) $(GPU) .gpu-programs dist
 
 # --- set-up -----------------------------------------------------------------------------------
-# Python compiles what it imports when it does; pip would compile every file of every package.
+# With --no-compile: pip would compile every file of every package, Python compiles what it imports.
 
 $(VENV)/.base: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo "Installing pallas-paged into $(VENV) ..."

@@ -100,4 +100,5 @@ def check_invariants(group: SequenceGroup) -> None:
     for beam in beams:
         assert not beam.is_finished
         if beam.candidates is not None:
-            assert beam.num_computed == beam.num_dispatched == len(beam.token_ids)
+            progress = beam.progress
+            assert progress.num_computed == progress.num_dispatched == len(beam.token_ids)

@@ -174,10 +174,10 @@ class Committer:
             self._memory.replace(repeated)
         full: list[FullBlocks] = []
         for sequence in filled:
-            group, row, end = sequence.group, sequence.row, sequence.num_computed // S
+            group, row, end = sequence.group, sequence.row, sequence.progress.num_computed // S
             assert row is not None
             if group.writes_cache:
-                first, ids = sequence.num_remembered, sequence.token_ids
+                first, ids = sequence.progress.num_remembered, sequence.token_ids
                 full.append(FullBlocks(row, ids, first, end, group.cache_root, group.reads_cache))
             self._columns.num_remembered[row] = end
         self._memory.remember(full)
@@ -191,9 +191,9 @@ class Committer:
         before whoever takes the blocks.
         """
         num_blocks = {
-            sequence.row: sequence.num_remembered - num_kept
+            sequence.row: sequence.progress.num_remembered - num_kept
             for sequence in filled
-            if sequence.row is not None and sequence.num_remembered > num_kept
+            if sequence.row is not None and sequence.progress.num_remembered > num_kept
         }
         if num_blocks:
             self._memory.drop_front(num_blocks)

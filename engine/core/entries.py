@@ -20,10 +20,10 @@ def repeated_blocks(
     kept rather than a new one. A block behind one that its row has given back is taken to differ.
     """
     S = block_size
-    num_full = [sequence.num_computed // S for sequence in placed]
-    is_told = [s.num_remembered >= end for s, end in zip(placed, num_full, strict=True)]
+    num_full = [sequence.progress.num_computed // S for sequence in placed]
+    is_told = [s.progress.num_remembered >= end for s, end in zip(placed, num_full, strict=True)]
     first = min(
-        (s.num_remembered for s, told in zip(placed, is_told, strict=True) if not told),
+        (s.progress.num_remembered for s, told in zip(placed, is_told, strict=True) if not told),
         default=None,
     )
     kept: dict[int, int] = {}

@@ -30,13 +30,13 @@ def check_queues(queues: Queues, host_pool: HostPool) -> None:
         assert len(rows) == len(group.placed)
         assert all(s.row is None for s in group.live if s not in group.placed)
         waits = group.waits_for_host
-        assert all(s.num_dispatched < s.num_tokens + waits for s in group.live)
+        assert all(s.progress.num_dispatched < s.num_tokens + waits for s in group.live)
         assert rows.isdisjoint(used)
         used |= rows
     for group in waiting:
         swapped = group.swapped is not None
         assert group.status is (SequenceStatus.SWAPPED if swapped else SequenceStatus.WAITING)
-        assert all(s.row is None and s.num_reserved == 0 for s in group.sequences)
+        assert all(s.row is None and s.progress.num_reserved == 0 for s in group.sequences)
     for queue in (running, waiting):
         keys = [queues.order.key(group) for group in queue]
         assert keys == sorted(set(keys))
@@ -68,4 +68,5 @@ def check_counts(sequence: TokenSequence, in_flight: Iterable[ScheduledStep]) ->
     assert sequence.num_pending == (0 if group.waits_for_host else num_samples)
     assert sequence.num_tokens <= group.max_length
     assert not mine or sequence.candidates is None
-    assert sequence.num_computed <= sequence.num_dispatched <= sequence.num_reserved
+    progress = sequence.progress
+    assert progress.num_computed <= progress.num_dispatched <= progress.num_reserved

@@ -85,7 +85,7 @@ class CheaperRecovery:
     def __call__(self, group: SequenceGroup) -> Recovery:
         """Compares; what several sequences share is counted once, as far as the prompt goes."""
         prompt = group.num_prompt_tokens
-        computed = [sequence.num_computed for sequence in group.placed]
+        computed = [sequence.progress.num_computed for sequence in group.placed]
         num_tokens = min(prompt, max(computed)) + sum(max(0, n - prompt) for n in computed)
         num_blocks = num_tokens / self.block_size
         swap_s = self.seconds_per_swap + 2 * num_blocks * self.seconds_per_block

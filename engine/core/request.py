@@ -114,24 +114,11 @@ class TokenSequence:
         return self.token_ids[len(self.group.prompt_token_ids) :]
 
     @property
-    def num_dispatched(self) -> int:
-        """Tokens whose keys and values are computed, or will be by a step in flight."""
-        return 0 if self.columns is None else int(self.columns.num_dispatched[self.row])
-
-    @property
-    def num_computed(self) -> int:
-        """Tokens whose keys and values a committed step computed."""
-        return 0 if self.columns is None else int(self.columns.num_computed[self.row])
-
-    @property
-    def num_reserved(self) -> int:
-        """Tokens that its blocks are allocated for."""
-        return 0 if self.columns is None else int(self.columns.num_reserved[self.row])
-
-    @property
-    def num_remembered(self) -> int:
-        """Full blocks that the memory was told of, see `Memory.remember`."""
-        return 0 if self.columns is None else int(self.columns.num_remembered[self.row])
+    def progress(self) -> Progress:
+        """How far it is, see `RowColumns`; as at its beginning while it has no row."""
+        if self.columns is None or self.row is None:
+            return Progress(0, 0, 0, 0)
+        return self.columns.progress(self.row)
 
     @property
     def num_tokens(self) -> int:

@@ -261,7 +261,9 @@ class Scheduler:
         assert self.queues.num_rows <= self.admission.max_num_seqs
         placed = self.queues.placed
         check_columns(placed, self.queues.placed_rows, self._columns)
-        self.memory.check_invariants({s.row: s.num_reserved for s in placed if s.row is not None})
+        self.memory.check_invariants(
+            {s.row: s.progress.num_reserved for s in placed if s.row is not None}
+        )
 
     def _plan(self) -> TokenPlan:
         queues, budget = self.queues, self.max_num_batched_tokens

@@ -18,7 +18,7 @@ def swap_out(group: SequenceGroup, tables: np.ndarray, S: int, pool: HostPool) -
     Returns:
       What to copy, or None where there is no room, or a sequence has nothing to keep.
     """
-    rows = [(s, s.row, min(s.num_computed, len(s.token_ids) - 1)) for s in group.placed]
+    rows = [(s, s.row, min(s.progress.num_computed, len(s.token_ids) - 1)) for s in group.placed]
     if any(row is None or not num_kept for _, row, num_kept in rows):
         return None
     slots = {GIVEN_BACK: DROPPED}

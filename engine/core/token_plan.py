@@ -79,4 +79,8 @@ def dispatch(columns: RowColumns, planned: TokenPlan) -> Batch:
 def _reads_what_is_written(sequence: TokenSequence) -> bool:
     """Whether the blocks that it shares are written when its own tokens read them."""
     leader = sequence.leader
-    return leader is None or leader.is_finished or leader.num_dispatched >= sequence.num_shared
+    return (
+        leader is None
+        or leader.is_finished
+        or leader.progress.num_dispatched >= sequence.num_shared
+    )

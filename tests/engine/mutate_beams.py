@@ -84,7 +84,10 @@ MUTATIONS = {
         _WAITING,
     ),
     "the last token is swapped out": Mutation(
-        _SWAPPING, "min(s.num_computed, len(s.token_ids) - 1)", "s.num_computed", _WAITING
+        _SWAPPING,
+        "min(s.progress.num_computed, len(s.token_ids) - 1)",
+        "s.progress.num_computed",
+        _WAITING,
     ),
     "rows for the first beam only": Mutation(
         _SEQUENCE,

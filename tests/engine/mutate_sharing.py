@@ -145,8 +145,8 @@ MUTATIONS = {
     ),
     "blocks remembered before they are computed": Mutation(
         _COMMITTER,
-        "row, end = sequence.group, sequence.row, sequence.num_computed // S",
-        "row, end = sequence.group, sequence.row, sequence.num_dispatched // S",
+        "row, end = sequence.group, sequence.row, sequence.progress.num_computed // S",
+        "row, end = sequence.group, sequence.row, sequence.progress.num_dispatched // S",
         f"{_HITS} {_LIVES}",
     ),
     "the root evicted before its leaves": Mutation(

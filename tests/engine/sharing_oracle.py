@@ -37,7 +37,9 @@ def check_sharing(scheduler: Scheduler, groups: Iterable[SequenceGroup]) -> int:
     num_partial = sum(_num_partial(group, memory, owned) for group in running)
 
     placed = [sequence for group in running for sequence in group.placed]
-    num_entries = sum(blocks_for(sequence.num_reserved, memory.block_size) for sequence in placed)
+    num_entries = sum(
+        blocks_for(sequence.progress.num_reserved, memory.block_size) for sequence in placed
+    )
     num_blocks = len(full) + num_partial
     _check_stats(scheduler, memory, placed, num_entries, num_blocks)
     return num_entries - num_blocks
@@ -53,10 +55,10 @@ def _full_blocks(
     found: dict[tuple, int] = {}
     for sequence in group.placed:
         blocks = memory.tables[sequence.row].tolist()
-        for index in range(sequence.num_computed // S):
+        for index in range(sequence.progress.num_computed // S):
             prefix, block = tuple(sequence.token_ids[: (index + 1) * S]), blocks[index]
             assert within.setdefault(prefix, block) == block, f"{prefix} is there twice"
-            if index < sequence.num_remembered:
+            if index < sequence.progress.num_remembered:
                 # A request that opts out shares what it found, and what others found of it.
                 is_public = merges or (cache is not None and bool(cache.is_cached[block]))
                 scope = ("salt", group.cache_salt) if is_public else ("group", group.request_id)
@@ -80,7 +82,7 @@ def _num_partial(group: SequenceGroup, memory: BlockTableMemory, full: set[int])
     assert len({block for _, block in users}) == len(users), "a block in two places"
     for (index, _), sequences in users.items():
         for a, b in itertools.pairwise(sequences):
-            known = min(a.num_dispatched, b.num_dispatched, (index + 1) * S)
+            known = min(a.progress.num_dispatched, b.progress.num_dispatched, (index + 1) * S)
             known = min(len(a.token_ids), len(b.token_ids), known)
             assert a.token_ids[:known] == b.token_ids[:known], "a block of two contents"
         if group.beams is not None:
@@ -88,7 +90,9 @@ def _num_partial(group: SequenceGroup, memory: BlockTableMemory, full: set[int])
         # Whoever writes behind what it began with is alone, but for those that begin behind it.
         end = (index + 1) * S
         writers = [
-            s for s in sequences if _first_written(s, index * S) < min(s.num_dispatched, end)
+            s
+            for s in sequences
+            if _first_written(s, index * S) < min(s.progress.num_dispatched, end)
         ]
         readers = [s for s in sequences if s.num_shared >= end]
         assert not writers or len(writers) + len(readers) == len(sequences), "written and shared"
@@ -113,10 +117,10 @@ def _check_lineage(
     lineage = set()
     for sequence in group.placed:
         blocks = memory.tables[sequence.row].tolist()
-        for index in range(blocks_for(sequence.num_reserved, S)):
+        for index in range(blocks_for(sequence.progress.num_reserved, S)):
             if blocks[index] not in full:
                 is_prompt = (index + 1) * S <= group.num_prompt_tokens
-                untouched = sequence.num_reserved == group.num_prompt_tokens
+                untouched = sequence.progress.num_reserved == group.num_prompt_tokens
                 lineage.add((index, None if is_prompt or untouched else sequence.index))
     assert len(users) == len(lineage), f"{users} instead of {lineage}"
 
@@ -133,10 +137,10 @@ def _check_stats(
     tokens: dict[int, int] = {}
     users: dict[int, int] = {}
     for sequence in placed:
-        for index in range(blocks_for(sequence.num_reserved, S)):
+        for index in range(blocks_for(sequence.progress.num_reserved, S)):
             block = int(memory.tables[sequence.row, index])
             users[block] = users.get(block, 0) + 1
-            filled = min(S, max(0, sequence.num_dispatched - index * S))
+            filled = min(S, max(0, sequence.progress.num_dispatched - index * S))
             tokens[block] = max(tokens.get(block, 0), filled)
     assert stats.num_table_entries == num_entries
     assert stats.num_allocated_blocks == num_blocks == len(users)

@@ -262,12 +262,12 @@ def test_blocks_are_shared_at_each_step(llm: LLM) -> None:
     tables = llm.engine.memory
     while llm.engine.has_unfinished:
         llm.engine.step()
-        if not group.live or group.live[0].num_computed < len(prompt):
+        if not group.live or group.live[0].progress.num_computed < len(prompt):
             continue
         prefixes = {
-            tuple(beam.token_ids[: min(end, beam.num_reserved)])
+            tuple(beam.token_ids[: min(end, beam.progress.num_reserved)])
             for beam in group.live
-            for end in range(S, beam.num_reserved + S, S)
+            for end in range(S, beam.progress.num_reserved + S, S)
         }
         blocks = np.unique(tables.tables[[beam.row for beam in group.live]])
         assert np.count_nonzero(blocks) <= len(prefixes)

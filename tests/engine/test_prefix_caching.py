@@ -49,7 +49,7 @@ def test_what_has_left_a_window_is_found_until_its_memory_is_needed() -> None:
     memory = engine.runner.memory
     long = SequenceGroup("long", PROMPT, 14)
     engine.scheduler.add(long)
-    while long.sequences[0].num_computed < 17:
+    while long.sequences[0].progress.num_computed < 17:
         engine.step()
         engine.scheduler.check_invariants()
     row = long.sequences[0].row

@@ -167,14 +167,14 @@ class TestOneRequest:
         engine, a = make_engine(), request("a", 6, max_tokens=4)
         add(engine, a)
         engine.step()
-        assert (a.num_dispatched, a.num_computed, a.num_pending) == (6, 0, 1)
+        assert (a.progress.num_dispatched, a.progress.num_computed, a.num_pending) == (6, 0, 1)
         assert (a.num_tokens, len(a.token_ids)) == (7, 6)
         engine.step()
-        assert (a.num_dispatched, a.num_computed, a.num_pending) == (7, 6, 1)
+        assert (a.progress.num_dispatched, a.progress.num_computed, a.num_pending) == (7, 6, 1)
         assert (a.num_tokens, len(a.token_ids)) == (8, 7)
         assert a.output_token_ids == [next_token([1, 2, 3, 4, 5, 6])]
         engine.drain()
-        assert (a.num_dispatched, a.num_computed, a.num_pending) == (7, 7, 0)
+        assert (a.progress.num_dispatched, a.progress.num_computed, a.num_pending) == (7, 7, 0)
 
 
 class TestEnd:
@@ -442,13 +442,13 @@ class TestPreemption:
         step = engine.scheduler.schedule()  # step 0, which samples the first tokens, is in flight
         assert step is not None
         assert step.preempted == (b.group,)
-        assert (b.num_pending, b.group.is_in_flight, b.num_dispatched) == (1, True, 0)
+        assert (b.num_pending, b.group.is_in_flight, b.progress.num_dispatched) == (1, True, 0)
         assert engine.in_flight is not None
         batch = engine.runner.dispatch(step)
         engine.commit(*engine.in_flight)
         engine.in_flight = step, batch
         assert b.output_token_ids == [next_token([1, 2, 3, 4])]
-        assert (b.num_pending, b.group.is_in_flight, b.num_computed) == (0, False, 0)
+        assert (b.num_pending, b.group.is_in_flight, b.progress.num_computed) == (0, False, 0)
         engine.run()
         assert_as_if_alone(engine, a, b)
 
@@ -494,7 +494,9 @@ class TestAbort:
     """Aborting twice, in whatever state: blocks are back at once, late tokens are dropped."""
 
     def check(self, engine: MockEngine, a: TokenSequence, num_output_tokens: int) -> None:
-        used_by_others = blocks_in_use(engine) - (a.row is not None and -(-a.num_reserved // 4))
+        used_by_others = blocks_in_use(engine) - (
+            a.row is not None and -(-a.progress.num_reserved // 4)
+        )
         for _ in range(2):
             engine.scheduler.abort("a")
             engine.scheduler.check_invariants()

@@ -57,7 +57,7 @@ def host_stop(output_token_ids: list[int]) -> bool:
 
 def mixed_recovery(group: SequenceGroup) -> Recovery:
     """Some of each."""
-    return "swap" if sum(s.num_computed for s in group.live) % 3 else "recompute"
+    return "swap" if sum(s.progress.num_computed for s in group.live) % 3 else "recompute"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,12 +405,12 @@ class WindowMachine(SchedulerMachine):
         """Returns how many entries in front of the row's first block are empty."""
         table = self.memory.tables[sequence.row]
         num_dropped = int(np.argmax(table > 0))
-        num_blocks = -(-sequence.num_reserved // self.setting.block_size)
+        num_blocks = -(-sequence.progress.num_reserved // self.setting.block_size)
         assert np.count_nonzero(table) == num_blocks - num_dropped > 0
         return num_dropped
 
     def commit_and_check(self, step: ScheduledStep, results: list[Any]) -> Committed:
-        before = {s: (s.num_remembered, self.num_dropped(s)) for s in self.placed()}
+        before = {s: (s.progress.num_remembered, self.num_dropped(s)) for s in self.placed()}
         committed = self.commit(step, results)
         assert self.setting.sliding_window is not None
         kept = -(-self.setting.sliding_window // self.setting.block_size)
@@ -418,8 +418,8 @@ class WindowMachine(SchedulerMachine):
             if sequence not in before:
                 continue  # a beam that continues another one
             num_told, expected = before[sequence]
-            if sequence.num_remembered > num_told:
-                expected = max(0, sequence.num_remembered - kept)
+            if sequence.progress.num_remembered > num_told:
+                expected = max(0, sequence.progress.num_remembered - kept)
                 self.seen["dropped"] += expected
             assert self.num_dropped(sequence) == expected
         return committed

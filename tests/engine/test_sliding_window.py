@@ -137,7 +137,7 @@ def test_a_swapped_row_comes_back_as_it_left(enable_prefix_caching: bool) -> Non
     group = SequenceGroup("swapped", tuple(range(14)), 20)
     engine.scheduler.add(group)
     sequence = group.sequences[0]
-    while sequence.num_computed < 26:
+    while sequence.progress.num_computed < 26:
         engine.step()
     engine.drain()
     engine.scheduler._choose_recovery = lambda group: "swap"
