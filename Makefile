@@ -68,6 +68,7 @@ kernels-mutate: $(VENV)/.test
 	@$(PY) -m tests.kernels.mutate_prefill
 	@$(PY) -m tests.kernels.mutate_ampere
 	@$(PY) -m tests.kernels.mutate_cache
+	@$(PY) -m tests.kernels.mutate_cpu
 
 # Break the sharing of blocks and beam search on purpose, and see the tests fail: some minutes.
 sharing-mutate: $(VENV)/.test

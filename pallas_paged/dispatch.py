@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-KNOWN_IMPLEMENTATIONS = ("mosaic_gpu", "xla", "reference")
+KNOWN_IMPLEMENTATIONS = ("mosaic_gpu", "numba", "xla", "reference")
 """Every name that may be asked for; an operation offers some of them."""
 
 _logger = logging.getLogger(__name__)

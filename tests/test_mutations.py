@@ -6,6 +6,7 @@ from tests.engine import mutate_beams, mutate_sharing
 from tests.kernels import (
     mutate_ampere,
     mutate_cache,
+    mutate_cpu,
     mutate_decode,
     mutate_prefill,
 )
@@ -18,6 +19,7 @@ PROGRAMS = (
     mutate_prefill,
     mutate_ampere,
     mutate_cache,
+    mutate_cpu,
 )
 
 

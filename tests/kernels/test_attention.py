@@ -1,4 +1,4 @@
-"""Paged attention: XLA against the reference, the reference against dense softmax."""
+"""Paged attention: XLA and Numba against the reference, that against dense softmax."""
 
 import dataclasses
 
@@ -11,6 +11,7 @@ from benchmarks.attention_cases.arguments import AttentionSpec, build
 from benchmarks.attention_cases.specs import SPECS
 from pallas_paged import AttentionMetadata, KVCache, paged_attention, write_kv
 from pallas_paged.ops.attention import xla
+from pallas_paged.ops.attention.cpu.attend import unsupported
 
 # The inputs are standard-normal, so these bound the error of one rounding and of the sums.
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
@@ -43,10 +44,23 @@ LEFT_OUT = {f"{kind}-block{size}" for kind in ("prefill", "mixed") for size in (
 FEWER_SPECS = [spec for spec in SPECS if spec.name not in LEFT_OUT]
 
 
-@pytest.mark.parametrize("spec", FEWER_SPECS, ids=lambda spec: spec.name)
-def test_xla_equals_reference(spec):
+def cpu_unsupported(spec):
+    """Returns why Numba's kernel does not serve a spec, or None."""
+    q = jax.ShapeDtypeStruct((1, spec.num_q_heads, spec.head_dim), jnp.dtype(spec.dtype))
+    cache = (2, spec.num_kv_heads, spec.block_size, spec.head_dim)
+    dtype = jnp.dtype(spec.cache_dtype or spec.dtype)
+    return unsupported(q, jax.ShapeDtypeStruct(cache, dtype))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "spec"),
+    [("xla", spec) for spec in FEWER_SPECS]
+    + [("numba", spec) for spec in SPECS if cpu_unsupported(spec) is None],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_equals_reference(implementation, spec):
     arguments = build(spec)
-    out, lse = run(arguments, "xla")
+    out, lse = run(arguments, implementation)
     expected, expected_lse = run(arguments, "reference")
     assert out.dtype == expected.dtype == arguments.q.dtype
     assert np.isfinite(np.asarray(expected, np.float32)).all()
@@ -117,7 +131,7 @@ def dense_attention(spec, arguments):
     ],
     ids=["plain", "window-sinks", "scale-cap-alibi"],
 )
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "numba"])
 def test_equals_dense_softmax(implementation, options):
     lens, queries = (13, 1, 24, 0, 8), (1, 1, 5, 0, 8)
     spec = AttentionSpec("dense", lens, queries, num_q_heads=6, block_size=4, **options)
@@ -159,7 +173,7 @@ def test_reference_equals_jax_attention_on_contiguous_keys(window):
     assert_close(out, expected[0], 1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "numba"])
 def test_example_by_hand(implementation):
     """Keys 0 and ln 3 with query 1: weights 1 and 3; a sink of ln 4 adds 4 to their sum."""
     k_cache = jnp.array([0.0, 0.0, 0.0, np.log(3.0)], jnp.float32).reshape(2, 1, 2, 1)
@@ -186,7 +200,7 @@ def test_example_by_hand(implementation):
     assert_close(lse, [[np.log(8)]], 1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "numba"])
 def test_unused_memory_reaches_no_result(implementation):
     arguments = build(MIXED)
     poison = [np.isnan(np.asarray(array)) for array in arguments.arrays[:3]]
@@ -206,7 +220,7 @@ def test_unused_memory_reaches_no_result(implementation):
         np.testing.assert_array_equal(result, other)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "numba"])
 def test_blocks_left_of_the_window_may_be_gone(implementation):
     """An engine may free them and leave null entries in the table."""
     arguments = build(AttentionSpec("gone", (70, 41), (1, 9), sliding_window=10, block_size=8))
@@ -222,7 +236,7 @@ def test_blocks_left_of_the_window_may_be_gone(implementation):
 
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "numba"])
 def test_values_of_another_width_than_the_keys(implementation, cache_dtype):
     """Each column of the values gives one of the output: the result is part of a wider one's."""
     arguments = build(dataclasses.replace(MIXED, cache_dtype=cache_dtype, sinks=True))
@@ -237,7 +251,7 @@ def test_values_of_another_width_than_the_keys(implementation, cache_dtype):
     assert_close(lse, expected_lse, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "numba"])
 def test_padding_gets_zeros_and_minus_infinity(implementation):
     arguments = build(MIXED)
     used = sum(MIXED.lens_of_queries)
@@ -250,7 +264,8 @@ def test_padding_gets_zeros_and_minus_infinity(implementation):
 
 
 @pytest.mark.parametrize("row", [0, 2])
-def test_sequence_alone_gets_the_same_bits(row):
+@pytest.mark.parametrize("implementation", ["xla", "numba"])
+def test_sequence_alone_gets_the_same_bits(implementation, row):
     """Within one bucket a sequence's result depends on nothing but the sequence."""
     arguments = build(MIXED)
     metadata = arguments.metadata
@@ -263,13 +278,14 @@ def test_sequence_alone_gets_the_same_bits(row):
         query_start_loc=jnp.asarray(np.append(0, np.cumsum(is_row * count)), jnp.int32),
     )
     q = jnp.roll(arguments.q, -first, axis=0)
-    results = run(arguments._replace(q=q, metadata=AttentionMetadata(**alone)), "xla")
-    for result, expected in zip(results, run(arguments, "xla"), strict=True):
+    results = run(arguments._replace(q=q, metadata=AttentionMetadata(**alone)), implementation)
+    for result, expected in zip(results, run(arguments, implementation), strict=True):
         np.testing.assert_array_equal(result[:count], expected[first : first + count])
 
 
 @pytest.mark.parametrize("max_query_len", [1, 4])
-def test_step_of_padding_only(max_query_len):
+@pytest.mark.parametrize("implementation", ["xla", "numba"])
+def test_step_of_padding_only(implementation, max_query_len):
     arguments = build(MIXED)
     fields = {
         name: jnp.zeros_like(value)
@@ -277,7 +293,7 @@ def test_step_of_padding_only(max_query_len):
         if name != "max_query_len"
     }
     metadata = AttentionMetadata(**fields, max_query_len=max_query_len)
-    out, lse = run(arguments._replace(metadata=metadata), "xla")
+    out, lse = run(arguments._replace(metadata=metadata), implementation)
     np.testing.assert_array_equal(out, 0)
     np.testing.assert_array_equal(lse, -np.inf)
 
@@ -338,7 +354,7 @@ def test_partial_results_merge():
             block_tables=jnp.roll(arguments.metadata.block_tables, -2, axis=1),
         )
     )
-    parts = run(first, "xla", sinks=sinks), run(arguments._replace(metadata=rest), "xla")
+    parts = run(first, "numba", sinks=sinks), run(arguments._replace(metadata=rest), "xla")
     lse = jnp.logaddexp(parts[0][1], parts[1][1])
     out = sum(part * jnp.exp(part_lse - lse)[..., None] for part, part_lse in parts)
     assert_close(out, expected, 1e-5)

@@ -84,7 +84,10 @@ def _with(**changes):
         (_with(logits_soft_cap=-1.0), "logits_soft_cap=-1.0"),
         (_with(alibi_slopes=jnp.ones(2)), r"alibi_slopes is float32\[2\].*float32\[4\]"),
         (_with(sinks=jnp.ones(4, jnp.bfloat16)), r"sinks is bfloat16\[4\]"),
-        (_with(implementation="cuda"), "'cuda' is unknown; use None or one of 'mosaic_gpu', 'xla'"),
+        (
+            _with(implementation="cuda"),
+            "'cuda' is unknown; use None or one of 'mosaic_gpu', 'numba', 'xla'",
+        ),
     ],
 )
 @pytest.mark.usefixtures("unchecked_types")

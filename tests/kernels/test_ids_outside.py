@@ -114,7 +114,7 @@ def test_table_entries_that_are_no_block_are_the_null_block(spec, outside):
     tables = np.array(arguments.metadata.block_tables)
     tables[0, 0] = 0  # in the sequence
     wrong = np.where(tables == 0, outside, tables)
-    for implementation in ("reference", "xla"):
+    for implementation in ("reference", "xla", "numba"):
         expected = attend(arguments, implementation, block_tables=tables)
         found = attend(arguments, implementation, block_tables=wrong)
         for array, other in zip(found, expected, strict=True):
@@ -128,7 +128,7 @@ def test_a_wrong_length_is_its_own_sequence_s_loss(spec, length):
     lens = np.array(arguments.metadata.seq_lens)
     lens[1] = length
     first, last = np.array(arguments.metadata.query_start_loc)[1:3]
-    for implementation in ("reference", "xla"):
+    for implementation in ("reference", "xla", "numba"):
         expected = attend(arguments, implementation)
         found = attend(arguments, implementation, seq_lens=lens)
         for array, other in zip(found, expected, strict=True):
@@ -139,7 +139,7 @@ def test_a_wrong_length_is_its_own_sequence_s_loss(spec, length):
 def test_queries_behind_the_last_token_do_not_exist():
     arguments = build(MIXED)
     starts = np.array(arguments.metadata.query_start_loc)
-    for implementation in ("reference", "xla"):
+    for implementation in ("reference", "xla", "numba"):
         expected = attend(arguments, implementation)
         found = attend(arguments, implementation, query_start_loc=[*starts[:3], 10**6, 10**6])
         for array, other in zip(found, expected, strict=True):

@@ -18,6 +18,7 @@ from pallas_paged.kv_cache import (
     check_shapes,
 )
 from pallas_paged.ops.attention import mosaic_gpu, reference, xla
+from pallas_paged.ops.attention.cpu import attend as cpu
 from pallas_paged.ops.attention.hopper.prefill_plan import plan_prefill
 from pallas_paged.ops.blocks import inside_or_null
 from pallas_paged.quantisation import LARGEST, is_quantised
@@ -56,8 +57,20 @@ def _kernels_unsupported(
     )
 
 
+def _cpu_unsupported(
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k_cache: jax.Array | jax.ShapeDtypeStruct,
+    *,
+    deterministic: bool,
+    **others: Any,
+) -> str | None:
+    """Returns why the kernel for CPUs cannot compute this, or None if it can."""
+    return cpu.unsupported(q, k_cache, deterministic=deterministic)
+
+
 _IMPLEMENTATIONS = {
     "mosaic_gpu": Implementation(mosaic_gpu.paged_attention, _kernels_unsupported),
+    "numba": Implementation(cpu.paged_attention, _cpu_unsupported),
     "xla": Implementation(xla.paged_attention),
     "reference": Implementation(reference.paged_attention),
 }
@@ -163,8 +176,8 @@ def paged_attention(
       deterministic: treat decode and prefill alike, so that a token's result does not depend, bit
         for bit, on the sequences and tokens beside it in a call of the same shapes. Decoding costs
         more then.
-      implementation: "mosaic_gpu" (GPUs of compute capability 8.0 or 9.0), "xla" (any
-        platform), "reference" (slow, any platform), or None for the first that can do it.
+      implementation: "mosaic_gpu" (GPUs of compute capability 8.0 or 9.0), "numba" (CPUs), "xla"
+        (any platform), "reference" (slow, any platform), or None for the first that can do it.
       promise_in_bounds: the caller's word that the metadata leads nowhere outside, so that nothing
         looks: a launch or two less on a GPU. What happens if it is not true is undefined.
 

@@ -1,0 +1,322 @@
+"""The kernel of paged attention on CPUs, compiled by Numba.
+
+A step's work is cut into items: a tile of one sequence's query tokens, and one KV head. The rows of
+a tile, one for each token and each query head of the KV head, share what is read of the cache. The
+thread that XLA calls takes items, and so do XLA's other threads, until none is left; what an item
+computes depends neither on who takes it nor on other sequences.
+
+An item walks over its keys a chunk at a time with online softmax. Few rows, such as a decoded
+token's, take the dot product with each key as it lies. For more rows the chunk's keys are copied
+with the tokens side by side, which makes vectors of tokens. Values are added up as vectors of
+features in both.
+"""
+
+import functools
+import pathlib
+import zlib
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from pallas_paged.ops.attention.cpu import rows as rows_module
+from pallas_paged.ops.attention.cpu import xla_call
+from pallas_paged.ops.attention.cpu.rows import (
+    F32,
+    LOOSE,
+    add_values,
+    block_rows,
+    dot_products,
+    exp,
+    narrow,
+    prefetch_rows,
+    products,
+    tanh,
+    wide,
+)
+from pallas_paged.ops.attention.cpu.xla_call import (
+    asks_for_version,
+    call_helpers,
+    frame_of,
+    is_job,
+    item_is_done,
+    leave_job,
+    new_job,
+    operand,
+    own_address,
+    result,
+    sizes,
+    take_item,
+    wait_for_items,
+)
+
+CHUNK = 64
+"""Tokens of a chunk, rounded to whole blocks."""
+MAX_DOT_ROWS = 16
+"""Rows of a tile up to which they take dot products."""
+TILE_ROWS = 128
+"""Rows of a tile, rounded down to whole tokens."""
+MIN_SHARED_KEYS = 1024
+"""Keys, over all sequences and KV heads, up to which one thread does all."""
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+"""Compiled for each of them; other widths share a kernel, which is slower."""
+
+_LEAST = F32(np.finfo(np.float32).min)
+
+
+class Kind(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+      q_dtype: of queries and results: float32, or uint16 with the bits of bfloat16.
+      cache_dtype: of keys and values: the same, or int8.
+      head_dim: D and Dv; 0 for any.
+      chunk: tokens of a chunk; 0 for any.
+    """
+
+    q_dtype: type
+    cache_dtype: type
+    head_dim: int
+    chunk: int
+
+    @classmethod
+    def of(
+        cls, q_dtype: type, cache_dtype: type, head_dim: int, v_head_dim: int, block_size: int
+    ) -> "Kind":
+        """Returns which kernel serves such queries and caches."""
+        is_known = head_dim == v_head_dim and head_dim in HEAD_DIMS
+        return cls(
+            q_dtype,
+            cache_dtype,
+            head_dim if is_known else 0,
+            CHUNK if CHUNK % block_size == 0 else 0,
+        )
+
+    @property
+    def target(self) -> str:
+        """The kernel's name in XLA's programs."""
+        types = self.q_dtype.__name__, self.cache_dtype.__name__
+        return f"pallas_paged.attention.{'.'.join(types)}.{self.head_dim}.{self.chunk}"
+
+
+class Operands(NamedTuple):
+    """The positions of what the kernel is called with; its results are out and lse.
+
+    Attributes:
+      q: `[T, Hq, D]`.
+      k_cache: `[N, Hk, S, D]`.
+      v_cache: `[N, Hk, S, Dv]`.
+      block_tables: i32[B, M].
+      seq_lens: i32[B].
+      query_start_loc: i32[B + 1].
+      options: i32[4], the sliding window, and which of soft cap, ALiBi slopes and sinks there are.
+      factors: f32[2], the scale and the soft cap.
+      k_scale: f32[N, Hk, S], or anything where the cache is not quantised.
+      v_scale: likewise.
+      alibi_slopes: f32[Hq], or anything.
+      sinks: f32[Hq], or anything.
+    """
+
+    q: Any
+    k_cache: Any
+    v_cache: Any
+    block_tables: Any
+    seq_lens: Any
+    query_start_loc: Any
+    options: Any
+    factors: Any
+    k_scale: Any
+    v_scale: Any
+    alibi_slopes: Any
+    sinks: Any
+
+
+_AT = Operands(*range(len(Operands._fields)))
+
+
+@functools.cache
+def load_kernel(kind: Kind) -> str:
+    """Makes XLA know a kernel, and returns its name there.
+
+    Numba keeps what it compiles beside this file, or where that cannot be written to in the user's
+    folder for caches; it takes a second or two the first time.
+    """
+    xla_call.register(kind.target, _compile(kind))
+    return kind.target
+
+
+def _compile(kind: Kind) -> Any:
+    q_dtype, cache_dtype, known_head_dim, known_chunk = kind
+    is_quantised = cache_dtype == np.int8
+    # Numba looks at this file only, to tell whether what it has kept is out of date.
+    others = _digest(rows_module, xla_call)
+
+    def attend(address: int) -> int:
+        is_helper = is_job(address) and others >= 0  # which makes it part of what is kept
+        job, frame, item = address, 0, 0
+        if is_helper:
+            item = take_item(job)
+            if item < 0:
+                leave_job(job)
+                return 0
+            frame = frame_of(job)
+        elif asks_for_version(address):
+            return 0
+        else:
+            frame = address
+
+        T, num_q_heads, head_dim = sizes(frame, _AT.q, 3)
+        N, num_kv_heads, block_size, v_head_dim = sizes(frame, _AT.v_cache, 4)
+        chunk = max(1, CHUNK // block_size) * block_size
+        if known_chunk > 0:
+            chunk = known_chunk
+        if known_head_dim > 0:
+            head_dim = v_head_dim = known_head_dim
+        group = num_q_heads // num_kv_heads
+        tile_tokens = max(1, TILE_ROWS // group)
+        width = -(-head_dim // 4) * 4
+        B, M = sizes(frame, _AT.block_tables, 2)
+        cache = (N, num_kv_heads, block_size)
+        queries = numba.carray(operand(frame, _AT.q), (T, num_q_heads, head_dim), q_dtype)
+        k_cache = numba.carray(operand(frame, _AT.k_cache), (*cache, head_dim), cache_dtype)
+        v_cache = numba.carray(operand(frame, _AT.v_cache), (*cache, v_head_dim), cache_dtype)
+        tables = numba.carray(operand(frame, _AT.block_tables), (B, M), np.int32)
+        lens = numba.carray(operand(frame, _AT.seq_lens), B, np.int32)
+        starts = numba.carray(operand(frame, _AT.query_start_loc), B + 1, np.int32)
+        options = numba.carray(operand(frame, _AT.options), 4, np.int32)
+        window, has_cap, has_slopes, has_sinks = options
+        scale, cap = numba.carray(operand(frame, _AT.factors), 2, np.float32)
+        k_scales = numba.carray(operand(frame, _AT.k_scale), cache, np.float32)
+        v_scales = numba.carray(operand(frame, _AT.v_scale), cache, np.float32)
+        slopes = numba.carray(operand(frame, _AT.alibi_slopes), num_q_heads, np.float32)
+        sinks = numba.carray(operand(frame, _AT.sinks), num_q_heads, np.float32)
+        out = numba.carray(result(frame, 0), (T, num_q_heads, v_head_dim), q_dtype)
+        lse = numba.carray(result(frame, 1), (T, num_q_heads), np.float32)
+
+        if not is_helper:
+            num_tiles, num_keys = 0, 0
+            for b in range(B):
+                num_tokens = max(0, starts[b + 1] - starts[b]) if lens[b] > 0 else 0
+                num_tiles += -(-num_tokens // tile_tokens)
+                num_keys += min(num_tokens, 1) * lens[b]
+                for token in range(starts[b] + num_tokens, starts[b + 1]):
+                    lse[token], out[token] = -np.inf, 0
+            for token in range(starts[B], T):
+                lse[token], out[token] = -np.inf, 0
+            job = new_job(frame, num_tiles * num_kv_heads)
+            if num_keys * num_kv_heads > MIN_SHARED_KEYS:
+                call_helpers(job, own_address(), num_tiles * num_kv_heads - 1)
+            item = take_item(job)
+
+        rows = -(-min(tile_tokens, T) * group // 4) * 4  # for `products`
+        q = np.zeros((rows, width), np.float32)
+        s = np.empty((rows, chunk), np.float32)
+        sums = np.empty((rows, v_head_dim), np.float32)
+        maxima = np.empty(rows, np.float32)
+        denominators = np.empty(rows, np.float32)
+        turned = np.zeros((width, chunk), np.float32)
+        key_copy = np.empty((block_size, head_dim), np.float32)
+        value_copy = np.empty((block_size, v_head_dim), np.float32)
+
+        b, tiles_before, num_tiles = -1, 0, 0  # of sequence b
+        while item >= 0:
+            h = item % num_kv_heads
+            while item // num_kv_heads >= tiles_before + num_tiles:
+                tiles_before += num_tiles
+                b += 1
+                num_tokens = max(0, starts[b + 1] - starts[b]) if lens[b] > 0 else 0
+                num_tiles = -(-num_tokens // tile_tokens)
+            token0 = starts[b] + (item // num_kv_heads - tiles_before) * tile_tokens
+            num_rows = min(tile_tokens, starts[b + 1] - token0) * group
+            position0 = token0 + lens[b] - starts[b + 1]
+            begin = max(0, position0 - window + 1) // block_size * block_size
+            end = position0 + num_rows // group
+            last_block = (end - 1) // block_size
+
+            for r in range(num_rows):
+                token, head = token0 + r // group, h * group + r % group
+                for d in range(head_dim):
+                    q[r, d] = wide(queries[token, head, d]) * scale
+                for d in range(v_head_dim):
+                    sums[r, d] = F32(0.0)
+                maxima[r] = max(_LEAST, sinks[head]) if has_sinks > 0 else _LEAST
+                denominators[r] = exp(sinks[head] - maxima[r]) if has_sinks > 0 else F32(0.0)
+
+            for key0 in range(begin, end, chunk):
+                count = min(chunk, end - key0)
+                block0, num_blocks = key0 // block_size, -(-count // block_size)
+                for j in range(num_blocks):
+                    prefetch_rows(v_cache[tables[b, block0 + j], h])
+                    prefetch_rows(k_cache[tables[b, min(block0 + j + 1, last_block)], h])
+                    keys = block_rows(k_cache[tables[b, block0 + j], h], key_copy)
+                    if num_rows <= MAX_DOT_ROWS:
+                        dot_products(s, j * block_size, q, num_rows, keys)
+                    else:
+                        for t in range(block_size):
+                            for d in range(head_dim):
+                                turned[d, j * block_size + t] = keys[t, d]
+                if num_rows > MAX_DOT_ROWS:
+                    products(s, q, num_rows, turned)
+
+                for r in range(num_rows):
+                    position = position0 + r // group
+                    first = min(max(0, position - window + 1 - key0), count)
+                    past = max(min(count, position + 1 - key0), first)
+                    if is_quantised:
+                        for t in range(first, past):
+                            block = tables[b, block0 + t // block_size]
+                            s[r, t] *= k_scales[block, h, t % block_size]
+                    if has_cap > 0:
+                        for t in range(first, past):
+                            s[r, t] = cap * tanh(s[r, t] / cap)
+                    if has_slopes > 0:
+                        slope = slopes[h * group + r % group]
+                        for t in range(first, past):
+                            s[r, t] += slope * F32(key0 + t - position)
+                    largest = maxima[r]
+                    for t in range(first, past):
+                        largest = max(largest, s[r, t])
+                    total = F32(0.0)
+                    for t in range(first, past):
+                        weight = exp(s[r, t] - largest)
+                        s[r, t] = weight
+                        total += weight
+                    s[r, :first] = F32(0.0)
+                    s[r, past:count] = F32(0.0)
+                    if is_quantised:
+                        for t in range(first, past):
+                            block = tables[b, block0 + t // block_size]
+                            s[r, t] *= v_scales[block, h, t % block_size]
+                    factor = exp(maxima[r] - largest)
+                    denominators[r] = denominators[r] * factor + total
+                    maxima[r] = largest
+                    for d in range(v_head_dim):
+                        sums[r, d] *= factor
+
+                for j in range(num_blocks):
+                    values = block_rows(v_cache[tables[b, block0 + j], h], value_copy)
+                    # NaN may lie behind the end, and before what any of the rows sees.
+                    past = min(block_size, count - j * block_size)
+                    first = min(max(0, position0 - window + 1 - key0 - j * block_size), past)
+                    add_values(sums, s, j * block_size + first, num_rows, values[first:past])
+
+            for r in range(num_rows):
+                token, head = token0 + r // group, h * group + r % group
+                lse[token, head] = maxima[r] + np.log(denominators[r])
+                for d in range(v_head_dim):
+                    share = sums[r, d] / denominators[r]
+                    out[token, head, d] = narrow(share, queries[token, head, d])
+            item_is_done(job)
+            item = take_item(job)
+
+        if not is_helper:
+            wait_for_items(job)
+        leave_job(job)
+        return 0
+
+    compiled = numba.cfunc(xla_call.SIGNATURE, cache=True, fastmath=LOOSE, error_model="numpy")
+    return compiled(attend)
+
+
+def _digest(*modules: Any) -> int:
+    return zlib.crc32(b"".join(pathlib.Path(module.__file__).read_bytes() for module in modules))
