@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_paged.models.config import check_positive
@@ -58,7 +59,9 @@ def rotation(
 ) -> tuple[Float32[Array, "T half"], Float32[Array, "T half"]]:
     """Returns the cosines and sines by which the heads of tokens at `positions` are turned."""
     angles = jnp.outer(positions.astype(jnp.float32), jnp.asarray(rope.inv_freq(head_dim)))
-    return rope.magnitude * jnp.cos(angles), rope.magnitude * jnp.sin(angles)
+    cos_sin = rope.magnitude * jnp.cos(angles), rope.magnitude * jnp.sin(angles)
+    # Without the barrier, XLA would compute them anew in each layer, for each use.
+    return lax.optimization_barrier(cos_sin)
 
 
 def rotate(

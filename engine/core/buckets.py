@@ -54,15 +54,18 @@ class Buckets:
         *,
         deterministic: bool = False,
     ) -> "Buckets":
-        """Returns geometric sizes up to the maxima; one of each kind for a deterministic engine.
+        """Returns few sizes up to the maxima; one of each kind for a deterministic engine.
 
-        Decode steps grow by powers of two, mixed ones of four in tokens, tables of eight.
+        Sequences of decode steps grow twofold up to 32 and by halves of that from there on, tokens
+        of mixed steps twofold up to 512 and fourfold from there on, tables eightfold. What a step
+        is padded with costs as much as what it computes; but a product of 17 to 31 rows takes a CPU
+        no less than one of 32.
         """
         if deterministic:
             return cls((), (max_num_batched_tokens,), (max_num_seqs,), (max_blocks_per_seq,))
         return cls(
-            _geometric(1, max_num_seqs, 2),
-            _geometric(32, max_num_batched_tokens, 4),
+            _decode_sizes(max_num_seqs),
+            _mixed_sizes(max_num_batched_tokens),
             _geometric(8, max_num_seqs, 8),
             _table_widths(max_blocks_per_seq),
         )
@@ -119,6 +122,15 @@ def _geometric(first: int, last: int, ratio: int) -> tuple[int, ...]:
         sizes.append(first)
         first *= ratio
     return (*sizes, last)
+
+
+def _decode_sizes(last: int) -> tuple[int, ...]:
+    sizes = {*_geometric(1, last, 2), *_geometric(48, last, 2)}
+    return tuple(sorted(size for size in sizes if size <= last))
+
+
+def _mixed_sizes(last: int) -> tuple[int, ...]:
+    return (*_geometric(32, min(last, 512), 2)[:-1], *_geometric(min(last, 512), last, 4))
 
 
 def _table_widths(last: int) -> tuple[int, ...]:

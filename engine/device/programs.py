@@ -70,6 +70,8 @@ class StepPrograms:
     def __post_init__(self) -> None:
         self.graphdef, params = nnx.split(self.model)
         self.params = self.placement.put_parameters(params)
+        # What a call flattens costs the host time in every step: a list is the least of it.
+        self._leaves, self._tree = jax.tree.flatten(self.params)
         # Not the arrays: they would stay in memory beside the ones that take their place.
         self.kv_caches = self.placement.cache_shapes(self.kv_caches)
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
@@ -95,7 +97,7 @@ class StepPrograms:
         if bucket not in self._compiled:
             self.compile([bucket])
         state = () if row_state is None else (row_state.counts, row_state.bias)
-        return self._compiled[bucket](self.params, kv_caches, rows, packed, *state)
+        return self._compiled[bucket](self._leaves, kv_caches, rows, packed, *state)
 
     def edit_tables(self, rows: Rows, edit: jax.Array) -> Rows:
         """Writes the entries of a `StepPlan.table_edits` into the block tables; donates `rows`."""
@@ -209,16 +211,16 @@ class StepPrograms:
         """Returns what is compiled for a bucket: `run_step` with everything but arrays filled in.
 
         Returns:
-          the function; the shapes and dtypes of its arguments, which are the parameters and those
-          of a call; which of them are donated.
+          the function; the shapes and dtypes of its arguments, which are the parameters' leaves as
+          a list and those of a call; which of them are donated.
         """
 
         def step(
-            params: Any, kv_caches: Caches, rows: Rows, packed: jax.Array, *state: jax.Array
+            leaves: list[Any], kv_caches: Caches, rows: Rows, packed: jax.Array, *state: jax.Array
         ) -> StepArrays:
             self.num_traces[bucket] = self.num_traces.get(bucket, 0) + 1
             return run_step(
-                params,
+                jax.tree.unflatten(self._tree, leaves),
                 kv_caches,
                 rows,
                 packed,
@@ -233,8 +235,8 @@ class StepPrograms:
 
         packed = self._input(packed_size(bucket))
         state = self._row_state() if bucket.is_full else ()
-        params = self.placement.parameter_shapes(self.params)
-        arguments = (params, self.kv_caches, self._rows(), packed, *state)
+        leaves = self.placement.parameter_shapes(self._leaves)
+        arguments = (leaves, self.kv_caches, self._rows(), packed, *state)
         return step, arguments, (1, 2, 4) if bucket.is_full else (1, 2)
 
     def _lower(self, jitted: Any, *args: Any) -> jax.stages.Lowered:
