@@ -7,7 +7,7 @@ OLDEST_JAX := 0.11.2
 GPU := .venv-gpu
 GPU_JAX ?= 0.11.2
 
-.PHONY: demo test check format strict oldest kernels-full kernels-mutate sharing-mutate \
+.PHONY: demo test check format strict speed oldest kernels-full kernels-mutate sharing-mutate \
   gpu-programs dist clean
 
 demo: $(VENV)/.base
@@ -49,6 +49,11 @@ STRICT_KERNELS := tests/kernels/test_kv_write.py tests/kernels/test_block_tables
 strict: $(VENV)/.test
 	@JAX_ENABLE_X64=1 $(PY) -m pytest -n 2 --dist=loadfile $(STRICT_ENGINE) $(STRICT_KERNELS)
 	@JAX_DEBUG_NANS=1 $(PY) -m pytest -n 2 --dist=loadfile $(STRICT_ENGINE)
+
+# The engine's decode step beside the sum of its parts, and what is worse than it was: minutes, on a
+# machine that does nothing else.
+speed: $(VENV)/.test
+	@$(PY) -m benchmarks.step_floor
 
 # Kernels, block tables and a request from end to end on the oldest JAX we support; random operations
 # on block tables are the newest JAX's, and what kernels spill is in this JAX's table.

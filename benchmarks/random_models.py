@@ -30,17 +30,19 @@ def _llama(
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "dtype": dtype,
-        **fields,
-    }
+    } | fields
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": _llama(32, 2, "4/2", 64, 300, 256, "float32"),
     "20m": _llama(384, 8, "6/2", 1024, 4096, 2048, "float32"),
     "100m": _llama(768, 12, "12/4", 2048, 16384, 2048, "float32"),
+    "smollm2": _llama(
+        576, 30, "9/3", 1536, 49152, 8192, "float32", rope_theta=100000.0, tie_word_embeddings=True
+    ),
     "8b": _llama(4096, 32, "32/8", 14336, 128256, 8192, "bfloat16", rope_theta=500000.0),
 }
-"""What `config.json` holds, by name: Llamas; 8b has the shape of Llama 3 8B."""
+"""What `config.json` holds, by name: Llamas; the last two like SmolLM2 135M and Llama 3 8B."""
 
 
 def write_config(name: str, folder: pathlib.Path) -> None:

@@ -18,6 +18,10 @@ QUICK = [
     ("block_tables", "--num_seqs=8 --num_tokens=64 --steps=4"),
     ("products", "--shapes=8x16 --rows=1,4 --dtype=bfloat16 --repeats=1"),
     ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
+    (
+        "step_floor",
+        "--models=tiny --dtypes=float32 --rows=1,3 --contexts=20 --rounds=1 --min_ms=0",
+    ),
     ("latency", f"{SMALL} --request_rate=40 --goodput=ttft:500 --baseline=static"),
 ]
 SLOW = [

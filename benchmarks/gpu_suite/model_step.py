@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import random_models
+from benchmarks.decode_inputs import decode_inputs, shuffled_tables
 from benchmarks.gpu_suite import programs, timing
 from benchmarks.gpu_suite.stage import Case, Context, Program, Row, Stage
 from pallas_paged import KVCache
-from pallas_paged.engine.core import step_inputs
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.device.pool_size import num_bytes
 from pallas_paged.engine.device.programs import StepPrograms
@@ -146,25 +146,6 @@ def floor_bytes(step: Step) -> int:
     return weights + step.batch * step.context * block_bytes // step.block_size
 
 
-def packed_inputs(step: Step, tables: np.ndarray, temperature: float) -> jax.Array:
-    """Returns the step's inputs as the engine packs them; the input tokens are on the device."""
-    packed = np.zeros(step_inputs.packed_size(step.bucket), np.int32)
-    x = step_inputs.views(packed, step.bucket)
-    rows, last = np.arange(step.batch), step.context - 1
-    x.positions[:] = last
-    slots = tables[:, last // step.block_size] * step.block_size
-    x.slot_mapping[:] = slots + last % step.block_size
-    x.table_places[:] = tables.size  # the padding row: no entry changes
-    x.seq_lens[:] = step.context
-    x.query_start_loc[:] = np.arange(step.batch + 1)
-    x.rows[:] = x.sample_rows[:] = x.logits_indices[:] = x.seeds[:, 1] = rows
-    x.input_on_device[:] = 1
-    x.temperature[:] = temperature
-    x.top_p[:] = 0.95
-    x.sample_positions[:] = step.context
-    return jax.device_put(packed)
-
-
 def run(step: Step, context: Context) -> Row:
     """Times the engine's compiled step, its state donated and its tokens fed back on the device.
 
@@ -184,15 +165,23 @@ def run(step: Step, context: Context) -> Row:
         "load_s": loaded - begin,
         "draw_s": time.perf_counter() - loaded,
     }
-    rng = np.random.default_rng(0)
-    num_blocks = step.batch * step.blocks_per_seq
-    tables = 1 + rng.permutation(num_blocks).astype(np.int32).reshape(step.batch, -1)
+    tables = shuffled_tables(step.batch, step.blocks_per_seq)
     null_row = np.zeros((1, step.blocks_per_seq), np.int32)
     tables_there = jax.device_put(np.concatenate([tables, null_row]))
+    rng = np.random.default_rng(0)
     tokens = jax.device_put(rng.integers(0, config.vocab_size, step.batch + 1, np.int32))
     calls, repeats = (20, 5) if context.on_gpu else (2, 2)
     for name, temperature in (("", 0.8), ("greedy_", 0.0)):
-        packed = packed_inputs(step, tables, temperature)
+        packed = jax.device_put(
+            decode_inputs(
+                step.bucket,
+                tables,
+                context=step.context,
+                block_size=step.block_size,
+                padding_place=tables.size,
+                temperature=temperature,
+            )
+        )
         seconds = []
         for _ in range(1 + repeats):
             jax.block_until_ready(tokens)

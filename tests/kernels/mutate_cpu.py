@@ -55,9 +55,14 @@ MUTATIONS = {
         _ROWS, "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "(bits - 0x7FFF) >> 16"
     ),
     "rows beyond the fours": _mutation(
-        _ROWS, "for r in range(row_fours, num_rows):", "for r in range(row_fours, num_rows - 1):"
+        _ROWS, "for r in range(row_fours, end):", "for r in range(row_fours, end - 1):"
     ),
     "a wrong tanh": _mutation(_ROWS, "F32(-2.0) * abs(x)", "F32(-1.9) * abs(x)"),
+    "the next head's keys": _mutation(
+        _KERNEL,
+        "keys = block_rows(k_cache[block, head0 + i], key_copy)",
+        "keys = block_rows(k_cache[block, head0 + num_heads_here - 1 - i], key_copy)",
+    ),
     "nobody waits": _mutation(_KERNEL, "            wait_for_items(job)\n", "            pass\n"),
     "nobody helps": _mutation(
         _CALL, "for _ in range(min(most, found[0] - 1)):", "for _ in range(0):"

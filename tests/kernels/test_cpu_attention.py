@@ -118,7 +118,7 @@ def meet(address: int) -> int:
     begun = numba.carray(xla_call.result(frame, 0), 4, np.int64)
     if not is_helper:
         begun[:] = 0
-        job = xla_call.new_job(frame, 2)
+        job = xla_call.new_job(frame, 2, 1)
         xla_call.call_helpers(job, xla_call.own_address(), 1)
         item = xla_call.take_item(job)
     while item >= 0:

@@ -1,7 +1,7 @@
 """The kernel of paged attention on CPUs, compiled by Numba.
 
-A step's work is cut into items: a tile of one sequence's query tokens, and one KV head. The rows of
-a tile, one for each token and each query head of the KV head, share what is read of the cache. The
+A step's work is cut into items: a tile of one sequence's query tokens, and one KV head or all. The
+rows of a KV head, one for each token and each of its query heads, share what is read of it. The
 thread that XLA calls takes items, and so do XLA's other threads, until none is left; what an item
 computes depends neither on who takes it nor on other sequences.
 
@@ -46,6 +46,7 @@ from pallas_paged.ops.attention.cpu.xla_call import (
     own_address,
     result,
     sizes,
+    splits_of,
     take_item,
     wait_for_items,
 )
@@ -56,6 +57,8 @@ MAX_DOT_ROWS = 16
 """Rows of a tile up to which they take dot products."""
 TILE_ROWS = 128
 """Rows of a tile, rounded down to whole tokens."""
+MIN_WHOLE_TILES = 16
+"""Tiles from which on an item is a tile for all KV heads."""
 MIN_SHARED_KEYS = 1024
 """Keys, over all sequences and KV heads, up to which one thread does all."""
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -203,12 +206,17 @@ def _compile(kind: Kind) -> Any:
                     lse[token], out[token] = -np.inf, 0
             for token in range(starts[B], T):
                 lse[token], out[token] = -np.inf, 0
-            job = new_job(frame, num_tiles * num_kv_heads)
+            # One item for all heads reads whole blocks one after the other, if enough are left.
+            num_splits = 1 if num_tiles >= MIN_WHOLE_TILES else num_kv_heads
+            job = new_job(frame, num_tiles * num_splits, num_splits)
             if num_keys * num_kv_heads > MIN_SHARED_KEYS:
-                call_helpers(job, own_address(), num_tiles * num_kv_heads - 1)
+                call_helpers(job, own_address(), num_tiles * num_splits - 1)
             item = take_item(job)
 
-        rows = -(-min(tile_tokens, T) * group // 4) * 4  # for `products`
+        num_splits = splits_of(job)
+        heads_per_item = num_kv_heads // num_splits
+        rows = min(tile_tokens, T) * group
+        rows = -(-max(rows, MAX_DOT_ROWS) // 4) * 4  # for `products`
         q = np.zeros((rows, width), np.float32)
         s = np.empty((rows, chunk), np.float32)
         sums = np.empty((rows, v_head_dim), np.float32)
@@ -220,92 +228,107 @@ def _compile(kind: Kind) -> Any:
 
         b, tiles_before, num_tiles = -1, 0, 0  # of sequence b
         while item >= 0:
-            h = item % num_kv_heads
-            while item // num_kv_heads >= tiles_before + num_tiles:
+            tile, first_head = item // num_splits, item % num_splits * heads_per_item
+            while tile >= tiles_before + num_tiles:
                 tiles_before += num_tiles
                 b += 1
                 num_tokens = max(0, starts[b + 1] - starts[b]) if lens[b] > 0 else 0
                 num_tiles = -(-num_tokens // tile_tokens)
-            token0 = starts[b] + (item // num_kv_heads - tiles_before) * tile_tokens
-            num_rows = min(tile_tokens, starts[b + 1] - token0) * group
+            token0 = starts[b] + (tile - tiles_before) * tile_tokens
+            num_tokens = min(tile_tokens, starts[b + 1] - token0)
             position0 = token0 + lens[b] - starts[b + 1]
             begin = max(0, position0 - window + 1) // block_size * block_size
-            end = position0 + num_rows // group
+            end = position0 + num_tokens
             last_block = (end - 1) // block_size
+            head_rows = num_tokens * group
+            num_heads = max(1, min(heads_per_item, MAX_DOT_ROWS // head_rows))  # at a time
 
-            for r in range(num_rows):
-                token, head = token0 + r // group, h * group + r % group
-                for d in range(head_dim):
-                    q[r, d] = wide(queries[token, head, d]) * scale
-                for d in range(v_head_dim):
-                    sums[r, d] = F32(0.0)
-                maxima[r] = max(_LEAST, sinks[head]) if has_sinks > 0 else _LEAST
-                denominators[r] = exp(sinks[head] - maxima[r]) if has_sinks > 0 else F32(0.0)
+            for head0 in range(first_head, first_head + heads_per_item, num_heads):
+                num_heads_here = min(num_heads, first_head + heads_per_item - head0)
+                num_rows = num_heads_here * head_rows
+                for r in range(num_rows):
+                    token = token0 + r % head_rows // group
+                    head = (head0 + r // head_rows) * group + r % group
+                    for d in range(head_dim):
+                        q[r, d] = wide(queries[token, head, d]) * scale
+                    for d in range(v_head_dim):
+                        sums[r, d] = F32(0.0)
+                    maxima[r] = max(_LEAST, sinks[head]) if has_sinks > 0 else _LEAST
+                    denominators[r] = exp(sinks[head] - maxima[r]) if has_sinks > 0 else F32(0.0)
 
-            for key0 in range(begin, end, chunk):
-                count = min(chunk, end - key0)
-                block0, num_blocks = key0 // block_size, -(-count // block_size)
-                for j in range(num_blocks):
-                    prefetch_rows(v_cache[tables[b, block0 + j], h])
-                    prefetch_rows(k_cache[tables[b, min(block0 + j + 1, last_block)], h])
-                    keys = block_rows(k_cache[tables[b, block0 + j], h], key_copy)
-                    if num_rows <= MAX_DOT_ROWS:
-                        dot_products(s, j * block_size, q, num_rows, keys)
-                    else:
-                        for t in range(block_size):
-                            for d in range(head_dim):
-                                turned[d, j * block_size + t] = keys[t, d]
-                if num_rows > MAX_DOT_ROWS:
-                    products(s, q, num_rows, turned)
+                for key0 in range(begin, end, chunk):
+                    count = min(chunk, end - key0)
+                    block0, num_blocks = key0 // block_size, -(-count // block_size)
+                    for j in range(num_blocks):
+                        block = tables[b, block0 + j]
+                        next_block = tables[b, min(block0 + j + 1, last_block)]
+                        prefetch_rows(v_cache[block, head0 : head0 + num_heads_here])
+                        prefetch_rows(k_cache[next_block, head0 : head0 + num_heads_here])
+                        if head_rows > MAX_DOT_ROWS:
+                            keys = block_rows(k_cache[block, head0], key_copy)
+                            for t in range(block_size):
+                                for d in range(head_dim):
+                                    turned[d, j * block_size + t] = keys[t, d]
+                            continue
+                        for i in range(num_heads_here):
+                            keys = block_rows(k_cache[block, head0 + i], key_copy)
+                            dot_products(s, j * block_size, q, i * head_rows, head_rows, keys)
+                    if head_rows > MAX_DOT_ROWS:
+                        products(s, q, num_rows, turned)
+
+                    for r in range(num_rows):
+                        h = head0 + r // head_rows
+                        position = position0 + r % head_rows // group
+                        first = min(max(0, position - window + 1 - key0), count)
+                        past = max(min(count, position + 1 - key0), first)
+                        if is_quantised:
+                            for t in range(first, past):
+                                block = tables[b, block0 + t // block_size]
+                                s[r, t] *= k_scales[block, h, t % block_size]
+                        if has_cap > 0:
+                            for t in range(first, past):
+                                s[r, t] = cap * tanh(s[r, t] / cap)
+                        if has_slopes > 0:
+                            slope = slopes[h * group + r % group]
+                            for t in range(first, past):
+                                s[r, t] += slope * F32(key0 + t - position)
+                        largest = maxima[r]
+                        for t in range(first, past):
+                            largest = max(largest, s[r, t])
+                        total = F32(0.0)
+                        for t in range(first, past):
+                            weight = exp(s[r, t] - largest)
+                            s[r, t] = weight
+                            total += weight
+                        s[r, :first] = F32(0.0)
+                        s[r, past:count] = F32(0.0)
+                        if is_quantised:
+                            for t in range(first, past):
+                                block = tables[b, block0 + t // block_size]
+                                s[r, t] *= v_scales[block, h, t % block_size]
+                        factor = exp(maxima[r] - largest)
+                        denominators[r] = denominators[r] * factor + total
+                        maxima[r] = largest
+                        for d in range(v_head_dim):
+                            sums[r, d] *= factor
+
+                    for j in range(num_blocks):
+                        # NaN may lie behind the end, and before what any of the rows sees.
+                        past = min(block_size, count - j * block_size)
+                        first = min(max(0, position0 - window + 1 - key0 - j * block_size), past)
+                        for i in range(num_heads_here):
+                            stored = v_cache[tables[b, block0 + j], head0 + i]
+                            values = block_rows(stored, value_copy)[first:past]
+                            column = j * block_size + first
+                            add_values(sums, s, column, i * head_rows, head_rows, values)
 
                 for r in range(num_rows):
-                    position = position0 + r // group
-                    first = min(max(0, position - window + 1 - key0), count)
-                    past = max(min(count, position + 1 - key0), first)
-                    if is_quantised:
-                        for t in range(first, past):
-                            block = tables[b, block0 + t // block_size]
-                            s[r, t] *= k_scales[block, h, t % block_size]
-                    if has_cap > 0:
-                        for t in range(first, past):
-                            s[r, t] = cap * tanh(s[r, t] / cap)
-                    if has_slopes > 0:
-                        slope = slopes[h * group + r % group]
-                        for t in range(first, past):
-                            s[r, t] += slope * F32(key0 + t - position)
-                    largest = maxima[r]
-                    for t in range(first, past):
-                        largest = max(largest, s[r, t])
-                    total = F32(0.0)
-                    for t in range(first, past):
-                        weight = exp(s[r, t] - largest)
-                        s[r, t] = weight
-                        total += weight
-                    s[r, :first] = F32(0.0)
-                    s[r, past:count] = F32(0.0)
-                    if is_quantised:
-                        for t in range(first, past):
-                            block = tables[b, block0 + t // block_size]
-                            s[r, t] *= v_scales[block, h, t % block_size]
-                    factor = exp(maxima[r] - largest)
-                    denominators[r] = denominators[r] * factor + total
-                    maxima[r] = largest
+                    token = token0 + r % head_rows // group
+                    head = (head0 + r // head_rows) * group + r % group
+                    lse[token, head] = maxima[r] + np.log(denominators[r])
                     for d in range(v_head_dim):
-                        sums[r, d] *= factor
-
-                for j in range(num_blocks):
-                    values = block_rows(v_cache[tables[b, block0 + j], h], value_copy)
-                    # NaN may lie behind the end, and before what any of the rows sees.
-                    past = min(block_size, count - j * block_size)
-                    first = min(max(0, position0 - window + 1 - key0 - j * block_size), past)
-                    add_values(sums, s, j * block_size + first, num_rows, values[first:past])
-
-            for r in range(num_rows):
-                token, head = token0 + r // group, h * group + r % group
-                lse[token, head] = maxima[r] + np.log(denominators[r])
-                for d in range(v_head_dim):
-                    share = sums[r, d] / denominators[r]
-                    out[token, head, d] = narrow(share, queries[token, head, d])
+                        share = sums[r, d] / denominators[r]
+                        out[token, head, d] = narrow(share, queries[token, head, d])
             item_is_done(job)
             item = take_item(job)
 

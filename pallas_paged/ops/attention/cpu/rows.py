@@ -118,10 +118,10 @@ def tanh(x: Any) -> Any:
 
 
 @numba.njit(**_INLINE)
-def dot_products(s: Any, first: int, q: Any, num_rows: int, keys: Any) -> None:
-    """Sets s[r, first + t] to q[r] . keys[t]."""
+def dot_products(s: Any, first: int, q: Any, row: int, num_rows: int, keys: Any) -> None:
+    """Sets s[r, first + t] to q[r] . keys[t], for `num_rows` rows r from `row` on."""
     for t in range(keys.shape[0]):
-        for r in range(num_rows):
+        for r in range(row, row + num_rows):
             total = F32(0.0)
             for d in range(keys.shape[1]):
                 total += q[r, d] * keys[t, d]
@@ -150,10 +150,10 @@ def products(s: Any, q: Any, num_rows: int, turned: Any) -> None:
 
 
 @numba.njit(**_INLINE)
-def add_values(sums: Any, p: Any, first: int, num_rows: int, values: Any) -> None:
-    """Adds p[r, first + t] * values[t] to sums[r], for every t."""
-    fours, row_fours = values.shape[0] // 4 * 4, num_rows // 4 * 4
-    for r in range(0, row_fours, 4):
+def add_values(sums: Any, p: Any, first: int, row: int, num_rows: int, values: Any) -> None:
+    """Adds p[r, first + t] * values[t] to sums[r], for every t and `num_rows` rows from `row`."""
+    fours, row_fours, end = values.shape[0] // 4 * 4, row + num_rows // 4 * 4, row + num_rows
+    for r in range(row, row_fours, 4):
         for t in range(0, fours, 4):
             i = first + t
             a0, a1, a2, a3 = p[r, i], p[r, i + 1], p[r, i + 2], p[r, i + 3]
@@ -166,7 +166,7 @@ def add_values(sums: Any, p: Any, first: int, num_rows: int, values: Any) -> Non
                 sums[r + 1, d] += b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
                 sums[r + 2, d] += c0 * v0 + c1 * v1 + c2 * v2 + c3 * v3
                 sums[r + 3, d] += d0 * v0 + d1 * v1 + d2 * v2 + d3 * v3
-    for r in range(row_fours, num_rows):
+    for r in range(row_fours, end):
         for t in range(0, fours, 4):
             i = first + t
             a0, a1, a2, a3 = p[r, i], p[r, i + 1], p[r, i + 2], p[r, i + 3]
@@ -174,6 +174,6 @@ def add_values(sums: Any, p: Any, first: int, num_rows: int, values: Any) -> Non
                 v0, v1, v2, v3 = values[t, d], values[t + 1, d], values[t + 2, d], values[t + 3, d]
                 sums[r, d] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
     for t in range(fours, values.shape[0]):
-        for r in range(num_rows):
+        for r in range(row, end):
             for d in range(values.shape[1]):
                 sums[r, d] += p[r, first + t] * values[t, d]

@@ -71,7 +71,7 @@ def prefetch(typing_context: Any, address: Any) -> Any:
         name = "llvm.prefetch.p0"
         function = cgutils.get_or_insert_function(builder.module, function_type, name)
         line = builder.inttoptr(arguments[0], cgutils.voidptr_t)
-        read, near, data = (ir.Constant(half, value) for value in (0, 3, 1))
+        read, near, data = (ir.Constant(half, value) for value in (0, 2, 1))
         builder.call(function, [line, read, near, data])
         return context.get_dummy_value()
 
@@ -201,7 +201,8 @@ def sizes(frame: int, index: int, rank: int) -> Any:
 # A job is a row of words that threads share: what is left to do, and who still looks at it. A
 # helper that begins late, when all is done and the frame is gone, finds nothing to do and leaves.
 
-_MARK, _NEXT, _DONE, _USERS, _NUM_ITEMS, _FRAME, _ARGUMENTS, _JOB_WORDS = 0, 1, 2, 3, 4, 5, 6, 11
+_MARK, _NEXT, _DONE, _USERS, _NUM_ITEMS, _SPLITS, _FRAME, _ARGUMENTS = range(8)
+_JOB_WORDS = _ARGUMENTS + 5
 
 
 @numba.njit
@@ -211,13 +212,13 @@ def is_job(address: int) -> bool:
 
 
 @numba.njit
-def new_job(frame: int, num_items: int) -> int:
-    """Returns a job of so many items."""
+def new_job(frame: int, num_items: int, num_splits: int) -> int:
+    """Returns a job of so many items, and tells helpers `num_splits`, whatever that is."""
     job = _allocate(8 * _JOB_WORDS)
     fields = words(job, _JOB_WORDS)
     fields[:] = 0
     fields[_MARK], fields[_USERS] = -1, 1
-    fields[_NUM_ITEMS], fields[_FRAME] = num_items, frame
+    fields[_NUM_ITEMS], fields[_SPLITS], fields[_FRAME] = num_items, num_splits, frame
     return job
 
 
@@ -244,6 +245,12 @@ def call_helpers(job: int, task: int, most: int) -> None:
 def frame_of(job: int) -> int:
     """Returns the frame of the call; valid while an item is taken and not done."""
     return words(job, _FRAME + 1)[_FRAME]
+
+
+@numba.njit
+def splits_of(job: int) -> int:
+    """Returns the `num_splits` of `new_job`."""
+    return words(job, _SPLITS + 1)[_SPLITS]
 
 
 @numba.njit
