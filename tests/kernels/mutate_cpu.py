@@ -65,7 +65,7 @@ MUTATIONS = {
     ),
     "nobody waits": _mutation(_KERNEL, "            wait_for_items(job)\n", "            pass\n"),
     "nobody helps": _mutation(
-        _CALL, "for _ in range(min(most, found[0] - 1)):", "for _ in range(0):"
+        _CALL, "for _ in range(min(most, num_threads - 1)):", "for _ in range(0):"
     ),
     "an item twice": _mutation(
         _CALL, "item = add(job + 8 * _NEXT, 1)", "item = add(job + 8 * _NEXT, 1) // 2"

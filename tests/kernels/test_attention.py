@@ -235,6 +235,26 @@ def test_blocks_left_of_the_window_may_be_gone(implementation):
         assert_close(result, expected, 1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla", "numba"])
+def test_nan_left_of_the_window_reaches_no_result(implementation):
+    """In a block that the window reaches into, too."""
+    length, window, size = 43, 10, 8
+    arguments = build(
+        AttentionSpec("left", (length,), (1,), sliding_window=window, block_size=size)
+    )
+    expected = run(arguments, "reference")
+    block, count = divmod(length - window, size)
+    assert count > 0
+    place = arguments.metadata.block_tables[0, block], slice(None), slice(0, count)
+    poisoned = {
+        name: getattr(arguments, name).at[place].set(jnp.nan) for name in ("k_cache", "v_cache")
+    }
+    for result, other in zip(
+        run(arguments._replace(**poisoned), implementation), expected, strict=True
+    ):
+        assert_close(result, other, 1e-5)
+
+
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("implementation", ["reference", "xla", "numba"])
 def test_values_of_another_width_than_the_keys(implementation, cache_dtype):

@@ -237,8 +237,12 @@ def _attend(problem: _Problem, queries: _Queries, chunk: int) -> tuple[jax.Array
         key_positions = first_block[:, None] * block_size + offsets[None, :]
         keys = _read_blocks(problem.k_cache, problem.k_scale, blocks)
         values = _read_blocks(problem.v_cache, problem.v_scale, blocks)
-        # NaN may lie behind the end: 0 * NaN is NaN.
+        # NaN may lie behind the end, and in front of what a query sees: 0 * NaN is NaN.
         is_key = key_positions < queries.end[:, None]
+        if problem.sliding_window is not None:
+            positions = jnp.where(queries.positions >= 0, queries.positions, queries.end[:, None])
+            first = jnp.min(positions, axis=1) - problem.sliding_window + 1
+            is_key &= key_positions >= first[:, None]
         values = jnp.where(is_key[:, None, :, None], values, 0.0)
         return _accumulate(partial, _logits(problem, queries, keys, key_positions), values)
 

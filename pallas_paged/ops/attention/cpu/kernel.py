@@ -45,7 +45,7 @@ from pallas_paged.ops.attention.cpu.xla_call import (
     operand,
     own_address,
     result,
-    sizes,
+    size,
     splits_of,
     take_item,
     wait_for_items,
@@ -168,8 +168,10 @@ def _compile(kind: Kind) -> Any:
         else:
             frame = address
 
-        T, num_q_heads, head_dim = sizes(frame, _AT.q, 3)
-        N, num_kv_heads, block_size, v_head_dim = sizes(frame, _AT.v_cache, 4)
+        T, num_q_heads = size(frame, _AT.q, 0), size(frame, _AT.q, 1)
+        N, num_kv_heads = size(frame, _AT.k_cache, 0), size(frame, _AT.k_cache, 1)
+        block_size = size(frame, _AT.k_cache, 2)
+        head_dim, v_head_dim = size(frame, _AT.k_cache, 3), size(frame, _AT.v_cache, 3)
         chunk = max(1, CHUNK // block_size) * block_size
         if known_chunk > 0:
             chunk = known_chunk
@@ -178,7 +180,7 @@ def _compile(kind: Kind) -> Any:
         group = num_q_heads // num_kv_heads
         tile_tokens = max(1, TILE_ROWS // group)
         width = -(-head_dim // 4) * 4
-        B, M = sizes(frame, _AT.block_tables, 2)
+        B, M = size(frame, _AT.block_tables, 0), size(frame, _AT.block_tables, 1)
         cache = (N, num_kv_heads, block_size)
         queries = numba.carray(operand(frame, _AT.q), (T, num_q_heads, head_dim), q_dtype)
         k_cache = numba.carray(operand(frame, _AT.k_cache), (*cache, head_dim), cache_dtype)

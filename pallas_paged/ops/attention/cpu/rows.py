@@ -31,7 +31,7 @@ def wide(x: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-@overload(wide, inline="always", strict=False)
+@overload(wide, strict=False)
 def _wide(x: Any) -> Any:
     if x == types.uint16:
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
@@ -43,7 +43,7 @@ def narrow(x: Any, like: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-@overload(narrow, inline="always", strict=False)
+@overload(narrow, strict=False)
 def _narrow(x: Any, like: Any) -> Any:
     if like == types.float32:
         return lambda x, like: x

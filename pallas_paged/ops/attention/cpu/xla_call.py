@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numba
-import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -143,15 +142,27 @@ def own_address(typing_context: Any) -> Any:
     return types.intp(), generate
 
 
-@numba.njit
-def words(address: int, count: int) -> Any:
-    """Returns the words from an address on."""
-    return numba.carray(pointer(address), count, dtype=np.int64)
+@intrinsic
+def word(typing_context: Any, address: Any, index: Any) -> Any:
+    """Returns the word at an address, or one so many words behind it."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        first = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load(builder.gep(first, [arguments[1]]))
+
+    return types.intp(types.intp, types.intp), generate
 
 
-@numba.njit
-def _halves(address: int, count: int) -> Any:
-    return numba.carray(pointer(address), count, dtype=np.int32)
+@intrinsic
+def set_word(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+    """Sets such a word."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        first = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.store(arguments[2], builder.gep(first, [arguments[1]]))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), generate
 
 
 # --- the frame --------------------------------------------------------------------------------
@@ -163,38 +174,30 @@ def asks_for_version(frame: int) -> bool:
 
     XLA then calls with a frame that has an extension, and no operands.
     """
-    extension = words(frame, _EXTENSION + 1)[_EXTENSION]
-    if extension == 0 or _halves(extension, 3)[2] != 1:  # XLA_FFI_Extension_Metadata
+    extension = word(frame, _EXTENSION)
+    if extension == 0 or word(extension, 1) & 0xFFFFFFFF != 1:  # XLA_FFI_Extension_Metadata
         return False
-    metadata = words(extension, _METADATA + 1)[_METADATA]
-    # The version of XLA itself: what is read here is in it.
-    ours = _halves(metadata + 8 * _METADATA_VERSION, 2)
-    theirs = _halves(words(frame, _API + 1)[_API] + 8 * _VERSION, 2)
-    ours[0], ours[1] = theirs[0], theirs[1]
+    # The version of XLA itself, two numbers in a word: what is read here is in it.
+    set_word(word(extension, _METADATA), _METADATA_VERSION, word(word(frame, _API), _VERSION))
     return True
-
-
-@numba.njit
-def _buffer(frame: int, field: int, index: int) -> Any:
-    return words(words(words(frame, field + 1)[field], index + 1)[index], _SIZES + 1)
 
 
 @numba.njit
 def operand(frame: int, index: int) -> Any:
     """Returns a pointer to an operand's first number."""
-    return pointer(_buffer(frame, _OPERANDS, index)[_DATA])
+    return pointer(word(word(word(frame, _OPERANDS), index), _DATA))
 
 
 @numba.njit
 def result(frame: int, index: int) -> Any:
     """Returns a pointer to a result's first number."""
-    return pointer(_buffer(frame, _RESULTS, index)[_DATA])
+    return pointer(word(word(word(frame, _RESULTS), index), _DATA))
 
 
 @numba.njit
-def sizes(frame: int, index: int, rank: int) -> Any:
-    """Returns the shape of an operand with `rank` axes."""
-    return words(_buffer(frame, _OPERANDS, index)[_SIZES], rank)
+def size(frame: int, index: int, axis: int) -> int:
+    """Returns the length of an operand along an axis."""
+    return word(word(word(word(frame, _OPERANDS), index), _SIZES), axis)
 
 
 # --- threads ----------------------------------------------------------------------------------
@@ -208,56 +211,61 @@ _JOB_WORDS = _ARGUMENTS + 5
 @numba.njit
 def is_job(address: int) -> bool:
     """Whether a helper is called, with a job, and not XLA's own thread with a frame."""
-    return words(address, 1)[0] == -1  # a frame begins with its size
+    return word(address, _MARK) == -1  # a frame begins with its size
 
 
 @numba.njit
 def new_job(frame: int, num_items: int, num_splits: int) -> int:
     """Returns a job of so many items, and tells helpers `num_splits`, whatever that is."""
     job = _allocate(8 * _JOB_WORDS)
-    fields = words(job, _JOB_WORDS)
-    fields[:] = 0
-    fields[_MARK], fields[_USERS] = -1, 1
-    fields[_NUM_ITEMS], fields[_SPLITS], fields[_FRAME] = num_items, num_splits, frame
+    set_word(job, _MARK, -1)
+    set_word(job, _NEXT, 0)
+    set_word(job, _DONE, 0)
+    set_word(job, _USERS, 1)
+    set_word(job, _NUM_ITEMS, num_items)
+    set_word(job, _SPLITS, num_splits)
+    set_word(job, _FRAME, frame)
     return job
 
 
 @numba.njit
 def call_helpers(job: int, task: int, most: int) -> None:
     """Asks XLA for threads, as many as it has and at most so many, to run `task` with the job."""
-    fields = words(job, _JOB_WORDS)
-    frame = words(fields[_FRAME], _CONTEXT + 1)
-    api = words(frame[_API], _NUM_THREADS + 1)
-    arguments, found = fields[_ARGUMENTS:], np.zeros(1, np.int64)
-    arguments[0], arguments[1], arguments[2] = 32, 0, frame[_CONTEXT]
-    arguments[3] = found.ctypes.data
-    address = job + 8 * _ARGUMENTS
-    if _call(api[_NUM_THREADS], address) != 0:
+    frame = word(job, _FRAME)
+    api, arguments = word(frame, _API), job + 8 * _ARGUMENTS
+    set_word(arguments, 0, 32)  # bytes of XLA_FFI_ThreadPool_NumThreads_Args
+    set_word(arguments, 1, 0)
+    set_word(arguments, 2, word(frame, _CONTEXT))
+    set_word(arguments, 3, arguments + 8 * 4)  # where the number goes
+    if _call(word(api, _NUM_THREADS), arguments) != 0:
         return
-    arguments[0], arguments[3], arguments[4] = 40, task, job
-    for _ in range(min(most, found[0] - 1)):
+    num_threads = word(arguments, 4)
+    set_word(arguments, 0, 40)  # bytes of XLA_FFI_ThreadPool_Schedule_Args
+    set_word(arguments, 3, task)
+    set_word(arguments, 4, job)
+    for _ in range(min(most, num_threads - 1)):
         add(job + 8 * _USERS, 1)
-        if _call(api[_SCHEDULE], address) != 0:
+        if _call(word(api, _SCHEDULE), arguments) != 0:
             add(job + 8 * _USERS, -1)
-
-
-@numba.njit
-def frame_of(job: int) -> int:
-    """Returns the frame of the call; valid while an item is taken and not done."""
-    return words(job, _FRAME + 1)[_FRAME]
 
 
 @numba.njit
 def splits_of(job: int) -> int:
     """Returns the `num_splits` of `new_job`."""
-    return words(job, _SPLITS + 1)[_SPLITS]
+    return word(job, _SPLITS)
+
+
+@numba.njit
+def frame_of(job: int) -> int:
+    """Returns the frame of the call; valid while an item is taken and not done."""
+    return word(job, _FRAME)
 
 
 @numba.njit
 def take_item(job: int) -> int:
     """Returns the number of an item that nobody else gets, or -1."""
     item = add(job + 8 * _NEXT, 1)
-    return item if item < words(job, _NUM_ITEMS + 1)[_NUM_ITEMS] else -1
+    return item if item < word(job, _NUM_ITEMS) else -1
 
 
 @numba.njit
@@ -269,7 +277,7 @@ def item_is_done(job: int) -> None:
 @numba.njit
 def wait_for_items(job: int) -> None:
     """Waits until all items are done, which other threads are at when none is left to take."""
-    while add(job + 8 * _DONE, 0) < words(job, _NUM_ITEMS + 1)[_NUM_ITEMS]:
+    while add(job + 8 * _DONE, 0) < word(job, _NUM_ITEMS):
         _yield()
 
 
