@@ -25,6 +25,7 @@ QUICK = [
     ("latency", f"{SMALL} --request_rate=40 --goodput=ttft:500 --baseline=static"),
 ]
 SLOW = [
+    ("startup", "--random_model=tiny --repeats=1"),
     (
         "plan_memory",
         "--model=tests/models/data/mistral-sliding --layers=1 --max_num_seqs=4 "

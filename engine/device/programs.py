@@ -70,8 +70,6 @@ class StepPrograms:
     def __post_init__(self) -> None:
         self.graphdef, params = nnx.split(self.model)
         self.params = self.placement.put_parameters(params)
-        # What a call flattens costs the host time in every step: a list is the least of it.
-        self._leaves, self._tree = jax.tree.flatten(self.params)
         # Not the arrays: they would stay in memory beside the ones that take their place.
         self.kv_caches = self.placement.cache_shapes(self.kv_caches)
         self._compiled: dict[Bucket, jax.stages.Compiled] = {}
@@ -80,6 +78,16 @@ class StepPrograms:
         self._compiled_rows: jax.stages.Compiled | None = None
         self._compiled_prompt: dict[int, jax.stages.Compiled] = {}  # by T
         self._hidden: dict[int, jax.ShapeDtypeStruct] = {}  # by T, of full steps
+
+    @property
+    def params(self) -> Any:
+        """The model's split state. What is assigned here takes its place in every program."""
+        return jax.tree.unflatten(self._tree, self._leaves)
+
+    @params.setter
+    def params(self, params: Any) -> None:
+        # What a call flattens costs the host time in every step: a list is the least of it.
+        self._leaves, self._tree = jax.tree.flatten(params)
 
     def __call__(
         self,
@@ -242,7 +250,7 @@ class StepPrograms:
     def _lower(self, jitted: Any, *args: Any) -> jax.stages.Lowered:
         """Traces a program that computes with the model's parameters."""
         precision = jax.config.jax_default_matmul_precision
-        if precision is None and jax.tree.leaves(self.params)[0].dtype == jnp.float32:
+        if precision is None and self._leaves[0].dtype == jnp.float32:
             precision = "highest"  # else a GPU rounds the factors of products to 10 bits
         with jax.default_matmul_precision(precision), self.placement.as_target():
             return jitted.lower(*args)

@@ -196,8 +196,10 @@ def test_a_request_whose_logits_are_nan_ends_alone() -> None:
     clean = [i for i, row in enumerate(reference.prompts) if poisoned not in row]
     clean = [i for i in clean if poisoned not in reference.greedy[i]][:12]
     prompts: list = [{"prompt_token_ids": reference.prompts[i].tolist()} for i in clean]
-    embedding = llm.runner.programs.params["model"]["embed_tokens"]["weight"]
+    params = llm.runner.programs.params
+    embedding = params["model"]["embed_tokens"]["weight"]
     embedding.set_value(embedding.get_value().at[poisoned].set(jnp.nan))
+    llm.runner.programs.params = params
     bad = {"prompt_token_ids": [5, poisoned, 9]}
     outputs = llm.generate([*prompts[:6], bad, *prompts[6:]], GREEDY, use_tqdm=False)
     assert_idle(llm)

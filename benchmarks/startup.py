@@ -1,0 +1,100 @@
+"""Measures the time from the start of a process to a request's first token, and what it is made of.
+
+  python -m benchmarks.startup                             # the demo model
+  python -m benchmarks.startup --random_model=smollm2      # random weights, nothing read from disk
+
+`empty` has empty caches of compiled programs, JAX's and Numba's, as the first start after an
+installation; `full` finds in them what `empty` left. Each start is a process of its own, imports
+included; medians of `repeats` pairs.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from absl import flags
+
+from benchmarks import random_models, tables
+from pallas_paged.models import command_line
+from pallas_paged.models.demo import DEMO_MODEL
+
+_MODEL = flags.DEFINE_string("model", str(DEMO_MODEL), "Folder with a checkpoint.")
+_RANDOM_MODEL = flags.DEFINE_enum(
+    "random_model", None, list(random_models.CONFIGS), "Instead of --model: random weights."
+)
+_PROMPT_LEN = flags.DEFINE_integer("prompt_len", 20, "Tokens of the prompt.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Starts of each kind.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+
+_PROGRAM = """
+import json, sys, time
+began = time.time() - float(sys.argv[1])
+from pallas_paged.engine import LLM, SamplingParams
+imported = time.time() - float(sys.argv[1])
+llm = LLM(sys.argv[2], load_format=sys.argv[3])
+loaded = time.time() - float(sys.argv[1])
+prompt = {"prompt_token_ids": [5] * int(sys.argv[4])}
+next(llm.stream(prompt, SamplingParams(temperature=0, max_tokens=2)))
+first = time.time() - float(sys.argv[1])
+print(json.dumps({"python": began, "imports": imported - began, "LLM": loaded - imported,
+                  "first token": first - loaded, "all": first}))
+"""
+
+
+def start(model: str, load_format: str, caches: str) -> dict[str, float]:
+    """Returns the seconds of a start with compiled programs kept in a folder.
+
+    Raises:
+      ValueError: the program failed; the message is its last line.
+    """
+    folders = {"JAX_COMPILATION_CACHE_DIR": f"{caches}/jax", "NUMBA_CACHE_DIR": f"{caches}/numba"}
+    settings = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    arguments = [repr(time.time()), model, load_format, str(_PROMPT_LEN.value)]
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, *arguments],
+        env=os.environ | folders | settings,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ValueError(f"a start of {model} failed: {done.stderr.strip().splitlines()[-1]}")
+    figures: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return figures
+
+
+def measure() -> list[dict[str, Any]]:
+    """Returns a row with seconds for each kind of start."""
+    found: dict[str, list[dict[str, float]]] = {"empty": [], "full": []}
+    with contextlib.ExitStack() as stack:
+        model, load_format = _MODEL.value, "auto"
+        if _RANDOM_MODEL.value is not None:
+            model, load_format = stack.enter_context(tempfile.TemporaryDirectory()), "dummy"
+            random_models.write_config(_RANDOM_MODEL.value, pathlib.Path(model))
+        for _ in range(_REPEATS.value):
+            with tempfile.TemporaryDirectory() as caches:
+                for times in found.values():
+                    times.append(start(model, load_format, caches))
+    return [
+        {"caches": kind, **{name: statistics.median(t[name] for t in times) for name in times[0]}}
+        for kind, times in found.items()
+    ]
+
+
+def main() -> None:
+    """Prints the table."""
+    rows = measure()
+    name = _MODEL.value if _RANDOM_MODEL.value is None else f"random {_RANDOM_MODEL.value}"
+    tables.show(f"seconds until the first token, {name}", rows)
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
