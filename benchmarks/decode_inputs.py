@@ -43,4 +43,7 @@ def decode_inputs(
     x.input_on_device[:] = 1
     x.temperature[:] = temperature
     x.top_p[:] = 0.95
+    if x.many is not None:
+        x.many.num_steps[:] = 1
+        x.many.ending_ids[:] = -1
     return packed

@@ -56,7 +56,8 @@ class InstantDevice:
         self._num_steps += 1
         first = self._num_steps * 37 % _NUM_DRAWN
         drawn = slice(first, first + plan.bucket.num_seqs)
-        return StepResult(self._tokens[drawn], self._packed[drawn] if plan.wants_logprobs else None)
+        packed = self._packed[drawn] if plan.wants_logprobs else None
+        return StepResult(self._tokens[drawn, None], packed)
 
     def collect(self, in_flight: StepResult) -> StepResult:
         """Returns what was drawn."""
@@ -115,7 +116,7 @@ def build(
         scheduler,
         memory,
         device,
-        buckets_for(config, memory.tables.shape[1]),
+        buckets_for(config, memory.tables.shape[1], "gpu"),
         vocab_size=vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=(1,),

@@ -19,7 +19,7 @@ from benchmarks import random_models, workloads
 from benchmarks.contiguous import ContiguousMemory
 from benchmarks.metrics import RequestTimes
 from benchmarks.workloads import Workload
-from pallas_paged.engine import LLM, SamplingParams
+from pallas_paged.engine import LLM, RequestOutputKind, SamplingParams
 from pallas_paged.engine.build import join
 from pallas_paged.engine.core.scheduler import Scheduler
 from pallas_paged.engine.engine import Engine
@@ -179,15 +179,22 @@ def describe(llm: LLM, workload: Workload) -> str:
     )
 
 
-def run_all(llm: LLM, workload: Workload, arrivals_s: Sequence[float]) -> dict[str, Run]:
+def run_all(
+    llm: LLM,
+    workload: Workload,
+    arrivals_s: Sequence[float],
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
+) -> dict[str, Run]:
     """Returns the run of the paged engine, then those of the flags' baselines, by name."""
     first = workload._replace(requests=workload.requests[:4])
     drive(llm.engine, first, [0.0] * len(first.requests))  # first touches of memory cost extra
-    runs = {"paged": drive(llm.engine, workload, arrivals_s)}
+    runs = {"paged": drive(llm.engine, workload, arrivals_s, output_kind=output_kind)}
     for name in _BASELINE.value:
         engine, batch_size = baseline_engine(llm)
         static = batch_size if name == "static" else None
-        runs[name] = drive(engine, workload, arrivals_s, static_batch_size=static)
+        runs[name] = drive(
+            engine, workload, arrivals_s, output_kind=output_kind, static_batch_size=static
+        )
     return runs
 
 
@@ -209,6 +216,7 @@ def baseline_engine(llm: LLM) -> tuple[Engine, int]:
         max_num_batched_tokens=llm.config.max_num_batched_tokens,
         max_model_len=llm.max_model_len,
         watermark_blocks=0,  # nobody grows beyond what is reserved
+        num_scheduler_steps=llm.runner.buckets.num_steps,
     )
     engine = join(
         scheduler,
@@ -227,6 +235,8 @@ def drive(
     engine: Engine,
     workload: Workload,
     arrivals_s: Sequence[float],
+    *,
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
     static_batch_size: int | None = None,
 ) -> Run:
     """Runs the workload in real time and returns when each token came.
@@ -235,6 +245,8 @@ def drive(
       engine: an idle engine.
       workload: the requests.
       arrivals_s: when each arrives, in seconds from the start, ascending.
+      output_kind: whether each token is waited for, or the end of each request alone: then all its
+        tokens come at once.
       static_batch_size: hand the engine batches of at most so many requests, of those that have
         arrived, each when the one before has ended; None: hand over each request on arrival.
     """
@@ -252,7 +264,7 @@ def drive(
         if static_batch_size is not None and engine.has_unfinished:
             room = 0
         while room and waiting and arrivals[waiting[0]] <= now:
-            _add(engine, workload, waiting.popleft())
+            _add(engine, workload, waiting.popleft(), output_kind)
             room -= 1
         if not engine.has_unfinished:
             time.sleep(max(0.0, arrivals[waiting[0]] - (time.monotonic() - begin)))
@@ -283,10 +295,14 @@ def drive(
     )
 
 
-def _add(engine: Engine, workload: Workload, index: int) -> None:
+def _add(engine: Engine, workload: Workload, index: int, output_kind: RequestOutputKind) -> None:
     request = workload.requests[index]
     params = SamplingParams(
-        temperature=0, max_tokens=request.num_output_tokens, ignore_eos=True, detokenize=False
+        temperature=0,
+        max_tokens=request.num_output_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=output_kind,
     )
     engine.add(engine.make_group(request.prompt_token_ids, params, request_id=str(index)))
 

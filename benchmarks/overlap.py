@@ -51,7 +51,7 @@ class MockDevice:
 
     def _run(self, num_seqs: int) -> StepResult:
         time.sleep(self._step_s)
-        return StepResult(np.full(num_seqs, 5, np.int32))
+        return StepResult(np.full((num_seqs, 1), 5, np.int32))
 
     def collect(self, in_flight: concurrent.futures.Future[StepResult]) -> StepResult:
         """Waits for the step."""

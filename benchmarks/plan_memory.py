@@ -79,7 +79,7 @@ def main() -> None:
     max_model_len = min(_MAX_MODEL_LEN.value, shape.max_model_len)
     num_blocks = 1024  # neither launches nor temporaries depend on it
     without = blocks_for(max_model_len, config.block_size)
-    largest = buckets_for(config, without).largest()
+    largest = buckets_for(config, without, "gpu").largest()
     buckets = [dataclasses.replace(bucket, is_full=False) for bucket in largest]
 
     def compiled(num_layers: int) -> list[StepReport]:

@@ -7,8 +7,10 @@
 sum of `products`, all matrix products of the model in the best of three forms (either operand order
 of XLA's, and `pallas_paged.models.layers.product`), of `contiguous`, attention over keys and values
 that lie in one piece, and of `sampling`; each is a program of its own. `attention` is the engine's,
-over blocks in order. `engine` is a decode step of `LLM`'s engine: what it takes beyond `step` is
-the host's. All in milliseconds, medians; the ratios are those of each round.
+over blocks in order. `engine` is a decode step of `LLM`'s engine, one at a time: what it takes
+beyond `step` is the host's. `offline` is one of several that a program makes (see
+`EngineConfig.num_scheduler_steps`), as `LLM.generate` runs them. All in milliseconds, medians; the
+ratios are those of each round.
 
 Their medians are compared with the committed ones. What is worse than those by more than
 --tolerance is named, and the program then ends with status 1.
@@ -33,7 +35,8 @@ from flax import nnx
 from benchmarks import random_models, tables
 from benchmarks.decode_inputs import decode_inputs
 from pallas_paged import AttentionMetadata, paged_attention
-from pallas_paged.engine import LLM, SamplingParams
+from pallas_paged.engine import LLM, RequestOutputKind, SamplingParams
+from pallas_paged.engine.config import CPU_SCHEDULER_STEPS
 from pallas_paged.engine.device.rows import Rows
 from pallas_paged.engine.device.sampling import SamplingInputs, sample
 from pallas_paged.engine.kv.sharing import blocks_for
@@ -61,9 +64,9 @@ _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file."
 _PLOT = flags.DEFINE_string("plot", None, "Also draw tokens per second (PNG).")
 
 BLOCK_SIZE = 16
-_STEPS_PER_ROUND = 12  # of the engine
+_TURNS_PER_ROUND = 2  # of the engine, with as many steps as a program makes
 _CONTIGUOUS_LAYERS = 4  # with keys and values of their own; more layers go around
-RATIOS = ("floor/step", "step/engine")
+RATIOS = ("floor/step", "step/engine", "step/offline")
 """Larger is better, and 1 is the most: what is compared with expectations."""
 
 
@@ -83,7 +86,7 @@ class Case(NamedTuple):
 
 def make_llm(model: str, dtype: str, max_rows: int, max_context: int) -> LLM:
     """Returns an engine of random weights with room for the largest case."""
-    tokens = max_context + _STEPS_PER_ROUND * (_ROUNDS.value + 2)
+    tokens = max_context + 2 * _most_steps()
     with tempfile.TemporaryDirectory() as folder:
         random_models.write_config(model, pathlib.Path(folder))
         return LLM(
@@ -183,29 +186,45 @@ class Parts:
         jax.block_until_ready(self._sampling(self._logits))
 
 
-def engine_steps(llm: LLM, case: Case) -> Generator[float]:
-    """Yields milliseconds of a decode step of the engine, again and again."""
-    engine, num_steps = llm.engine, _STEPS_PER_ROUND * (_ROUNDS.value + 1)
-    prompt_len = max(1, case.context - num_steps // 2)
+def _most_steps() -> int:
+    """Returns how many decode steps of the engine are timed, at most."""
+    return 2 * _TURNS_PER_ROUND * CPU_SCHEDULER_STEPS * (_ROUNDS.value + 1)
+
+
+def engine_steps(llm: LLM, case: Case) -> Generator[tuple[float, float]]:
+    """Yields milliseconds of a decode step alone, and of one of several, again and again."""
+    engine, scheduler = llm.engine, llm.engine.core.scheduler
+    several = scheduler.num_scheduler_steps
+    prompt_len = max(1, case.context - _most_steps() // 2)
     params = SamplingParams(
-        temperature=0, max_tokens=num_steps + 8, ignore_eos=True, detokenize=False
+        temperature=0,
+        max_tokens=_most_steps() + 4 * several,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+    def ms(most: int) -> float:
+        scheduler.num_scheduler_steps = most
+        engine.step()  # the step in flight is one of before
+        before, begin = engine.core.num_generated_tokens, time.perf_counter()
+        for _ in range(_TURNS_PER_ROUND * several // most):
+            engine.step()
+        seconds = time.perf_counter() - begin
+        return 1e3 * seconds * case.rows / (engine.core.num_generated_tokens - before)
+
     for i in range(case.rows):
         engine.add(engine.make_group([1 + i % 7] * prompt_len, params))
-    while engine.core.scheduler.num_waiting or engine.core.scheduler.queues.placed == []:
+    while scheduler.num_waiting or scheduler.queues.placed == []:
         engine.step()
-    while any(s.progress.num_computed < prompt_len for s in engine.core.scheduler.queues.placed):
-        engine.step()
-    for _ in range(4):
+    while any(s.progress.num_computed < prompt_len for s in scheduler.queues.placed):
         engine.step()
     try:
         while True:
-            begin = time.perf_counter()
-            for _ in range(_STEPS_PER_ROUND):
-                engine.step()
-            yield 1e3 * (time.perf_counter() - begin) / _STEPS_PER_ROUND
+            yield ms(1), ms(several)
     finally:
-        for request_id in list(engine.core.scheduler.queues.unfinished):
+        scheduler.num_scheduler_steps = several
+        for request_id in list(scheduler.queues.unfinished):
             engine.abort(request_id)
         engine.drain()
 
@@ -218,12 +237,13 @@ def measure(llm: LLM, case: Case) -> dict[str, Any]:
     }
     runs |= {form: functools.partial(parts.products, form) for form in FORMS}
     calls = {name: _calls_for(run) for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in (*runs, "engine")}
+    times: dict[str, list[float]] = {name: [] for name in (*runs, "engine", "offline")}
     steps = engine_steps(llm, case)
     for _ in range(_ROUNDS.value):
         for name, run in runs.items():
             times[name].append(_ms(run, calls[name]))
-        times["engine"].append(next(steps))
+        for name, found in zip(("engine", "offline"), next(steps), strict=True):
+            times[name].append(found)
     steps.close()
     rounds = [dict(zip(times, values, strict=True)) for values in zip(*times.values(), strict=True)]
     for one in rounds:
@@ -231,12 +251,14 @@ def measure(llm: LLM, case: Case) -> dict[str, Any]:
         one["floor"] = one["products"] + one["contiguous"] + one["sampling"]
         one["floor/step"] = one["floor"] / one["step"]
         one["step/engine"] = one["step"] / one["engine"]
+        one["step/offline"] = one["step"] / one["offline"]
     medians = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    columns = ("products", "contiguous", "sampling", "floor", "step", "attention", "engine")
+    parts_of_it = ("products", "contiguous", "sampling", "floor")
+    columns = (*parts_of_it, "step", "attention", "engine", "offline")
     return {
         "case": case.name,
         **{name: medians[name] for name in (*columns, *RATIOS)},
-        "tokens/s": 1e3 * case.rows / medians["engine"],
+        "tokens/s": 1e3 * case.rows / medians["offline"],
     }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import metrics, offline, tables
+from pallas_paged.engine import RequestOutputKind
 from pallas_paged.models import command_line
 
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
@@ -26,7 +27,7 @@ ROWS = {
     "mean_running": "mean sequences running",
     "peak_running": "most sequences running",
     "kv_used_share": "share of held KV slots in use",
-    "num_steps": "steps",
+    "num_steps": "programs run",
     "num_preemptions": "preemptions",
     "failed": "failed",
 }
@@ -37,7 +38,8 @@ def main() -> None:
     llm = offline.make_llm()
     workload = offline.make_workload(llm)
     print(offline.describe(llm, workload), flush=True)
-    runs = offline.run_all(llm, workload, np.zeros(len(workload.requests)).tolist())
+    arrivals_s = np.zeros(len(workload.requests)).tolist()
+    runs = offline.run_all(llm, workload, arrivals_s, RequestOutputKind.FINAL_ONLY)
     figures: dict[str, dict[str, Any]] = {
         name: metrics.summarize(run.times, run.duration_s, {}) | run.figures
         for name, run in runs.items()

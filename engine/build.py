@@ -118,6 +118,7 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         choose_recovery=_recovery(config, plan),
         host_pool=HostPool(num_host_blocks, memory.num_usable_blocks),
         sliding_window=common_window(specs),
+        num_scheduler_steps=runner.buckets.num_steps,
     )
     vocab_size = network.config.vocab_size
     eos_token_ids = load_eos_token_ids(config.model)
@@ -222,7 +223,7 @@ def _build_runner(
         block_size=config.block_size,
         kv_cache_dtype=cache_dtype,
         max_num_seqs=config.max_num_seqs,
-        buckets=buckets_for(config, plan.max_blocks_per_seq),
+        buckets=buckets_for(config, plan.max_blocks_per_seq, placement.device.platform),
         max_logprobs=config.max_logprobs,
         implementation=implementation,
         cache_implementation=config.cache_implementation,

@@ -26,6 +26,9 @@ KV_CACHE_DTYPES = {
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
 """The pool on a CPU when nothing is asked for: a stated size, not a share of all memory."""
 
+CPU_SCHEDULER_STEPS = 8
+"""Decode steps in one program on a CPU when nothing is asked for."""
+
 PREEMPTION_MODES = ("recompute", "swap", "auto")
 SCHEDULING_POLICIES = ("fcfs", "priority")
 
@@ -67,6 +70,11 @@ class EngineConfig:
       cache_implementation: the same for what writes and copies KV blocks.
       async_scheduling: schedule and dispatch a step before the previous one's tokens are on the
         host.
+      num_scheduler_steps: the most decode steps that one program makes before the host looks, while
+        nobody waits for single tokens: all requests that run came to `generate`, or want their
+        output at its end only, and without stop strings, log-probabilities and penalties. Their
+        tokens are the same. None: 8 on a CPU, where the host's work takes the model's cores, and 1
+        elsewhere.
       deterministic: run every step in one fixed shape, so that in float32 a request's tokens do
         not depend, bit for bit, on what else is in its batches. Decoding then costs as much as
         the largest step.
@@ -104,6 +112,7 @@ class EngineConfig:
     attention_implementation: str | None = None
     cache_implementation: str | None = None
     async_scheduling: bool = True
+    num_scheduler_steps: int | None = None
     deterministic: bool = False
     compile_ahead: bool = False
     compilation_cache_dir: str | None = "auto"
@@ -123,7 +132,12 @@ class EngineConfig:
             _require(getattr(self, name) in choices, self, name, f"must be one of {choices}")
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             _require(_is_int(getattr(self, name), 1), self, name, "must be an integer >= 1")
-        for name, least in (("max_model_len", 2), ("num_blocks", 2), ("kv_cache_memory_bytes", 1)):
+        for name, least in (
+            ("max_model_len", 2),
+            ("num_blocks", 2),
+            ("kv_cache_memory_bytes", 1),
+            ("num_scheduler_steps", 1),
+        ):
             value = getattr(self, name)
             ok = value is None or _is_int(value, least)
             _require(ok, self, name, f"must be None or an integer >= {least}")
@@ -158,6 +172,12 @@ class EngineConfig:
             self,
             "max_num_batched_tokens",
             f"must be at least max_num_seqs={self.max_num_seqs}",
+        )
+        _require(
+            not self.deterministic or self.num_scheduler_steps in (None, 1),
+            self,
+            "num_scheduler_steps",
+            "must be None or 1 with deterministic=True, where every step has the same shape",
         )
         for name in ("attention_implementation", "cache_implementation"):
             _require(
@@ -199,6 +219,15 @@ def resolve_kv_cache_dtype(config: EngineConfig, model_dtype: jnp.dtype) -> jnp.
     if config.kv_cache_dtype == "auto":
         return model_dtype
     return jnp.dtype(KV_CACHE_DTYPES[config.kv_cache_dtype])
+
+
+def resolve_num_scheduler_steps(config: EngineConfig, platform: str) -> int:
+    """Returns the most decode steps in one program on devices of a platform."""
+    if config.deterministic:
+        return 1
+    if config.num_scheduler_steps is None:
+        return CPU_SCHEDULER_STEPS if platform == "cpu" else 1
+    return config.num_scheduler_steps
 
 
 def resolve_max_model_len(config: EngineConfig, shape: ModelConfig) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.engine import mutate_beams, mutate_sharing
+from tests.engine import mutate_beams, mutate_sharing, mutate_steps
 from tests.kernels import (
     mutate_ampere,
     mutate_cache,
@@ -15,6 +15,7 @@ from tests.mutations import ROOT
 PROGRAMS = (
     mutate_sharing,
     mutate_beams,
+    mutate_steps,
     mutate_decode,
     mutate_prefill,
     mutate_ampere,

@@ -13,7 +13,8 @@ class Bucket:
     """The shape of one compiled step: T tokens of B sequences with up to M blocks each.
 
     A decode bucket has one token per sequence; `num_tokens == num_seqs` alone does not say so.
-    A full one also does what few requests ask for, see `pallas_paged.engine.device.step`.
+    A full one also does what few requests ask for, see `pallas_paged.engine.device.step`. One with
+    `num_steps` K > 1, a plain decode bucket, makes up to K decode steps one after the other.
     """
 
     num_tokens: int
@@ -21,11 +22,14 @@ class Bucket:
     table_width: int
     is_decode: bool
     is_full: bool = False
+    num_steps: int = 1
 
     def __str__(self) -> str:
         kind = "decode" if self.is_decode else "mixed"
         full = " full" if self.is_full else ""
-        return f"{kind} {self.num_tokens}x{self.num_seqs}, {self.table_width} blocks each{full}"
+        shape = f"{self.num_tokens}x{self.num_seqs}, {self.table_width} blocks each"
+        steps = f", up to {self.num_steps} steps" if self.num_steps > 1 else ""
+        return f"{kind} {shape}{full}{steps}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +42,14 @@ class Buckets:
       mixed_tokens: numbers of tokens of steps that hold prompt chunks.
       mixed_seqs: numbers of sequences of those.
       table_widths: numbers of blocks of the longest sequence of a step.
+      num_steps: the most decode steps that one program makes one after the other.
     """
 
     decode_seqs: tuple[int, ...]
     mixed_tokens: tuple[int, ...]
     mixed_seqs: tuple[int, ...]
     table_widths: tuple[int, ...]
+    num_steps: int = 1
 
     @classmethod
     def for_limits(
@@ -53,6 +59,7 @@ class Buckets:
         max_blocks_per_seq: int,
         *,
         deterministic: bool = False,
+        num_steps: int = 1,
     ) -> "Buckets":
         """Returns few sizes up to the maxima; one of each kind for a deterministic engine.
 
@@ -68,6 +75,7 @@ class Buckets:
             _mixed_sizes(max_num_batched_tokens),
             _geometric(8, max_num_seqs, 8),
             _table_widths(max_blocks_per_seq),
+            num_steps,
         )
 
     def pick(
@@ -87,7 +95,8 @@ class Buckets:
         width = _at_least(self.table_widths, table_width)
         if is_decode and self.decode_seqs:
             size = _at_least(self.decode_seqs, num_seqs)
-            return Bucket(size, size, width, is_decode=True, is_full=is_full)
+            num_steps = 1 if is_full else self.num_steps
+            return Bucket(size, size, width, True, is_full, num_steps)
         return Bucket(
             _at_least(self.mixed_tokens, num_tokens),
             _at_least(self.mixed_seqs, num_seqs),
@@ -109,11 +118,11 @@ class Buckets:
             (tokens, seqs, False) for tokens in self.mixed_tokens for seqs in self.mixed_seqs
         ]
         plain = [
-            Bucket(tokens, seqs, width, is_decode)
+            Bucket(tokens, seqs, width, is_decode, False, self.num_steps if is_decode else 1)
             for tokens, seqs, is_decode in shapes
             for width in self.table_widths
         ]
-        return plain + [dataclasses.replace(bucket, is_full=True) for bucket in plain]
+        return plain + [dataclasses.replace(bucket, is_full=True, num_steps=1) for bucket in plain]
 
 
 def _geometric(first: int, last: int, ratio: int) -> tuple[int, ...]:

@@ -18,11 +18,12 @@ from pallas_paged.engine.kv.interface import Memory
 from pallas_paged.engine.kv.sharing import FullBlocks, window_blocks
 
 type Result = int | list[int] | Candidates
-"""What a step gave a sequence: the sampled token; several tokens; or the candidates of a beam.
+"""What a step gave a sequence: the sampled token; a list of tokens; or the candidates of a beam.
 
-Several, in order, only where the group `waits_for_host`. The step has computed none of them: like
-the sampled token alone, they are the sequence's next inputs. What keys and values a step computed
-beyond the tokens that it gave, `Memory.truncate` takes back.
+Of a list, which ends where the sequence does at the latest, the step has computed as many tokens as
+the sequence's steps are more than one; the next one is its next input, like a sampled token alone.
+It may only be shorter if the sequence ends with it, or is finished at once; and longer, where the
+group `waits_for_host`.
 """
 
 
@@ -80,13 +81,15 @@ class Committer:
     def commit(self, step: ScheduledStep, results: Sequence[Result]) -> Committed:
         """Takes a step's results; see `Scheduler.commit`."""
         columns, S = self._columns, self._memory.block_size
-        sequences, numbers, rows, starts, counts, samples, _ = step.batch
+        batch = step.batch
+        sequences, rows, samples = batch.sequences, batch.rows, batch.samples
         assert len(results) == len(sequences)
-        ends = starts + counts
-        here = columns.numbers[rows] == numbers  # others have ended, or lost their blocks
+        here = columns.numbers[rows] == batch.numbers  # others have ended, or lost their blocks
+        gets, lengths, ended, searching = self._append(batch, here, results)
+        # What was computed behind the end of a sequence is nobody's.
+        ends = np.where(gets, np.minimum(batch.ends, lengths), batch.ends)
         columns.num_computed[rows[here]] = ends[here]
         is_filled = here & (ends // S > columns.num_remembered[rows])
-        gets, lengths, ended, searching = self._append(step.batch, here, results)
         columns.num_known[rows[gets]] = lengths[gets]
         waiting = gets & columns.waits_for_host[rows]
         columns.num_tokens[rows[waiting]] = lengths[waiting]
@@ -94,11 +97,14 @@ class Committer:
         is_over[ended] = True
         is_told = gets & columns.has_told[rows] & ~is_over
         tokens = self._tokens(rows, results, np.flatnonzero(is_told & ~columns.is_held[rows]))
-        num_new = int((lengths - ends)[gets].sum())
+        num_new = int((lengths - batch.starts - batch.num_tokens)[gets].sum())
         others, over = _chosen(sequences, gets & ~is_told), _chosen(sequences, is_over)
         if not here.all():
             places = np.flatnonzero(~here).tolist()
-            late = [(sequences[b], results[b] if samples[b] else None) for b in places]
+            late = [
+                (sequences[b], int(batch.num_steps[b]), results[b] if samples[b] else None)
+                for b in places
+            ]
             num_late, more, more_over = _append_late(late)
             num_new, others, over = num_new + num_late, others + more, over + more_over
         if is_filled.any():
@@ -130,10 +136,14 @@ class Committer:
                     searching[sequence.group] = None
                     gets[b] = False
                     continue
-                *before, result = _until_end(sequence, result)
+                tokens = _until_end(sequence, result)
+                if not tokens:
+                    gets[b] = False
+                    continue
+                *before, result = tokens
                 token_ids[row] += before
                 lengths[b] += len(before)
-                columns.has_told[row] = False  # `NewTokens` has one token of each
+                columns.has_told[row] &= columns.is_held[row]  # `NewTokens` has one token of each
             token_ids[row].append(result)
             if result in ending_ids[row]:
                 ended.append(b)
@@ -255,22 +265,25 @@ class Committer:
 
 
 def _append_late(
-    late: Iterable[tuple[TokenSequence, Result | None]],
+    late: Iterable[tuple[TokenSequence, int, Result | None]],
 ) -> tuple[int, list[TokenSequence], list[TokenSequence]]:
     """Appends their tokens to sequences that have lost their rows since the step was scheduled.
 
-    A sequence that has ended gets none; a beam computes its candidates again.
+    `late` are the sequences, how many steps each was scheduled for, and what it got. A sequence
+    that has ended gets none; a beam computes its candidates again.
 
     Returns how many tokens that were, who got some, and who of these is over with them.
     """
     num_new, extended, over = 0, [], []
-    for sequence, result in late:
+    for sequence, num_steps, result in late:
         sequence.group.is_in_flight = False
         if sequence.is_finished or result is None or isinstance(result, Candidates):
             continue
         tokens = [result] if isinstance(result, int) else _until_end(sequence, result)
+        if not tokens:
+            continue
         sequence.token_ids += tokens
-        sequence.num_late = max(0, sequence.num_late - 1)
+        sequence.num_late = max(0, sequence.num_late - num_steps)
         num_new += len(tokens)
         extended.append(sequence)
         group = sequence.group
@@ -286,7 +299,6 @@ def _chosen(sequences: Sequence[TokenSequence], which: np.ndarray) -> list[Token
 def _until_end(sequence: TokenSequence, tokens: list[int]) -> list[int]:
     """Returns those of a sequence's next tokens that it gets before it is over."""
     group = sequence.group
-    assert group.waits_for_host, "a step in flight goes on from the first of them"
     tokens = tokens[: group.max_length - len(sequence.token_ids)]
     for index, token in enumerate(tokens):
         if token in group.ending_ids:

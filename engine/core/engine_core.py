@@ -5,8 +5,11 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pallas_paged.engine.core import beam_groups, logprobs
 from pallas_paged.engine.core.beam_search import Candidates
+from pallas_paged.engine.core.committer import Result
 from pallas_paged.engine.core.core_output import (
     CoreOutput,
     CoreOutputs,
@@ -52,7 +55,7 @@ class EngineCore:
     Attributes:
       scheduler: as given, as is `executor`.
       executor: likewise.
-      num_steps: steps dispatched so far.
+      num_steps: steps dispatched so far; several decode steps in one program count as one.
       num_generated_tokens: tokens that steps have brought.
     """
 
@@ -145,38 +148,60 @@ class EngineCore:
         """Commits a step's tokens and returns what the requests get by it."""
         step = in_flight.step
         result = self.executor.collect(in_flight.handle)
-        tokens: list[int] = result.tokens[: len(step.batch.sequences)].tolist()
-        aborted: list[TokenSequence] = []
-        if (result.tokens >= self._vocab_size).any():
-            aborted = self._abort_without_token(step, tokens)
-        results: Sequence[int | Candidates] = tokens
+        results = _results(step, result.tokens)
         logprobs = {} if result.logprobs is None else _logprobs_of(step, result)
-        if logprobs:
-            results = [
-                _candidates(logprobs[sequence])
-                if sequence.group.beams is not None and sequence in logprobs
-                else token
-                for sequence, token in zip(step.batch.sequences, tokens, strict=True)
-            ]
+        for b, sequence in enumerate(step.batch.sequences if logprobs else ()):
+            if sequence.group.beams is not None and sequence in logprobs:
+                results[b] = _candidates(logprobs[sequence])
+        faults: list[tuple[TokenSequence, int]] = []
+        if (result.tokens >= self._vocab_size).any():
+            faults = self._cut_at_faults(step, result.tokens, results)
         committed = self.scheduler.commit(step, results)
         self.num_generated_tokens += committed.num_tokens
+        aborted = self._abort(faults) if faults else {}
+        advanced = [sequence for sequence in committed.others if sequence not in aborted]
         prompts = _prompt_logprobs_of(in_flight.planned, result)
-        return CoreOutputs(_outputs(aborted, committed.others, logprobs, prompts), committed.tokens)
+        return CoreOutputs(_outputs(aborted, advanced, logprobs, prompts), committed.tokens)
 
-    def _abort_without_token(
-        self, step: ScheduledStep, tokens: Iterable[int]
-    ) -> list[TokenSequence]:
+    def _cut_at_faults(
+        self, step: ScheduledStep, tokens: np.ndarray, results: list[Result]
+    ) -> list[tuple[TokenSequence, int]]:
+        """Leaves in `results` the tokens before the first place without one.
+
+        Returns the sequences that have such a place, and what stands there in `tokens`, i32[B, K].
+        """
+        faults: list[tuple[TokenSequence, int]] = []
+        for b, one in enumerate(step.scheduled):
+            mine = tokens[b, : one.num_steps if one.samples else 0].tolist()
+            place = next((i for i, token in enumerate(mine) if token >= self._vocab_size), None)
+            if place is None or not one.sequence.group.ending_ids.isdisjoint(mine[:place]):
+                continue  # it was over before
+            results[b] = mine[:place]
+            faults.append((one.sequence, mine[place]))
+        return faults
+
+    def _abort(self, faults: list[tuple[TokenSequence, int]]) -> dict[TokenSequence, None]:
         """Ends the sequences for which the device found no token, beams together with others'."""
-        aborted: list[TokenSequence] = []
-        for one, token in zip(step.scheduled, tokens, strict=True):
-            sequence = one.sequence
-            if one.samples and token >= self._vocab_size and not sequence.is_finished:
-                group, reason = sequence.group, NO_TOKEN_REASONS[token - self._vocab_size]
-                logger.error("request %s aborted: %s", group.request_id, reason)
-                for other in [sequence] if group.beams is None else group.live:
-                    self.scheduler.finish(other, "abort", reason)
-                    aborted.append(other)
+        aborted: dict[TokenSequence, None] = {}
+        for sequence, token in faults:
+            group, reason = sequence.group, NO_TOKEN_REASONS[token - self._vocab_size]
+            if sequence.is_finished:
+                continue
+            logger.error("request %s aborted: %s", group.request_id, reason)
+            for other in [sequence] if group.beams is None else group.live:
+                self.scheduler.finish(other, "abort", reason)
+                aborted[other] = None
         return aborted
+
+
+def _results(step: ScheduledStep, tokens: np.ndarray) -> list[Result]:
+    """Returns what a step's samples, i32[B, K], are for `Scheduler.commit`."""
+    B, num_steps = len(step.batch.sequences), step.batch.num_steps
+    if num_steps.max() == 1:
+        results: list[Result] = tokens[:B, 0].tolist()
+        return results
+    rows = zip(tokens[:B].tolist(), num_steps.tolist(), strict=True)
+    return [mine[:count] for mine, count in rows]
 
 
 def _outputs(

@@ -44,4 +44,5 @@ def fork_ready(columns: RowColumns, planned: TokenPlan, memory: Memory) -> Token
         np.insert(planned.rows, places, rows),
         np.insert(planned.starts, places, num_reserved),
         np.insert(planned.counts, places, 0),
+        np.insert(planned.steps, places, 1),
     )

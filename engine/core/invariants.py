@@ -64,7 +64,7 @@ def check_in_flight(group: SequenceGroup, in_flight: Iterable[ScheduledStep]) ->
 def check_counts(sequence: TokenSequence, in_flight: Iterable[ScheduledStep]) -> None:
     """Asserts that a sequence's counts fit the steps in flight."""
     mine = [one for step in in_flight for one in step.scheduled if one.sequence is sequence]
-    group, num_samples = sequence.group, sum(one.samples for one in mine)
+    group, num_samples = sequence.group, sum(one.num_steps for one in mine if one.samples)
     assert sequence.num_pending == (0 if group.waits_for_host else num_samples)
     assert sequence.num_tokens <= group.max_length
     assert not mine or sequence.candidates is None

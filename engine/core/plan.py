@@ -53,7 +53,7 @@ class StepPlan(NamedTuple):
         parts = [
             divmod(self.step_id, 2**31),  # a server may make more steps than that
             [bucket.num_tokens, bucket.num_seqs, bucket.table_width],
-            [bucket.is_decode, bucket.is_full, self.wants_logprobs],
+            [bucket.num_steps, bucket.is_decode, bucket.is_full, self.wants_logprobs],
             self.dropped_chunks,
             *self.copies,
             self.inputs,
@@ -76,7 +76,8 @@ class StepPlan(NamedTuple):
         parts = iter(np.split(ints[1 + ints[0] :], ends[:-1]))
         high, low = next(parts).tolist()
         num_tokens, num_seqs, table_width = next(parts).tolist()
-        is_decode, is_full, wants_logprobs = map(bool, next(parts))
+        num_steps, *flags = next(parts).tolist()
+        is_decode, is_full, wants_logprobs = map(bool, flags)
         dropped = tuple(next(parts).tolist())
         copies = CopyPairs(next(parts), next(parts))
         inputs = next(parts)
@@ -89,7 +90,7 @@ class StepPlan(NamedTuple):
         table_edits = tuple(np.stack([next(parts), next(parts)]) for _ in range(num_edits))
         return cls(
             high * 2**31 + low,
-            Bucket(num_tokens, num_seqs, table_width, is_decode, is_full),
+            Bucket(num_tokens, num_seqs, table_width, is_decode, is_full, num_steps),
             dropped,
             moves[:num_outs],
             moves[num_outs:],
@@ -106,9 +107,9 @@ class StepResult(NamedTuple):
     """What a step brought to the host, row by row as in the plan's inputs.
 
     Attributes:
-      tokens: i32[B], the samples. A row whose logits are not finite has V, one whose rules leave
-        no token V + 1, one that samples nothing anything. Several tokens of a row would be i32[B,
-        K] here, lists for `Scheduler.commit`, and several `CoreOutput.token_ids`.
+      tokens: i32[B, K], the samples of the bucket's `num_steps`. V in the place of a sample where
+        the logits are not finite, V + 1 where the rules leave no token. Anything behind such a
+        place, behind a token that ends the row's sequence, and where nothing is sampled.
       logprobs: i32[B, 3 + 2 W], see `logprobs`; None unless the plan wants them.
       prompt_logprobs: i32[P, 3 + 2 W], of the plan's `prompt_targets`.
     """

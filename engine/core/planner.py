@@ -6,7 +6,7 @@ import numpy as np
 
 from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.plan import StepPlan
-from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
+from pallas_paged.engine.core.request import MAX_ENDING_IDS, SequenceGroup, TokenSequence
 from pallas_paged.engine.core.row_edits import RowEdits
 from pallas_paged.engine.core.scheduled import Batch, ScheduledSequence, ScheduledStep
 from pallas_paged.engine.core.step_inputs import (
@@ -65,20 +65,20 @@ class Planner:
             targets = [_targets_of(one) for one in scheduled]
             wants_logprobs = any(map(samples_logprobs, scheduled))
             is_full = wants_logprobs or any(targets) or any(map(_samples_ruled, scheduled))
-        lens = batch.starts + batch.num_tokens
         bucket = self._buckets.pick(
             step.num_tokens,
             len(batch.sequences),
-            -(-int(lens.max()) // self._memory.block_size),
+            -(-int(batch.ends.max()) // self._memory.block_size),
             is_decode=bool((batch.num_tokens == 1).all()) and not any(targets),
             is_full=is_full,
         )
+        assert bucket.num_steps >= batch.num_steps.max(), "no program makes so many steps"
         prompt_targets, prompts = _take_targets(scheduled, targets)
         table_edits, last_edit = self._table_edits.next_edits(batch.rows, bucket.num_seqs)
         inputs = np.zeros(packed_size(bucket), np.int32)
         x = views(inputs, bucket)
         x.table_places[:], x.table_blocks[:] = last_edit
-        self._fill(x, batch, lens, scheduled)
+        self._fill(x, batch, scheduled)
         plan = StepPlan(
             step.step_id,
             bucket,
@@ -98,7 +98,6 @@ class Planner:
         self,
         x: StepInputs[np.ndarray],
         batch: Batch,
-        lens: np.ndarray,
         scheduled: list[ScheduledSequence],
     ) -> None:
         """Fills the inputs of a step, which are zeros, but for the entries of block tables.
@@ -106,7 +105,8 @@ class Planner:
         `scheduled` is needed for full buckets only.
         """
         tables, S = self._memory.tables, self._memory.block_size
-        sequences, _, rows, starts, counts, samples, on_device = batch
+        sequences, _, rows, starts, counts, samples, on_device, num_steps = batch
+        lens = starts + counts
         ends = np.cumsum(counts, dtype=np.int32)
         B, T = len(rows), int(ends[-1])
         positions = np.arange(T, dtype=np.int32) + np.repeat(starts - (ends - counts), counts)
@@ -128,6 +128,9 @@ class Planner:
         self._columns.fill(x, rows)
         if x.full is not None:
             _fill_full(x.full, scheduled, self._num_rows)
+        if x.many is not None:
+            x.many.num_steps[:B] = num_steps
+            x.many.ending_ids[:B] = self._columns.ending_ids[rows]
 
 
 class _Columns:
@@ -136,6 +139,8 @@ class _Columns:
     Attributes:
       is_special: bool[R], whether its request asks for log-probabilities or has rules for logits,
         so that some of its steps are full.
+      ending_ids: i32[R, `MAX_ENDING_IDS`], padded with -1. All of it is padding if there are more:
+        the device is not told, and the host finds out.
     """
 
     def __init__(self, num_rows: int) -> None:
@@ -144,6 +149,7 @@ class _Columns:
         self._temperature, self._top_p, self._min_p = np.zeros((3, num_rows), np.float32)
         self._top_k, self._sample_index = np.zeros((2, num_rows), np.int32)
         self._seeds = np.zeros((num_rows, 2), np.uint32)
+        self.ending_ids = np.full((num_rows, MAX_ENDING_IDS), -1, np.int32)
 
     def follow(self, batch: Batch) -> None:
         """Writes the rows that have got another sequence."""
@@ -161,6 +167,9 @@ class _Columns:
         self._seeds[row] = seed_words(params.seed)
         self._sample_index[row] = sequence.index
         asks = params.logprobs is not None or params.prompt_logprobs is not None
+        self.ending_ids[row] = -1
+        if len(group.ending_ids) <= MAX_ENDING_IDS:
+            self.ending_ids[row, : len(group.ending_ids)] = list(group.ending_ids)
         self.is_special[row] = asks or group.logit_rules is not None
 
     def fill(self, x: StepInputs[np.ndarray], rows: np.ndarray) -> None:

@@ -15,6 +15,9 @@ from pallas_paged.engine.kv.sharing import Root
 
 _NUMBERS = itertools.count()
 
+MAX_ENDING_IDS = 8
+"""Tokens that end a sequence, of which the device is told."""
+
 
 class SequenceStatus(enum.Enum):
     """Where a group or a sequence of it stands: queued, running, queued on the host, or done."""
@@ -131,7 +134,7 @@ class TokenSequence:
     def num_pending(self) -> int:
         """Tokens that uncommitted steps sample.
 
-        0 or 1 whenever a step is scheduled; always 0 where the group `waits_for_host`.
+        Always 0 where the group `waits_for_host`.
         """
         return self.num_tokens - len(self.token_ids)
 
@@ -151,6 +154,7 @@ class TokenSequence:
         columns.max_length[row] = group.max_length
         columns.waits_for_host[row], columns.is_held[row] = group.waits_for_host, group.is_held
         columns.has_told[row] = False
+        columns.runs_on[row] = group.runs_on
         columns.token_ids[row], columns.ending_ids[row] = self.token_ids, group.ending_ids
         columns.request_ids[row], columns.indices[row] = group.request_id, self.index
         self.row = row
@@ -279,6 +283,16 @@ class SequenceGroup:
     def num_rows(self) -> int:
         """Rows that it takes while it runs: one per live sequence, or beam to come."""
         return len(self.live) if self.beams is None else self.num_seqs
+
+    @property
+    def runs_on(self) -> bool:
+        """Whether steps may compute several of its tokens before the host sees the first of them.
+
+        Nobody waits for single ones, they depend on nothing that the host knows, and the device can
+        tell when one of them ends a sequence.
+        """
+        needs_host = self.waits_for_host or self.logit_rules is not None
+        return self.is_held and not needs_host and len(self.ending_ids) <= MAX_ENDING_IDS
 
     @property
     def cache_root(self) -> Root:

@@ -35,6 +35,7 @@ class RowColumns:
       max_length: i32[R], the group's, as are the next two.
       waits_for_host: bool[R].
       is_held: bool[R].
+      runs_on: bool[R], see `SequenceGroup.runs_on`.
       has_told: bool[R], whether a token that ends nothing is all that there is to tell: new times,
         for instance, were told with a token before.
       token_ids: the sequences' own lists, prompt and output.
@@ -56,6 +57,7 @@ class RowColumns:
         self.num_reserved, self.num_dispatched, self.num_computed = np.zeros((3, R), np.int32)
         self.num_remembered = np.zeros(R, np.int32)
         self.waits_for_host, self.is_held, self.has_told = np.zeros((3, R), bool)
+        self.runs_on = np.zeros(R, bool)
         self.token_ids: list[list[int]] = [[]] * R
         self.ending_ids: list[frozenset[int]] = [frozenset()] * R
         self.request_ids = [""] * R

@@ -24,6 +24,8 @@ class ScheduledSequence(NamedTuple):
       input_on_device: whether the one token to compute is the row's last sampled token, which the
         host does not know yet. Otherwise the tokens are
         `sequence.token_ids[start : start + num_tokens]`.
+      num_steps: how many tokens it samples, if it samples: each one but the last is computed behind
+        the `num_tokens`, as a decode step of its own would.
     """
 
     sequence: TokenSequence
@@ -32,12 +34,13 @@ class ScheduledSequence(NamedTuple):
     num_tokens: int
     samples: bool
     input_on_device: bool
+    num_steps: int = 1
 
 
 class Batch(NamedTuple):
     """What a step computes of all its sequences: the fields of `ScheduledSequence` in columns.
 
-    Arrays cost the host less than an object for each sequence: i32[B], the last two bool[B].
+    Arrays cost the host less than an object for each sequence: i32[B], but for two bool[B].
     `numbers`, i64[B], are the sequences' own: they tell whether a row is still the sequence's.
     """
 
@@ -48,6 +51,12 @@ class Batch(NamedTuple):
     num_tokens: np.ndarray
     samples: np.ndarray
     input_on_device: np.ndarray
+    num_steps: np.ndarray
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Where the tokens end that the step computes, those between two samples included."""
+        return self.starts + self.num_tokens + self.num_steps - 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, Toke
 from pallas_paged.engine.core.row_columns import RowColumns
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.core.swapping import swap_out
-from pallas_paged.engine.core.token_plan import TokenPlan, dispatch, plan
+from pallas_paged.engine.core.token_plan import TokenPlan, dispatch, plan, run_on
 from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
 from pallas_paged.engine.kv.interface import Memory
 from pallas_paged.engine.kv.sharing import NO_COPIES, CopyPairs, Root
@@ -57,6 +57,7 @@ class Scheduler:
       host_pool: the host memory that groups are swapped to; None has no room.
       sliding_window: the most tokens that a query sees in any layer, itself included; rows give
         back the blocks that have left it. None: a layer sees all tokens, and rows keep theirs.
+      num_scheduler_steps: the most decode steps that are scheduled at once, see `run_on`.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Scheduler:
         choose_recovery: ChooseRecovery = always_recompute,
         host_pool: HostPool | None = None,
         sliding_window: int | None = None,
+        num_scheduler_steps: int = 1,
     ) -> None:
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1),
@@ -78,6 +80,7 @@ class Scheduler:
             ("max_model_len", max_model_len, 2),
             ("watermark_blocks", watermark_blocks, 0),
             ("sliding_window", sliding_window, 1),
+            ("num_scheduler_steps", num_scheduler_steps, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
@@ -93,6 +96,7 @@ class Scheduler:
         self.queues = Queues(Order() if order is None else order)
         self._committer = Committer(memory, columns, self.queues, self.host_pool, sliding_window)
         self._choose_recovery = choose_recovery
+        self.num_scheduler_steps = num_scheduler_steps
         self._arrivals = itertools.count()
         self._swap_outs: list[BlockMove] = []  # for the next step
         self._in_flight: collections.deque[ScheduledStep] = collections.deque()
@@ -176,6 +180,9 @@ class Scheduler:
         preempted = self._displace()
         planned = self._plan()
         while (copies := self._reserve(planned)) is None:
+            if planned.runs_on:
+                planned = planned.one_step()
+                continue
             preempted.append(self._preempt(choose_victim(self.queues.running)))
             planned = self._plan()
         budget = self.max_num_batched_tokens - planned.num_tokens
@@ -266,8 +273,14 @@ class Scheduler:
         )
 
     def _plan(self) -> TokenPlan:
-        queues, budget = self.queues, self.max_num_batched_tokens
-        return plan(self._columns, queues.placed, queues.placed_rows, budget)
+        queues, columns, rows = self.queues, self._columns, self.queues.placed_rows
+        planned = plan(columns, queues.placed, rows, self.max_num_batched_tokens)
+        if self.num_scheduler_steps == 1 or not len(planned.rows) or not queues.are_forked:
+            return planned
+        may_admit = queues.waiting and queues.num_rows < self.admission.max_num_seqs
+        if may_admit or not columns.runs_on[rows].all():
+            return planned
+        return run_on(columns, planned, self.num_scheduler_steps, keeps_all=bool(queues.waiting))
 
     def _reserve(self, planned: TokenPlan) -> CopyPairs | None:
         """Allocates what the planned tokens need beyond their sequences' blocks: all or nothing."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.core.request import MAX_ENDING_IDS
 
 Shape = tuple[int, ...]
 
@@ -38,6 +39,18 @@ class FullInputs[A](NamedTuple):
     counted_rows: A
 
 
+class ManyInputs[A](NamedTuple):
+    """What only buckets with several steps need.
+
+    Attributes:
+      num_steps: i32[B], how many tokens each sequence computes one after the other; 0 for padding.
+      ending_ids: i32[B, `MAX_ENDING_IDS`], the tokens that end it; -1 for padding.
+    """
+
+    num_steps: A
+    ending_ids: A
+
+
 class StepInputs[A](NamedTuple):
     """What one step needs from the host; T tokens, B sequences, R allocator rows.
 
@@ -62,6 +75,7 @@ class StepInputs[A](NamedTuple):
       sample_index: i32[B].
       sample_positions: i32[B].
       full: in full steps only, else None.
+      many: in buckets with several steps only, else None. Everything above is of the first one.
     """
 
     input_ids: A
@@ -83,13 +97,14 @@ class StepInputs[A](NamedTuple):
     sample_index: A
     sample_positions: A
     full: FullInputs[A] | None = None
+    many: ManyInputs[A] | None = None
 
 
 @functools.cache
 def layout(bucket: Bucket) -> dict[str, tuple[Shape, np.dtype]]:
     """Returns shape and dtype of each field of `StepInputs`, in the order they are packed.
 
-    Those of `StepInputs.full` follow, where the bucket is full.
+    Those of `StepInputs.full` or of `StepInputs.many` follow, where the bucket has them.
     """
     T, B = bucket.num_tokens, bucket.num_seqs
     i32, f32, u32 = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.uint32)
@@ -113,6 +128,8 @@ def layout(bucket: Bucket) -> dict[str, tuple[Shape, np.dtype]]:
         "sample_index": ((B,), i32),
         "sample_positions": ((B,), i32),
     }
+    if bucket.num_steps > 1:
+        return plain | {"num_steps": ((B,), i32), "ending_ids": ((B, MAX_ENDING_IDS), i32)}
     if not bucket.is_full:
         return plain
     return plain | {
@@ -146,8 +163,10 @@ def step_inputs(arrays: dict[str, Any]) -> StepInputs[Any]:
     plain = {name: array for name, array in arrays.items() if name in StepInputs._fields}
     if len(plain) == len(arrays):
         return StepInputs(**plain)
-    full = {name: array for name, array in arrays.items() if name in FullInputs._fields}
-    return StepInputs(**plain, full=FullInputs(**full))
+    others = {name: array for name, array in arrays.items() if name not in StepInputs._fields}
+    if "num_steps" in others:
+        return StepInputs(**plain, many=ManyInputs(**others))
+    return StepInputs(**plain, full=FullInputs(**others))
 
 
 def seed_words(seed: int) -> tuple[int, int]:

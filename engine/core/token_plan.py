@@ -19,12 +19,15 @@ class TokenPlan(NamedTuple):
       rows: i32[B], their rows.
       starts: i32[B], the position of the first token to compute of each.
       counts: i32[B], how many tokens of each.
+      steps: i32[B], how many decode steps from there on, the first included; more than 1 only where
+        `run_on` says so.
     """
 
     sequences: Sequence[TokenSequence]
     rows: np.ndarray
     starts: np.ndarray
     counts: np.ndarray
+    steps: np.ndarray
 
     @property
     def num_tokens(self) -> int:
@@ -33,9 +36,18 @@ class TokenPlan(NamedTuple):
 
     def growth(self, columns: RowColumns) -> tuple[np.ndarray, np.ndarray]:
         """Returns which rows need room for more tokens than they have, and for how many, i32[K]."""
-        growth = self.starts + self.counts - columns.num_reserved[self.rows]
+        growth = self.starts + self.counts + self.steps - 1 - columns.num_reserved[self.rows]
         grows = growth > 0
         return self.rows[grows], growth[grows]
+
+    @property
+    def runs_on(self) -> bool:
+        """Whether some sequence makes several steps."""
+        return bool((self.steps > 1).any())
+
+    def one_step(self) -> "TokenPlan":
+        """Returns the first of these steps."""
+        return self._replace(steps=np.ones_like(self.steps))
 
     def and_then(self, other: "TokenPlan") -> "TokenPlan":
         """Returns what these sequences and the other ones compute."""
@@ -59,21 +71,38 @@ def plan(
         chosen = counts > 0
         sequences = list(itertools.compress(sequences, chosen))
         rows, starts, counts = rows[chosen], starts[chosen], counts[chosen]
-    return TokenPlan(sequences, rows, starts, counts)
+    return TokenPlan(sequences, rows, starts, counts, np.ones_like(counts))
+
+
+def run_on(columns: RowColumns, planned: TokenPlan, most: int, *, keeps_all: bool) -> TokenPlan:
+    """Returns the plan with as many decode steps, at most `most`, as are worth while.
+
+    All are computed in one program: the host is asked once for all of them, and a sequence that
+    ends before the others leaves a gap. As many as each sequence has left at least, if someone
+    waits for the first to end (`keeps_all`); else as three in four have left.
+    """
+    num_left = columns.max_length[planned.rows] - columns.num_tokens[planned.rows]
+    ends_step = planned.starts + planned.counts == columns.num_tokens[planned.rows]
+    if not (ends_step & (planned.counts == 1)).all():
+        return planned  # a part of a prompt
+    place = 0 if keeps_all else len(num_left) // 4
+    num_steps = min(most, int(np.partition(num_left, place)[place]))
+    return planned._replace(steps=np.minimum(num_left, num_steps, dtype=np.int32))
 
 
 def dispatch(columns: RowColumns, planned: TokenPlan) -> Batch:
     """Counts the planned tokens as dispatched; there is room for them."""
-    sequences, rows, starts, counts = planned
+    sequences, rows, starts, counts, steps = planned
     ends, num_tokens = starts + counts, columns.num_tokens[rows]
     samples, on_device = ends == num_tokens, ends > columns.num_known[rows]
     assert (counts[on_device] == 1).all(), "the host does not know these tokens"
-    columns.num_tokens[rows] = num_tokens + (samples & ~columns.waits_for_host[rows])
-    columns.num_dispatched[rows] = ends
-    columns.num_reserved[rows] = np.maximum(columns.num_reserved[rows], ends)
+    batch = Batch(sequences, columns.numbers[rows], rows, starts, counts, samples, on_device, steps)
+    columns.num_tokens[rows] = num_tokens + steps * (samples & ~columns.waits_for_host[rows])
+    columns.num_dispatched[rows] = batch.ends
+    columns.num_reserved[rows] = np.maximum(columns.num_reserved[rows], batch.ends)
     for b in np.flatnonzero(~on_device).tolist():
         assert _reads_what_is_written(sequences[b]), "reads unwritten blocks"
-    return Batch(sequences, columns.numbers[rows], rows, starts, counts, samples, on_device)
+    return batch
 
 
 def _reads_what_is_written(sequence: TokenSequence) -> bool:

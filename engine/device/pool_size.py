@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_paged.engine.config import DEFAULT_CPU_KV_CACHE_BYTES, EngineConfig, round_num_blocks
+from pallas_paged.engine.config import (
+    DEFAULT_CPU_KV_CACHE_BYTES,
+    EngineConfig,
+    resolve_num_scheduler_steps,
+    round_num_blocks,
+)
 from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.logprobs import width_for
 from pallas_paged.engine.device.device_memory import memory_stats, usable_bytes
@@ -60,13 +65,14 @@ class PoolPlan:
         return "memory: " + ", ".join(parts)
 
 
-def buckets_for(config: EngineConfig, max_blocks_per_seq: int) -> Buckets:
-    """Returns the shapes of the steps of an engine."""
+def buckets_for(config: EngineConfig, max_blocks_per_seq: int, platform: str) -> Buckets:
+    """Returns the shapes of the steps of an engine on devices of a platform."""
     return Buckets.for_limits(
         config.max_num_seqs,
         config.max_num_batched_tokens,
         max_blocks_per_seq,
         deterministic=config.deterministic,
+        num_steps=resolve_num_scheduler_steps(config, platform),
     )
 
 
@@ -123,7 +129,8 @@ def plan_pool(
                 config.deterministic,
                 placement=placement,
             )
-            largest = buckets_for(config, max_blocks_per_seq).largest()
+            platform = placement.device.platform
+            largest = buckets_for(config, max_blocks_per_seq, platform).largest()
             temporary_bytes = max(map(programs.temporary_bytes, largest))
             stats = memory_stats(placement.device)
             if stats is None:

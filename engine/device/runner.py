@@ -25,12 +25,14 @@ class InFlight(NamedTuple):
     """What a dispatched step will have computed.
 
     Attributes:
-      copied: i32[B], the samples, or where the plan wants log-probabilities i32[B, 3 + 2 W].
+      copied: i32[B, K], the samples, or where the plan wants log-probabilities i32[B, 3 + 2 W].
+      has_logprobs: whether it does.
       prompt_logprobs: i32[`NUM_PROMPT_ROWS`, 3 + 2 W] each, in as many arrays as needed.
       num_prompt_targets: how many of their rows are not padding.
     """
 
     copied: jax.Array
+    has_logprobs: bool
     prompt_logprobs: tuple[jax.Array, ...] = ()
     num_prompt_targets: int = 0
 
@@ -113,10 +115,10 @@ class ModelRunner:
             copied = result.logprobs
         copied.copy_to_host_async()
         if not plan.prompt_targets.size:
-            return InFlight(copied)
+            return InFlight(copied, plan.wants_logprobs)
         assert result.hidden is not None, "a step with prompt targets is full, and no decode step"
         found = self._prompt_logprobs(result.hidden, plan.prompt_targets)
-        return InFlight(copied, found, plan.prompt_targets.shape[1])
+        return InFlight(copied, plan.wants_logprobs, found, plan.prompt_targets.shape[1])
 
     def _move_blocks(self, plan: StepPlan) -> None:
         """Carries out the copies that come before a step."""
@@ -160,9 +162,9 @@ class ModelRunner:
             rows = np.concatenate([np.asarray(array) for array in in_flight.prompt_logprobs])
             prompts = rows[: in_flight.num_prompt_targets]
         copied = np.asarray(in_flight.copied)
-        if copied.ndim == 1:
+        if not in_flight.has_logprobs:
             return StepResult(copied, None, prompts)
-        return StepResult(copied[:, 0], copied, prompts)
+        return StepResult(copied[:, :1], copied, prompts)
 
     def recover(self) -> None:
         """Replaces all state: a failed step may have taken it, or left its error in it."""

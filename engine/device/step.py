@@ -4,10 +4,14 @@ Every shape comes in two variants. The plain one samples and returns tokens. The
 what few requests ask for: penalties, bias and masks (`row_state`), and log-probabilities
 (`logprobs`). A step runs it only if a sequence that samples in it asks, and what none of its rows
 asked for is skipped when the program runs.
+
+A plain decode bucket may have several steps: a loop, in which each step is what it is alone. The
+host says how many each sequence makes; one that gets a token which ends it makes no more.
 """
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ from flax import nnx
 
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.logprobs import packed_width
+from pallas_paged.engine.core.step_inputs import ManyInputs, StepInputs
 from pallas_paged.engine.device.logprobs import pack
 from pallas_paged.engine.device.row_state import RowState, apply_rules, count_tokens
 from pallas_paged.engine.device.rows import Rows, edit_tables
@@ -25,8 +30,10 @@ from pallas_paged.engine.device.unpack import (
     sampling_inputs,
     unpack,
 )
-from pallas_paged.kv_cache import KVCache
+from pallas_paged.kv_cache import AttentionMetadata, KVCache
+from pallas_paged.models import CausalLM
 from pallas_paged.models.attend import paged_attend
+from pallas_paged.models.interface import Attend
 
 Caches = tuple[KVCache, ...]
 
@@ -40,8 +47,9 @@ class StepArrays(NamedTuple):
     Attributes:
       kv_caches: in the place of those that were donated.
       rows: with this step's samples and entries of block tables.
-      tokens: i32[B], the samples. A sequence whose logits are not finite gets V, one whose rules
-        leave no token V + 1, which are no tokens: the host turns them into errors.
+      tokens: i32[B, K], the samples of the bucket's `num_steps`. A sequence whose logits are not
+        finite gets V, one whose rules leave no token V + 1, which are no tokens: the host turns
+        them into errors. 0 for steps that it does not make.
       logprobs: of a full step in which a row asks for them, see `logprobs.pack`, whose first column
         are the `tokens`; zeros if no row does; None after a plain step.
       counts: see `RowState`, with this step's input tokens; None after a plain step.
@@ -87,10 +95,6 @@ def run_step(
     """
     x = unpack(packed, bucket)
     rows = edit_tables(rows, x.table_places, x.table_blocks)
-    starts = x.query_start_loc[:-1]
-    on_device = jnp.where(x.input_on_device == 1, starts, bucket.num_tokens)
-    input_ids = x.input_ids.at[on_device].set(rows.last_tokens[x.rows], mode="drop")
-
     model = nnx.merge(graphdef, params)
     attend = functools.partial(
         paged_attend,
@@ -100,6 +104,11 @@ def run_step(
         deterministic=deterministic,
     )
     metadata = attention_metadata(x, rows.block_tables, bucket)
+    if x.many is not None:
+        return _run_steps(x, x.many, model, attend, metadata, kv_caches, rows, bucket)
+    starts = x.query_start_loc[:-1]
+    on_device = jnp.where(x.input_on_device == 1, starts, bucket.num_tokens)
+    input_ids = x.input_ids.at[on_device].set(rows.last_tokens[x.rows], mode="drop")
     hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend)
     logits = model.compute_logits(hidden[x.logits_indices])
 
@@ -108,7 +117,7 @@ def run_step(
         tokens = sample(logits, sampling_inputs(x))
         rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(tokens))
         tokens = jnp.where(wrong, logits.shape[-1], tokens)
-        return StepArrays(kv_caches, rows, tokens, None, None, None)
+        return StepArrays(kv_caches, rows, tokens[:, None], None, None, None)
 
     counts = count_tokens(row_state.counts, x.full.counted_rows, input_ids[x.logits_indices])
     ruled = apply_rules(logits, RowState(counts, row_state.bias), logit_inputs(x))
@@ -123,7 +132,71 @@ def run_step(
         lambda: jnp.zeros((bucket.num_seqs, packed_width(logprobs_width)), jnp.int32),
     )
     kept = None if bucket.is_decode else hidden
-    return StepArrays(kv_caches, rows, tokens, found, counts, kept)
+    return StepArrays(kv_caches, rows, tokens[:, None], found, counts, kept)
+
+
+def _run_steps(
+    x: StepInputs[jax.Array],
+    many: ManyInputs[jax.Array],
+    model: CausalLM,
+    attend: Attend,
+    metadata: AttentionMetadata,
+    kv_caches: Caches,
+    rows: Rows,
+    bucket: Bucket,
+) -> StepArrays:
+    """Makes decode steps one after the other; the inputs and `metadata` are those of the first."""
+    block_size, places = kv_caches[0].k.shape[2], jnp.arange(bucket.num_seqs)
+    sampling = sampling_inputs(x)
+
+    def ends(tokens: jax.Array) -> jax.Array:
+        return jnp.any(tokens[:, None] == many.ending_ids, axis=1)
+
+    def runs(state: _Loop) -> jax.Array:
+        return jnp.any(state.is_live & (state.step < many.num_steps))
+
+    def body(state: _Loop) -> _Loop:
+        step, is_live = state.step, state.is_live & (state.step < many.num_steps)
+        positions = x.positions + step
+        blocks = metadata.block_tables[places, positions // block_size]
+        slots = blocks * block_size + positions % block_size
+        here = dataclasses.replace(
+            metadata,
+            positions=positions,
+            slot_mapping=jnp.where(is_live, slots, 0),
+            seq_lens=jnp.where(is_live, x.seq_lens + step, 0),
+        )
+        hidden, caches = model(state.input_ids, here, state.kv_caches, attend=attend)
+        logits = model.compute_logits(hidden)
+        drawn = sample(logits, sampling._replace(positions=sampling.positions + step))
+        wrong = cannot_sample(logits)
+        found = jnp.where(is_live, jnp.where(wrong, logits.shape[-1], drawn), 0)
+        return _Loop(
+            step + 1,
+            is_live & ~wrong & ~ends(drawn),
+            jnp.where(is_live, drawn, state.input_ids),
+            cast(Caches, caches),
+            state.tokens.at[:, step].set(found),
+        )
+
+    on_device = x.input_on_device == 1
+    input_ids = jnp.where(on_device, rows.last_tokens[x.rows], x.input_ids)
+    tokens = jnp.zeros((bucket.num_seqs, bucket.num_steps), jnp.int32)
+    # What the device sampled last may have ended the sequence, which the host did not know.
+    first = _Loop(jnp.int32(0), ~(on_device & ends(input_ids)), input_ids, kv_caches, tokens)
+    last = jax.lax.while_loop(runs, body, first)
+    rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(last.input_ids))
+    return StepArrays(last.kv_caches, rows, last.tokens, None, None, None)
+
+
+class _Loop(NamedTuple):
+    """Between two steps of a program: which one is next, who makes it with which tokens, i32[B]."""
+
+    step: jax.Array
+    is_live: jax.Array
+    input_ids: jax.Array
+    kv_caches: Caches
+    tokens: jax.Array
 
 
 def cannot_sample(logits: jax.Array) -> jax.Array:

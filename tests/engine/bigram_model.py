@@ -65,13 +65,19 @@ def make_table(seed: int = 0) -> np.ndarray:
 
 
 def make_engine(
-    table: np.ndarray, *, num_blocks: int = 65, max_logprobs: int = 20, tokenizer: Any = None
+    table: np.ndarray,
+    *,
+    num_blocks: int = 65,
+    max_logprobs: int = 20,
+    tokenizer: Any = None,
+    num_scheduler_steps: int = 1,
 ) -> Engine:
     """Returns an engine with rows for 4 sequences and prompts in chunks of 8 tokens."""
     memory = BlockTableMemory(
         num_blocks=num_blocks, block_size=4, max_num_seqs=4, max_model_len=MAX_MODEL_LEN
     )
-    buckets = Buckets.for_limits(4, 8, memory.tables.shape[1])
+    width = memory.tables.shape[1]
+    buckets = Buckets.for_limits(4, 8, width, num_steps=num_scheduler_steps)
     runner = ModelRunner(
         Bigram(table),
         num_blocks=num_blocks,
@@ -82,7 +88,11 @@ def make_engine(
         max_logprobs=max_logprobs,
     )
     scheduler = Scheduler(
-        memory, max_num_seqs=4, max_num_batched_tokens=8, max_model_len=MAX_MODEL_LEN
+        memory,
+        max_num_seqs=4,
+        max_num_batched_tokens=8,
+        max_model_len=MAX_MODEL_LEN,
+        num_scheduler_steps=num_scheduler_steps,
     )
     return join(
         scheduler,

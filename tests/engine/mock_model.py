@@ -20,6 +20,7 @@ from pallas_paged.engine.build import Built, join
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.beam_search import Candidates
 from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.committer import Result
 from pallas_paged.engine.core.logprobs import MIN_WIDTH
 from pallas_paged.engine.core.plan import StepPlan, StepResult
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
@@ -121,7 +122,9 @@ class Batch:
     rows: list[int]
     slots: list[np.ndarray]
     tables: list[np.ndarray]
-    seq_lens: list[int]
+    seq_lens: list[int]  # after the first of the steps
+    num_steps: list[int]
+    ending_ids: list[frozenset[int]]
     samples: list[bool]
     indices: list[int]
     num_candidates: list[int]  # 0: a token is sampled
@@ -156,13 +159,15 @@ class MockRunner:
             slots=[
                 block_tables.slot_mapping(
                     state,
-                    np.full(share.num_tokens, share.row),
-                    np.arange(share.start, share.start + share.num_tokens),
+                    np.full(share.num_tokens + share.num_steps - 1, share.row),
+                    share.start + np.arange(share.num_tokens + share.num_steps - 1),
                 )
                 for share in step.scheduled
             ],
             tables=[state.tables[share.row].copy() for share in step.scheduled],
             seq_lens=[share.start + share.num_tokens for share in step.scheduled],
+            num_steps=[share.num_steps for share in step.scheduled],
+            ending_ids=[share.sequence.group.ending_ids for share in step.scheduled],
             samples=[share.samples for share in step.scheduled],
             indices=[share.sequence.index for share in step.scheduled],
             num_candidates=[
@@ -180,7 +185,7 @@ class MockRunner:
         self.queue.append(batch)
         return batch
 
-    def collect(self, batch: Batch) -> list[int | Candidates]:
+    def collect(self, batch: Batch) -> list[Result]:
         assert self.queue.popleft() is batch, "the device computes steps in order"
         for number in batch.dropped_chunks:
             self.chunks.pop(number, None)
@@ -193,30 +198,59 @@ class MockRunner:
         self.cache[batch.copies.dst] = self.cache[batch.copies.src]
         for row, slots, input_ids in zip(batch.rows, batch.slots, batch.input_ids, strict=True):
             tokens = [self.last_tokens[row]] if input_ids is None else input_ids
-            assert len(tokens) == len(slots)
-            self.cache.reshape(-1)[slots] = tokens
-        results: list[int | Candidates] = []
-        for row, table, slots, seq_len, samples, index, num_candidates in zip(
+            self.cache.reshape(-1)[slots[: len(tokens)]] = tokens
+        results: list[Result] = []
+        for row, table, slots, seq_len, num_steps, ending, samples, index, num_candidates in zip(
             batch.rows,
             batch.tables,
             batch.slots,
             batch.seq_lens,
+            batch.num_steps,
+            batch.ending_ids,
             batch.samples,
             batch.indices,
             batch.num_candidates,
             strict=True,
         ):
             context = self.cache[table].reshape(-1)[:seq_len].tolist()
-            first = 0 if self.window is None else max(0, seq_len - len(slots) + 1 - self.window)
+            num_queries = len(slots) - num_steps + 1
+            first = 0 if self.window is None else max(0, seq_len - num_queries + 1 - self.window)
             assert -1 not in context[first:], "a key that some query of the step sees is gone"
             if not samples:
                 results.append(-1)  # nothing is sampled here, and nobody may look
             elif num_candidates:
                 results.append(best_tokens(seen(context, self.window), num_candidates))
+            elif num_steps > 1:
+                results.append(
+                    self._run_on(row, table, slots[num_queries:], seq_len, ending, index)
+                )
             else:
                 self.last_tokens[row] = sampled_token(context, index, self.window)
                 results.append(int(self.last_tokens[row]))
         return results
+
+    def _run_on(
+        self,
+        row: int,
+        table: np.ndarray,
+        slots: np.ndarray,
+        seq_len: int,
+        ending_ids: frozenset[int],
+        index: int,
+    ) -> list[int]:
+        """Samples, and once more for each slot; behind an ending token come no real samples."""
+        tokens: list[int] = []
+        for place in range(len(slots) + 1):
+            context = self.cache[table].reshape(-1)[: seq_len + place].tolist()
+            first = 0 if self.window is None else max(0, len(context) - self.window)
+            assert -1 not in context[first:], "a key that a later step sees is gone"
+            self.last_tokens[row] = sampled_token(context, index, self.window)
+            tokens.append(int(self.last_tokens[row]))
+            if tokens[-1] in ending_ids:
+                return tokens + [0] * (len(slots) - place)
+            if place < len(slots):
+                self.cache.reshape(-1)[slots[place]] = tokens[-1]
+        return tokens
 
 
 class _Dispatched(NamedTuple):
@@ -286,15 +320,31 @@ class MockDevice:
             np.testing.assert_array_equal(self.tables[row, : len(blocks)], blocks)
         B = int(np.count_nonzero(x.rows < len(self.last_tokens) - 1))
         contexts = [self._context(x, b) for b in range(B)]
-        tokens = np.zeros(plan.bucket.num_seqs, np.int32)
+        tokens = np.zeros((plan.bucket.num_seqs, plan.bucket.num_steps), np.int32)
         for b in range(B):
             sampled = sampled_token(contexts[b], x.sample_index[b])
-            tokens[b] = sampled if self.token is None else self.token
-            self.last_tokens[x.sample_rows[b]] = tokens[b]
+            tokens[b, 0] = sampled if self.token is None else self.token
+            self.last_tokens[x.sample_rows[b]] = tokens[b, 0]
+            if x.many is not None:
+                self._run_on(x, b, tokens[b])
         if not plan.wants_logprobs:
             return StepResult(tokens)
-        packed = [self._packed(contexts[b], tokens[b]) for b in range(B)]
+        packed = [self._packed(contexts[b], tokens[b, 0]) for b in range(B)]
         return StepResult(tokens, np.array(packed, np.int32))
+
+    def _run_on(self, x: StepInputs[np.ndarray], b: int, tokens: np.ndarray) -> None:
+        """Makes the steps of row b behind the first, whose sample stands in `tokens` i32[K]."""
+        assert x.many is not None
+        S, blocks = self.cache.shape[1], self.tables[x.rows[b]]
+        for place in range(1, x.many.num_steps[b]):
+            if tokens[place - 1] in x.many.ending_ids[b]:
+                break
+            position = x.positions[b] + place
+            self.cache[blocks[position // S], position % S] = tokens[place - 1]
+            context = self.cache[blocks].ravel()[: x.seq_lens[b] + place].tolist()
+            sampled = sampled_token(context, x.sample_index[b])
+            tokens[place] = sampled if self.token is None else self.token
+            self.last_tokens[x.sample_rows[b]] = tokens[place]
 
     def _write(self, plan: StepPlan, x: StepInputs[np.ndarray], free: np.ndarray) -> None:
         """Carries out what comes before the step, and writes the step's tokens."""
@@ -368,7 +418,7 @@ class MockEngine:
     def commit(self, step: ScheduledStep, batch: Batch) -> None:
         self.events.append(f"collect {step.step_id}")
         for sequence in self.scheduler.commit(step, self.runner.collect(batch)).others:
-            samples = sequence.group.beams is None
+            samples = sequence.group.beams is None and not sequence.group.is_held
             if samples and self.host_stop and self.host_stop(sequence.output_token_ids):
                 self.scheduler.finish(sequence, "stop", "host")
                 if sequence.finish_reason == "length":  # what the last token completed ended it
@@ -433,7 +483,12 @@ def make_whole_engine(
         scheduler,
         memory,
         MockDevice(memory),
-        Buckets.for_limits(max_num_seqs, max_num_tokens, max_blocks_per_seq),
+        Buckets.for_limits(
+            max_num_seqs,
+            max_num_tokens,
+            max_blocks_per_seq,
+            num_steps=options.get("num_scheduler_steps", 1),
+        ),
         vocab_size=VOCAB_SIZE,
         max_model_len=scheduler.admission.max_model_len,
         tokenizer=tokenizer,

@@ -325,7 +325,7 @@ MUTATIONS = {
     ),
     "a row that is never empty": Mutation(_COLUMNS, "self.numbers[row] = -1", "pass", _UNIT),
     "a late token that stays on its way": Mutation(
-        _COMMITTER, "sequence.num_late = max(0, sequence.num_late - 1)", "pass", _UNIT
+        _COMMITTER, "sequence.num_late = max(0, sequence.num_late - num_steps)", "pass", _UNIT
     ),
     "a late step waited for in vain": Mutation(
         _COMMITTER, "sequence.group.is_in_flight = False", "pass", _UNIT
@@ -334,7 +334,7 @@ MUTATIONS = {
         _SCHEDULER, "group.is_in_flight = any(", "group.is_in_flight = False and any(", _UNIT
     ),
     "several tokens told as one": Mutation(
-        _COMMITTER, "columns.has_told[row] = False", "pass", _UNIT
+        _COMMITTER, "columns.has_told[row] &= columns.is_held[row]", "pass", _UNIT
     ),
     "tokens of held groups told": Mutation(
         _COMMITTER, "is_told & ~columns.is_held[rows]", "is_told", "tests/engine/test_core.py"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from pallas_paged.engine import SamplingParams
-from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.config import CPU_SCHEDULER_STEPS, EngineConfig
 from pallas_paged.engine.core import buckets as buckets_module
 from pallas_paged.engine.core.buckets import MIN_TABLE_WIDTH, Bucket, Buckets
 from pallas_paged.engine.core.plan import StepPlan
@@ -25,7 +25,7 @@ def test_every_step_fits_a_bucket_that_is_compiled_ahead(
         max_num_batched_tokens=max_num_batched_tokens,
         deterministic=deterministic,
     )
-    buckets = buckets_for(config, 40)
+    buckets = buckets_for(config, 40, "cpu")
     every = buckets.all()
     assert len(every) == len(set(every)) <= 50
     assert len(every) == 2 or not deterministic
@@ -37,6 +37,7 @@ def test_every_step_fits_a_bucket_that_is_compiled_ahead(
             assert bucket.num_tokens >= num_tokens
             assert bucket.table_width == 40
             assert bucket.is_decode == (num_tokens == num_seqs and not deterministic)
+            assert bucket.num_steps == (CPU_SCHEDULER_STEPS if bucket.is_decode else 1)
 
 
 @pytest.mark.parametrize(

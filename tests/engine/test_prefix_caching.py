@@ -313,7 +313,7 @@ def test_a_prefix_that_cannot_be_computed_is_not_tried_for_ever(
     llm = make_mock_llm(enable_prefix_caching=True)
     runner = llm.engine.core.executor
     collect = runner.collect
-    no_token = np.array([VOCAB_SIZE])  # the logits are not finite
+    no_token = np.array([[VOCAB_SIZE]])  # the logits are not finite
     monkeypatch.setattr(runner, "collect", lambda step: collect(step)._replace(tokens=no_token))
     with pytest.raises(RuntimeError, match="was not computed: logits are not finite"):
         llm.pin_prefix({"prompt_token_ids": PROMPT})

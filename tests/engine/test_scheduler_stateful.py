@@ -74,6 +74,7 @@ class Setting:
     num_host_blocks: int
     recovery: ChooseRecovery
     urgent: bool
+    num_scheduler_steps: int
     sliding_window: int | None = None
 
     @property
@@ -94,6 +95,7 @@ SETTING: dict[str, Any] = {
     "num_host_blocks": st.sampled_from([40, 8, 0]),
     "recovery": st.sampled_from([always_recompute, always_swap, mixed_recovery]),
     "urgent": st.sampled_from([False, False, True]),
+    "num_scheduler_steps": st.sampled_from([1, 2, 8]),
 }
 SETTINGS = st.builds(Setting, **SETTING)
 WINDOW_SETTINGS = st.builds(
@@ -115,6 +117,7 @@ class Request:
     writes_cache: bool
     num_ending: int  # tokens of the vocabulary that end it
     is_bold: bool  # asks for `max_tokens`, whether there is room or not
+    is_held: bool  # nobody waits for single tokens, and no stop string ends it
     beams: dict[str, Any] | None  # how a beam search ends, if it is one
 
 
@@ -130,6 +133,7 @@ REQUESTS = st.builds(
     writes_cache=st.sampled_from([True, True, True, False]),
     num_ending=st.sampled_from([0, 0, 0, 1, 3]),
     is_bold=st.sampled_from([False, False, False, True]),
+    is_held=st.sampled_from([False, True, True]),
     beams=st.one_of(
         st.none(),
         st.none(),
@@ -172,6 +176,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             order=PriorityOrder() if setting.urgent else Order(),
             choose_recovery=setting.recovery,
             sliding_window=setting.sliding_window,
+            num_scheduler_steps=setting.num_scheduler_steps,
         )
         self.scheduler = self.engine.scheduler
         self.displace, self.scheduler._displace = self.scheduler._displace, self.displace_for_head
@@ -218,7 +223,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_results = min(request.beams["num_results"], num_seqs)
             options = request.beams | {"width": num_seqs, "num_results": num_results}
             beams = BeamSearch(max_tokens=max_tokens, ending_ids=frozenset(ending), **options)
-        return SequenceGroup(
+        group = SequenceGroup(
             f"request-{number}",
             prompt,
             max_tokens,
@@ -231,6 +236,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             priority=request.priority,
             num_seqs=num_seqs,
         )
+        group.is_held = request.is_held and group.beams is None
+        return group
 
     def longest(self, prompt_len: int, num_seqs: int) -> int:
         """Returns the tokens of a sequence up to which the request fits."""
@@ -316,6 +323,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             seen["forked"] += share.num_tokens == 0
             seen["chunk"] += not share.samples
             seen["input on device"] += share.input_on_device
+            seen["several steps"] += share.num_steps > 1
+            seen["late tokens"] += share.num_steps > 1 and share.sequence.is_finished
             seen["recomputed tree"] += share.sequence.leader is not None
         beams = [s.sequence for s in step.scheduled if s.sequence.group.beams is not None]
         seen["beams with others"] += 0 < len(beams) < len(step.scheduled)
@@ -371,7 +380,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             if sequence.group.beams is not None:
                 continue
             window = self.setting.sliding_window
-            tokens, *ending = generate_alone(sequence, MAX_MODEL_LEN, host_stop, window)
+            stop = None if sequence.group.is_held else host_stop
+            tokens, *ending = generate_alone(sequence, MAX_MODEL_LEN, stop, window)
             if sequence.finish_reason == "abort":
                 assert tokens[: sequence.num_output_tokens] == sequence.output_token_ids
                 assert sequence.num_output_tokens < len(tokens)
@@ -491,6 +501,7 @@ def test_random_lives_with_a_sliding_window() -> None:
         "preempted in flight",
         "copy on write",
         "beams preempted",
+        "several steps",
     ):
         assert seen[event], f"the lives do not test {event!r}: {seen}"
 
@@ -510,7 +521,9 @@ def test_random_lives() -> None:
         "copy on write",
         "recomputed tree",
         "input on device",
+        "several steps",
         "late token",
+        "late tokens",
         "preemption",
         "preempted in flight",
         "displaced",

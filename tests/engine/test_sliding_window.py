@@ -93,7 +93,12 @@ def test_tokens_are_those_of_sequences_that_keep_everything(
 
 
 def test_a_sequence_holds_what_its_window_touches() -> None:
-    llm = make_llm("mistral-sliding", block_size=BLOCK_SIZE, enable_prefix_caching=False)
+    llm = make_llm(
+        "mistral-sliding",
+        block_size=BLOCK_SIZE,
+        enable_prefix_caching=False,
+        num_scheduler_steps=1,
+    )
     memory, held = llm.engine.memory, []
     append = memory.append
 

@@ -1,0 +1,79 @@
+"""Breaks what makes several decode steps in one program, on purpose.
+
+python -m tests.engine.mutate_steps            # all of them, some seconds each
+python -m tests.engine.mutate_steps ends ...   # some, by name
+"""
+
+import sys
+
+from tests.mutations import Mutation, run
+
+_PLAN = "pallas_paged/engine/core/token_plan.py"
+_SCHEDULER = "pallas_paged/engine/core/scheduler.py"
+_COMMITTER = "pallas_paged/engine/core/committer.py"
+_LOOP = "pallas_paged/engine/core/engine_core.py"
+_GROUP = "pallas_paged/engine/core/request.py"
+_STEP = "pallas_paged/engine/device/step.py"
+_TESTS = "tests/engine/test_scheduler_steps.py"
+_LIVES = f"{_TESTS} tests/engine/test_scheduler_stateful.py"
+
+MUTATIONS = {
+    "no blocks for later steps": Mutation(
+        _PLAN, "self.starts + self.counts + self.steps - 1", "self.starts + self.counts", _LIVES
+    ),
+    "a sequence beyond its longest": Mutation(
+        _PLAN, "np.minimum(num_left, num_steps, dtype=np.int32)", "0 * num_left + num_steps", _TESTS
+    ),
+    "who waits waits for the last": Mutation(
+        _PLAN, "place = 0 if keeps_all else len(num_left) // 4", "place = len(num_left) - 1", _TESTS
+    ),
+    "somebody preempted for steps to come": Mutation(
+        _SCHEDULER, "if planned.runs_on:", "if False:", _TESTS
+    ),
+    "nobody let in for some steps": Mutation(
+        _SCHEDULER, "if may_admit or not columns", "if not columns", _TESTS
+    ),
+    "single tokens held back": Mutation(
+        _GROUP, "return self.is_held and not", "return not", _TESTS
+    ),
+    "rules that do not follow": Mutation(
+        _GROUP, "self.waits_for_host or self.logit_rules is not None", "self.waits_for_host", _TESTS
+    ),
+    "tokens behind the end computed": Mutation(
+        _COMMITTER, "np.minimum(batch.ends, lengths)", "batch.ends", _LIVES
+    ),
+    "tokens before a fault lost": Mutation(
+        _LOOP, "results[b] = mine[:place]", "results[b] = []", _TESTS
+    ),
+    "a fault behind the end": Mutation(
+        _LOOP,
+        "if place is None or not one.sequence.group.ending_ids.isdisjoint(mine[:place]):",
+        "if place is None:",
+        _TESTS,
+    ),
+    "every step at the first position": Mutation(
+        _STEP, "positions = x.positions + step\n", "positions = x.positions + 0 * step\n", _TESTS
+    ),
+    "every step sampled alike": Mutation(
+        _STEP, "sampling.positions + step", "sampling.positions", _TESTS
+    ),
+    "context that does not grow": Mutation(
+        _STEP, "jnp.where(is_live, x.seq_lens + step, 0)", "x.seq_lens", _TESTS
+    ),
+    "the end not seen": Mutation(
+        _STEP, "is_live & ~wrong & ~ends(drawn)", "is_live & ~wrong", _TESTS
+    ),
+    "an end before the step not seen": Mutation(
+        _STEP, "~(on_device & ends(input_ids))", "jnp.ones_like(on_device)", _TESTS
+    ),
+    "more steps than a sequence has": Mutation(
+        _STEP,
+        "is_live = state.step, state.is_live & (state.step < many.num_steps)",
+        "is_live = state.step, state.is_live",
+        _TESTS,
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(run(MUTATIONS, sys.argv[1:]))
