@@ -24,6 +24,7 @@ from pallas_paged.engine.build import join
 from pallas_paged.engine.core.scheduler import Scheduler
 from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.text.tokenizer import load_tokenizer, require_tokenizer
+from pallas_paged.engine.watching_flags import watching_options
 from pallas_paged.models.demo import DEMO_MODEL
 
 _MODEL = flags.DEFINE_string("model", str(DEMO_MODEL), "Folder with a Hugging Face checkpoint.")
@@ -127,7 +128,7 @@ def make_llm() -> LLM:
         "block_size": _BLOCK_SIZE.value,
         "num_blocks": _NUM_BLOCKS.value,
         "kv_cache_memory_bytes": _KV_CACHE_MEMORY_BYTES.value,
-    }
+    } | watching_options()
     if _RANDOM_MODEL.value is None:
         llm = LLM(_MODEL.value, **options)
     else:

@@ -92,6 +92,10 @@ class EngineConfig:
         figures of a device (see `pallas_paged.engine.llm`).
       scheduling_policy: "fcfs", first come, first served; "priority": requests with a lower
         `priority` run first, and take the memory of others if they need it.
+      step_log: file to append a line of JSON to for each step and compilation, see `StepLog`.
+      profile_dir: folder for traces of JAX's profiler, see `LLM.start_profile`.
+      profile_steps: trace the steps from the first of these to before the second, counted from the
+        engine's start; needs `profile_dir`.
       tensor_parallel_size: not supported yet; only 1 is accepted.
     """
 
@@ -121,6 +125,9 @@ class EngineConfig:
     swap_space: float = 0
     preemption_mode: str = "auto"
     scheduling_policy: str = "fcfs"
+    step_log: str | None = None
+    profile_dir: str | None = None
+    profile_steps: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
@@ -172,6 +179,24 @@ class EngineConfig:
             self,
             "max_num_batched_tokens",
             f"must be at least max_num_seqs={self.max_num_seqs}",
+        )
+        for name in ("step_log", "profile_dir"):
+            value = getattr(self, name)
+            ok = value is None or (isinstance(value, str | os.PathLike) and bool(os.fspath(value)))
+            _require(ok, self, name, "must be the name of a file or folder, or None")
+        steps = self.profile_steps
+        ok = steps is None or (
+            isinstance(steps, tuple | list)
+            and len(steps) == 2
+            and _is_int(steps[0], 0)
+            and _is_int(steps[1], steps[0] + 1)
+        )
+        _require(ok, self, "profile_steps", "must be two integers, 0 <= first < second, or None")
+        _require(
+            steps is None or self.profile_dir is not None,
+            self,
+            "profile_steps",
+            "needs a folder for the trace; set profile_dir",
         )
         _require(
             not self.deterministic or self.num_scheduler_steps in (None, 1),

@@ -21,6 +21,7 @@ from pallas_paged.engine.llm import LLM, Prompt
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.valid_text import check_text
+from pallas_paged.engine.watching_flags import watching_options
 from pallas_paged.models import command_line, load_sampling_defaults
 from pallas_paged.models.demo import DEMO_MODEL
 
@@ -108,6 +109,7 @@ def main() -> None:
         max_model_len=_MAX_MODEL_LEN.value,
         num_blocks=_NUM_BLOCKS.value,
         seed=None,
+        **watching_options(),
     )
     llm.announce = lambda line: print(line, "...", file=sys.stderr, flush=True)
     inputs: list[Prompt] = (

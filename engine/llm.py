@@ -21,11 +21,11 @@ from pallas_paged.engine.text.prompts import (
     Params,
     Prompt,
     PromptReader,
-    cache_salt,
     split_conversations,
 )
 from pallas_paged.engine.text.tokenizer import require_tokenizer
 from pallas_paged.engine.turns import Turns
+from pallas_paged.engine.watching import watch
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,19 @@ class LLM:
         self._turns = Turns()
         self._reader = RequestReader(self.engine, self._turns, self._prompts, config)
         self._streams = Streams(self.engine, self._turns)
+        self._profiler = watch(self.engine.core, config)
+
+    def start_profile(self) -> None:
+        """Begins a trace of JAX's profiler into `profile_dir`, until `stop_profile`.
+
+        Raises:
+          RuntimeError: a trace is under way, or the engine has no `profile_dir`.
+        """
+        self._profiler.start()
+
+    def stop_profile(self) -> None:
+        """Ends the trace and writes it; `RuntimeError` if none is under way."""
+        self._profiler.stop()
 
     def warm_up(self) -> None:
         """Compiles every program, so that no request waits for a compilation."""
@@ -246,7 +259,7 @@ class LLM:
             which is running could not end beside it; prefix caching is off.
           RuntimeError: it could not be computed; the message says why.
         """
-        ids, salt = self._prefix(prompt)
+        ids, salt = self._reader.read_prefix(prompt)
         once = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
         request: Prompt = {"prompt_token_ids": ids}
         if salt is not None:
@@ -268,24 +281,11 @@ class LLM:
         Raises:
           ValueError: the prefix is not pinned.
         """
-        prefix = self._prefix(prompt)
+        prefix = self._reader.read_prefix(prompt)
         with self._turns:
             was_pinned = self.engine.unpin(*prefix)
         if not was_pinned:
             raise ValueError(f"prompt={prompt!r:.80} is not pinned; `pin_prefix` was never called")
-
-    def _prefix(self, prompt: Prompt) -> tuple[tuple[int, ...], str | None]:
-        """Returns the tokens of a prompt's full blocks, and its salt."""
-        if not self.config.enable_prefix_caching:
-            raise ValueError("enable_prefix_caching=False keeps no prefix; turn it on to pin one")
-        _, ids = self._prompts.read(prompt)
-        num_full = len(ids) // self.config.block_size
-        if not num_full:
-            raise ValueError(
-                f"a prefix of {len(ids)} tokens fills no block of {self.config.block_size}; pin a "
-                "longer one, or use a smaller block_size"
-            )
-        return tuple(ids[: num_full * self.config.block_size]), cache_salt(prompt)
 
     def kv_stats(self) -> KVStats:
         """Returns what the blocks of the KV pool hold now, and counts since the engine began."""

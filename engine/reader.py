@@ -66,6 +66,24 @@ class RequestReader:
                 requests.append((group, text))
         return requests
 
+    def read_prefix(self, prompt: Prompt) -> tuple[tuple[int, ...], str | None]:
+        """Returns the tokens of a prompt's full blocks, and its salt.
+
+        Raises:
+          ValueError: see `LLM.pin_prefix`.
+        """
+        if not self._config.enable_prefix_caching:
+            raise ValueError("enable_prefix_caching=False keeps no prefix; turn it on to pin one")
+        _, ids = self._prompts.read(prompt)
+        block_size = self._config.block_size
+        num_full = len(ids) // block_size
+        if not num_full:
+            raise ValueError(
+                f"a prefix of {len(ids)} tokens fills no block of {block_size}; pin a longer one, "
+                "or use a smaller block_size"
+            )
+        return tuple(ids[: num_full * block_size]), cache_salt(prompt)
+
 
 def default_sampling_params(model: str) -> SamplingParams:
     """Returns `SamplingParams` with what the model's `generation_config.json` advises.

@@ -2,25 +2,31 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pallas_paged.engine.core import beam_groups, logprobs
-from pallas_paged.engine.core.beam_search import Candidates
 from pallas_paged.engine.core.committer import Result
 from pallas_paged.engine.core.core_output import (
     CoreOutput,
     CoreOutputs,
     NewTokens,
-    TokenLogprobs,
 )
-from pallas_paged.engine.core.plan import Executor, StepResult
-from pallas_paged.engine.core.planner import Planned, Planner, samples_logprobs
+from pallas_paged.engine.core.plan import Executor
+from pallas_paged.engine.core.planner import Planned, Planner
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.core.step_outputs import (
+    beam_outputs,
+    candidates_of,
+    logprobs_of,
+    mark_last,
+    output_of,
+    prompt_logprobs_of,
+    step_outputs,
+)
+from pallas_paged.engine.core.step_record import StepObserver, StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +38,21 @@ NO_TOKEN_REASONS = (
 
 
 class _InFlight(NamedTuple):
-    """A dispatched step: as it was scheduled, as it was planned, and what the executor returned."""
+    """A dispatched step.
+
+    Attributes:
+      step: as it was scheduled.
+      planned: as it was planned.
+      handle: what the executor returned.
+      schedule_s: see `StepRecord`, as is the next one.
+      dispatch_s: likewise.
+    """
 
     step: ScheduledStep
     planned: Planned
     handle: Any
+    schedule_s: float
+    dispatch_s: float
 
 
 class EngineCore:
@@ -55,6 +71,7 @@ class EngineCore:
     Attributes:
       scheduler: as given, as is `executor`.
       executor: likewise.
+      observers: are told of each step; empty at first.
       num_steps: steps dispatched so far; several decode steps in one program count as one.
       num_generated_tokens: tokens that steps have brought.
     """
@@ -70,6 +87,7 @@ class EngineCore:
     ):
         self.scheduler = scheduler
         self.executor = executor
+        self.observers: list[StepObserver] = []
         self.num_steps = self.num_generated_tokens = 0
         self._planner = planner
         self._vocab_size = vocab_size
@@ -93,9 +111,9 @@ class EngineCore:
         running = group.live
         self.scheduler.abort(request_id)
         if group.beams is not None:
-            return _beam_outputs(group)
-        outputs = [_output(sequence) for sequence in running]
-        _mark_last(outputs)
+            return beam_outputs(group)
+        outputs = [output_of(sequence) for sequence in running]
+        mark_last(outputs)
         return outputs
 
     def finish(self, request_id: str, index: int, stop_reason: str) -> None:
@@ -126,15 +144,17 @@ class EngineCore:
         With `async_scheduling` the step dispatched here stays in flight, so that the host's work
         for the next one happens while the device computes.
         """
+        begin = time.perf_counter()
         step = self.scheduler.schedule()
-        dispatched = self._dispatch(step) if step is not None else None
+        dispatched = self._dispatch(step, begin) if step is not None else None
         if self._async_scheduling:
             dispatched, self._in_flight = self._in_flight, dispatched
         if dispatched is None:
             return CoreOutputs([], NewTokens([], [], []))
         return self._take_in(dispatched)
 
-    def _dispatch(self, step: ScheduledStep) -> _InFlight:
+    def _dispatch(self, step: ScheduledStep, begin: float) -> _InFlight:
+        """Plans and dispatches a step, whose scheduling began at that time."""
         if step.admitted:
             now = time.monotonic()
             for group in step.admitted:
@@ -142,17 +162,22 @@ class EngineCore:
                     group.stats = group.stats._replace(first_scheduled_time_s=now)
         self.num_steps += 1
         planned = self._planner.plan(step)
-        return _InFlight(step, planned, self.executor.dispatch(planned.plan))
+        for observer in self.observers:
+            observer.begin(step.step_id)
+        middle = time.perf_counter()
+        handle = self.executor.dispatch(planned.plan)
+        return _InFlight(step, planned, handle, middle - begin, time.perf_counter() - middle)
 
     def _take_in(self, in_flight: _InFlight) -> CoreOutputs:
         """Commits a step's tokens and returns what the requests get by it."""
-        step = in_flight.step
+        step, begin = in_flight.step, time.perf_counter()
         result = self.executor.collect(in_flight.handle)
+        middle = time.perf_counter()
         results = _results(step, result.tokens)
-        logprobs = {} if result.logprobs is None else _logprobs_of(step, result)
+        logprobs = {} if result.logprobs is None else logprobs_of(step, result)
         for b, sequence in enumerate(step.batch.sequences if logprobs else ()):
             if sequence.group.beams is not None and sequence in logprobs:
-                results[b] = _candidates(logprobs[sequence])
+                results[b] = candidates_of(logprobs[sequence])
         faults: list[tuple[TokenSequence, int]] = []
         if (result.tokens >= self._vocab_size).any():
             faults = self._cut_at_faults(step, result.tokens, results)
@@ -160,8 +185,38 @@ class EngineCore:
         self.num_generated_tokens += committed.num_tokens
         aborted = self._abort(faults) if faults else {}
         advanced = [sequence for sequence in committed.others if sequence not in aborted]
-        prompts = _prompt_logprobs_of(in_flight.planned, result)
-        return CoreOutputs(_outputs(aborted, advanced, logprobs, prompts), committed.tokens)
+        prompts = prompt_logprobs_of(in_flight.planned, result)
+        outputs = CoreOutputs(step_outputs(aborted, advanced, logprobs, prompts), committed.tokens)
+        if self.observers:
+            times = middle - begin, time.perf_counter() - middle
+            record = self._record(in_flight, committed.num_tokens, *times)
+            for observer in self.observers:
+                observer.end(record)
+        return outputs
+
+    def _record(
+        self, in_flight: _InFlight, num_new_tokens: int, wait_s: float, commit_s: float
+    ) -> StepRecord:
+        step, batch = in_flight.step, in_flight.step.batch
+        return StepRecord(
+            step_id=step.step_id,
+            bucket=in_flight.planned.plan.bucket,
+            num_seqs=len(batch.sequences),
+            num_tokens=int((batch.ends - batch.starts).sum()),
+            num_steps=int(batch.num_steps.max()),
+            num_new_tokens=num_new_tokens,
+            num_admitted=len(step.admitted),
+            num_preempted=len(step.preempted),
+            num_copies=len(step.copies.src),
+            num_swap_outs=len(step.swap_outs),
+            num_swap_ins=len(step.swap_ins),
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            schedule_s=in_flight.schedule_s,
+            dispatch_s=in_flight.dispatch_s,
+            wait_s=wait_s,
+            commit_s=commit_s,
+        )
 
     def _cut_at_faults(
         self, step: ScheduledStep, tokens: np.ndarray, results: list[Result]
@@ -202,131 +257,3 @@ def _results(step: ScheduledStep, tokens: np.ndarray) -> list[Result]:
         return results
     rows = zip(tokens[:B].tolist(), num_steps.tolist(), strict=True)
     return [mine[:count] for mine, count in rows]
-
-
-def _outputs(
-    aborted: Iterable[TokenSequence],
-    advanced: Iterable[TokenSequence],
-    logprobs: dict[TokenSequence, TokenLogprobs],
-    prompts: dict[SequenceGroup, TokenLogprobs],
-) -> list[CoreOutput]:
-    """Returns what sequences without and with a new token give; beams only when all is over."""
-    outputs = [_output(sequence) for sequence in aborted if sequence.group.beams is None]
-    searches = {sequence.group: None for sequence in aborted if sequence.group.beams is not None}
-    now = time.monotonic()
-    for sequence in advanced:
-        group, found = sequence.group, logprobs.get(sequence)
-        if group.stats.first_token_time_s is None:
-            group.stats = group.stats._replace(first_token_time_s=now)
-        if group.beams is not None:
-            searches[group] = None
-            continue
-        if found is None and sequence.columns is not None:
-            sequence.columns.has_told[sequence.row] = True
-        if sequence.finish_reason is not None or not group.is_held:
-            outputs.append(_output(sequence, sequence.token_ids[-1:], found))
-    for group in searches:
-        if group.is_finished:
-            outputs += _beam_outputs(group)
-    _mark_last(outputs)
-    for group, of_prompt in prompts.items():
-        _attach(outputs, group, of_prompt)
-    return outputs
-
-
-def _output(
-    sequence: TokenSequence,
-    token_ids: Sequence[int] = (),
-    logprobs: TokenLogprobs | None = None,
-) -> CoreOutput:
-    """Returns what a sequence gives with these new tokens, or with all that were held back."""
-    return CoreOutput(
-        sequence.request_id,
-        sequence.index,
-        sequence.output_token_ids if sequence.group.is_held else token_ids,
-        sequence.finish_reason,
-        sequence.stop_reason,
-        sequence.group.is_finished,
-        sequence.group.stats,
-        logprobs,
-    )
-
-
-def _beam_outputs(group: SequenceGroup) -> list[CoreOutput]:
-    """Returns the results of a search that is over, or its best beams if it was aborted."""
-    assert group.beams is not None
-    results = group.sequences[: group.beams.num_results]
-    return [
-        CoreOutput(
-            group.request_id,
-            index,
-            beam.output_token_ids,
-            beam.finish_reason,
-            beam.stop_reason,
-            beam is results[-1],
-            group.stats,
-            beam=beam_groups.figures(beam),
-        )
-        for index, beam in enumerate(results)
-    ]
-
-
-def _mark_last(outputs: list[CoreOutput]) -> None:
-    """Leaves `is_last` with the last output of each request that has ended."""
-    last: dict[str, CoreOutput] = {}
-    for output in outputs:
-        if output.is_last:
-            before = last.get(output.request_id)
-            if before is not None:
-                before.is_last = False
-            last[output.request_id] = output
-
-
-def _attach(outputs: list[CoreOutput], group: SequenceGroup, found: TokenLogprobs) -> None:
-    """Adds log-probabilities of a prompt to the first output of its request."""
-    mine = next((output for output in outputs if output.request_id == group.request_id), None)
-    if mine is None:
-        if group.is_finished:
-            return
-        mine = _output(group.sequences[0])
-        outputs.append(mine)
-    mine.prompt_logprobs = found
-
-
-def _logprobs_of(step: ScheduledStep, result: StepResult) -> dict[TokenSequence, TokenLogprobs]:
-    """Returns the log-probabilities of the sampled tokens whose requests ask for them."""
-    asking = [b for b, one in enumerate(step.scheduled) if samples_logprobs(one)]
-    sequences = [step.batch.sequences[b] for b in asking]
-    asked = [sequence.sampling_params.logprobs for sequence in sequences]
-    assert result.logprobs is not None
-    found = logprobs.read(result.logprobs[asking], -1 if -1 in asked else max(asked))
-    return {
-        sequence: _of_place(found, place, num_top)
-        for place, (sequence, num_top) in enumerate(zip(sequences, asked, strict=True))
-    }
-
-
-def _of_place(found: TokenLogprobs, place: int, num_top: int) -> TokenLogprobs:
-    width = found.top_token_ids.shape[1] if num_top == -1 else num_top
-    one = slice(place, place + 1)
-    return TokenLogprobs(
-        found.logprobs[one],
-        found.ranks[one],
-        found.top_token_ids[one, :width],
-        found.top_logprobs[one, :width],
-    )
-
-
-def _prompt_logprobs_of(planned: Planned, result: StepResult) -> dict[SequenceGroup, TokenLogprobs]:
-    """Returns the log-probabilities of the next tokens of prompts."""
-    found, end = {}, 0
-    for group, count in planned.prompts:
-        assert result.prompt_logprobs is not None
-        begin, end = end, end + count
-        num_top = group.sampling_params.prompt_logprobs
-        found[group] = logprobs.read(result.prompt_logprobs[begin:end], num_top)
-    return found
-
-
-def _candidates(found: TokenLogprobs) -> Candidates:
-    return Candidates(found.top_token_ids[0].tolist(), found.top_logprobs[0].tolist())

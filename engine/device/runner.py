@@ -100,6 +100,10 @@ class ModelRunner:
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Starts a step without waiting for its result; the caches are donated to it."""
+        with jax.profiler.StepTraceAnnotation("step", step_num=plan.step_id):
+            return self._dispatch(plan)
+
+    def _dispatch(self, plan: StepPlan) -> InFlight:
         self._move_blocks(plan)
         for edit in plan.table_edits:
             self.rows = self.programs.edit_tables(self.rows, jax.device_put(edit, self._inputs))

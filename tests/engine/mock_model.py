@@ -506,8 +506,11 @@ def device_of(engine: Engine) -> MockDevice:
 
 def make_mock_llm(*, tokenizer: Any = None, **options: Any) -> LLM:
     """Returns an `LLM` without a model, over `make_whole_engine`."""
+    watched = {
+        name: options.pop(name) for name in ("profile_dir", "profile_steps") & options.keys()
+    }
     engine = make_whole_engine(tokenizer=tokenizer, **options)
-    config = EngineConfig("mock", block_size=engine.memory.block_size)
+    config = EngineConfig("mock", block_size=engine.memory.block_size, **watched)
     runner: Any = types.SimpleNamespace(programs=types.SimpleNamespace())
     shape: Any = types.SimpleNamespace(vocab_size=VOCAB_SIZE)
     llm = object.__new__(LLM)

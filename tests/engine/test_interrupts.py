@@ -45,6 +45,7 @@ FILES = {
     "delivery": (
         "engine.py",
         "engine_core.py",
+        "step_outputs.py",
         "output_processor.py",
         "open_request.py",
         "completion.py",

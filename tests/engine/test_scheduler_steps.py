@@ -69,6 +69,14 @@ def serve(params: list[SamplingParams], num_scheduler_steps: int, **options: Any
     return told(run(engine)), seen
 
 
+def expected(count: int) -> list[int]:
+    """Returns the tokens of the first request, prompt and output."""
+    tokens = [1, 2, 3]
+    while len(tokens) < 3 + count:
+        tokens.append(next_token(tokens))
+    return tokens
+
+
 # ---- how many -----------------------------------------------------------------------------------
 
 
@@ -152,14 +160,25 @@ def test_nobody_is_preempted_for_steps_to_come() -> None:
 @pytest.mark.parametrize("place", range(1, 18))
 def test_an_ending_token_in_the_middle(place: int, async_scheduling: bool) -> None:
     """Whatever comes behind it in the same program, or in the next one, is dropped."""
-    tokens = [1, 2, 3]
-    while len(tokens) < 3 + 20:
-        tokens.append(next_token(tokens))
-    stop = tokens[3 + place]
+    stop = expected(20)[3 + place]
     params = [dataclasses.replace(GREEDY, stop_token_ids=[stop]), GREEDY]
     many, _ = serve(params, 8, async_scheduling=async_scheduling, enable_prefix_caching=True)
     alone, _ = serve(params, 1, async_scheduling=async_scheduling, enable_prefix_caching=True)
     assert many == alone
+
+
+@pytest.mark.parametrize("place", range(1, 18))
+def test_only_blocks_of_tokens_are_cached(place: int) -> None:
+    """What was computed behind the end of a sequence is in none of them."""
+    tokens = expected(20)
+    engine = make_whole_engine(num_scheduler_steps=8, enable_prefix_caching=True, block_size=4)
+    params = dataclasses.replace(GREEDY, stop_token_ids=tokens[3 + place : 4 + place])
+    engine.add(engine.make_group(tokens[:3], params))
+    (output,) = run(engine).values()
+    length = 3 + len(output.outputs[0].token_ids)
+    cache = engine.memory.prefix_cache
+    assert cache is not None
+    assert len(cache) in (length // 4, (length - 1) // 4)
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False])
