@@ -25,14 +25,26 @@ from pallas_paged.engine.core.policies import (
     always_swap,
 )
 from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device import device_memory
 from pallas_paged.engine.device.compilation_cache import use_compilation_cache
+from pallas_paged.engine.device.implementations import (
+    choose_attention,
+    choose_writes,
+    register_attention,
+)
 from pallas_paged.engine.device.placement import Placement
-from pallas_paged.engine.device.pool_size import PoolPlan, buckets_for, plan_pool
+from pallas_paged.engine.device.pool_size import (
+    PoolPlan,
+    buckets_for,
+    plan_pool,
+    unsized_programs,
+)
 from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.kv.host_pool import HostPool
+from pallas_paged.engine.kv.sharing import blocks_for
 from pallas_paged.engine.text.output_processor import OutputProcessor
 from pallas_paged.engine.text.tokenizer import Tokenizer, known_eos_token_ids, load_tokenizer
 from pallas_paged.models import (
@@ -43,8 +55,6 @@ from pallas_paged.models import (
     load_eos_token_ids,
     load_model,
 )
-from pallas_paged.ops.attention.api import attention_implementation
-from pallas_paged.ops.kv_write.api import write_implementation
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +85,14 @@ class Built(NamedTuple):
 
 
 def config_with_limits(model: str, options: dict[str, Any]) -> EngineConfig:
-    """Returns the configuration that a caller's options make, on JAX's default device."""
+    """Returns the configuration that a caller's options make, on JAX's default device.
+
+    Raises:
+      ValueError, FileNotFoundError: an option is not usable; `bundle` names no bundle.
+    """
+    if options.get("bundle") is not None:
+        given = {name: value for name, value in options.items() if value is not None}
+        options = {**bundles.read_manifest(options["bundle"]).options, **given}
     stats = device_memory.memory_stats(target_device())
     return EngineConfig(model=model, **device_memory.with_limits(options, stats))
 
@@ -203,9 +220,22 @@ def _build_runner(
     cache_dtype = resolve_kv_cache_dtype(config, dtype)
     _warn_of_slow_types(dtype, cache_dtype)
     specs = network.config.cache_specs(config.block_size, cache_dtype)
-    implementation = _choose_attention(config, network.config, dtype, specs)
-    writes = _choose_writes(config, dtype, specs)
-    plan = plan_pool(config, network, max_model_len, cache_dtype, implementation, placement)
+    implementation = choose_attention(config, network.config, dtype, specs)
+    writes = choose_writes(config, dtype, specs)
+    bundle = None
+    if config.bundle is not None:
+        table_width = blocks_for(max_model_len, config.block_size)
+        unsized = unsized_programs(config, network, table_width, specs, implementation, placement)
+        bundle = bundles.open_matching(config.bundle, unsized)
+    plan = plan_pool(
+        config,
+        network,
+        max_model_len,
+        cache_dtype,
+        implementation,
+        placement,
+        bundled=None if bundle is None else bundle.pool,
+    )
     logger.info(
         "attention: %s, writes: %s, on %s", implementation, writes, target_device().device_kind
     )
@@ -231,6 +261,10 @@ def _build_runner(
         swaps=config.swap_space > 0,
         placement=placement,
     )
+    if bundle is not None and bundle.has_pool_of(plan.num_blocks):
+        register_attention(implementation, network.config, dtype, specs)
+        assert config.bundle is not None
+        bundles.adopt(config.bundle, bundle, runner.programs, runner.block_programs, runner.buckets)
     return plan, runner, specs
 
 
@@ -260,34 +294,3 @@ def _recovery(config: EngineConfig, plan: PoolPlan) -> ChooseRecovery:
         seconds_per_swap=_SWAP_OVERHEAD_S,
         block_size=config.block_size,
     )
-
-
-def _choose_attention(
-    config: EngineConfig, shape: ModelConfig, dtype: Any, specs: Sequence[CacheSpec]
-) -> str:
-    """Returns which attention all layers of such a model run with: XLA's can serve any of them."""
-    names = set()
-    for cache in (spec.shapes(2) for spec in dict.fromkeys(specs)):
-        q = jax.ShapeDtypeStruct((1, shape.num_q_heads, cache.k.shape[3]), dtype)
-        names.add(
-            attention_implementation(
-                config.attention_implementation,
-                q,
-                cache.k,
-                cache.v,
-                deterministic=config.deterministic,
-            )
-        )
-    if len(names) == 1:
-        return names.pop()
-    logger.warning("no attention of %s serves all layers: they run with 'xla'", sorted(names))
-    return "xla"
-
-
-def _choose_writes(config: EngineConfig, dtype: Any, specs: Sequence[CacheSpec]) -> str:
-    """Returns what writes such a model's keys and values; each layer chooses for itself."""
-    names = set()
-    for cache in (spec.shapes(2) for spec in dict.fromkeys(specs)):
-        k = jax.ShapeDtypeStruct((1, cache.k.shape[1], cache.k.shape[3]), dtype)
-        names.add(write_implementation(config.cache_implementation, k, cache))
-    return ", ".join(sorted(names))

@@ -83,6 +83,12 @@ class EngineConfig:
         is the one JAX is configured with, else `~/.cache/pallas-paged`; None leaves JAX's
         configuration as it is. Another folder than the process already uses is refused; one that
         cannot be written to is reported, and nothing is kept.
+      bundle: folder with the programs of an engine like this one, which
+        `python -m pallas_paged.engine.compile` wrote; None has none. A bundle is loaded with
+        pickle, which runs whatever is in it: name none that you do not trust. Options of `LLM` that
+        are not given are those of the bundle, the pool's size too if the device holds it. What a
+        bundle has is not compiled; if it was made for something else, a warning says what differs,
+        and everything is compiled.
       enable_prefix_caching: keep full blocks of finished requests for later ones that begin with
         the same tokens. On by default: cached blocks only take memory that nobody else asks for.
       swap_space: GiB of host memory for the blocks of requests that are preempted. 0: they are
@@ -120,6 +126,7 @@ class EngineConfig:
     deterministic: bool = False
     compile_ahead: bool = False
     compilation_cache_dir: str | None = "auto"
+    bundle: str | None = None
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
     swap_space: float = 0
@@ -153,6 +160,10 @@ class EngineConfig:
         folder = self.compilation_cache_dir
         ok = folder is None or (isinstance(folder, str | os.PathLike) and bool(os.fspath(folder)))
         _require(ok, self, "compilation_cache_dir", "must be 'auto', the name of a folder or None")
+        ok = self.bundle is None or (
+            isinstance(self.bundle, str | os.PathLike) and bool(os.fspath(self.bundle))
+        )
+        _require(ok, self, "bundle", "must be the name of a folder or None")
         ok = _is_int(self.max_logprobs, -1)
         _require(ok, self, "max_logprobs", "must be an integer >= -1; -1 allows the vocabulary")
         share = self.gpu_memory_utilization

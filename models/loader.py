@@ -136,6 +136,16 @@ def init_model(
     return FAMILIES[config.architecture].model(config, dtype=param_dtype, rngs=nnx.Rngs(seed))
 
 
+def abstract_model(config: ModelConfig, dtype: jax.typing.DTypeLike = "auto") -> CausalLM:
+    """Returns a model of such a shape that has shapes and dtypes in the place of arrays.
+
+    Raises:
+      ValueError: as `init_model`, of `dtype`.
+    """
+    graph, abstract = _abstract(config, _param_dtype(dtype, config, {}))
+    return nnx.merge(graph, abstract)
+
+
 def parameters(
     path: str | os.PathLike[str], checkpoint: Checkpoint, config: ModelConfig
 ) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from pallas_paged.launches import Schedule, schedule
 
-TARGETS = ("a100-40gb", "a100-80gb", "h100", "h200")
+TARGETS = ("a100-40gb", "a100-80gb", "h100", "h200", "l4")
 """The GPUs whose descriptions come with the package."""
 
 
@@ -51,6 +51,17 @@ class KernelResources(NamedTuple):
     warnings: tuple[str, ...]
 
 
+def target_memory_bytes(target: str) -> int:
+    """Returns the memory of the GPU named `target`, one of `TARGETS`."""
+    found = re.search(r"device_memory_size: (\d+)", _description(target))
+    assert found is not None, target
+    return int(found[1])
+
+
+def _description(target: str) -> str:
+    return resources.files("pallas_paged.targets").joinpath(f"{target}.txtpb").read_text()
+
+
 @functools.cache
 def target_device(target: str) -> jax.Device:
     """Returns a compile-only device for the GPU named `target`, one of `TARGETS`.
@@ -63,10 +74,9 @@ def target_device(target: str) -> jax.Device:
     """
     if target not in TARGETS:
         raise ValueError(f"{target=} is unknown; use one of {', '.join(TARGETS)}")
-    description = resources.files("pallas_paged.targets").joinpath(f"{target}.txtpb").read_text()
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=description, topology="1x1x1"
+            platform="cuda", target_config=_description(target), topology="1x1x1"
         )
     except Exception as error:
         raise RuntimeError(

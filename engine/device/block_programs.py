@@ -2,7 +2,7 @@
 
 import bisect
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from pallas_paged.ops.block_copy.api import copy_blocks
 from pallas_paged.ops.block_transfer.api import gather_blocks, scatter_blocks
 
 Caches = tuple[KVCache, ...]
+
+KINDS = ("copy", "gather", "scatter")
+"""What the programs do."""
 
 
 class BlockPrograms:
@@ -48,7 +51,6 @@ class BlockPrograms:
         self._copy_sizes = _powers(4, max_num_seqs)
         num_blocks = jax.tree.leaves(kv_caches)[0].shape[0]
         self._chunk_sizes = chunk_sizes(num_blocks - 1) if swaps else ()
-        self._on_device, self._on_host = placement.kv_caches, placement.host_blocks
         self._compiled: dict[tuple[str, int], jax.stages.Compiled] = {}
 
     def copy(self, kv_caches: Caches, pairs: CopyPairs) -> Caches:
@@ -61,26 +63,38 @@ class BlockPrograms:
         """Returns blocks of every layer in host memory; copies in one launch, without waiting."""
         size = move.chunk.num_blocks
         gathered = self._program("gather", size)(kv_caches, _padded(move.block_ids, size))
-        return jax.device_put(gathered, self._on_host)
+        return jax.device_put(gathered, self._placement.host_blocks)
 
     def swap_in(self, kv_caches: Caches, move: BlockMove, chunk: Caches) -> Caches:
         """Copies blocks of every layer back from what `swap_out` returned; donates `kv_caches`."""
-        blocks = jax.device_put(chunk, self._on_device)
+        blocks = jax.device_put(chunk, self._placement.kv_caches)
         return self._program("scatter", move.chunk.num_blocks)(kv_caches, move.block_ids, blocks)
+
+    def names(self) -> list[tuple[str, int]]:
+        """Returns every program that copies may run: what it does, and to how many blocks."""
+        moves = [(name, size) for size in self._chunk_sizes for name in ("gather", "scatter")]
+        return [("copy", size) for size in self._copy_sizes] + moves
+
+    def adopt(self, compiled: Mapping[tuple[str, int], jax.stages.Compiled]) -> None:
+        """Takes programs that were compiled elsewhere, for the same arguments and devices."""
+        self._compiled.update(compiled)
 
     def compile(self) -> None:
         """Compiles every program ahead."""
-        for size in self._copy_sizes:
-            self._program("copy", size)
-        for size in self._chunk_sizes:
-            self._program("gather", size)
-            self._program("scatter", size)
+        for name, size in self.names():
+            self._program(name, size)
 
     def _program(self, name: str, size: int) -> Callable:
         if (name, size) not in self._compiled:
+            lowered = self.lower(name, size)
             with self._placement.as_target():
-                self._compiled[name, size] = self._lower(name, size).compile()
+                self._compiled[name, size] = lowered.compile()
         return self._compiled[name, size]
+
+    def lower(self, name: str, size: int) -> jax.stages.Lowered:
+        """Traces one of the programs of `names`."""
+        with self._placement.as_target():
+            return self._lower(name, size)
 
     def _lower(self, name: str, size: int) -> jax.stages.Lowered:
         self.num_traces[name, size] = self.num_traces.get((name, size), 0) + 1

@@ -19,9 +19,20 @@ _LARGE_GPU_BYTES = 70 << 30
 
 def card_bytes(stats: Mapping[str, int], environment: Mapping[str, str] = os.environ) -> int:
     """Returns the memory of a card, from JAX's statistics of what it may use of it."""
+    return int(stats["bytes_limit"] / _fraction(environment))
+
+
+def stats_of_card(
+    card_bytes: int, bytes_in_use: int, environment: Mapping[str, str] = os.environ
+) -> Mapping[str, int]:
+    """Returns JAX's statistics of a card that need not be here, under this environment."""
+    limit = int(card_bytes * _fraction(environment))
+    return {"bytes_limit": limit, "bytes_in_use": bytes_in_use}
+
+
+def _fraction(environment: Mapping[str, str]) -> float:
     settings = (environment.get(name) for name in _FRACTION_SETTINGS)
-    fraction = next((float(setting) for setting in settings if setting), _JAX_FRACTION)
-    return int(stats["bytes_limit"] / fraction)
+    return next((float(setting) for setting in settings if setting), _JAX_FRACTION)
 
 
 def usable_bytes(

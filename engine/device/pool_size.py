@@ -1,14 +1,17 @@
 """How large the KV pool is, and where a device's bytes go."""
 
 import dataclasses
+import logging
 import math
 import os
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_paged.cache_spec import CacheSpec
 from pallas_paged.engine.config import (
     DEFAULT_CPU_KV_CACHE_BYTES,
     EngineConfig,
@@ -23,6 +26,20 @@ from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.device.row_state import RowState
 from pallas_paged.engine.device.rows import Rows
 from pallas_paged.models import CausalLM
+
+logger = logging.getLogger(__name__)
+
+
+class BundledPool(NamedTuple):
+    """The pool that programs were compiled for; see `pallas_paged.engine.device.bundle`.
+
+    Attributes:
+      num_blocks: N.
+      temporary_bytes: of the largest step, as in `PoolPlan`.
+    """
+
+    num_blocks: int
+    temporary_bytes: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +93,31 @@ def buckets_for(config: EngineConfig, max_blocks_per_seq: int, platform: str) ->
     )
 
 
+def unsized_programs(
+    config: EngineConfig,
+    model: CausalLM,
+    max_blocks_per_seq: int,
+    specs: Sequence[CacheSpec],
+    implementation: str,
+    placement: Placement,
+) -> StepPrograms:
+    """Returns the steps over a pool of two blocks: what they are before the pool's size is known.
+
+    Temporaries do not depend on that.
+    """
+    return StepPrograms(
+        model,
+        tuple(spec.shapes(2) for spec in specs),
+        config.max_num_seqs,
+        max_blocks_per_seq,
+        width_for(config.max_logprobs, model.config.vocab_size),
+        implementation,
+        config.cache_implementation,
+        config.deterministic,
+        placement=placement,
+    )
+
+
 def plan_pool(
     config: EngineConfig,
     model: CausalLM,
@@ -83,15 +125,19 @@ def plan_pool(
     cache_dtype: jnp.dtype,
     implementation: str,
     placement: Placement = DEFAULT_DEVICE,
+    *,
+    bundled: BundledPool | None = None,
+    stats: Mapping[str, int] | None = None,
 ) -> PoolPlan:
-    """Sizes the pool by `num_blocks`, else by bytes, else by the device.
+    """Sizes the pool by `num_blocks`, else by bytes, else by a bundle, else by the device.
 
     On a CPU the device's default is a stated size; on a GPU it is the configured share of its
     memory less what is in use (the weights), the temporaries of the largest compiled step,
     `rows_bytes`, and `row_state_bytes`, without which the first request with a penalty would run
     out of memory.
     Unless `num_blocks` asks for it, no pool is larger than all sequences at their longest need.
-    The device is that of `placement`, by default JAX's default device.
+    The device is that of `placement`, by default JAX's default device; `stats` are its memory's if
+    it is not here. The size of `bundled` is taken if the device holds it, else a warning says so.
 
     Raises:
       ValueError: there is no room for a single block beside the null block, or more is asked for
@@ -118,29 +164,25 @@ def plan_pool(
             source, pool_bytes = "the default on a CPU", DEFAULT_CPU_KV_CACHE_BYTES
         else:
             source = f"gpu_memory_utilization={config.gpu_memory_utilization}"
-            programs = StepPrograms(
-                model,
-                tuple(spec.shapes(2) for spec in specs),
-                config.max_num_seqs,
-                max_blocks_per_seq,
-                width_for(config.max_logprobs, shape.vocab_size),
-                implementation,
-                config.cache_implementation,
-                config.deterministic,
-                placement=placement,
-            )
-            platform = placement.device.platform
-            largest = buckets_for(config, max_blocks_per_seq, platform).largest()
-            temporary_bytes = max(map(programs.temporary_bytes, largest))
-            stats = memory_stats(placement.device)
+            stats = memory_stats(placement.device) if stats is None else stats
             if stats is None:
                 raise ValueError(
                     "JAX does not tell the memory of this device, so that no share of it is known; "
                     "set num_blocks or kv_cache_memory_bytes"
                 )
             usable = usable_bytes(stats, config.gpu_memory_utilization)
-            beside = temporary_bytes + rows_bytes + row_state_bytes
-            pool_bytes = usable - stats["bytes_in_use"] - beside
+            pool_bytes = usable - stats["bytes_in_use"] - rows_bytes - row_state_bytes
+            if bundled is not None and bundled.temporary_bytes is not None:
+                temporary_bytes = bundled.temporary_bytes
+            else:
+                programs = unsized_programs(
+                    config, model, max_blocks_per_seq, specs, implementation, placement
+                )
+                platform = placement.device.platform
+                largest = buckets_for(config, max_blocks_per_seq, platform).largest()
+                programs.compile(largest)
+                temporary_bytes = max(map(programs.temporary_bytes, largest))
+            pool_bytes -= temporary_bytes
         num_blocks = round_num_blocks(max(0, pool_bytes) // block_bytes)
         if num_blocks < 2:
             raise ValueError(
@@ -149,7 +191,17 @@ def plan_pool(
                 "smaller block_size or model"
             )
         num_blocks = min(num_blocks, config.max_num_seqs * max_blocks_per_seq + 1)
-    capacity = _memory_bytes(placement.device)
+        if bundled is not None and config.kv_cache_memory_bytes is None:
+            room = pool_bytes if stats is not None else _memory_bytes(placement.device)
+            if bundled.num_blocks * block_bytes <= room:
+                num_blocks = bundled.num_blocks
+            else:
+                logger.warning(
+                    "the bundle is for a KV pool of %s, and there is room for %s",
+                    _mib(bundled.num_blocks * block_bytes),
+                    _mib(room),
+                )
+    capacity = stats["bytes_limit"] if stats is not None else _memory_bytes(placement.device)
     if num_blocks * block_bytes > capacity:
         raise ValueError(
             f"a KV pool of {num_blocks} blocks takes {_mib(num_blocks * block_bytes)}, and the "

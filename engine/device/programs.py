@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 ANNOUNCED_AFTER_S = 2.0
 """A compilation that is longer under way is announced."""
+
+Name = Bucket | tuple[str, int]
+"""What a compiled program is found by: a step's shape, or what else it is and the size of that."""
 
 
 @dataclasses.dataclass
@@ -72,11 +75,7 @@ class StepPrograms:
         self.params = self.placement.put_parameters(params)
         # Not the arrays: they would stay in memory beside the ones that take their place.
         self.kv_caches = self.placement.cache_shapes(self.kv_caches)
-        self._compiled: dict[Bucket, jax.stages.Compiled] = {}
-        self._compiled_tables: jax.stages.Compiled | None = None
-        self._compiled_edit: jax.stages.Compiled | None = None
-        self._compiled_rows: jax.stages.Compiled | None = None
-        self._compiled_prompt: dict[int, jax.stages.Compiled] = {}  # by T
+        self._compiled: dict[Name, jax.stages.Compiled] = {}
         self._hidden: dict[int, jax.ShapeDtypeStruct] = {}  # by T, of full steps
 
     @property
@@ -109,74 +108,56 @@ class StepPrograms:
 
     def edit_tables(self, rows: Rows, edit: jax.Array) -> Rows:
         """Writes the entries of a `StepPlan.table_edits` into the block tables; donates `rows`."""
-        self.compile_tables()
-        assert self._compiled_tables is not None
-        return self._compiled_tables(rows, edit)
-
-    def compile_tables(self) -> None:
-        """Compiles the program of `edit_tables`, if it is not."""
-        if self._compiled_tables is not None:
-            return
-        with self.placement.as_target():
-            self._compiled_tables = self._lower_tables().compile()
-
-    def _lower_tables(self) -> jax.stages.Lowered:
-        def edit(rows: Rows, edit: jax.Array) -> Rows:
-            return edit_tables(rows, *edit)
-
-        return jax.jit(edit, donate_argnums=0).lower(self._rows(), self._input(2, NUM_ENTRIES))
+        return self._other("edit_tables", NUM_ENTRIES)(rows, edit)
 
     def new_row_state(self) -> RowState:
         """Returns the state of rows that nobody uses, newly allocated."""
-        self.compile_rows()
-        assert self._compiled_rows is not None
-        return self._compiled_rows()
+        return self._other("new_row_state", self.max_num_seqs)()
 
     def edit_rows(self, row_state: RowState, last_tokens: jax.Array, packed: jax.Array) -> RowState:
         """Runs `row_state.edit_rows`; donates `row_state`."""
-        self.compile_edit()
-        assert self._compiled_edit is not None
-        return self._compiled_edit(row_state, last_tokens, packed)
-
-    def compile_edit(self) -> None:
-        """Compiles the program of `edit_rows`, if it is not."""
-        if self._compiled_edit is not None:
-            return
-        packed = self._input(edit_size(self.max_num_seqs))
-        jitted = jax.jit(edit_rows, donate_argnums=0)
-        with self.placement.as_target():
-            lowered = jitted.lower(self._row_state(), self._input(self.max_num_seqs + 1), packed)
-            self._compiled_edit = lowered.compile()
-
-    def compile_rows(self) -> None:
-        """Compiles the program of `new_row_state`, if it is not."""
-        if self._compiled_rows is None:
-            jitted = jax.jit(self._zero_rows, out_shardings=self.placement.inputs)
-            self._compiled_rows = jitted.lower().compile()
+        return self._other("edit_rows", self.max_num_seqs)(row_state, last_tokens, packed)
 
     def prompt_logprobs(self, hidden: jax.Array, packed: jax.Array) -> jax.Array:
         """Runs `prompt_logprobs`."""
         num_tokens = hidden.shape[0]
-        if num_tokens not in self._compiled_prompt:
-            self._compile_prompt(hidden)
-        return self._compiled_prompt[num_tokens](self.params, hidden, packed)
+        if num_tokens not in self._hidden:
+            self._hidden[num_tokens] = self.placement.input_shapes(hidden)
+        return self._other("prompt_logprobs", num_tokens)(self.params, hidden, packed)
 
-    def _compile_prompt(self, hidden: jax.Array | jax.ShapeDtypeStruct) -> None:
-        packed = self._input(2, NUM_PROMPT_ROWS)
-        run = functools.partial(prompt_logprobs, graphdef=self.graphdef, width=self.logprobs_width)
-        params = self.placement.parameter_shapes(self.params)
-        lowered = self._lower(jax.jit(run), params, hidden, packed)
-        with self.placement.as_target():
-            self._compiled_prompt[hidden.shape[0]] = lowered.compile()
+    def _other(self, kind: str, size: int) -> jax.stages.Compiled:
+        """Returns a program that is no step, compiled if it is not."""
+        if (kind, size) not in self._compiled:
+            lowered = self.lower((kind, size))
+            with self.placement.as_target():
+                self._compiled[kind, size] = lowered.compile()
+        return self._compiled[kind, size]
+
+    def others(self, buckets: Iterable[Bucket]) -> list[tuple[str, int]]:
+        """Returns the programs beside steps that steps of the `buckets` may need.
+
+        What computes log-probabilities of prompts can be traced when a step of as many tokens was.
+        """
+        full = [bucket for bucket in buckets if bucket.is_full]
+        state = ("new_row_state", "edit_rows") if full else ()
+        num_tokens = sorted({bucket.num_tokens for bucket in full if not bucket.is_decode})
+        return [
+            ("edit_tables", NUM_ENTRIES),
+            *((kind, self.max_num_seqs) for kind in state),
+            *(("prompt_logprobs", size) for size in num_tokens),
+        ]
+
+    def adopt(self, compiled: Mapping[Name, jax.stages.Compiled]) -> None:
+        """Takes programs that were compiled elsewhere, for the same arguments and devices."""
+        self._compiled.update(compiled)
 
     def compile_all(self, buckets: Iterable[Bucket]) -> None:
         """Compiles every program that steps of the `buckets` may run."""
+        buckets = list(buckets)
         self.compile(buckets)
-        self.compile_rows()
-        self.compile_edit()
-        for num_tokens, hidden in self._hidden.items():
-            if num_tokens not in self._compiled_prompt:
-                self._compile_prompt(hidden)
+        for kind, size in self.others(buckets):
+            if kind != "prompt_logprobs" or size in self._hidden:
+                self._other(kind, size)
 
     def compile(self, buckets: Iterable[Bucket]) -> None:
         """Compiles the programs of those `buckets` that have none yet, two at a time.
@@ -186,7 +167,7 @@ class StepPrograms:
         missing = [bucket for bucket in buckets if bucket not in self._compiled]
         if not missing:
             return
-        self.compile_tables()
+        self._other("edit_tables", NUM_ENTRIES)
         names = ", ".join(map(str, missing))
         begin = time.perf_counter()
         if_slow = threading.Timer(ANNOUNCED_AFTER_S, self.announce, [f"compiling {names}"])
@@ -200,18 +181,40 @@ class StepPrograms:
     def _compile(self, missing: list[Bucket]) -> None:
         # Tracing runs Python and gains nothing from threads; XLA's compiler leaves the lock.
         lowered = [self.lower(bucket) for bucket in missing]
-        for bucket, program in zip(missing, lowered, strict=True):
-            hidden = program.out_info.hidden
-            if hidden is not None:
-                self._hidden[bucket.num_tokens] = self.placement.input_shapes(hidden)
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             compiled = pool.map(lambda program: program.compile(), lowered)
             self._compiled.update(zip(missing, compiled, strict=True))
 
-    def lower(self, bucket: Bucket) -> jax.stages.Lowered:
-        """Traces the program of one bucket."""
-        step, arguments, donated = self.function(bucket)
-        return self._lower(jax.jit(step, donate_argnums=donated), *arguments)
+    def lower(self, name: Name) -> jax.stages.Lowered:
+        """Traces one program."""
+        if not isinstance(name, Bucket):
+            return self._lower_other(*name)
+        step, arguments, donated = self.function(name)
+        lowered = self._lower(jax.jit(step, donate_argnums=donated), *arguments)
+        hidden = lowered.out_info.hidden
+        if hidden is not None:
+            self._hidden[name.num_tokens] = self.placement.input_shapes(hidden)
+        return lowered
+
+    def _lower_other(self, kind: str, size: int) -> jax.stages.Lowered:
+        """Traces a program that is no step: one of `others`."""
+        if kind == "edit_tables":
+
+            def edit(rows: Rows, edit: jax.Array) -> Rows:
+                return edit_tables(rows, *edit)
+
+            return self._lower(jax.jit(edit, donate_argnums=0), self._rows(), self._input(2, size))
+        if kind == "new_row_state":
+            return self._lower(jax.jit(self._zero_rows, out_shardings=self.placement.inputs))
+        if kind == "edit_rows":
+            state, tokens = self._row_state(), self._input(self.max_num_seqs + 1)
+            packed = self._input(edit_size(self.max_num_seqs))
+            return self._lower(jax.jit(edit_rows, donate_argnums=0), state, tokens, packed)
+        assert kind == "prompt_logprobs", kind
+        run = functools.partial(prompt_logprobs, graphdef=self.graphdef, width=self.logprobs_width)
+        params = self.placement.parameter_shapes(self.params)
+        packed = self._input(2, NUM_PROMPT_ROWS)
+        return self._lower(jax.jit(run), params, self._hidden[size], packed)
 
     def function(
         self, bucket: Bucket
@@ -248,7 +251,7 @@ class StepPrograms:
         return step, arguments, (1, 2, 4) if bucket.is_full else (1, 2)
 
     def _lower(self, jitted: Any, *args: Any) -> jax.stages.Lowered:
-        """Traces a program that computes with the model's parameters."""
+        """Traces a program for the placement's devices."""
         precision = jax.config.jax_default_matmul_precision
         if precision is None and self._leaves[0].dtype == jnp.float32:
             precision = "highest"  # else a GPU rounds the factors of products to 10 bits

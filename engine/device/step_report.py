@@ -1,12 +1,10 @@
-"""What an engine's compiled step takes of a GPU that need not be here: memory and launches."""
+"""What an engine's compiled step takes of a device that need not be here: memory and launches."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from pallas_paged.deviceless import compile_with_schedule, target_device
 from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype
@@ -16,10 +14,9 @@ from pallas_paged.engine.device.pool_size import num_bytes
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.kv.sharing import blocks_for
 from pallas_paged.launches import Launches, Schedule, launches
-from pallas_paged.models import ModelConfig
+from pallas_paged.models import ModelConfig, abstract_model
 from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.opt import OPTConfig
-from pallas_paged.models.registry import FAMILIES
 from pallas_paged.moves import moves
 
 SHAPES: Mapping[str, ModelConfig] = {
@@ -55,21 +52,23 @@ class StepReport:
 
     Attributes:
       bucket: the step's shape.
+      peak_bytes: the most that it takes at a time, weights and caches included.
       weight_bytes, cache_bytes: of the parameters and of the caches.
       in_place_bytes: of the arguments that the step overwrites.
       temporary_bytes: of everything beside its arguments and results.
-      launches: what it launches.
+      launches: what it launches; None on a CPU, as is the next one.
       schedule: which of that is in command buffers.
       moves: instructions that write a weight, or an array of a cache, anew; see `moves`.
     """
 
     bucket: Bucket
+    peak_bytes: int
     weight_bytes: int
     cache_bytes: int
     in_place_bytes: int
     temporary_bytes: int
-    launches: Launches
-    schedule: Schedule
+    launches: Launches | None
+    schedule: Schedule | None
     moves: tuple[str, ...]
 
 
@@ -82,10 +81,8 @@ def compile_step(
     num_blocks: int,
 ) -> StepReport:
     """Compiles one step of a model of that shape for the GPU named `target`."""
-    model_class: Any = FAMILIES[shape.architecture].model
-    dtype = jnp.dtype(config.dtype)
-    model = nnx.eval_shape(lambda: model_class(shape, dtype=dtype, rngs=nnx.Rngs(0)))
-    cache_dtype = resolve_kv_cache_dtype(config, dtype)
+    model = abstract_model(shape, config.dtype)
+    cache_dtype = resolve_kv_cache_dtype(config, jnp.dtype(config.dtype))
     specs = shape.cache_specs(config.block_size, cache_dtype)
     caches = tuple(spec.shapes(num_blocks) for spec in specs)
     programs = StepPrograms(
@@ -98,17 +95,33 @@ def compile_step(
         config.cache_implementation,
     )
     with jax.default_device(target_device(target)):
-        compiled, schedule = compile_with_schedule(programs.lower(bucket))
+        return report_step(programs, bucket)
+
+
+def report_step(programs: StepPrograms, bucket: Bucket) -> StepReport:
+    """Compiles one step; says what it takes.
+
+    Of a GPU that is not here the placement is one on `pallas_paged.deviceless.target_device`.
+    """
+    lowered = programs.lower(bucket)
+    schedule, found = None, None
+    if programs.placement.device.platform == "cpu":
+        compiled = lowered.compile()
+    else:
+        compiled, schedule = compile_with_schedule(lowered)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
     assert memory is not None, "XLA gave no memory analysis of a compiled program"
+    if schedule is not None:
+        found = launches(text)
     return StepReport(
         bucket,
-        weight_bytes=num_bytes(nnx.state(model)),
-        cache_bytes=num_bytes(caches),
+        peak_bytes=memory.peak_memory_in_bytes,
+        weight_bytes=num_bytes(programs.params),
+        cache_bytes=num_bytes(programs.kv_caches),
         in_place_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        launches=launches(text),
+        launches=found,
         schedule=schedule,
-        moves=tuple(moves(text, jax.tree.leaves((nnx.state(model), caches)))),
+        moves=tuple(moves(text, jax.tree.leaves((programs.params, programs.kv_caches)))),
     )

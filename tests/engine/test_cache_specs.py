@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from pallas_paged.cache_spec import BlockArray, CacheSpec
-from pallas_paged.engine import build
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.plan import StepPlan
+from pallas_paged.engine.device import implementations
 from pallas_paged.engine.device.block_programs import BlockPrograms
 from pallas_paged.engine.device.pool_size import buckets_for, plan_pool
 from pallas_paged.engine.device.runner import ModelRunner
@@ -142,12 +142,12 @@ def test_layers_of_unlike_choices_run_with_xla_and_say_so(
     """As on a GPU whose kernels serve the head size of some layers only."""
     config = EngineConfig("m")
     shape = layered(WIDE, SLIDING).config
-    choose = build._choose_attention
+    choose = implementations.choose_attention
 
     def choice(_: str, q: Any, k: Any, v: Any, **options: Any) -> str:
         return "fast" if k.shape == v.shape else "other"
 
-    monkeypatch.setattr(build, "attention_implementation", choice)
+    monkeypatch.setattr(implementations, "attention_implementation", choice)
     with caplog.at_level(logging.WARNING):
         assert choose(config, shape, FLOAT32, (SLIDING, SLIDING)) == "fast"
         assert not caplog.records

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.core.table_edits import NUM_ENTRIES
 from pallas_paged.engine.device.block_programs import BlockPrograms
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.models.llama import LlamaConfig
@@ -82,16 +83,16 @@ def test_programs_beside_the_step_on_a_cpu():
     caches = tuple(spec.shapes(777) for spec in LLAMA.cache_specs(16, jnp.float32))
     blocks = BlockPrograms(caches, 16, swaps=True)
     for name, size in (("copy", 4), ("gather", 8), ("scatter", 8)):
-        text = blocks._lower(name, size).compile().as_text()
+        text = blocks.lower(name, size).compile().as_text()
         assert moves(text, jax.tree.leaves(caches)) == [], name
     programs = StepPrograms(model, caches, 16, 777, 32)
-    edit = programs._lower_tables().compile()
+    edit = programs.lower(("edit_tables", NUM_ENTRIES)).compile()
     memory, tables_bytes = edit.memory_analysis(), 4 * 17 * 777
     assert memory.alias_size_in_bytes >= tables_bytes > memory.temp_size_in_bytes
     assert re.findall(r"= s32\[(?:17,777|13209)\]\S* copy\(.*", edit.as_text()) == []
     hidden = jax.ShapeDtypeStruct((32, LLAMA.hidden_size), jnp.float32)
-    programs._compile_prompt(hidden)
-    text = programs._compiled_prompt[32].as_text()
+    programs._hidden[32] = hidden
+    text = programs.lower(("prompt_logprobs", 32)).compile().as_text()
     assert moves(text, jax.tree.leaves(programs.params)) == []
 
 

@@ -256,6 +256,21 @@ def attention_implementation(
     )
 
 
+def register_for_loading(
+    implementation: str,
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k_cache: jax.Array | jax.ShapeDtypeStruct,
+    v_cache: jax.Array | jax.ShapeDtypeStruct,
+) -> None:
+    """Makes XLA know what compiled programs with such an attention call.
+
+    Tracing does so by itself; a process that loads programs and traces none has to ask. Mosaic GPU
+    kernels are in the programs, and what starts them is known from the first import on.
+    """
+    if implementation == "numba":
+        cpu.register(q, k_cache, v_cache)
+
+
 def _check_arrays(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array) -> None:
     if q.ndim != 3:
         raise ValueError(f"q.shape={q.shape} must be [tokens, query heads, head_dim]")

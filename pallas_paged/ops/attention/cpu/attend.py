@@ -60,8 +60,6 @@ def paged_attention(
     """Returns (out, lse); see `api.paged_attention`."""
     from pallas_paged.ops.attention.cpu import kernel
 
-    dtypes = _DTYPES[q.dtype.name], _CACHE_DTYPES[k_cache.dtype.name]
-    kind = kernel.Kind.of(*dtypes, q.shape[2], v_cache.shape[3], k_cache.shape[2])
     window = _NO_WINDOW if sliding_window is None else sliding_window
     given = [int(x is not None) for x in (logits_soft_cap, alibi_slopes, sinks)]
     nothing = jnp.zeros(1, jnp.float32)
@@ -80,6 +78,23 @@ def paged_attention(
         jax.ShapeDtypeStruct((*q.shape[:2], v_cache.shape[3]), q.dtype),
         jax.ShapeDtypeStruct(q.shape[:2], jnp.float32),
     )
-    call = jax.ffi.ffi_call(kernel.load_kernel(kind), results, vmap_method="sequential")
+    target = register(q, k_cache, v_cache)
+    call = jax.ffi.ffi_call(target, results, vmap_method="sequential")
     out, lse = call(*operands)
     return out, lse
+
+
+def register(
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k_cache: jax.Array | jax.ShapeDtypeStruct,
+    v_cache: jax.Array | jax.ShapeDtypeStruct,
+) -> str:
+    """Makes XLA know the kernel for such arrays, and returns its name there.
+
+    A program that calls it must not be loaded before.
+    """
+    from pallas_paged.ops.attention.cpu import kernel
+
+    dtypes = _DTYPES[q.dtype.name], _CACHE_DTYPES[k_cache.dtype.name]
+    kind = kernel.Kind.of(*dtypes, q.shape[2], v_cache.shape[3], k_cache.shape[2])
+    return kernel.load_kernel(kind)

@@ -1,0 +1,230 @@
+"""An engine's programs without an engine: prepared from shapes, and compiled into a bundle."""
+
+import concurrent.futures
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from pallas_paged.cache_spec import CacheSpec
+from pallas_paged.deviceless import target_device, target_memory_bytes, without_compilation_cache
+from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype, resolve_max_model_len
+from pallas_paged.engine.core.buckets import Bucket, Buckets
+from pallas_paged.engine.device import bundle as bundles
+from pallas_paged.engine.device.block_programs import KINDS, BlockPrograms
+from pallas_paged.engine.device.device_memory import stats_of_card
+from pallas_paged.engine.device.fingerprint import fingerprint
+from pallas_paged.engine.device.implementations import (
+    choose_attention,
+    choose_writes,
+    register_attention,
+)
+from pallas_paged.engine.device.placement import Placement
+from pallas_paged.engine.device.pool_size import (
+    PoolPlan,
+    buckets_for,
+    num_bytes,
+    plan_pool,
+    unsized_programs,
+)
+from pallas_paged.engine.device.programs import Name, StepPrograms
+from pallas_paged.engine.device.step_report import StepReport, report_step
+from pallas_paged.engine.kv.sharing import blocks_for
+from pallas_paged.models import ModelConfig, abstract_model
+from pallas_paged.models.new_folder import new_folder
+
+HOST = "cpu"
+"""The target that is this machine's own CPU."""
+NUM_AT_ONCE = 2
+"""Programs that are compiled at a time."""
+_NOT_OURS_BYTES = 256 << 20
+"""Of a GPU that is not here, what is taken beside weights and programs: gaps, other processes."""
+_SHAPING = (
+    *("kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_logprobs"),
+    *("gpu_memory_utilization", "attention_implementation", "cache_implementation"),
+    "deterministic",
+)
+"""Fields of `EngineConfig` that an engine takes from its bundle, beside `dtype` and a length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """An engine's programs before any is compiled.
+
+    Attributes:
+      config: of the engine, its `dtype` and `max_model_len` resolved.
+      shape: of the model.
+      specs: what the layers cache.
+      attention, writes: the implementations that run.
+      plan: of the memory.
+      fingerprint: see there.
+      buckets: the shapes of the steps.
+      programs, block_programs: over a pool of the planned size.
+    """
+
+    config: EngineConfig
+    shape: ModelConfig
+    specs: Sequence[CacheSpec]
+    attention: str
+    writes: str
+    plan: PoolPlan
+    fingerprint: dict[str, str]
+    buckets: Buckets
+    programs: StepPrograms
+    block_programs: BlockPrograms
+
+
+class Progress(NamedTuple):
+    """A program that is compiled.
+
+    Attributes:
+      name: which, as a user may read it.
+      seconds: from the start of tracing to the end of compiling, whatever ran beside it.
+      num_bytes: of its file.
+    """
+
+    name: str
+    seconds: float
+    num_bytes: int
+
+
+def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
+    """Sizes the pool and prepares the programs of an engine; compiles what the size depends on.
+
+    Args:
+      shape: of the model; no weights are read.
+      config: of the engine.
+      target: one of `pallas_paged.deviceless.TARGETS`, or `HOST`. A GPU has the memory that its
+        description says, of which JAX may use what this process's environment says.
+
+    Raises:
+      ValueError: an option is not usable, or the model does not fit.
+      NotImplementedError: a named implementation cannot do this on the target.
+      RuntimeError: as `target_device`.
+    """
+    placement = Placement.on(jax.devices("cpu")[0] if target == HOST else target_device(target))
+    max_model_len = resolve_max_model_len(config, shape)
+    shape = shape.for_length(max_model_len)
+    model = abstract_model(shape, config.dtype)
+    dtype = jax.tree.leaves(nnx.state(model))[0].dtype
+    cache_dtype = resolve_kv_cache_dtype(config, dtype)
+    specs = shape.cache_specs(config.block_size, cache_dtype)
+    stats = None
+    if target != HOST:
+        in_use = num_bytes(nnx.state(model)) + _NOT_OURS_BYTES
+        stats = stats_of_card(target_memory_bytes(target), in_use)
+    with placement.as_target(), without_compilation_cache():
+        attention = choose_attention(config, shape, dtype, specs)
+        writes = choose_writes(config, dtype, specs)
+        register_attention(attention, shape, dtype, specs)  # before threads would, at once
+        plan = plan_pool(
+            config, model, max_model_len, cache_dtype, attention, placement, stats=stats
+        )
+        table_width = blocks_for(max_model_len, config.block_size)
+        unsized = unsized_programs(config, model, table_width, specs, attention, placement)
+        own = fingerprint(unsized)
+    caches = tuple(spec.shapes(plan.num_blocks) for spec in specs)
+    return Prepared(
+        dataclasses.replace(config, dtype=dtype.name, max_model_len=max_model_len),
+        shape,
+        specs,
+        attention,
+        writes,
+        plan,
+        own,
+        buckets_for(config, plan.max_blocks_per_seq),
+        dataclasses.replace(
+            unsized, kv_caches=caches, max_blocks_per_seq=plan.max_blocks_per_seq, num_traces={}
+        ),
+        BlockPrograms(
+            caches,
+            config.max_num_seqs,
+            swaps=config.swap_space > 0,
+            implementation=config.cache_implementation,
+            placement=placement,
+        ),
+    )
+
+
+def compile_bundle(
+    prepared: Prepared,
+    folder: str | pathlib.Path,
+    *,
+    full: bool,
+    tell: Callable[[Progress], object],
+) -> bundles.Manifest:
+    """Compiles an engine's programs, writes them into a folder and returns what that holds.
+
+    The folder is there whole or not at all; one that is there is replaced if it is a bundle, or
+    empty. The files are pickles, see `pallas_paged.engine.device.bundle`.
+
+    Args:
+      prepared: the programs.
+      folder: the bundle to be.
+      full: also compile the steps with penalties and log-probabilities.
+      tell: called when a program is compiled, in one of several threads.
+
+    Raises:
+      ValueError: the folder is there and is something else.
+    """
+    buckets = [bucket for bucket in prepared.buckets.all() if full or not bucket.is_full]
+    others: list[Name] = [*prepared.programs.others(buckets), *prepared.block_programs.names()]
+    entries: list[bundles.Entry] = []
+    with new_folder(folder, may_replace=bundles.is_bundle) as work, without_compilation_cache():
+
+        def compile_one(name: Name) -> bundles.Entry:
+            begin = time.perf_counter()
+            compiled = _lower(prepared, name).compile()
+            seconds = time.perf_counter() - begin
+            entry = bundles.write_program(work, name, compiled)
+            text = str(name) if isinstance(name, Bucket) else f"{name[0]} {name[1]}"
+            tell(Progress(text, seconds, entry.num_bytes))
+            return entry
+
+        # After the steps, for one of the others cannot be traced before.
+        for names in (buckets, others):
+            entries += _in_threads(compile_one, names)
+        manifest = bundles.Manifest(
+            options={
+                **{name: getattr(prepared.config, name) for name in _SHAPING},
+                "dtype": prepared.config.dtype,
+                "max_model_len": prepared.config.max_model_len,
+            },
+            fingerprint=prepared.fingerprint,
+            num_blocks=prepared.plan.num_blocks,
+            temporary_bytes=prepared.plan.temporary_bytes,
+            programs=tuple(entries),
+        )
+        bundles.write_manifest(work, manifest)
+    return manifest
+
+
+def report_steps(prepared: Prepared, buckets: Sequence[Bucket]) -> Iterator[StepReport]:
+    """Yields what each of the buckets' steps takes, in their order; writes nothing."""
+
+    def report(bucket: Bucket) -> StepReport:
+        with prepared.programs.placement.as_target():
+            return report_step(prepared.programs, bucket)
+
+    with without_compilation_cache():
+        yield from _in_threads(report, buckets)
+
+
+def _lower(prepared: Prepared, name: Name) -> jax.stages.Lowered:
+    if isinstance(name, Bucket) or name[0] not in KINDS:
+        return prepared.programs.lower(name)
+    return prepared.block_programs.lower(*name)
+
+
+def _in_threads[T, R](function: Callable[[T], R], values: Sequence[T]) -> Iterator[R]:
+    """Yields the results in order; after an error no further one is begun."""
+    with concurrent.futures.ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+        try:
+            yield from pool.map(function, values)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -1,0 +1,55 @@
+"""Which implementations an engine's programs are made of."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from pallas_paged.cache_spec import CacheSpec
+from pallas_paged.engine.config import EngineConfig
+from pallas_paged.models import ModelConfig
+from pallas_paged.ops.attention.api import attention_implementation, register_for_loading
+from pallas_paged.ops.kv_write.api import write_implementation
+
+logger = logging.getLogger(__name__)
+
+
+def choose_attention(
+    config: EngineConfig, shape: ModelConfig, dtype: Any, specs: Sequence[CacheSpec]
+) -> str:
+    """Returns which attention all layers of such a model run with: XLA's can serve any of them."""
+    names = set()
+    for cache in (spec.shapes(2) for spec in dict.fromkeys(specs)):
+        q = jax.ShapeDtypeStruct((1, shape.num_q_heads, cache.k.shape[3]), dtype)
+        names.add(
+            attention_implementation(
+                config.attention_implementation,
+                q,
+                cache.k,
+                cache.v,
+                deterministic=config.deterministic,
+            )
+        )
+    if len(names) == 1:
+        return names.pop()
+    logger.warning("no attention of %s serves all layers: they run with 'xla'", sorted(names))
+    return "xla"
+
+
+def choose_writes(config: EngineConfig, dtype: Any, specs: Sequence[CacheSpec]) -> str:
+    """Returns what writes such a model's keys and values; each layer chooses for itself."""
+    names = set()
+    for cache in (spec.shapes(2) for spec in dict.fromkeys(specs)):
+        k = jax.ShapeDtypeStruct((1, cache.k.shape[1], cache.k.shape[3]), dtype)
+        names.add(write_implementation(config.cache_implementation, k, cache))
+    return ", ".join(sorted(names))
+
+
+def register_attention(
+    implementation: str, shape: ModelConfig, dtype: Any, specs: Sequence[CacheSpec]
+) -> None:
+    """Makes XLA know what programs with that attention call, where none of them is traced."""
+    for cache in (spec.shapes(2) for spec in dict.fromkeys(specs)):
+        q = jax.ShapeDtypeStruct((1, shape.num_q_heads, cache.k.shape[3]), dtype)
+        register_for_loading(implementation, q, cache.k, cache.v)
