@@ -90,6 +90,7 @@ _SWAP_SPACE = flags.DEFINE_float("swap_space", 0.0, "GiB of host memory for pree
 def main() -> None:
     """Writes a bundle, or prints the plan."""
     logging.getLogger("pallas_paged").setLevel(logging.WARNING)
+    logging.getLogger("pallas_paged.dispatch").setLevel(logging.DEBUG)  # why what is chosen
     # The cache is turned off and on, and JAX says so each time.
     logging.getLogger("jax._src.compilation_cache").setLevel(logging.WARNING)
     output = None if _OUTPUT.value is None else pathlib.Path(_OUTPUT.value)

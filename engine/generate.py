@@ -77,6 +77,12 @@ _DTYPE = flags.DEFINE_enum(
 )
 _MAX_MODEL_LEN = flags.DEFINE_integer("max_model_len", None, "Most tokens of prompt and output.")
 _NUM_BLOCKS = flags.DEFINE_integer("num_blocks", None, "Size of the KV pool in blocks.")
+_BUNDLE = flags.DEFINE_string(
+    "bundle",
+    None,
+    "Folder that pallas_paged.engine.compile wrote for this model and machine. It is loaded with "
+    "pickle, which runs whatever is in it: name none that you do not trust.",
+)
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Log memory, compilation and implementation.")
 
 
@@ -108,6 +114,7 @@ def main() -> None:
         dtype=_DTYPE.value,
         max_model_len=_MAX_MODEL_LEN.value,
         num_blocks=_NUM_BLOCKS.value,
+        bundle=_BUNDLE.value,
         seed=None,
         **watching_options(),
     )

@@ -8,7 +8,7 @@ toolkit, whichever plugin compiles: without versions XLA records no custom call 
 and its dumps show other launches than those of a machine with a recent driver.
 
 JAX assembles all Mosaic GPU kernels of a process for the architecture of the first one: a process
-that looks at their machine code should compile for A100s only, or for H100s and H200s only.
+that looks at their machine code should compile for A100s only, for H100s and H200s only, or for L4s only.
 """
 
 import contextlib
@@ -74,9 +74,13 @@ def target_device(target: str) -> jax.Device:
     """
     if target not in TARGETS:
         raise ValueError(f"{target=} is unknown; use one of {', '.join(TARGETS)}")
+    # XLA lets a program fill four fifths of the memory, and one that takes more computes much of it
+    # again. Weights and a KV pool are more, on purpose, and nothing is gained by that.
+    memory_bytes = target_memory_bytes(target)
+    description = _description(target).replace(str(memory_bytes), str(memory_bytes * 5 // 4))
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=_description(target), topology="1x1x1"
+            platform="cuda", target_config=description, topology="1x1x1"
         )
     except Exception as error:
         raise RuntimeError(

@@ -27,11 +27,6 @@ QUICK = [
 SLOW = [
     ("startup", "--random_model=tiny --repeats=1"),
     (
-        "plan_memory",
-        "--model=tests/models/data/mistral-sliding --layers=1 --max_num_seqs=4 "
-        "--max_num_batched_tokens=32 --max_model_len=128",
-    ),
-    (
         "host_cost",
         "--num_seqs=4 --max_model_len=512 --vocab_size=1000 --kinds=plain,text,logprobs+deltas "
         "--waiting=0,5 --num_steps=3 --num_requests=2",

@@ -6,19 +6,21 @@ Two layers stand for all: layers are unrolled, and what a further one adds is wh
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
-from pallas_paged.deviceless import target_device
+from pallas_paged.deviceless import (
+    target_device,
+    target_memory_bytes,
+    without_compilation_cache,
+)
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.device.step_report import SHAPES, StepReport, compile_step
-from pallas_paged.models.registry import FAMILIES
+from pallas_paged.models import abstract_model
 
 DECODE = Bucket(64, 64, 128, is_decode=True)
 MIXED = Bucket(512, 64, 128, is_decode=False)
@@ -115,11 +117,22 @@ def test_a_mixed_step_on_an_a100(in_sm80_process: Callable[..., StepReport]) -> 
     assert len(step.launches.kernels) == 3, step.launches.kernels
 
 
+@pytest.mark.slow
+def test_a_pool_that_fills_the_memory_makes_no_step_compute_twice() -> None:
+    """XLA would save temporaries, as if weights and caches were too large by mistake."""
+    shape = dataclasses.replace(SHAPES["llama-8b"], num_layers=1, vocab_size=1152)
+    num_blocks = target_memory_bytes("h100") * 9 // 10 // (64 << 10)
+    caches = tuple(spec.shapes(num_blocks) for spec in shape.cache_specs(16, jnp.bfloat16))
+    programs = StepPrograms(abstract_model(shape, "bfloat16"), caches, 64, 512, 32)
+    with jax.default_device(target_device("h100")), without_compilation_cache():
+        text = programs.lower(Bucket(8, 8, 128, is_decode=True)).compile().as_text()
+    assert "remat" not in text
+
+
 def num_kernels(cache_implementation: str) -> int:
     """Returns how many kernels of ours a step of one layer has, as it goes to the compiler."""
     shape = dataclasses.replace(SHAPES["llama-8b"], num_layers=1, vocab_size=256)
-    model_class: Any = FAMILIES[shape.architecture].model
-    model = nnx.eval_shape(lambda: model_class(shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model = abstract_model(shape, "bfloat16")
     caches = tuple(spec.shapes(4000) for spec in shape.cache_specs(16, jnp.bfloat16))
     programs = StepPrograms(model, caches, 64, 512, 32, "xla", cache_implementation)
     with jax.default_device(target_device("h100")):

@@ -123,6 +123,11 @@ def attend(target, num_tokens, num_seqs, max_query_len):
 @pytest.mark.parametrize("target", TARGETS)
 def test_many_sequences_are_decoded(grids, target):
     """By as many thread blocks as the GPU holds, whatever the step is."""
+    if target == "l4":
+        chosen, reason = attend(target, MANY, MANY, 1)
+        assert chosen == "xla"
+        assert "needs compute capability 8.0 or 9.0, and NVIDIA L4 has 8.9" in reason
+        return
     assert attend(target, MANY, MANY, 1) == ("mosaic_gpu", None)
     if target.startswith("a100"):
         check(grids, "paged_attention_sm80", "paged_attention_sm80_merge")

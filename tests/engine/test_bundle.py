@@ -1,0 +1,263 @@
+"""Bundles: an engine that loads one compiles nothing, and one that may not load it says why."""
+
+import json
+import logging
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pallas_paged.engine import LLM, SamplingParams
+from pallas_paged.engine.compiling import HOST, Progress, compile_bundle, prepare
+from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.device import pool_size
+from pallas_paged.engine.device.fingerprint import differences
+from pallas_paged.models import load_config
+from tests.engine.serving import assert_idle, make_llm, nothing_compiles
+from tests.models.references import DATA
+
+MODEL = "llama-gqa-llama3"
+LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 80, "num_blocks": 99}
+PROMPTS = [{"prompt_token_ids": list(range(3, 3 + length))} for length in (5, 40, 17)]
+GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+ALL_KINDS = [
+    GREEDY,
+    SamplingParams(
+        temperature=0, max_tokens=9, presence_penalty=0.5, logprobs=2, prompt_logprobs=1
+    ),
+    SamplingParams(temperature=0.8, seed=7, n=3, max_tokens=20, ignore_eos=True),
+]
+
+
+def compile_to(folder: pathlib.Path, full: bool, tell: Callable[[Progress], object] = print) -> Any:
+    config = EngineConfig(str(DATA / MODEL), swap_space=0.001, **LIMITS)
+    prepared = prepare(load_config(DATA / MODEL), config, HOST)
+    return compile_bundle(prepared, folder, full=full, tell=tell)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A bundle of all programs, not to be changed."""
+    folder = tmp_path_factory.mktemp("bundles") / "whole"
+    compile_to(folder, full=True)
+    return folder
+
+
+@pytest.fixture
+def copied(whole: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """The same, to be changed."""
+    return shutil.copytree(whole, tmp_path / "bundle")
+
+
+def load(folder: pathlib.Path, **options: Any) -> LLM:
+    """Returns an engine with a bundle; what is not in `options` comes from there."""
+    return LLM(DATA / MODEL, bundle=folder, compilation_cache_dir=None, **options)
+
+
+def edit_manifest(folder: pathlib.Path, **fields: Any) -> None:
+    """Changes fields of the fingerprint."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["fingerprint"] |= fields
+    path.write_text(json.dumps(manifest))
+
+
+def tokens(llm: LLM, params: Any = GREEDY) -> list[Any]:
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert_idle(llm)
+    return [[one.token_ids for one in output.outputs] for output in outputs]
+
+
+def refused(llm: LLM) -> bool:
+    """Whether an engine serves, with programs of its own."""
+    tokens(llm)
+    return bool(llm.runner.programs.num_traces)
+
+
+def test_an_engine_with_a_bundle_traces_nothing_and_gives_the_same_tokens(
+    whole: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = make_llm(MODEL, **LIMITS).generate(PROMPTS, ALL_KINDS, use_tqdm=False)
+    with caplog.at_level(logging.WARNING):
+        llm = load(whole, swap_space=0.001)
+    assert not caplog.records
+    assert llm.config.max_num_seqs == LIMITS["max_num_seqs"]
+    assert llm.max_model_len == LIMITS["max_model_len"]
+    before = llm.runner.kv_caches[0].k
+    with nothing_compiles(llm.runner):
+        found = llm.generate(PROMPTS, ALL_KINDS, use_tqdm=False)
+        llm.warm_up()
+    assert before.is_deleted(), "the caches are donated, as to programs of its own"
+    assert llm.runner.programs.num_traces == {}
+    assert llm.runner.block_programs.num_traces == {}
+    for one, other in zip(found, expected, strict=True):
+        assert [x.token_ids for x in one.outputs] == [x.token_ids for x in other.outputs]
+        assert [x.logprobs for x in one.outputs] == [x.logprobs for x in other.outputs]
+        assert one.prompt_logprobs == other.prompt_logprobs
+
+
+def test_plain_programs_alone_and_the_others_when_somebody_asks(tmp_path: pathlib.Path) -> None:
+    done: list[Progress] = []
+    manifest = compile_to(tmp_path / "plain", full=False, tell=done.append)
+    assert len(done) == len(manifest.programs) == len(list((tmp_path / "plain").iterdir())) - 1
+    llm = load(tmp_path / "plain")
+    tokens(llm)
+    assert llm.runner.programs.num_traces == {}
+    tokens(llm, ALL_KINDS[1])
+    assert all(bucket.is_full for bucket in llm.runner.programs.num_traces)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_num_seqs": 3}, "max_num_seqs: 4 in the bundle, 3 in this engine"),
+        ({"max_model_len": 64}, "max_blocks_per_seq: 5 in the bundle, 4 in this engine"),
+        ({"num_blocks": 98}, "num_blocks: 99 in the bundle, 98 in this engine"),
+        ({"dtype": "bfloat16"}, "bfloat16["),
+        ({"kv_cache_dtype": "int8"}, "kv_caches: 6*float32["),
+        ({"attention_implementation": "xla"}, "implementation: numba in the bundle, xla in this"),
+        ({"deterministic": True}, "deterministic: False in the bundle, True in this engine"),
+    ],
+)
+def test_what_differs_is_said_once_and_everything_compiled(
+    options: dict[str, Any],
+    said: str,
+    whole: pathlib.Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        llm = load(whole, **options)
+    (record,) = caplog.records
+    assert said in record.getMessage()
+    assert "compiles its own programs" in record.getMessage()
+    if "max_num_seqs" in options:
+        assert refused(llm)
+
+
+def test_a_bundle_of_another_cpu_is_not_loaded(
+    copied: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its instructions would end the process."""
+    own = json.loads((copied / "manifest.json").read_text())["fingerprint"]["cpu_features"]
+    edit_manifest(copied, jax="0.1", cpu="abacus", cpu_features=f"{own} beads")
+    for path in copied.glob("*.bin"):
+        path.write_bytes(b"not to be looked at")
+    with caplog.at_level(logging.WARNING):
+        llm = load(copied)
+    (record,) = caplog.records
+    for said in (
+        "jax: 0.1 in the bundle",
+        "cpu: abacus in the bundle",
+        "cpu_features: beads in the bundle, nothing more in this engine",
+    ):
+        assert said in record.getMessage()
+    assert refused(llm)
+
+
+def test_a_model_of_the_same_shapes_with_other_constants_is_another(
+    copied: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit_manifest(copied, **{"model.rms_norm_eps": "0.5"})
+    with caplog.at_level(logging.WARNING):
+        assert refused(load(copied))
+    assert "model.rms_norm_eps: 0.5 in the bundle" in caplog.text
+
+
+def test_long_fields_differ_by_what_only_one_has() -> None:
+    many = " ".join(f"feature{i}" for i in range(50))
+    assert differences({"f": f"{many} a", "x": "1"}, {"f": f"{many} b", "x": "1"}) == [
+        "f: a in the bundle, b in this engine"
+    ]
+    assert differences({"old": "1"}, {}) == ["old: 1 in the bundle, nothing in this engine"]
+
+
+def test_the_pool_of_the_bundle_is_taken_if_the_device_holds_it(
+    whole: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And else the device's own, of fewer blocks, with other programs."""
+    monkeypatch.setattr(pool_size, "_memory_bytes", lambda device: 300_000)
+    monkeypatch.setattr(pool_size, "DEFAULT_CPU_KV_CACHE_BYTES", 300_000)
+    with caplog.at_level(logging.WARNING):
+        llm = load(whole)
+    messages = [record.getMessage() for record in caplog.records]
+    assert "there is room for 0.3 MiB" in messages[0]
+    assert any("num_blocks: 99 in the bundle" in message for message in messages)
+    assert refused(llm)
+
+
+@pytest.mark.parametrize("size", [0, 1000, -1])
+def test_a_damaged_program_is_an_error(size: int, copied: pathlib.Path) -> None:
+    path = sorted(copied.glob("step-*.bin"))[0]
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"!" if size < 0 else content[:size])
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged: .* compile the bundle again"):
+        load(copied)
+
+
+def test_a_missing_program_is_an_error(copied: pathlib.Path) -> None:
+    path = sorted(copied.glob("other-*.bin"))[0]
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{path.name} is missing"):
+        load(copied)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "JSONDecodeError"),
+        ('{"format": 1, "programs": [', "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "KeyError: 'format'"),
+        ('{"format": 0, "programs": []}', "its format is 0, and 1 is read"),
+        ('{"format": 1, "programs": []}', "missing 4 required"),
+        ('{"format": 1, "programs": [{"file": "a"}]}', "TypeError"),
+    ],
+)
+def test_a_damaged_manifest_is_an_error(text: str, said: str, copied: pathlib.Path) -> None:
+    (copied / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json cannot be read") as raised:
+        load(copied)
+    assert said in str(raised.value)
+
+
+def test_a_folder_that_is_no_bundle_is_an_error(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is no bundle, it has no manifest\.json"):
+        load(tmp_path)
+
+
+def test_a_bundle_is_written_whole_or_not_at_all(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "bundle"
+
+    def stop(done: Progress) -> None:
+        raise KeyError(done.name)
+
+    with pytest.raises(KeyError):
+        compile_to(folder, full=False, tell=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_bundle_is_not_replaced(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "thesis.txt").write_text("my only copy")
+    with pytest.raises(ValueError, match="is not one of ours to replace"):
+        compile_to(tmp_path, full=False)
+    assert (tmp_path / "thesis.txt").read_text() == "my only copy"
+
+
+def test_steps_that_a_bundle_lacks_are_named_and_compiled_when_needed(
+    copied: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = copied / "manifest.json"
+    manifest = json.loads(path.read_text())
+    steps = [entry for entry in manifest["programs"] if isinstance(entry["name"], dict)]
+    missing = next(e for e in steps if e["name"]["is_decode"] and not e["name"]["is_full"])
+    manifest["programs"].remove(missing)
+    path.write_text(json.dumps(manifest))
+    with caplog.at_level(logging.WARNING):
+        llm = load(copied)
+    bucket = Bucket(**missing["name"])
+    assert f"has no programs of {bucket}" in caplog.text
+    tokens(llm)
+    assert list(llm.runner.programs.num_traces) == [bucket]
