@@ -8,7 +8,7 @@ toolkit, whichever plugin compiles: without versions XLA records no custom call 
 and its dumps show other launches than those of a machine with a recent driver.
 
 JAX assembles all Mosaic GPU kernels of a process for the architecture of the first one: a process
-that looks at their machine code should compile for A100s only, for H100s and H200s only, or for L4s only.
+that looks at their machine code should compile for A100s only, or for H100s and H200s only.
 """
 
 import contextlib
