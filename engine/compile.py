@@ -9,10 +9,11 @@ versions, another model or another device is not used, and a warning says what d
 are pickles, which run whatever is in them: load no bundle that you do not trust.
 
 Only `config.json` is read of the model. Without --num_blocks the pool is as large as the GPU's
-memory allows beside weights and temporaries. --full also compiles the steps with penalties and
-log-probabilities, which an engine otherwise compiles when somebody asks for them. Matrix products
-are not tuned without a GPU. For a GPU this needs the packages that `pallas_paged.deviceless` names;
-the target cpu is this machine's own CPU.
+memory allows beside weights and temporaries, if JAX may use as much: here and in the engine's
+environment XLA_CLIENT_MEM_FRACTION says so, which is 0.9 in programs of ours. --full also compiles
+the steps with penalties and log-probabilities, which an engine otherwise compiles when somebody
+asks for them. Matrix products are not tuned without a GPU. For a GPU this needs the packages that
+`pallas_paged.deviceless` names; the target cpu is this machine's own CPU.
 
 --plan writes no bundle: it prints where the memory goes, the pool that fits, and what each step
 takes and launches. --largest does so for the largest decode and mixed step alone.

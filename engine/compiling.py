@@ -45,8 +45,8 @@ _NOT_OURS_BYTES = 256 << 20
 """Of a GPU that is not here, what is taken beside weights and programs: gaps, other processes."""
 _SHAPING = (
     *("kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_logprobs"),
-    *("gpu_memory_utilization", "attention_implementation", "cache_implementation"),
-    "deterministic",
+    *("num_blocks", "kv_cache_memory_bytes", "gpu_memory_utilization", "deterministic"),
+    *("attention_implementation", "cache_implementation"),
 )
 """Fields of `EngineConfig` that an engine takes from its bundle, beside `dtype` and a length."""
 

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
+from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.device.block_programs import KINDS, BlockPrograms
 from pallas_paged.engine.device.fingerprint import differences, fingerprint
@@ -145,6 +146,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if fields["format"] != FORMAT:
             raise ValueError(f"its format is {fields['format']!r}, and {FORMAT} is read")
+        names = {field.name for field in dataclasses.fields(EngineConfig)}
+        if unknown := set(fields["options"]) - names:
+            raise ValueError(f"it has options that no engine has: {sorted(unknown)}")
         programs = tuple(Entry(**entry) for entry in fields.pop("programs"))
         return Manifest(programs=programs, **fields)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -7,15 +7,22 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+from pallas_paged.deviceless import target_device
 from pallas_paged.engine import LLM, SamplingParams
 from pallas_paged.engine.compiling import HOST, Progress, compile_bundle, prepare
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.device import pool_size
+from pallas_paged.engine.device.device_memory import stats_of_card
 from pallas_paged.engine.device.fingerprint import differences
-from pallas_paged.models import load_config
+from pallas_paged.engine.device.placement import Placement
+from pallas_paged.engine.device.pool_size import BundledPool, num_bytes, plan_pool
+from pallas_paged.engine.device.step_report import SHAPES
+from pallas_paged.models import abstract_model, load_config
 from tests.engine.serving import assert_idle, make_llm, nothing_compiles
 from tests.models.references import DATA
 
@@ -57,11 +64,11 @@ def load(folder: pathlib.Path, **options: Any) -> LLM:
     return LLM(DATA / MODEL, bundle=folder, compilation_cache_dir=None, **options)
 
 
-def edit_manifest(folder: pathlib.Path, **fields: Any) -> None:
-    """Changes fields of the fingerprint."""
+def edit_manifest(folder: pathlib.Path, section: str = "fingerprint", **fields: Any) -> None:
+    """Changes fields of a manifest, by default of the fingerprint."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["fingerprint"] |= fields
+    manifest[section] |= fields
     path.write_text(json.dumps(manifest))
 
 
@@ -175,17 +182,44 @@ def test_long_fields_differ_by_what_only_one_has() -> None:
 
 
 def test_the_pool_of_the_bundle_is_taken_if_the_device_holds_it(
-    whole: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    copied: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And else the device's own, of fewer blocks, with other programs."""
+    edit_manifest(copied, "options", num_blocks=None)
+    assert load(copied).runner.kv_caches[0].k.shape[0] == LIMITS["num_blocks"]
     monkeypatch.setattr(pool_size, "_memory_bytes", lambda device: 300_000)
     monkeypatch.setattr(pool_size, "DEFAULT_CPU_KV_CACHE_BYTES", 300_000)
     with caplog.at_level(logging.WARNING):
-        llm = load(whole)
+        llm = load(copied)
     messages = [record.getMessage() for record in caplog.records]
     assert "there is room for 0.3 MiB" in messages[0]
     assert any("num_blocks: 99 in the bundle" in message for message in messages)
-    assert refused(llm)
+    assert llm.runner.kv_caches[0].k.shape[0] < 99
+
+
+def test_the_pool_of_a_bundle_on_a_gpu() -> None:
+    """Nothing is compiled to know it: the bundle says what the largest step takes."""
+    model = abstract_model(SHAPES["llama-8b"], "bfloat16")
+    placement = Placement.on(target_device("h100"))
+    fraction = {"XLA_CLIENT_MEM_FRACTION": "0.9"}
+
+    def num_blocks(bundled: int, card_bytes: int) -> int:
+        stats = stats_of_card(card_bytes, num_bytes(nnx.state(model)), fraction)
+        return plan_pool(
+            EngineConfig("m", dtype="bfloat16"),
+            model,
+            8192,
+            jnp.dtype(jnp.bfloat16),
+            "mosaic_gpu",
+            placement,
+            bundled=BundledPool(bundled, temporary_bytes=1 << 30),
+            stats=stats,
+        ).num_blocks
+
+    own = num_blocks(10**9, 80 << 30)
+    assert 10_000 < own < 40_000
+    assert num_blocks(own - 1, 80 << 30) == own - 1
+    assert num_blocks(own, 40 << 30) < own
 
 
 @pytest.mark.parametrize("size", [0, 1000, -1])
@@ -212,8 +246,9 @@ def test_a_missing_program_is_an_error(copied: pathlib.Path) -> None:
         ("[]", "TypeError"),
         ("{}", "KeyError: 'format'"),
         ('{"format": 0, "programs": []}', "its format is 0, and 1 is read"),
-        ('{"format": 1, "programs": []}', "missing 4 required"),
-        ('{"format": 1, "programs": [{"file": "a"}]}', "TypeError"),
+        ('{"format": 1, "options": {}, "programs": []}', "missing 3 required"),
+        ('{"format": 1, "options": {}, "programs": [{"file": "a"}]}', "TypeError"),
+        ('{"format": 1, "options": {"bogus": 1}, "programs": []}', "no engine has: ['bogus']"),
     ],
 )
 def test_a_damaged_manifest_is_an_error(text: str, said: str, copied: pathlib.Path) -> None:
