@@ -84,6 +84,9 @@ _ATTENTION = flags.DEFINE_enum(
 _CACHE = flags.DEFINE_enum(
     "cache_implementation", None, KNOWN_IMPLEMENTATIONS, "Of what writes and copies blocks."
 )
+_NUM_SCHEDULER_STEPS = flags.DEFINE_integer(
+    "num_scheduler_steps", None, "Most decode steps in one program; by default the device's."
+)
 _DETERMINISTIC = flags.DEFINE_bool("deterministic", False, "Every step in one fixed shape.")
 _SWAP_SPACE = flags.DEFINE_float("swap_space", 0.0, "GiB of host memory for preempted requests.")
 
@@ -116,6 +119,7 @@ def main() -> None:
         max_logprobs=_MAX_LOGPROBS.value,
         attention_implementation=_ATTENTION.value,
         cache_implementation=_CACHE.value,
+        num_scheduler_steps=_NUM_SCHEDULER_STEPS.value,
         deterministic=_DETERMINISTIC.value,
         swap_space=_SWAP_SPACE.value,
     )
@@ -194,10 +198,12 @@ def _print_plan(prepared: Prepared) -> None:
 
 def _buckets(prepared: Prepared) -> list[Bucket]:
     """Returns the steps to plan."""
+    every = prepared.buckets.all()
     if not _LARGEST.value:
-        return [bucket for bucket in prepared.buckets.all() if _FULL.value or not bucket.is_full]
-    largest = prepared.buckets.largest()
-    return [dataclasses.replace(bucket, is_full=_FULL.value) for bucket in largest]
+        return [bucket for bucket in every if _FULL.value or not bucket.is_full]
+    asked = [bucket for bucket in every if bucket.is_full == _FULL.value]
+    kinds = [[bucket for bucket in asked if bucket.is_decode == kind] for kind in (True, False)]
+    return [max(kind) for kind in kinds if kind]
 
 
 def _line(report: StepReport) -> str:

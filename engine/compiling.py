@@ -46,7 +46,7 @@ _NOT_OURS_BYTES = 256 << 20
 _SHAPING = (
     *("kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_logprobs"),
     *("num_blocks", "kv_cache_memory_bytes", "gpu_memory_utilization", "deterministic"),
-    *("attention_implementation", "cache_implementation"),
+    *("num_scheduler_steps", "attention_implementation", "cache_implementation"),
 )
 """Fields of `EngineConfig` that an engine takes from its bundle, beside `dtype` and a length."""
 
@@ -136,7 +136,7 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
         writes,
         plan,
         own,
-        buckets_for(config, plan.max_blocks_per_seq),
+        buckets_for(config, plan.max_blocks_per_seq, placement.device.platform),
         dataclasses.replace(
             unsized, kv_caches=caches, max_blocks_per_seq=plan.max_blocks_per_seq, num_traces={}
         ),
