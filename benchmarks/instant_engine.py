@@ -1,5 +1,6 @@
 """The real engine with a device that computes nothing: all that is left is the host's work."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from pallas_paged.engine.build import join
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core import logprobs
+from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.plan import StepPlan, StepResult
 from pallas_paged.engine.core.scheduler import Scheduler
 from pallas_paged.engine.device.pool_size import buckets_for
@@ -50,6 +52,13 @@ class InstantDevice:
         values = -0.5 - np.arange(width, dtype=np.float32)
         self._packed[:, 3 + width :] = values.view(np.int32)
         self._tokens = self._packed[:, 0].copy()
+
+    def choose(self, best: Bucket, all_that_fit: Callable[[], Sequence[Bucket]]) -> Bucket:
+        """Nothing is compiled."""
+        return best
+
+    def expect(self, bucket: Bucket) -> None:
+        """Nothing is compiled."""
 
     def dispatch(self, plan: StepPlan) -> StepResult:
         """Draws the step's tokens, with log-probabilities where they are asked for."""

@@ -11,12 +11,13 @@ import concurrent.futures
 import json
 import statistics
 import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import flags
 
 from pallas_paged.engine.build import join
-from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.core.plan import StepPlan, StepResult
 from pallas_paged.engine.core.scheduler import Scheduler
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
@@ -44,6 +45,13 @@ class MockDevice:
         self.waited_s = 0.0
         self._step_s = step_s
         self._device = concurrent.futures.ThreadPoolExecutor(1)
+
+    def choose(self, best: Bucket, all_that_fit: Callable[[], Sequence[Bucket]]) -> Bucket:
+        """Nothing is compiled."""
+        return best
+
+    def expect(self, bucket: Bucket) -> None:
+        """Nothing is compiled."""
 
     def dispatch(self, plan: StepPlan) -> concurrent.futures.Future[StepResult]:
         """Lets the device begin the step when it has ended the one before."""

@@ -10,7 +10,12 @@ from flax import nnx
 
 from pallas_paged.cache_spec import CacheSpec, common_window
 from pallas_paged.dispatch import target_device
-from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype, resolve_max_model_len
+from pallas_paged.engine.config import (
+    EngineConfig,
+    resolve_background_compilation,
+    resolve_kv_cache_dtype,
+    resolve_max_model_len,
+)
 from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.engine_core import EngineCore
 from pallas_paged.engine.core.intake import Intake
@@ -188,7 +193,7 @@ def join(
     """
     core = EngineCore(
         scheduler,
-        Planner(memory, buckets),
+        Planner(memory, buckets, executor.choose),
         executor,
         vocab_size=vocab_size,
         async_scheduling=async_scheduling,
@@ -259,6 +264,7 @@ def _build_runner(
         cache_implementation=config.cache_implementation,
         deterministic=config.deterministic,
         swaps=config.swap_space > 0,
+        background_compilation=resolve_background_compilation(config, placement.device.platform),
         placement=placement,
     )
     if bundle is not None and bundle.has_pool_of(plan.num_blocks):

@@ -79,6 +79,11 @@ class EngineConfig:
         not depend, bit for bit, on what else is in its batches. Decoding then costs as much as
         the largest step.
       compile_ahead: compile every bucket when the engine starts instead of at first use.
+      background_compilation: where a step's shape is not compiled yet, run it in a larger one that
+        is while a thread compiles its own, and compile ahead of need what the next step will
+        have. Sums in another shape round differently, so that which of two tokens comes that are
+        as good as equal may depend on it. None: on a CPU, unless `deterministic`; a GPU tunes
+        matrix products while it compiles, and should do nothing else.
       compilation_cache_dir: folder in which JAX keeps compiled programs, one per process; "auto"
         is the one JAX is configured with, else `~/.cache/pallas-paged`; None leaves JAX's
         configuration as it is. Another folder than the process already uses is refused; one that
@@ -125,6 +130,7 @@ class EngineConfig:
     num_scheduler_steps: int | None = None
     deterministic: bool = False
     compile_ahead: bool = False
+    background_compilation: bool | None = None
     compilation_cache_dir: str | None = "auto"
     bundle: str | None = None
     enable_prefix_caching: bool = True
@@ -171,6 +177,8 @@ class EngineConfig:
         _require(ok, self, "gpu_memory_utilization", "must be in (0, 1]")
         for name in ("async_scheduling", "deterministic", "compile_ahead", "enable_prefix_caching"):
             _require(isinstance(getattr(self, name), bool), self, name, "must be True or False")
+        ok = self.background_compilation in (None, True, False)
+        _require(ok, self, "background_compilation", "must be True, False or None")
         room = self.swap_space
         ok = isinstance(room, int | float) and not isinstance(room, bool) and 0 <= room < 2**30
         _require(ok, self, "swap_space", "must be a number of GiB >= 0")
@@ -264,6 +272,13 @@ def resolve_num_scheduler_steps(config: EngineConfig, platform: str) -> int:
     if config.num_scheduler_steps is None:
         return CPU_SCHEDULER_STEPS if platform == "cpu" else 1
     return config.num_scheduler_steps
+
+
+def resolve_background_compilation(config: EngineConfig, platform: str) -> bool:
+    """Returns whether programs are compiled in the background on devices of a platform."""
+    if config.background_compilation is None:
+        return platform == "cpu" and not config.deterministic
+    return config.background_compilation
 
 
 def resolve_max_model_len(config: EngineConfig, shape: ModelConfig) -> int:

@@ -67,7 +67,7 @@ class LLM:
         self._turns = Turns()
         self._reader = RequestReader(self.engine, self._turns, self._prompts, config)
         self._streams = Streams(self.engine, self._turns)
-        self._profiler = watch(self.engine.core, config)
+        self._profiler = watch(self.engine.core, self.runner.programs, config)
 
     def start_profile(self) -> None:
         """Begins a trace of JAX's profiler into `profile_dir`, until `stop_profile`.

@@ -98,8 +98,13 @@ class Profiler:
             self.stop()
 
 
-def watch(core: EngineCore, config: EngineConfig) -> Profiler:
-    """Lets what the configuration asks for watch an engine's steps; returns its profiler.
+def watch(core: EngineCore, programs: Any, config: EngineConfig) -> Profiler:
+    """Lets what the configuration asks for watch an engine; returns its profiler.
+
+    Args:
+      core: tells of its steps.
+      programs: `StepPrograms`, which tell what they compiled.
+      config: what is asked for.
 
     Raises:
       OSError: `step_log` cannot be written to.
@@ -109,5 +114,7 @@ def watch(core: EngineCore, config: EngineConfig) -> Profiler:
     if folder is not None:
         core.observers.append(profiler)
     if config.step_log is not None:
-        core.observers.append(StepLog(str(config.step_log)))
+        log = StepLog(str(config.step_log))
+        core.observers.append(log)
+        programs.on_compiled = log.compiled
     return profiler

@@ -105,6 +105,30 @@ class Buckets:
             is_full=is_full,
         )
 
+    def holding(
+        self,
+        num_tokens: int,
+        num_seqs: int,
+        table_width: int,
+        *,
+        is_decode: bool,
+        is_full: bool = False,
+    ) -> list[Bucket]:
+        """Returns all buckets that hold such a step, see `pick`, smallest first.
+
+        A decode step fits into those of steps with prompts, too; these come last.
+        """
+        fits = [
+            bucket
+            for bucket in self.all()
+            if bucket.num_tokens >= num_tokens
+            and bucket.num_seqs >= num_seqs
+            and bucket.table_width >= table_width
+            and bucket.is_full == is_full
+            and (is_decode or not bucket.is_decode)
+        ]
+        return sorted(fits, key=lambda bucket: (not bucket.is_decode, bucket))
+
     def largest(self) -> list[Bucket]:
         """Returns the largest bucket of each kind, the full ones, whose temporaries are larger."""
         every = self.all()

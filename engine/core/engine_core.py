@@ -166,6 +166,8 @@ class EngineCore:
             observer.begin(step.step_id)
         middle = time.perf_counter()
         handle = self.executor.dispatch(planned.plan)
+        if planned.likely is not None:
+            self.executor.expect(planned.likely)
         return _InFlight(step, planned, handle, middle - begin, time.perf_counter() - middle)
 
     def _take_in(self, in_flight: _InFlight) -> CoreOutputs:

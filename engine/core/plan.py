@@ -4,6 +4,7 @@ A `StepPlan` says all that a step needs, so that it can be sent to another proce
 `Executor` runs plans in the order in which it gets them.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -121,6 +122,12 @@ class StepResult(NamedTuple):
 
 class Executor(Protocol):
     """A device that runs steps in the order of their dispatch."""
+
+    def choose(self, best: Bucket, all_that_fit: Callable[[], Sequence[Bucket]]) -> Bucket:
+        """Returns the shape that a step shall have: the best one, or another that fits."""
+
+    def expect(self, bucket: Bucket) -> None:
+        """Prepares for a step of this shape, which is likely to come; waits for nothing."""
 
     def dispatch(self, plan: StepPlan) -> Any:
         """Starts a step without waiting for it; returns what `collect` takes."""

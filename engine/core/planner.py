@@ -1,10 +1,11 @@
 """From what the scheduler decided to the plan that a device gets: padded, packed, no objects."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.core.plan import StepPlan
 from pallas_paged.engine.core.request import MAX_ENDING_IDS, SequenceGroup, TokenSequence
 from pallas_paged.engine.core.row_edits import RowEdits
@@ -23,10 +24,17 @@ _NO_TARGETS = np.zeros((2, 0), np.int32)
 
 
 class Planned(NamedTuple):
-    """A plan, and whose its `prompt_targets` are: requests with numbers of tokens, in order."""
+    """A plan, and what the core has to know of it.
+
+    Attributes:
+      plan: for the device.
+      prompts: whose its `prompt_targets` are: requests with numbers of tokens, in order.
+      likely: the shape of the next step, if no more requests come; None if it is this one.
+    """
 
     plan: StepPlan
     prompts: list[tuple[SequenceGroup, int]]
+    likely: Bucket | None
 
 
 class Planner:
@@ -36,14 +44,21 @@ class Planner:
     tables, and written only when the row gets another sequence.
     """
 
-    def __init__(self, memory: Memory, buckets: Buckets) -> None:
-        """Takes blocks from the tables of `memory`, and shapes from `buckets`.
+    def __init__(
+        self,
+        memory: Memory,
+        buckets: Buckets,
+        choose: Callable[[Bucket, Callable[[], Sequence[Bucket]]], Bucket] = lambda best, _: best,
+    ) -> None:
+        """Takes blocks from the tables of `memory`, and shapes from `buckets` by `choose`.
 
-        A device that has run the plans of another planner holds other tables: call `reset` then.
+        That is `Executor.choose`. A device that has run the plans of another planner holds other
+        tables: call `reset` then.
         """
         assert buckets.table_widths[-1] == memory.tables.shape[1], "the device has other tables"
         self._memory = memory
         self._buckets = buckets
+        self._choose = choose
         self._num_rows = len(memory.tables)
         self.reset()
 
@@ -59,20 +74,29 @@ class Planner:
         self._columns.follow(batch)
         targets: list[range] = []
         scheduled: list[ScheduledSequence] = []
-        is_full = wants_logprobs = False
+        is_full = wants_logprobs = samples_full = False
         if self._columns.is_special[batch.rows].any():
             scheduled = step.scheduled
             targets = [_targets_of(one) for one in scheduled]
             wants_logprobs = any(map(samples_logprobs, scheduled))
-            is_full = wants_logprobs or any(targets) or any(map(_samples_ruled, scheduled))
-        bucket = self._buckets.pick(
-            step.num_tokens,
-            len(batch.sequences),
-            -(-int(batch.ends.max()) // self._memory.block_size),
-            is_decode=bool((batch.num_tokens == 1).all()) and not any(targets),
-            is_full=is_full,
-        )
-        assert bucket.num_steps >= batch.num_steps.max(), "no program makes so many steps"
+            samples_full = wants_logprobs or any(map(_samples_ruled, scheduled))
+            is_full = samples_full or any(targets)
+        B, width = len(batch.sequences), -(-int(batch.ends.max()) // self._memory.block_size)
+        is_decode = bool((batch.num_tokens == 1).all()) and not any(targets)
+        num_steps = int(batch.num_steps.max())
+
+        def all_that_fit() -> list[Bucket]:
+            found = self._buckets.holding(
+                step.num_tokens, B, width, is_decode=is_decode, is_full=is_full
+            )
+            return [bucket for bucket in found if bucket.num_steps >= num_steps]
+
+        best = self._buckets.pick(step.num_tokens, B, width, is_decode=is_decode, is_full=is_full)
+        bucket = self._choose(best, all_that_fit)
+        likely = None
+        if not is_decode:
+            likely = self._buckets.pick(B, B, width, is_decode=True, is_full=samples_full)
+        assert bucket.num_steps >= num_steps, "no program makes so many steps"
         prompt_targets, prompts = _take_targets(scheduled, targets)
         table_edits, last_edit = self._table_edits.next_edits(batch.rows, bucket.num_seqs)
         inputs = np.zeros(packed_size(bucket), np.int32)
@@ -92,7 +116,7 @@ class Planner:
             wants_logprobs,
             prompt_targets,
         )
-        return Planned(plan, prompts)
+        return Planned(plan, prompts, likely)
 
     def _fill(
         self,

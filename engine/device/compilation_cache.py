@@ -8,6 +8,24 @@ import jax
 
 logger = logging.getLogger(__name__)
 
+_counts = {"/jax/compilation_cache/cache_hits": 0, "/jax/compilation_cache/cache_misses": 0}
+
+
+def _count(event: str, **_: object) -> None:
+    if event in _counts:
+        _counts[event] += 1
+
+
+jax.monitoring.register_event_listener(_count)
+
+
+def cache_counts() -> str:
+    """Returns in words how many programs of this process the cache had; nothing without one."""
+    if jax.config.jax_compilation_cache_dir is None or not jax.config.jax_enable_compilation_cache:
+        return ""
+    hits, misses = _counts.values()
+    return f" (compilation cache of this process: {hits} hits, {misses} misses)"
+
 
 def use_compilation_cache(folder: str | None) -> None:
     """Lets this process keep compiled programs in `folder`; see `EngineConfig`.

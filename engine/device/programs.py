@@ -17,6 +17,8 @@ from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.row_edits import edit_size
 from pallas_paged.engine.core.step_inputs import packed_size
 from pallas_paged.engine.core.table_edits import NUM_ENTRIES
+from pallas_paged.engine.device.background import Background
+from pallas_paged.engine.device.compilation_cache import cache_counts
 from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
 from pallas_paged.engine.device.row_state import RowState, edit_rows
 from pallas_paged.engine.device.rows import Rows, edit_tables
@@ -55,6 +57,8 @@ class StepPrograms:
       deterministic: see `EngineConfig`.
       placement: of all arrays, by default JAX's default device when a program is compiled.
       num_traces: how often each bucket was traced.
+      on_compiled: called with the names of steps' programs and the seconds that it took to compile
+        them, in whichever thread did.
       announce: called with a line, in another thread, while a compilation takes its time.
     """
 
@@ -68,6 +72,7 @@ class StepPrograms:
     deterministic: bool = False
     placement: Placement = DEFAULT_DEVICE
     num_traces: dict[Bucket, int] = dataclasses.field(default_factory=dict)
+    on_compiled: Callable[[list[str], float], object] = lambda names, seconds: None
     announce: Callable[[str], object] = logger.info
 
     def __post_init__(self) -> None:
@@ -77,6 +82,7 @@ class StepPrograms:
         self.kv_caches = self.placement.cache_shapes(self.kv_caches)
         self._compiled: dict[Name, jax.stages.Compiled] = {}
         self._hidden: dict[int, jax.ShapeDtypeStruct] = {}  # by T, of full steps
+        self._background = Background(self._compile_alone)
 
     @property
     def params(self) -> Any:
@@ -169,21 +175,47 @@ class StepPrograms:
             return
         self._other("edit_tables", NUM_ENTRIES)
         names = ", ".join(map(str, missing))
-        begin = time.perf_counter()
         if_slow = threading.Timer(ANNOUNCED_AFTER_S, self.announce, [f"compiling {names}"])
         if_slow.start()
         try:
-            self._compile(missing)
+            for bucket in missing:
+                self._background.settle(bucket)
+            self._compile([bucket for bucket in missing if bucket not in self._compiled])
         finally:
             if_slow.cancel()
-        logger.info("compiled %s in %.1f s", names, time.perf_counter() - begin)
 
     def _compile(self, missing: list[Bucket]) -> None:
+        begin = time.perf_counter()
         # Tracing runs Python and gains nothing from threads; XLA's compiler leaves the lock.
         lowered = [self.lower(bucket) for bucket in missing]
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             compiled = pool.map(lambda program: program.compile(), lowered)
             self._compiled.update(zip(missing, compiled, strict=True))
+        if missing:
+            self._tell(missing, time.perf_counter() - begin)
+
+    def is_ready(self, bucket: Bucket) -> bool:
+        """Whether a step of that shape waits for no compilation."""
+        return bucket in self._compiled
+
+    def compile_soon(self, bucket: Bucket) -> None:
+        """Lets a thread compile a bucket's program; `compile` waits if it is under way."""
+        if bucket not in self._compiled:
+            self._background.start(bucket)
+
+    def wait_for_background(self) -> None:
+        """Waits until all that `compile_soon` was asked for is compiled, or has failed."""
+        self._background.wait()
+
+    def _compile_alone(self, bucket: Bucket) -> None:
+        begin = time.perf_counter()
+        self._compiled[bucket] = self.lower(bucket).compile()
+        self._tell([bucket], time.perf_counter() - begin)
+
+    def _tell(self, buckets: list[Bucket], seconds: float) -> None:
+        names = list(map(str, buckets))
+        logger.info("compiled %s in %.1f s%s", ", ".join(names), seconds, cache_counts())
+        self.on_compiled(names, seconds)
 
     def lower(self, name: Name) -> jax.stages.Lowered:
         """Traces one program."""

@@ -3,6 +3,7 @@
 The only module that copies from the device to the host.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_paged.engine.core import logprobs
-from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.core.plan import StepPlan, StepResult
 from pallas_paged.engine.device.block_programs import BlockPrograms, Caches
 from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
@@ -19,6 +20,9 @@ from pallas_paged.engine.device.row_state import RowState
 from pallas_paged.engine.device.rows import Rows
 from pallas_paged.engine.device.step import NUM_PROMPT_ROWS
 from pallas_paged.models import CausalLM
+
+_CHEAP_TOKENS, _CHEAP_FACTOR = 64, 4
+"""Of steps that are padded further than need be, because their own shape is not compiled yet."""
 
 
 class InFlight(NamedTuple):
@@ -63,6 +67,7 @@ class ModelRunner:
         cache_implementation: str | None = None,
         deterministic: bool = False,
         swaps: bool = False,
+        background_compilation: bool = False,
         placement: Placement = DEFAULT_DEVICE,
     ):
         config = model.config
@@ -76,6 +81,7 @@ class ModelRunner:
         self.buckets = buckets
         self.kv_caches = self._make_caches()
         self._num_rows = max_num_seqs
+        self._background_compilation = background_compilation
         self.row_state: RowState | None = None
         self.rows = self._fresh_rows()
         self._chunks: dict[int, Caches] = {}  # swapped blocks in host memory, by number
@@ -97,6 +103,25 @@ class ModelRunner:
             implementation=cache_implementation,
             placement=placement,
         )
+
+    def choose(self, best: Bucket, all_that_fit: Callable[[], Sequence[Bucket]]) -> Bucket:
+        """Returns `best`; or, until that is compiled, another one that is and does not cost much.
+
+        Where programs are compiled in the background; else `dispatch` compiles it.
+        """
+        if not self._background_compilation or self.programs.is_ready(best):
+            return best
+        most_tokens = max(_CHEAP_TOKENS, _CHEAP_FACTOR * best.num_tokens)
+        for bucket in all_that_fit():
+            if bucket.num_tokens <= most_tokens and self.programs.is_ready(bucket):
+                self.programs.compile_soon(best)
+                return bucket
+        return best
+
+    def expect(self, bucket: Bucket) -> None:
+        """Compiles a bucket in the background, where programs are."""
+        if self._background_compilation:
+            self.programs.compile_soon(bucket)
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Starts a step without waiting for its result; the caches are donated to it."""

@@ -9,7 +9,7 @@ collected, after the next one was dispatched.
 import collections
 import dataclasses
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from pallas_paged.engine import LLM
 from pallas_paged.engine.build import Built, join
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.beam_search import Candidates
-from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.core.committer import Result
 from pallas_paged.engine.core.logprobs import MIN_WIDTH
 from pallas_paged.engine.core.plan import StepPlan, StepResult
@@ -293,6 +293,12 @@ class MockDevice:
     def note(self, event: str) -> None:
         self.before(event)
         self.events.append(event)
+
+    def choose(self, best: Bucket, all_that_fit: Callable[[], Sequence[Bucket]]) -> Bucket:
+        return best
+
+    def expect(self, bucket: Bucket) -> None:
+        pass
 
     def dispatch(self, plan: StepPlan) -> int:
         self.note(f"dispatch {plan.step_id}")

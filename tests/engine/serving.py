@@ -16,7 +16,8 @@ MIN_MARGIN = 1e-3
 
 def make_llm(name: str, **options: Any) -> LLM:
     """Returns an engine over one of the recorded checkpoints."""
-    return LLM(DATA / name, **{"num_blocks": 400, "compilation_cache_dir": None} | options)
+    fixed = {"num_blocks": 400, "compilation_cache_dir": None, "background_compilation": False}
+    return LLM(DATA / name, **fixed | options)
 
 
 def reference_requests(name: str) -> list[dict[str, list[int]]]:

@@ -1,6 +1,7 @@
 """A plan says all that a device needs, in integers and arrays, and comes out of bytes as it was."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hypothesis
@@ -81,6 +82,12 @@ class ByBytes:
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
         self.plans: list[StepPlan] = []
+
+    def choose(self, best: Bucket, all_that_fit: Callable[[], Sequence[Bucket]]) -> Bucket:
+        return self.runner.choose(best, all_that_fit)
+
+    def expect(self, bucket: Bucket) -> None:
+        self.runner.expect(bucket)
 
     def dispatch(self, plan: StepPlan) -> InFlight:
         check_plain(plan)

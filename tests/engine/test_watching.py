@@ -33,6 +33,8 @@ def test_each_step_is_a_line(watched: tuple[LLM, pathlib.Path]) -> None:
     llm.generate(PROMPTS, PARAMS, use_tqdm=False)
     steps = lines_of(file, "step")
     assert [step["step_id"] for step in steps] == list(range(llm.engine.core.num_steps))
+    compiled = [name for line in lines_of(file, "compile") for name in line["programs"]]
+    assert {step["bucket"] for step in steps} <= set(compiled)
     first, *others = steps
     assert (first["num_seqs"], first["num_tokens"], first["num_admitted"]) == (3, 9, 3)
     assert first["bucket"].startswith("mixed ")
