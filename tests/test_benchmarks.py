@@ -25,6 +25,10 @@ QUICK = [
     ("latency", f"{SMALL} --request_rate=40 --goodput=ttft:500 --baseline=static"),
 ]
 SLOW = [
+    (
+        "warm_traffic",
+        "--minutes=0.3 --rate=1 --max_num_seqs=4 --max_model_len=64 --num_blocks=12",
+    ),
     ("startup", "--random_model=tiny --repeats=1"),
     (
         "host_cost",
