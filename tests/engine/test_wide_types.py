@@ -1,7 +1,7 @@
 """Every dtype is named: with `jax_enable_x64` no program of an engine computes in 64 bits."""
 
-import functools
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +9,7 @@ import pytest
 from flax import nnx
 
 from pallas_paged.engine.core.buckets import Bucket
-from pallas_paged.engine.core.row_edits import edit_size
-from pallas_paged.engine.device.programs import StepPrograms, prompt_logprobs
-from pallas_paged.engine.device.row_state import RowState, edit_rows
+from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.models import ModelConfig
 from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.opt import OPTConfig
@@ -42,9 +40,11 @@ SHAPES = (
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.architecture)
 def test_the_programs_of_a_step(shape: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     found: set[str] = set()
+    hidden = jax.ShapeDtypeStruct((16, 32), jnp.bfloat16)
 
-    def trace(_: Any, jitted: Any, *args: Any) -> None:
+    def trace(_: Any, jitted: Any, *args: Any) -> Any:
         found.update(wide_types(jitted, *args))
+        return mock.Mock(**{"out_info.hidden": hidden})
 
     monkeypatch.setattr(StepPrograms, "_lower", trace)
     with jax.enable_x64(True):
@@ -52,20 +52,6 @@ def test_the_programs_of_a_step(shape: ModelConfig, monkeypatch: pytest.MonkeyPa
         model = nnx.eval_shape(lambda: family(shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
         caches = tuple(spec.shapes(20) for spec in shape.cache_specs(8, jnp.int8))
         programs = StepPrograms(model, caches, 4, 20, logprobs_width=32)
-        for bucket in BUCKETS:
-            programs.lower(bucket)
+        for name in (*BUCKETS, *programs.others(BUCKETS)):
+            programs.lower(name)
     assert found == set()
-    hidden = jax.ShapeDtypeStruct((16, 32), jnp.bfloat16)
-    prompt = functools.partial(prompt_logprobs, graphdef=programs.graphdef, width=32)
-    packed = jax.ShapeDtypeStruct((2, 64), jnp.int32)
-    assert wide_types(prompt, programs.params, hidden, packed) == set()
-
-
-def test_edits_of_rows() -> None:
-    counts, bias = (jax.ShapeDtypeStruct((5, 300), dtype) for dtype in (jnp.int32, jnp.float32))
-    last, packed = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (5, edit_size(4)))
-
-    def edit(counts: jax.Array, bias: jax.Array, last: jax.Array, packed: jax.Array) -> Any:
-        return edit_rows(RowState(counts, bias), last, packed)
-
-    assert wide_types(edit, counts, bias, last, packed) == set()
