@@ -124,7 +124,7 @@ def serve(llm: LLM) -> Figures:
     engine, core = llm.engine, llm.engine.core
     compiled: list[str] = []
 
-    def listen(event: str, _: float, **details: object) -> None:
+    def listen(event: str, duration_secs: float, **details: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(str(details.get("fun_name", details)))
 

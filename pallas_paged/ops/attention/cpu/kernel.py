@@ -13,6 +13,7 @@ features in both.
 
 import functools
 import pathlib
+import threading
 import zlib
 from typing import Any, NamedTuple
 
@@ -137,13 +138,21 @@ class Operands(NamedTuple):
 _AT = Operands(*range(len(Operands._fields)))
 
 
-@functools.cache
+_one_at_a_time = threading.Lock()
+
+
 def load_kernel(kind: Kind) -> str:
-    """Makes XLA know a kernel, and returns its name there.
+    """Makes XLA know a kernel, and returns its name there; threads may do so side by side.
 
     Numba keeps what it compiles beside this file, or where that cannot be written to in the user's
     folder for caches; it takes a second or two the first time.
     """
+    with _one_at_a_time:  # XLA refuses a name that comes twice
+        return _load(kind)
+
+
+@functools.cache
+def _load(kind: Kind) -> str:
     xla_call.register(kind.target, _compile(kind))
     return kind.target
 
