@@ -37,25 +37,29 @@ import dataclasses
 import json
 import os
 import pathlib
-import statistics
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
 
 from benchmarks import random_models, tables, workloads
-from benchmarks.peer_engines.agreement import Agreement, Reference, compare
-from benchmarks.peer_engines.driver_process import DriverProcess, EngineError, run_to_end
-from benchmarks.peer_engines.peer_protocol import Job
+from benchmarks.peer_engines.comparison import OURS, REFERENCE, Column, Comparison, Engine
 from benchmarks.workloads import Request
 from pallas_paged.models import command_line
 
-DRIVERS = pathlib.Path(__file__).parent / "peer_engines"
-REFERENCE = "transformers, static"
-OURS = "ours"
+PEERS = (
+    (REFERENCE, "run_transformers_static.py", "transformers"),
+    ("transformers, continuous", "run_transformers_continuous.py", "transformers"),
+    ("vLLM", "run_vllm.py", "vllm"),
+    ("llama.cpp", "run_llama_cpp.py", "llama_cpp"),
+    ("OpenVINO GenAI", "run_openvino_genai.py", "openvino"),
+)
+"""Names in the table, drivers, and the environments that they run in."""
+CONVERTED = ("llama_cpp", "openvino")
+"""The environments whose engines read no Hugging Face folders."""
 
 
 class Fixed(NamedTuple):
@@ -106,38 +110,14 @@ _PYTHONS = {
 command_line.integers_only("num_seqs", "16")
 
 
-class Engine(NamedTuple):
-    """An engine: its name in the table, its driver's file, and the environment with it."""
-
-    name: str
-    driver: str
-    environment: str | None
-    is_converted: bool = False
-
-
-ENGINES = (
-    Engine(OURS, "run_ours.py", None),
-    Engine(REFERENCE, "run_transformers_static.py", "transformers"),
-    Engine("transformers, continuous", "run_transformers_continuous.py", "transformers"),
-    Engine("vLLM", "run_vllm.py", "vllm"),
-    Engine("llama.cpp", "run_llama_cpp.py", "llama_cpp", is_converted=True),
-    Engine("OpenVINO GenAI", "run_openvino_genai.py", "openvino", is_converted=True),
-)
-
-
-@dataclasses.dataclass
-class Column:
-    """What was found of an engine with so many sequences; `problem` is why it failed."""
-
-    engine: str
-    max_num_seqs: int
-    load_s: float | None = None
-    warm_up_s: float | None = None
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    tokens_per_s: float | None = None
-    ours_over_this: float | None = None
-    agreement: Agreement | None = None
-    problem: str | None = None
+def engines() -> list[Engine]:
+    """Returns ours, and those whose environment a flag names."""
+    found = [Engine(OURS, "run_ours.py", sys.executable)]
+    for name, driver, environment in PEERS:
+        python = _PYTHONS[environment].value
+        if python:
+            found.append(Engine(name, driver, python, environment in CONVERTED))
+    return found
 
 
 def make_requests(config: dict[str, Any]) -> list[Request]:
@@ -168,118 +148,6 @@ def make_requests(config: dict[str, Any]) -> list[Request]:
     return [Request(tuple(prompt), fixed.output_len) for prompt in prompts]
 
 
-class Comparison:
-    """The engines that flags name, one model and one workload, in a folder."""
-
-    def __init__(self, folder: pathlib.Path) -> None:
-        config = random_models.CONFIGS[_MODEL.value]
-        self.requests = make_requests(config)
-        self.num_output_tokens = sum(request.num_output_tokens for request in self.requests)
-        longest = max(len(r.prompt_token_ids) + r.num_output_tokens for r in self.requests)
-        # A multiple of every engine's blocks.
-        self._max_model_len = min(-(-longest // 128) * 128, config["max_position_embeddings"])
-        self._folder = folder
-        self._reference: Reference | None = None
-        self._converted: set[str] = set()
-        self.engines = [
-            engine
-            for engine in ENGINES
-            if engine.environment is None or _PYTHONS[engine.environment].value
-        ]
-        (folder / "model").mkdir(exist_ok=True)
-        random_models.write_checkpoint(_MODEL.value, folder / "model", _SEED.value)
-
-    def measure(self, max_num_seqs: int) -> list[Column]:
-        """Returns a column per engine."""
-        columns = {engine.name: Column(engine.name, max_num_seqs) for engine in self.engines}
-        outputs: dict[str, list[list[list[int]]]] = {engine.name: [] for engine in self.engines}
-        running: dict[str, DriverProcess] = {}
-        with contextlib.ExitStack() as stack:
-
-            @contextlib.contextmanager
-            def failing(name: str) -> Iterator[None]:
-                try:
-                    yield
-                except EngineError as error:
-                    columns[name].problem = str(error)
-                    running.pop(name, None)
-                    print(f"{name}, {max_num_seqs} running, {error}", file=sys.stderr, flush=True)
-
-            for engine in self.engines:
-                column = columns[engine.name]
-                with failing(engine.name):
-                    process = self._start(engine, max_num_seqs)
-                    stack.callback(process.close)
-                    running[engine.name], column.load_s = process, process.load_s
-                    answer = process.ask("run")
-                    column.warm_up_s = answer["seconds"]
-                    outputs[engine.name].append(answer["tokens"])
-                    if engine.name == REFERENCE and self._reference is None:
-                        answer = process.ask("reference")
-                        self._reference = Reference(answer["tokens"], answer["margins"])
-            for number in range(_ROUNDS.value):
-                first = number % len(self.engines)  # nobody is always the first
-                for engine in self.engines[first:] + self.engines[:first]:
-                    if engine.name in running:
-                        with failing(engine.name):
-                            answer = running[engine.name].ask("run")
-                            columns[engine.name].seconds.append(answer["seconds"])
-                            outputs[engine.name].append(answer["tokens"])
-        for name, column in columns.items():
-            self._summarise(column, columns[OURS], outputs[name])
-        return list(columns.values())
-
-    def _start(self, engine: Engine, max_num_seqs: int) -> DriverProcess:
-        converted = self._folder / engine.driver.removesuffix(".py")
-        converted.mkdir(exist_ok=True)
-        job = Job(
-            model=str(self._folder / "model"),
-            converted=str(converted),
-            max_num_seqs=max_num_seqs,
-            max_model_len=self._max_model_len,
-            num_threads=len(os.sched_getaffinity(0)),
-            kv_cache_gib=_KV_CACHE_GIB.value,
-            prompts=[list(request.prompt_token_ids) for request in self.requests],
-            num_output_tokens=[request.num_output_tokens for request in self.requests],
-        )
-        file = converted / f"job-{max_num_seqs}.json"
-        file.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
-        python = sys.executable
-        if engine.environment is not None:
-            python = str(_PYTHONS[engine.environment].value)
-        command = [python, str(DRIVERS / engine.driver), str(file)]
-        variables, limit = _variables(engine, job.num_threads), _TIME_LIMIT_S.value
-        if engine.is_converted and engine.name not in self._converted:
-            log = converted / "convert.log"
-            run_to_end([*command, "convert"], variables, log, limit)
-            self._converted.add(engine.name)
-        return DriverProcess(command, variables, converted / f"log-{max_num_seqs}.txt", limit)
-
-    def _summarise(self, column: Column, ours: Column, outputs: list[list[list[int]]]) -> None:
-        """Fills in what follows from the rounds."""
-        if self._reference is not None and outputs:
-            found = [compare(self._reference, tokens) for tokens in outputs]
-            column.agreement = max(found, key=lambda one: (len(one.wrong), one.near_ties))
-        if column.problem is None:
-            rates = [self.num_output_tokens / seconds for seconds in column.seconds]
-            column.tokens_per_s = statistics.median(rates)
-        if column.problem is None and ours.problem is None:
-            pairs = zip(column.seconds, ours.seconds, strict=True)
-            column.ours_over_this = statistics.median(its / our for its, our in pairs)
-
-
-def _variables(engine: Engine, num_threads: int) -> dict[str, str]:
-    """Returns the environment variables of an engine's process."""
-    variables = dict(os.environ)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        variables[name] = str(num_threads)
-    variables |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "0"}
-    if engine.environment is None:
-        return variables | {"PYTHONPATH": str(DRIVERS.parent.parent), "JAX_PLATFORMS": "cpu"}
-    variables.pop("PYTHONPATH", None)
-    return variables
-
-
 def show(columns: list[Column]) -> None:
     """Prints the table of so many sequences, and what went wrong."""
     lines: list[list[Any]] = [
@@ -305,21 +173,30 @@ def show(columns: list[Column]) -> None:
 
 def main() -> None:
     """Prints a table per number of sequences, a column per engine."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends engines
     with contextlib.ExitStack() as stack:
+        requests = make_requests(random_models.CONFIGS[_MODEL.value])
         folder = _FOLDER.value or stack.enter_context(tempfile.TemporaryDirectory())
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        comparison = Comparison(pathlib.Path(folder).resolve())
-        count = len(comparison.requests)
-        num_prompt_tokens = sum(len(r.prompt_token_ids) for r in comparison.requests)
+        count, num_output_tokens = len(requests), sum(r.num_output_tokens for r in requests)
         print(
             f"model {_MODEL.value}, float32; workload {_WORKLOAD.value}: {count} requests, "
-            f"{num_prompt_tokens} prompt and {comparison.num_output_tokens} output tokens; "
-            f"{len(os.sched_getaffinity(0))} cores, {_ROUNDS.value} rounds",
+            f"{sum(len(r.prompt_token_ids) for r in requests)} prompt and {num_output_tokens} "
+            f"output tokens; {len(os.sched_getaffinity(0))} cores, {_ROUNDS.value} rounds",
             flush=True,
+        )
+        comparison = Comparison(
+            engines(),
+            requests,
+            pathlib.Path(folder).resolve(),
+            model=_MODEL.value,
+            seed=_SEED.value,
+            kv_cache_gib=_KV_CACHE_GIB.value,
+            time_limit_s=_TIME_LIMIT_S.value,
         )
         columns: list[Column] = []
         for max_num_seqs in sorted({min(int(text), count) for text in _NUM_SEQS.value}):
-            columns += (found := comparison.measure(max_num_seqs))
+            columns += (found := comparison.measure(max_num_seqs, _ROUNDS.value))
             show(found)
     if all(column.agreement is None for column in columns):
         print("outputs are not compared: transformers did not run; see --transformers_python")

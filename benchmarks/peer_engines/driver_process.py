@@ -42,7 +42,8 @@ class DriverProcess:
     """A process that speaks the protocol of `peer_protocol`; stopped while it is not asked.
 
     So nothing that it does beside its work, such as threads that spin, disturbs who is measured
-    next. It leads a process group, which is stopped, continued and killed as one.
+    next. It leads a process group, which is stopped, continued and killed as one, in the program's
+    session: where that is killed, most systems hang up on what is stopped.
 
     Attributes:
       pid: the process, and its group.
@@ -133,7 +134,7 @@ def _start(
     command: Sequence[str], variables: Mapping[str, str], **pipes: Any
 ) -> subprocess.Popen[bytes]:
     try:
-        return subprocess.Popen(command, env=dict(variables), start_new_session=True, **pipes)
+        return subprocess.Popen(command, env=dict(variables), process_group=0, **pipes)
     except OSError as error:
         raise EngineError(f"cannot be started: {error}") from error
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.peer_engines.agreement import Agreement, Reference, compare
+from benchmarks.peer_engines.comparison import DRIVERS, OURS, REFERENCE
 from benchmarks.peer_engines.driver_process import DriverProcess, EngineError, run_to_end
-from benchmarks.peers import DRIVERS, OURS, REFERENCE
 from tests.programs import ROOT, run_program
 
 TOKENS = [[1, 2, 3], [4, 5, 6]]
