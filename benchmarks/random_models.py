@@ -2,11 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
-from safetensors.numpy import save_file
 
 
 def _llama(
@@ -58,54 +54,3 @@ def write_config(name: str, folder: pathlib.Path) -> None:
     if name not in CONFIGS:
         raise ValueError(f"random_model={name!r} must be one of {', '.join(CONFIGS)}")
     (folder / "config.json").write_text(json.dumps(CONFIGS[name], indent=2) + "\n")
-
-
-def write_checkpoint(name: str, folder: pathlib.Path, seed: int) -> None:
-    """Writes a Hugging Face folder with random float32 weights of a named shape, without tokenizer.
-
-    `config.json` names no EOS, so that every engine generates what it is asked for. Weights are
-    normal, each matrix scaled by its inputs; such models go on to say new things when they are
-    greedy, and their logits are as far apart as those of trained ones.
-
-    Raises:
-      ValueError: there is no such shape.
-    """
-    write_config(name, folder)
-    config = CONFIGS[name] | {"dtype": "float32"}
-    config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for tensor, shape in _llama_shapes(config):
-        if len(shape) == 1:
-            tensors[tensor] = np.ones(shape, np.float32)
-        else:
-            scale = np.float32(_scale(tensor, shape))
-            tensors[tensor] = scale * rng.standard_normal(shape, np.float32)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def _llama_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields names and shapes of a Llama's tensors."""
-    hidden, wide = config["hidden_size"], config["intermediate_size"]
-    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    vocab = (config["vocab_size"], hidden)
-    yield "model.embed_tokens.weight", vocab
-    for layer in range(config["num_hidden_layers"]):
-        of_layer = f"model.layers.{layer}"
-        yield f"{of_layer}.input_layernorm.weight", (hidden,)
-        yield f"{of_layer}.post_attention_layernorm.weight", (hidden,)
-        for part, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):
-            yield f"{of_layer}.self_attn.{part}_proj.weight", (rows, hidden)
-        yield f"{of_layer}.mlp.gate_proj.weight", (wide, hidden)
-        yield f"{of_layer}.mlp.up_proj.weight", (wide, hidden)
-        yield f"{of_layer}.mlp.down_proj.weight", (hidden, wide)
-    yield "model.norm.weight", (hidden,)
-    if not config["tie_word_embeddings"]:
-        yield "lm_head.weight", vocab
-
-
-def _scale(tensor: str, shape: tuple[int, ...]) -> float:
-    """Returns the standard deviation of a matrix's weights."""
-    scale = shape[1] ** -0.5
-    return {"lm_head.weight": 2 * scale, "model.embed_tokens.weight": 2 * scale}.get(tensor, scale)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from benchmarks import random_models
 from benchmarks.peer_engines.agreement import Agreement, Reference, compare
+from benchmarks.peer_engines.checkpoint import write_checkpoint
 from benchmarks.peer_engines.driver_process import DriverProcess, EngineError, run_to_end
 from benchmarks.peer_engines.peer_protocol import Job
 from benchmarks.workloads import Request
@@ -78,7 +79,7 @@ class Comparison:
         self._reference: Reference | None = None
         self._converted: set[str] = set()
         (folder / "model").mkdir(exist_ok=True)
-        random_models.write_checkpoint(model, folder / "model", seed)
+        write_checkpoint(model, folder / "model", seed)
 
     def measure(self, max_num_seqs: int, num_rounds: int) -> list[Column]:
         """Returns a column per engine: all are loaded, then each is timed in every round."""
