@@ -26,9 +26,8 @@ def write_checkpoint(name: str, folder: pathlib.Path, seed: int) -> None:
         if len(shape) == 1:
             tensors[tensor] = np.ones(shape, np.float32)
         else:
-            factor = (
-                2 if shape[0] == config["vocab_size"] else 1
-            )  # logits of a trained model's size
+            # Twice as much makes logits of the size that a trained model's are.
+            factor = 2 if shape[0] == config["vocab_size"] else 1
             scale = np.float32(factor * shape[1] ** -0.5)
             tensors[tensor] = scale * rng.standard_normal(shape, np.float32)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

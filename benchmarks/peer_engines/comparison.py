@@ -105,12 +105,12 @@ class Comparison:
                     process = self._start(engine, max_num_seqs)
                     stack.callback(process.close)
                     running[engine.name], column.load_s = process, process.load_s
-                    answer = process.ask("run")
+                    is_first = engine.name == REFERENCE and self._reference is None
+                    answer = process.ask("reference" if is_first else "run")
+                    if is_first:
+                        self._reference = Reference(answer["tokens"], answer["margins"])
                     column.warm_up_s = answer["seconds"]
                     outputs[engine.name].append(answer["tokens"])
-                    if engine.name == REFERENCE and self._reference is None:
-                        answer = process.ask("reference")
-                        self._reference = Reference(answer["tokens"], answer["margins"])
             for number in range(num_rounds):
                 first = number % len(engines)  # nobody is always the first
                 for engine in engines[first:] + engines[:first]:
