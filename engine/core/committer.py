@@ -86,8 +86,8 @@ class Committer:
         assert len(results) == len(sequences)
         here = columns.numbers[rows] == batch.numbers  # others have ended, or lost their blocks
         gets, lengths, ended, searching = self._append(batch, here, results)
-        # What was computed behind the end of a sequence is nobody's.
-        ends = np.where(gets, np.minimum(batch.ends, lengths), batch.ends)
+        # The last token is not computed, and behind it nothing is the sequence's.
+        ends = np.where(gets, np.minimum(batch.ends, lengths - 1), batch.ends)
         columns.num_computed[rows[here]] = ends[here]
         is_filled = here & (ends // S > columns.num_remembered[rows])
         columns.num_known[rows[gets]] = lengths[gets]

@@ -196,6 +196,12 @@ class MockRunner:
             slots = np.flatnonzero(move.block_ids)
             self.cache[move.block_ids[slots]] = self.chunks.pop(move.chunk.number)[slots]
         self.cache[batch.copies.dst] = self.cache[batch.copies.src]
+        over = [  # which the device knows, and the host did not
+            input_ids is None and self.last_tokens[row] in ending
+            for row, input_ids, ending in zip(
+                batch.rows, batch.input_ids, batch.ending_ids, strict=True
+            )
+        ]
         for row, slots, input_ids in zip(batch.rows, batch.slots, batch.input_ids, strict=True):
             tokens = [self.last_tokens[row]] if input_ids is None else input_ids
             self.cache.reshape(-1)[slots[: len(tokens)]] = tokens
@@ -212,6 +218,9 @@ class MockRunner:
             batch.num_candidates,
             strict=True,
         ):
+            if over[len(results)]:
+                results.append([0] * num_steps if num_steps > 1 else 0)
+                continue
             context = self.cache[table].reshape(-1)[:seq_len].tolist()
             num_queries = len(slots) - num_steps + 1
             first = 0 if self.window is None else max(0, seq_len - num_queries + 1 - self.window)

@@ -40,7 +40,7 @@ MUTATIONS = {
         _GROUP, "self.waits_for_host or self.logit_rules is not None", "self.waits_for_host", _TESTS
     ),
     "tokens behind the end computed": Mutation(
-        _COMMITTER, "np.minimum(batch.ends, lengths)", "batch.ends", _LIVES
+        _COMMITTER, "np.minimum(batch.ends, lengths - 1)", "np.minimum(batch.ends, lengths)", _LIVES
     ),
     "tokens before a fault lost": Mutation(
         _LOOP, "results[b] = mine[:place]", "results[b] = []", _TESTS
