@@ -70,6 +70,13 @@ _NUM_BLOCKS = flags.DEFINE_integer("num_blocks", None, "Size of the KV pool in b
 _KV_CACHE_MEMORY_BYTES = flags.DEFINE_integer(
     "kv_cache_memory_bytes", None, "Size of the KV pool in bytes."
 )
+_NUM_SPECULATIVE_TOKENS = flags.DEFINE_integer(
+    "num_speculative_tokens",
+    None,
+    "Guess so many tokens a step, those that followed the last time. Random weights repeat "
+    "themselves, and are guessed better than text.",
+    lower_bound=1,
+)
 _BASELINE = flags.DEFINE_list(
     "baseline",
     [],
@@ -129,6 +136,11 @@ def make_llm() -> LLM:
         "num_blocks": _NUM_BLOCKS.value,
         "kv_cache_memory_bytes": _KV_CACHE_MEMORY_BYTES.value,
     } | watching_options()
+    if _NUM_SPECULATIVE_TOKENS.value is not None:
+        options["speculative_config"] = {
+            "method": "ngram",
+            "num_speculative_tokens": _NUM_SPECULATIVE_TOKENS.value,
+        }
     if _RANDOM_MODEL.value is None:
         llm = LLM(_MODEL.value, **options)
     else:

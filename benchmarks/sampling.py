@@ -176,7 +176,7 @@ def decode_step(num_rows: int, vocab_size: int) -> Callable[[], jax.Array]:
     )
     runner.dispatch(plan)  # with all entries of the block tables, which stay there
     plan = plan._replace(table_edits=())
-    return lambda: runner.dispatch(plan).copied
+    return lambda: runner.dispatch(plan).tokens
 
 
 def whole_decode_step(

@@ -15,6 +15,7 @@ from pallas_paged.engine.config import (
     resolve_background_compilation,
     resolve_kv_cache_dtype,
     resolve_max_model_len,
+    resolve_speculation,
 )
 from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.engine_core import EngineCore
@@ -30,6 +31,7 @@ from pallas_paged.engine.core.policies import (
     always_swap,
 )
 from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.core.speculation import NgramProposer
 from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device import device_memory
 from pallas_paged.engine.device.compilation_cache import use_compilation_cache
@@ -130,6 +132,7 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         max_model_len=plan.max_blocks_per_seq * config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
     )
+    speculation = resolve_speculation(config)
     num_host_blocks = int(config.swap_space * 2**30 / plan.block_bytes)
     scheduler = Scheduler(
         memory,
@@ -141,6 +144,7 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         host_pool=HostPool(num_host_blocks, memory.num_usable_blocks),
         sliding_window=common_window(specs),
         num_scheduler_steps=runner.buckets.num_steps,
+        proposer=None if speculation is None else NgramProposer(speculation),
     )
     vocab_size = network.config.vocab_size
     eos_token_ids = load_eos_token_ids(config.model)
@@ -206,6 +210,7 @@ def join(
         has_text=tokenizer is not None,
         seed=seed,
         max_logprobs=max_logprobs,
+        speculates=scheduler.proposer is not None,
     )
     return Engine(core, memory, intake, OutputProcessor(tokenizer), tokenizer, vocab_size)
 

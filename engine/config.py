@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_paged.dispatch import KNOWN_IMPLEMENTATIONS
+from pallas_paged.engine.core.speculation import NgramSettings
 from pallas_paged.models import ModelConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -79,6 +80,13 @@ class EngineConfig:
         not depend, bit for bit, on what else is in its batches. Decoding then costs as much as
         the largest step.
       compile_ahead: compile every bucket when the engine starts instead of at first use.
+      speculative_config: guess tokens, and compute several of a sequence in one step: a dictionary
+        with vLLM's keys. "method" is "ngram": what followed the last time that the sequence had its
+        last tokens, `prompt_lookup_min` (2) to `prompt_lookup_max` (4) of them, is taken for what
+        follows now; up to "num_speculative_tokens" are. Outputs are the same. It is faster for
+        texts that repeat their prompt or themselves, and where few sequences run; a request that
+        gains less than "min_gain" (0.25) tokens a step goes on without. Steps of such requests
+        wait for the host. Requests with log-probabilities, penalties or beams run as always.
       background_compilation: where a step's shape is not compiled yet, run it in a larger one that
         is while a thread compiles its own, and compile ahead of need what the next step will
         have. Sums in another shape round differently, so that which of two tokens comes that are
@@ -131,6 +139,7 @@ class EngineConfig:
     deterministic: bool = False
     compile_ahead: bool = False
     background_compilation: bool | None = None
+    speculative_config: dict[str, Any] | None = None
     compilation_cache_dir: str | None = "auto"
     bundle: str | None = None
     enable_prefix_caching: bool = True
@@ -177,6 +186,7 @@ class EngineConfig:
         _require(ok, self, "gpu_memory_utilization", "must be in (0, 1]")
         for name in ("async_scheduling", "deterministic", "compile_ahead", "enable_prefix_caching"):
             _require(isinstance(getattr(self, name), bool), self, name, "must be True or False")
+        resolve_speculation(self)
         ok = self.background_compilation in (None, True, False)
         _require(ok, self, "background_compilation", "must be True, False or None")
         room = self.swap_space
@@ -272,6 +282,39 @@ def resolve_num_scheduler_steps(config: EngineConfig, platform: str) -> int:
     if config.num_scheduler_steps is None:
         return CPU_SCHEDULER_STEPS if platform == "cpu" else 1
     return config.num_scheduler_steps
+
+
+def resolve_speculation(config: EngineConfig) -> NgramSettings | None:
+    """Returns how tokens are guessed; None if they are not.
+
+    Raises:
+      ValueError: `speculative_config` has a key or a value that is not usable.
+    """
+    fields = config.speculative_config
+    if fields is None:
+        return None
+    _require(isinstance(fields, dict), config, "speculative_config", "must be a dictionary or None")
+    values = {"prompt_lookup_max": 4, "prompt_lookup_min": 2, "min_gain": 0.25} | fields
+    method = values.pop("method", None)
+    _require(method == "ngram", config, "speculative_config", "must have the method 'ngram'")
+    names = {field.name for field in dataclasses.fields(NgramSettings)}
+    _require(
+        set(values) == names,
+        config,
+        "speculative_config",
+        f"must have num_speculative_tokens, and may have {', '.join(sorted(names))}",
+    )
+    integers = [values[name] for name in names - {"min_gain"}]
+    ok = all(_is_int(value, 1, 64) for value in integers)
+    _require(ok, config, "speculative_config", "must have integers from 1 to 64")
+    ok = values["prompt_lookup_min"] <= values["prompt_lookup_max"]
+    _require(ok, config, "speculative_config", "must not have a minimum above the maximum")
+    gain = values["min_gain"]
+    ok = isinstance(gain, int | float) and gain >= 0
+    _require(ok, config, "speculative_config", "must have a min_gain >= 0")
+    ok = not config.deterministic
+    _require(ok, config, "speculative_config", "must be None with deterministic=True")
+    return NgramSettings(**values)
 
 
 def resolve_background_compilation(config: EngineConfig, platform: str) -> bool:

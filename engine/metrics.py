@@ -61,6 +61,9 @@ def metrics(core: EngineCore, stats: KVStats, counts: Counts, model_name: str) -
         "prompt_tokens": counts.num_prompt_tokens,
         "generation_tokens": core.num_generated_tokens,
     }
+    if core.scheduler.proposer is not None:
+        counters["spec_decode_num_draft_tokens"] = core.scheduler.proposer.num_drafts
+        counters["spec_decode_num_accepted_tokens"] = core.scheduler.proposer.num_accepted
     labels = {"model_name": model_name}
     reasons: tuple[FinishReason, ...] = ("stop", "length", "abort")
     return [

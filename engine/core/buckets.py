@@ -14,7 +14,8 @@ class Bucket:
 
     A decode bucket has one token per sequence; `num_tokens == num_seqs` alone does not say so.
     A full one also does what few requests ask for, see `pallas_paged.engine.device.step`. One with
-    `num_steps` K > 1, a plain decode bucket, makes up to K decode steps one after the other.
+    `num_steps` K > 1, a plain decode bucket, makes up to K decode steps one after the other. One
+    with `num_drafts` D > 0, a mixed bucket, samples behind up to D + 1 tokens of a sequence.
     """
 
     num_tokens: int
@@ -23,13 +24,20 @@ class Bucket:
     is_decode: bool
     is_full: bool = False
     num_steps: int = 1
+    num_drafts: int = 0
+
+    @property
+    def num_logits(self) -> int:
+        """Tokens of a step behind which can be sampled, those of all sequences together."""
+        return min(self.num_tokens, self.num_seqs * (1 + self.num_drafts))
 
     def __str__(self) -> str:
         kind = "decode" if self.is_decode else "mixed"
         full = " full" if self.is_full else ""
         shape = f"{self.num_tokens}x{self.num_seqs}, {self.table_width} blocks each"
         steps = f", up to {self.num_steps} steps" if self.num_steps > 1 else ""
-        return f"{kind} {shape}{full}{steps}"
+        drafts = f", up to {self.num_drafts} drafts each" if self.num_drafts else ""
+        return f"{kind} {shape}{full}{steps}{drafts}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +51,8 @@ class Buckets:
       mixed_seqs: numbers of sequences of those.
       table_widths: numbers of blocks of the longest sequence of a step.
       num_steps: the most decode steps that one program makes one after the other.
+      num_drafts: the most drafts of a sequence in a step.
+      draft_tokens: numbers of tokens of steps with drafts.
     """
 
     decode_seqs: tuple[int, ...]
@@ -50,6 +60,8 @@ class Buckets:
     mixed_seqs: tuple[int, ...]
     table_widths: tuple[int, ...]
     num_steps: int = 1
+    num_drafts: int = 0
+    draft_tokens: tuple[int, ...] = ()
 
     @classmethod
     def for_limits(
@@ -60,6 +72,7 @@ class Buckets:
         *,
         deterministic: bool = False,
         num_steps: int = 1,
+        num_drafts: int = 0,
     ) -> "Buckets":
         """Returns few sizes up to the maxima; one of each kind for a deterministic engine.
 
@@ -76,6 +89,8 @@ class Buckets:
             _geometric(8, max_num_seqs, 8),
             _table_widths(max_blocks_per_seq),
             num_steps,
+            num_drafts,
+            _geometric(8, max_num_batched_tokens, 2) if num_drafts else (),
         )
 
     def pick(
@@ -86,6 +101,7 @@ class Buckets:
         *,
         is_decode: bool,
         is_full: bool = False,
+        has_drafts: bool = False,
     ) -> Bucket:
         """Returns the smallest bucket that holds a step of `num_tokens` of `num_seqs` sequences.
 
@@ -93,6 +109,10 @@ class Buckets:
         sequence has one token; equal numbers alone do not say so.
         """
         width = _at_least(self.table_widths, table_width)
+        if has_drafts:
+            size = _at_least(self.draft_tokens, num_tokens)
+            seqs = _at_least(self.mixed_seqs, num_seqs)
+            return Bucket(size, seqs, width, False, is_full, num_drafts=self.num_drafts)
         if is_decode and self.decode_seqs:
             size = _at_least(self.decode_seqs, num_seqs)
             num_steps = 1 if is_full else self.num_steps
@@ -113,6 +133,7 @@ class Buckets:
         *,
         is_decode: bool,
         is_full: bool = False,
+        has_drafts: bool = False,
     ) -> list[Bucket]:
         """Returns all buckets that hold such a step, see `pick`, smallest first.
 
@@ -125,6 +146,7 @@ class Buckets:
             and bucket.num_seqs >= num_seqs
             and bucket.table_width >= table_width
             and bucket.is_full == is_full
+            and (bucket.num_drafts > 0) == has_drafts
             and (is_decode or not bucket.is_decode)
         ]
         return sorted(fits, key=lambda bucket: (not bucket.is_decode, bucket))
@@ -146,6 +168,13 @@ class Buckets:
             for tokens, seqs, is_decode in shapes
             for width in self.table_widths
         ]
+        drafts = [
+            Bucket(tokens, seqs, width, is_decode=False, num_drafts=self.num_drafts)
+            for tokens in self.draft_tokens
+            for seqs in self.mixed_seqs
+            for width in self.table_widths
+        ]
+        plain += drafts
         return plain + [dataclasses.replace(bucket, is_full=True, num_steps=1) for bucket in plain]
 
 

@@ -13,6 +13,7 @@ from pallas_paged.engine.core.queues import Queues
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
 from pallas_paged.engine.core.row_columns import RowColumns
 from pallas_paged.engine.core.scheduled import Batch, ScheduledStep
+from pallas_paged.engine.core.speculation import NgramProposer
 from pallas_paged.engine.kv.host_pool import HostPool
 from pallas_paged.engine.kv.interface import Memory
 from pallas_paged.engine.kv.sharing import FullBlocks, window_blocks
@@ -68,12 +69,14 @@ class Committer:
         queues: Queues,
         host_pool: HostPool,
         sliding_window: int | None,
+        proposer: NgramProposer | None,
     ) -> None:
-        """Works on the scheduler's own memory, columns, queues and host pool."""
+        """Works on the scheduler's own memory, columns, queues, host pool and proposer."""
         self._memory = memory
         self._columns = columns
         self._queues = queues
         self._host_pool = host_pool
+        self._proposer = proposer
         self._window_blocks = None
         if sliding_window is not None:
             self._window_blocks = window_blocks(sliding_window, memory.block_size)
@@ -86,18 +89,18 @@ class Committer:
         assert len(results) == len(sequences)
         here = columns.numbers[rows] == batch.numbers  # others have ended, or lost their blocks
         gets, lengths, ended, searching = self._append(batch, here, results)
-        # The last token is not computed, and behind it nothing is the sequence's.
+        # The last token is not computed; what is behind it, or from wrong drafts, is nobody's.
         ends = np.where(gets, np.minimum(batch.ends, lengths - 1), batch.ends)
         columns.num_computed[rows[here]] = ends[here]
         is_filled = here & (ends // S > columns.num_remembered[rows])
         columns.num_known[rows[gets]] = lengths[gets]
-        waiting = gets & columns.waits_for_host[rows]
-        columns.num_tokens[rows[waiting]] = lengths[waiting]
+        # Of those that wait for the host nothing was counted when it was dispatched.
+        columns.num_tokens[rows[gets]] = np.maximum(columns.num_tokens[rows], lengths)[gets]
         is_over = gets & (lengths == columns.max_length[rows])
         is_over[ended] = True
         is_told = gets & columns.has_told[rows] & ~is_over
         tokens = self._tokens(rows, results, np.flatnonzero(is_told & ~columns.is_held[rows]))
-        num_new = int((lengths - batch.starts - batch.num_tokens)[gets].sum())
+        num_new = int((lengths - batch.starts - batch.num_tokens + batch.num_drafts)[gets].sum())
         others, over = _chosen(sequences, gets & ~is_told), _chosen(sequences, is_over)
         if not here.all():
             places = np.flatnonzero(~here).tolist()
@@ -107,6 +110,8 @@ class Committer:
             ]
             num_late, more, more_over = _append_late(late)
             num_new, others, over = num_new + num_late, others + more, over + more_over
+        if self._proposer is not None:
+            self._take_back(self._proposer, batch, gets, ends)
         if is_filled.any():
             self._remember(_chosen(sequences, is_filled))
         ended_rows: list[int] = []
@@ -123,7 +128,8 @@ class Committer:
         """Gives the sequences that still have their rows, bool[B], what the step found for them."""
         columns = self._columns
         token_ids, ending_ids = columns.token_ids, columns.ending_ids
-        gets, lengths = here & batch.samples, batch.starts + batch.num_tokens + 1
+        gets = here & batch.samples
+        lengths = batch.starts + batch.num_tokens - batch.num_drafts + 1
         ended: list[int] = []
         searching: dict[SequenceGroup, None] = {}
         places = np.flatnonzero(gets)
@@ -148,6 +154,32 @@ class Committer:
             if result in ending_ids[row]:
                 ended.append(b)
         return _Appended(gets, lengths, ended, searching)
+
+    def _take_back(
+        self, proposer: NgramProposer, batch: Batch, gets: np.ndarray, ends: np.ndarray
+    ) -> None:
+        """Takes back what steps computed from wrong drafts, and lets go who gains too little.
+
+        `gets` bool[B] are the sequences that got a token, `ends` i32[B] where the right ones end.
+        """
+        columns = self._columns
+        drafted = gets & (columns.waits_for_host[batch.rows] | (batch.num_drafts > 0))
+        too_long: dict[int, int] = {}
+        for b in np.flatnonzero(drafted).tolist():
+            sequence, row, end = batch.sequences[b], int(batch.rows[b]), int(ends[b])
+            num_drafts = int(batch.num_drafts[b])
+            sequence.drafts, columns.num_drafts[row] = [], 0
+            columns.num_dispatched[row] = end
+            if columns.num_reserved[row] > end:
+                too_long[row] = columns.num_reserved[row] = end
+            num_right = end - int(batch.starts[b] + batch.num_tokens[b]) + num_drafts
+            if not proposer.is_worth_it(sequence, num_drafts, num_right):
+                group = sequence.group
+                group.waits_for_host = False
+                rows = [other.row for other in group.placed if other.row is not None]
+                columns.waits_for_host[rows], columns.runs_on[rows] = False, group.runs_on
+        if too_long:
+            self._memory.truncate(list(too_long), list(too_long.values()))
 
     def _tokens(self, rows: np.ndarray, results: Sequence[Result], places: np.ndarray) -> NewTokens:
         """Returns the tokens at these places of a batch, which are all that there is to tell."""

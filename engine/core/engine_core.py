@@ -17,6 +17,7 @@ from pallas_paged.engine.core.planner import Planned, Planner
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.core.speculation import num_right
 from pallas_paged.engine.core.step_outputs import (
     beam_outputs,
     candidates_of,
@@ -183,12 +184,19 @@ class EngineCore:
         faults: list[tuple[TokenSequence, int]] = []
         if (result.tokens >= self._vocab_size).any():
             faults = self._cut_at_faults(step, result.tokens, results)
+        begins = {
+            sequence: len(sequence.token_ids)
+            for sequence, result in zip(step.batch.sequences, results, strict=True)
+            if isinstance(result, list)
+        }
         committed = self.scheduler.commit(step, results)
         self.num_generated_tokens += committed.num_tokens
         aborted = self._abort(faults) if faults else {}
         advanced = [sequence for sequence in committed.others if sequence not in aborted]
         prompts = prompt_logprobs_of(in_flight.planned, result)
-        outputs = CoreOutputs(step_outputs(aborted, advanced, logprobs, prompts), committed.tokens)
+        outputs = CoreOutputs(
+            step_outputs(aborted, advanced, begins, logprobs, prompts), committed.tokens
+        )
         if self.observers:
             times = middle - begin, time.perf_counter() - middle
             record = self._record(in_flight, committed.num_tokens, *times)
@@ -206,6 +214,7 @@ class EngineCore:
             num_seqs=len(batch.sequences),
             num_tokens=int((batch.ends - batch.starts).sum()),
             num_steps=int(batch.num_steps.max()),
+            num_drafts=int(batch.num_drafts.sum()),
             num_new_tokens=num_new_tokens,
             num_admitted=len(step.admitted),
             num_preempted=len(step.preempted),
@@ -229,7 +238,8 @@ class EngineCore:
         """
         faults: list[tuple[TokenSequence, int]] = []
         for b, one in enumerate(step.scheduled):
-            mine = tokens[b, : one.num_steps if one.samples else 0].tolist()
+            result = results[b] if one.samples else []
+            mine = tokens[b, :1].tolist() if not isinstance(result, list) else result
             place = next((i for i, token in enumerate(mine) if token >= self._vocab_size), None)
             if place is None or not one.sequence.group.ending_ids.isdisjoint(mine[:place]):
                 continue  # it was over before
@@ -253,9 +263,13 @@ class EngineCore:
 
 def _results(step: ScheduledStep, tokens: np.ndarray) -> list[Result]:
     """Returns what a step's samples, i32[B, K], are for `Scheduler.commit`."""
-    B, num_steps = len(step.batch.sequences), step.batch.num_steps
+    batch = step.batch
+    B, num_steps, num_drafts = len(batch.sequences), batch.num_steps, batch.num_drafts
     if num_steps.max() == 1:
         results: list[Result] = tokens[:B, 0].tolist()
+        for b in np.flatnonzero(num_drafts).tolist():
+            drafts = batch.sequences[b].drafts[: num_drafts[b]]
+            results[b] = tokens[b, : 1 + num_right(drafts, tokens[b].tolist())].tolist()
         return results
     rows = zip(tokens[:B].tolist(), num_steps.tolist(), strict=True)
     return [mine[:count] for mine, count in rows]

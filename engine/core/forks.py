@@ -18,7 +18,8 @@ def fork_ready(columns: RowColumns, planned: TokenPlan, memory: Memory) -> Token
     parents: list[int] = []
     children: list[TokenSequence] = []
     places: list[int] = []
-    at_end = planned.starts + planned.counts == columns.num_tokens[planned.rows]
+    ends = planned.starts + planned.counts - planned.drafts
+    at_end = ends == columns.num_tokens[planned.rows]
     for place in np.flatnonzero(at_end).tolist():
         parent = planned.sequences[place]
         group = parent.group
@@ -45,4 +46,5 @@ def fork_ready(columns: RowColumns, planned: TokenPlan, memory: Memory) -> Token
         np.insert(planned.starts, places, num_reserved),
         np.insert(planned.counts, places, 0),
         np.insert(planned.steps, places, 1),
+        np.insert(planned.drafts, places, 0),
     )

@@ -26,6 +26,7 @@ class Intake:
       has_text: whether outputs have text, in which stop strings can be found.
       seed: where the seeds of requests that bring none are drawn from.
       max_logprobs: see `EngineConfig`.
+      speculates: whether tokens are guessed of requests that need nothing else of the host.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Intake:
         has_text: bool,
         seed: int,
         max_logprobs: int,
+        speculates: bool = False,
     ):
         self._scheduler = scheduler
         self._vocab_size = vocab_size
@@ -46,6 +48,7 @@ class Intake:
         self._has_text = has_text
         self._seeds = np.random.default_rng(seed)
         self._max_logprobs = max_logprobs
+        self._speculates = speculates
         self._num_named = 0  # requests that came without an id
 
     def make_group(
@@ -103,6 +106,9 @@ class Intake:
                 ending_ids=eos_token_ids | stop_token_ids,
             ),
         )
+        asks = params.logprobs is not None or params.prompt_logprobs is not None
+        if self._speculates and group.logit_rules is None and not asks:
+            group.waits_for_host = True
         if params.max_tokens is None:
             group.max_tokens = max(1, self._scheduler.admission.longest_output(group))
         self._check_lengths(group)

@@ -11,6 +11,7 @@ from pallas_paged.engine.core.request import MAX_ENDING_IDS, SequenceGroup, Toke
 from pallas_paged.engine.core.row_edits import RowEdits
 from pallas_paged.engine.core.scheduled import Batch, ScheduledSequence, ScheduledStep
 from pallas_paged.engine.core.step_inputs import (
+    DraftInputs,
     FullInputs,
     StepInputs,
     packed_size,
@@ -83,18 +84,17 @@ class Planner:
             is_full = samples_full or any(targets)
         B, width = len(batch.sequences), -(-int(batch.ends.max()) // self._memory.block_size)
         is_decode = bool((batch.num_tokens == 1).all()) and not any(targets)
-        num_steps = int(batch.num_steps.max())
+        num_steps, has_drafts = int(batch.num_steps.max()), bool(batch.num_drafts.any())
+        kind = {"is_decode": is_decode, "is_full": is_full, "has_drafts": has_drafts}
 
         def all_that_fit() -> list[Bucket]:
-            found = self._buckets.holding(
-                step.num_tokens, B, width, is_decode=is_decode, is_full=is_full
-            )
+            found = self._buckets.holding(step.num_tokens, B, width, **kind)
             return [bucket for bucket in found if bucket.num_steps >= num_steps]
 
-        best = self._buckets.pick(step.num_tokens, B, width, is_decode=is_decode, is_full=is_full)
+        best = self._buckets.pick(step.num_tokens, B, width, **kind)
         bucket = self._choose(best, all_that_fit)
         likely = None
-        if not is_decode:
+        if not is_decode and not has_drafts:
             likely = self._buckets.pick(B, B, width, is_decode=True, is_full=samples_full)
         assert bucket.num_steps >= num_steps, "no program makes so many steps"
         prompt_targets, prompts = _take_targets(scheduled, targets)
@@ -129,7 +129,7 @@ class Planner:
         `scheduled` is needed for full buckets only.
         """
         tables, S = self._memory.tables, self._memory.block_size
-        sequences, _, rows, starts, counts, samples, on_device, num_steps = batch
+        sequences, _, rows, starts, counts, samples, on_device, num_steps, num_drafts = batch
         lens = starts + counts
         ends = np.cumsum(counts, dtype=np.int32)
         B, T = len(rows), int(ends[-1])
@@ -143,15 +143,19 @@ class Planner:
         x.rows[:B] = rows
         x.sample_rows[:B] = np.where(samples, rows, self._num_rows)
         x.logits_indices[:B] = ends - 1  # for a fork without tokens, the last one of its parent
-        x.sample_positions[:B] = lens
+        x.sample_positions[:B] = lens - num_drafts
         x.input_on_device[:B] = on_device
         for b in np.flatnonzero(~on_device & (counts > 0)).tolist():
             start, count = starts[b], counts[b]
             token_ids = sequences[b].token_ids[start : start + count]
+            if num_drafts[b]:
+                token_ids += sequences[b].drafts[: num_drafts[b]]
             x.input_ids[ends[b] - count : ends[b]] = token_ids
         self._columns.fill(x, rows)
         if x.full is not None:
             _fill_full(x.full, scheduled, self._num_rows)
+        if x.drafts is not None:
+            _fill_drafts(x.drafts, ends - 1, num_drafts)
         if x.many is not None:
             x.many.num_steps[:B] = num_steps
             x.many.ending_ids[:B] = self._columns.ending_ids[rows]
@@ -247,6 +251,18 @@ def _take_targets(
             one.sequence.group.num_prompt_logprobs = positions.stop - 1
         offset += one.num_tokens
     return np.array([indices, tokens], np.int32), prompts
+
+
+def _fill_drafts(x: DraftInputs[np.ndarray], lasts: np.ndarray, num_drafts: np.ndarray) -> None:
+    """Fills the fields of steps with drafts; `lasts` i32[B] are the sequences' last tokens."""
+    B = len(lasts)
+    counts = num_drafts + 1
+    ends = np.cumsum(counts)
+    L = int(ends[-1])
+    x.num_drafts[:B] = num_drafts
+    x.firsts[:B] = ends - counts
+    x.owners[:L] = np.repeat(np.arange(B), counts)
+    x.places[:L] = np.repeat(lasts + 1 - ends, counts) + np.arange(L)
 
 
 def _fill_full(

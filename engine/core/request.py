@@ -50,6 +50,7 @@ class TokenSequence:
         had given back before.
       hits: cached blocks that were found for it while it waits, see `PrefixCache.match`.
       num_late: tokens that uncommitted steps sample although it has lost its row.
+      drafts: guesses of the tokens that come next, for the step that is scheduled.
       candidates: of a beam whose last token is computed, until the others' are too; else None.
       finish_reason: None until it finished.
       stop_reason: the stop token or stop string that ended it, None for any other end.
@@ -68,6 +69,7 @@ class TokenSequence:
     swapped_slots: tuple[int, ...] = dataclasses.field(init=False, default=())
     hits: list[Hit] = dataclasses.field(init=False, default_factory=list, repr=False)
     num_late: int = dataclasses.field(init=False, default=0)
+    drafts: list[int] = dataclasses.field(init=False, default_factory=list)
     candidates: Candidates | None = dataclasses.field(init=False, default=None)
     finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
     stop_reason: int | str | None = dataclasses.field(init=False, default=None)
@@ -167,6 +169,7 @@ class TokenSequence:
             self.columns.clear(self.row)
         self.columns = None
         self.row = self.leader = self.candidates = None
+        self.drafts = []
         self.num_shared = 0
 
     def continued(self, index: int, token: int) -> "TokenSequence":

@@ -36,6 +36,7 @@ class RowColumns:
       waits_for_host: bool[R].
       is_held: bool[R].
       runs_on: bool[R], see `SequenceGroup.runs_on`.
+      num_drafts: i32[R], tokens in the sequences' `drafts`.
       has_told: bool[R], whether a token that ends nothing is all that there is to tell: new times,
         for instance, were told with a token before.
       token_ids: the sequences' own lists, prompt and output.
@@ -58,6 +59,7 @@ class RowColumns:
         self.num_remembered = np.zeros(R, np.int32)
         self.waits_for_host, self.is_held, self.has_told = np.zeros((3, R), bool)
         self.runs_on = np.zeros(R, bool)
+        self.num_drafts = np.zeros(R, np.int32)
         self.token_ids: list[list[int]] = [[]] * R
         self.ending_ids: list[frozenset[int]] = [frozenset()] * R
         self.request_ids = [""] * R
@@ -66,6 +68,7 @@ class RowColumns:
     def clear(self, row: int) -> None:
         """Empties a row."""
         self.numbers[row] = -1
+        self.num_drafts[row] = 0
         self.token_ids[row], self.request_ids[row] = [], ""
 
     def progress(self, row: int) -> Progress:

@@ -26,6 +26,8 @@ class ScheduledSequence(NamedTuple):
         `sequence.token_ids[start : start + num_tokens]`.
       num_steps: how many tokens it samples, if it samples: each one but the last is computed behind
         the `num_tokens`, as a decode step of its own would.
+      num_drafts: how many of the last `num_tokens` are guesses, `sequence.drafts`, and follow the
+        last token that is known; behind each of them, and that one, a token is sampled.
     """
 
     sequence: TokenSequence
@@ -35,6 +37,7 @@ class ScheduledSequence(NamedTuple):
     samples: bool
     input_on_device: bool
     num_steps: int = 1
+    num_drafts: int = 0
 
 
 class Batch(NamedTuple):
@@ -52,6 +55,7 @@ class Batch(NamedTuple):
     samples: np.ndarray
     input_on_device: np.ndarray
     num_steps: np.ndarray
+    num_drafts: np.ndarray
 
     @property
     def ends(self) -> np.ndarray:

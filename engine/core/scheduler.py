@@ -32,6 +32,7 @@ from pallas_paged.engine.core.queues import Queues, placed_of, rows_of
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
 from pallas_paged.engine.core.row_columns import RowColumns
 from pallas_paged.engine.core.scheduled import ScheduledStep
+from pallas_paged.engine.core.speculation import NgramProposer, propose
 from pallas_paged.engine.core.swapping import swap_out
 from pallas_paged.engine.core.token_plan import TokenPlan, dispatch, plan, run_on
 from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
@@ -58,6 +59,7 @@ class Scheduler:
       sliding_window: the most tokens that a query sees in any layer, itself included; rows give
         back the blocks that have left it. None: a layer sees all tokens, and rows keep theirs.
       num_scheduler_steps: the most decode steps that are scheduled at once, see `run_on`.
+      proposer: guesses tokens of the groups that wait for the host; None guesses none.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Scheduler:
         host_pool: HostPool | None = None,
         sliding_window: int | None = None,
         num_scheduler_steps: int = 1,
+        proposer: NgramProposer | None = None,
     ) -> None:
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1),
@@ -94,7 +97,10 @@ class Scheduler:
         self._columns = columns = RowColumns(len(memory.tables))
         self.admission = Admission(memory, columns, self.host_pool, max_num_seqs, max_model_len)
         self.queues = Queues(Order() if order is None else order)
-        self._committer = Committer(memory, columns, self.queues, self.host_pool, sliding_window)
+        self.proposer = proposer
+        self._committer = Committer(
+            memory, columns, self.queues, self.host_pool, sliding_window, proposer
+        )
         self._choose_recovery = choose_recovery
         self.num_scheduler_steps = num_scheduler_steps
         self._arrivals = itertools.count()
@@ -180,8 +186,8 @@ class Scheduler:
         preempted = self._displace()
         planned = self._plan()
         while (copies := self._reserve(planned)) is None:
-            if planned.runs_on:
-                planned = planned.one_step()
+            if planned.has_more:
+                planned = planned.least()
                 continue
             preempted.append(self._preempt(choose_victim(self.queues.running)))
             planned = self._plan()
@@ -274,6 +280,8 @@ class Scheduler:
 
     def _plan(self) -> TokenPlan:
         queues, columns, rows = self.queues, self._columns, self.queues.placed_rows
+        if self.proposer is not None:
+            propose(self.proposer, columns, queues.placed, rows)
         planned = plan(columns, queues.placed, rows, self.max_num_batched_tokens)
         if self.num_scheduler_steps == 1 or not len(planned.rows) or not queues.are_forked:
             return planned

@@ -51,6 +51,22 @@ class ManyInputs[A](NamedTuple):
     ending_ids: A
 
 
+class DraftInputs[A](NamedTuple):
+    """What only buckets with drafts need; L is the bucket's `num_logits`.
+
+    Attributes:
+      num_drafts: i32[B], of each sequence.
+      places: i32[L], the tokens that are sampled behind, those of a sequence together.
+      owners: i32[L], the sequence of each of them.
+      firsts: i32[B], where a sequence's begin in the L.
+    """
+
+    num_drafts: A
+    places: A
+    owners: A
+    firsts: A
+
+
 class StepInputs[A](NamedTuple):
     """What one step needs from the host; T tokens, B sequences, R allocator rows.
 
@@ -76,6 +92,8 @@ class StepInputs[A](NamedTuple):
       sample_positions: i32[B].
       full: in full steps only, else None.
       many: in buckets with several steps only, else None. Everything above is of the first one.
+      drafts: in buckets with drafts only, else None. `logits_indices` are not used then, and
+        `sample_positions` are those behind each sequence's last known token.
     """
 
     input_ids: A
@@ -98,13 +116,14 @@ class StepInputs[A](NamedTuple):
     sample_positions: A
     full: FullInputs[A] | None = None
     many: ManyInputs[A] | None = None
+    drafts: DraftInputs[A] | None = None
 
 
 @functools.cache
 def layout(bucket: Bucket) -> dict[str, tuple[Shape, np.dtype]]:
     """Returns shape and dtype of each field of `StepInputs`, in the order they are packed.
 
-    Those of `StepInputs.full` or of `StepInputs.many` follow, where the bucket has them.
+    Those of `full`, `many` or `drafts` follow, where the bucket has them.
     """
     T, B = bucket.num_tokens, bucket.num_seqs
     i32, f32, u32 = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.uint32)
@@ -130,6 +149,10 @@ def layout(bucket: Bucket) -> dict[str, tuple[Shape, np.dtype]]:
     }
     if bucket.num_steps > 1:
         return plain | {"num_steps": ((B,), i32), "ending_ids": ((B, MAX_ENDING_IDS), i32)}
+    if bucket.num_drafts:
+        L = bucket.num_logits
+        names = (("num_drafts", B), ("places", L), ("owners", L), ("firsts", B))
+        plain |= {name: ((size,), i32) for name, size in names}
     if not bucket.is_full:
         return plain
     return plain | {
@@ -160,13 +183,16 @@ def views(packed: np.ndarray, bucket: Bucket) -> StepInputs[np.ndarray]:
 
 def step_inputs(arrays: dict[str, Any]) -> StepInputs[Any]:
     """Returns the fields by their names."""
+
+    def part[T: tuple[Any, ...]](kind: type[T]) -> T | None:
+        fields: Any = kind
+        mine = {name: array for name, array in arrays.items() if name in fields._fields}
+        return kind(**mine) if mine else None
+
     plain = {name: array for name, array in arrays.items() if name in StepInputs._fields}
-    if len(plain) == len(arrays):
-        return StepInputs(**plain)
-    others = {name: array for name, array in arrays.items() if name not in StepInputs._fields}
-    if "num_steps" in others:
-        return StepInputs(**plain, many=ManyInputs(**others))
-    return StepInputs(**plain, full=FullInputs(**others))
+    return StepInputs(
+        **plain, full=part(FullInputs), many=part(ManyInputs), drafts=part(DraftInputs)
+    )
 
 
 def seed_words(seed: int) -> tuple[int, int]:

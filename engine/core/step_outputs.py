@@ -1,7 +1,7 @@
 """What requests get by a step, made of what the device found and the scheduler committed."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pallas_paged.engine.core import beam_groups, logprobs
 from pallas_paged.engine.core.beam_search import Candidates
@@ -15,11 +15,19 @@ from pallas_paged.engine.core.scheduled import ScheduledStep
 def step_outputs(
     aborted: Iterable[TokenSequence],
     advanced: Iterable[TokenSequence],
+    begins: Mapping[TokenSequence, int],
     logprobs: dict[TokenSequence, TokenLogprobs],
     prompts: dict[SequenceGroup, TokenLogprobs],
 ) -> list[CoreOutput]:
-    """Returns what sequences without and with a new token give; beams only when all is over."""
-    outputs = [output_of(sequence) for sequence in aborted if sequence.group.beams is None]
+    """Returns what sequences without and with new tokens give; beams only when all is over.
+
+    `begins` tells of those that may have got several how many tokens they had before.
+    """
+    outputs = [
+        output_of(sequence, sequence.token_ids[begins[sequence] :] if sequence in begins else ())
+        for sequence in aborted
+        if sequence.group.beams is None
+    ]
     searches = {sequence.group: None for sequence in aborted if sequence.group.beams is not None}
     now = time.monotonic()
     for sequence in advanced:
@@ -32,7 +40,8 @@ def step_outputs(
         if found is None and sequence.columns is not None:
             sequence.columns.has_told[sequence.row] = True
         if sequence.finish_reason is not None or not group.is_held:
-            outputs.append(output_of(sequence, sequence.token_ids[-1:], found))
+            tokens = sequence.token_ids[begins.get(sequence, -1) :]
+            outputs.append(output_of(sequence, tokens, found))
     for group in searches:
         if group.is_finished:
             outputs += beam_outputs(group)

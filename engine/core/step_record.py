@@ -14,6 +14,7 @@ class StepRecord(NamedTuple):
       num_seqs: sequences in it.
       num_tokens: tokens that it was to compute, those of several decode steps included.
       num_steps: decode steps that it was to make one after the other.
+      num_drafts: guessed tokens among these.
       num_new_tokens: tokens that the requests got by it.
       num_admitted: requests that came in with it.
       num_preempted: requests that lost their blocks to it.
@@ -33,6 +34,7 @@ class StepRecord(NamedTuple):
     num_seqs: int
     num_tokens: int
     num_steps: int
+    num_drafts: int
     num_new_tokens: int
     num_admitted: int
     num_preempted: int

@@ -21,6 +21,7 @@ class TokenPlan(NamedTuple):
       counts: i32[B], how many tokens of each.
       steps: i32[B], how many decode steps from there on, the first included; more than 1 only where
         `run_on` says so.
+      drafts: i32[B], how many of the tokens, the last ones, are `TokenSequence.drafts`.
     """
 
     sequences: Sequence[TokenSequence]
@@ -28,6 +29,7 @@ class TokenPlan(NamedTuple):
     starts: np.ndarray
     counts: np.ndarray
     steps: np.ndarray
+    drafts: np.ndarray
 
     @property
     def num_tokens(self) -> int:
@@ -41,13 +43,14 @@ class TokenPlan(NamedTuple):
         return self.rows[grows], growth[grows]
 
     @property
-    def runs_on(self) -> bool:
-        """Whether some sequence makes several steps."""
-        return bool((self.steps > 1).any())
+    def has_more(self) -> bool:
+        """Whether some sequence makes several steps, or has drafts."""
+        return bool((self.steps > 1).any() or self.drafts.any())
 
-    def one_step(self) -> "TokenPlan":
-        """Returns the first of these steps."""
-        return self._replace(steps=np.ones_like(self.steps))
+    def least(self) -> "TokenPlan":
+        """Returns the first of these steps, without drafts."""
+        ones, counts = np.ones_like(self.steps), self.counts - self.drafts
+        return self._replace(counts=counts, steps=ones, drafts=np.zeros_like(self.drafts))
 
     def and_then(self, other: "TokenPlan") -> "TokenPlan":
         """Returns what these sequences and the other ones compute."""
@@ -62,16 +65,21 @@ def plan(
     starts, num_tokens = columns.num_dispatched[rows], columns.num_tokens[rows]
     # At the greatest length the last token is in flight. Without anything to compute its group
     # waits for the host: its token is in flight, or its candidates wait for those of others.
-    counts = num_tokens - starts
-    counts[num_tokens == columns.max_length[rows]] = 0
+    known = num_tokens - starts
+    known[num_tokens == columns.max_length[rows]] = 0
+    counts = known
+    if columns.num_drafts.any():  # of those in flight more may be dispatched than is known
+        counts = np.where(known > 0, known + columns.num_drafts[rows], 0)
     if counts.sum() > budget:
         before = counts.cumsum(dtype=np.int32) - counts
         counts = np.minimum(counts, np.maximum(budget - before, 0))
     if not counts.all():
         chosen = counts > 0
         sequences = list(itertools.compress(sequences, chosen))
-        rows, starts, counts = rows[chosen], starts[chosen], counts[chosen]
-    return TokenPlan(sequences, rows, starts, counts, np.ones_like(counts))
+        rows, starts = rows[chosen], starts[chosen]
+        counts, known = counts[chosen], known[chosen]
+    drafts = np.maximum(counts - known, 0)
+    return TokenPlan(sequences, rows, starts, counts, np.ones_like(counts), drafts)
 
 
 def run_on(columns: RowColumns, planned: TokenPlan, most: int, *, keeps_all: bool) -> TokenPlan:
@@ -92,14 +100,16 @@ def run_on(columns: RowColumns, planned: TokenPlan, most: int, *, keeps_all: boo
 
 def dispatch(columns: RowColumns, planned: TokenPlan) -> Batch:
     """Counts the planned tokens as dispatched; there is room for them."""
-    sequences, rows, starts, counts, steps = planned
-    ends, num_tokens = starts + counts, columns.num_tokens[rows]
+    sequences, rows, starts, counts, steps, drafts = planned
+    ends, num_tokens = starts + counts - drafts, columns.num_tokens[rows]
     samples, on_device = ends == num_tokens, ends > columns.num_known[rows]
     assert (counts[on_device] == 1).all(), "the host does not know these tokens"
-    batch = Batch(sequences, columns.numbers[rows], rows, starts, counts, samples, on_device, steps)
+    numbers = columns.numbers[rows]
+    batch = Batch(sequences, numbers, rows, starts, counts, samples, on_device, steps, drafts)
     columns.num_tokens[rows] = num_tokens + steps * (samples & ~columns.waits_for_host[rows])
     columns.num_dispatched[rows] = batch.ends
     columns.num_reserved[rows] = np.maximum(columns.num_reserved[rows], batch.ends)
+    columns.num_drafts[rows] = drafts
     for b in np.flatnonzero(~on_device).tolist():
         assert _reads_what_is_written(sequences[b]), "reads unwritten blocks"
     return batch

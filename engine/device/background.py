@@ -1,6 +1,7 @@
 """Makes things in a thread of its own, one after the other, while others go on without them."""
 
 import atexit
+import functools
 import logging
 import threading
 import weakref
@@ -32,6 +33,7 @@ class Background[K]:
             self._done[key] = threading.Event()
             self._waiting.append(key)
             if self._thread is None:
+                _end_with_process()
                 self._thread = threading.Thread(target=self._run, name="compiler", daemon=True)
                 _threads.add(self._thread)
                 self._thread.start()
@@ -72,7 +74,12 @@ _is_ending = threading.Event()
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
-@atexit.register
+@functools.cache
+def _end_with_process() -> None:
+    """What is registered last is called first: before JAX forgets what a compilation needs."""
+    atexit.register(_end)
+
+
 def _end() -> None:
     _is_ending.set()
     for thread in list(_threads):

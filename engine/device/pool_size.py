@@ -16,6 +16,7 @@ from pallas_paged.engine.config import (
     DEFAULT_CPU_KV_CACHE_BYTES,
     EngineConfig,
     resolve_num_scheduler_steps,
+    resolve_speculation,
     round_num_blocks,
 )
 from pallas_paged.engine.core.buckets import Buckets
@@ -84,12 +85,14 @@ class PoolPlan:
 
 def buckets_for(config: EngineConfig, max_blocks_per_seq: int, platform: str) -> Buckets:
     """Returns the shapes of the steps of an engine on devices of a platform."""
+    speculation = resolve_speculation(config)
     return Buckets.for_limits(
         config.max_num_seqs,
         config.max_num_batched_tokens,
         max_blocks_per_seq,
         deterministic=config.deterministic,
         num_steps=resolve_num_scheduler_steps(config, platform),
+        num_drafts=0 if speculation is None else speculation.num_speculative_tokens,
     )
 
 

@@ -29,14 +29,14 @@ class InFlight(NamedTuple):
     """What a dispatched step will have computed.
 
     Attributes:
-      copied: i32[B, K], the samples, or where the plan wants log-probabilities i32[B, 3 + 2 W].
-      has_logprobs: whether it does.
+      tokens: i32[B, K], the samples.
+      logprobs: i32[B, 3 + 2 W]; None unless the plan wants them.
       prompt_logprobs: i32[`NUM_PROMPT_ROWS`, 3 + 2 W] each, in as many arrays as needed.
       num_prompt_targets: how many of their rows are not padding.
     """
 
-    copied: jax.Array
-    has_logprobs: bool
+    tokens: jax.Array
+    logprobs: jax.Array | None
     prompt_logprobs: tuple[jax.Array, ...] = ()
     num_prompt_targets: int = 0
 
@@ -138,16 +138,17 @@ class ModelRunner:
         self.kv_caches, self.rows = result.kv_caches, result.rows
         if row_state is not None and result.counts is not None:
             self.row_state = row_state._replace(counts=result.counts)
-        copied = result.tokens
+        result.tokens.copy_to_host_async()
+        logprobs = None
         if plan.wants_logprobs:
             assert result.logprobs is not None, "a step with log-probabilities is full"
-            copied = result.logprobs
-        copied.copy_to_host_async()
+            logprobs = result.logprobs
+            logprobs.copy_to_host_async()
         if not plan.prompt_targets.size:
-            return InFlight(copied, plan.wants_logprobs)
+            return InFlight(result.tokens, logprobs)
         assert result.hidden is not None, "a step with prompt targets is full, and no decode step"
         found = self._prompt_logprobs(result.hidden, plan.prompt_targets)
-        return InFlight(copied, plan.wants_logprobs, found, plan.prompt_targets.shape[1])
+        return InFlight(result.tokens, logprobs, found, plan.prompt_targets.shape[1])
 
     def _move_blocks(self, plan: StepPlan) -> None:
         """Carries out the copies that come before a step."""
@@ -190,10 +191,8 @@ class ModelRunner:
         if in_flight.prompt_logprobs:
             rows = np.concatenate([np.asarray(array) for array in in_flight.prompt_logprobs])
             prompts = rows[: in_flight.num_prompt_targets]
-        copied = np.asarray(in_flight.copied)
-        if not in_flight.has_logprobs:
-            return StepResult(copied, None, prompts)
-        return StepResult(copied[:, :1], copied, prompts)
+        logprobs = None if in_flight.logprobs is None else np.asarray(in_flight.logprobs)
+        return StepResult(np.asarray(in_flight.tokens), logprobs, prompts)
 
     def recover(self) -> None:
         """Replaces all state: a failed step may have taken it, or left its error in it."""

@@ -7,6 +7,9 @@ asked for is skipped when the program runs.
 
 A plain decode bucket may have several steps: a loop, in which each step is what it is alone. The
 host says how many each sequence makes; one that gets a token which ends it makes no more.
+
+A plain mixed bucket may have drafts: tokens that somebody guessed. It samples behind each of them,
+and the host sees which were right.
 """
 
 import dataclasses
@@ -19,7 +22,7 @@ from flax import nnx
 
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.logprobs import packed_width
-from pallas_paged.engine.core.step_inputs import ManyInputs, StepInputs
+from pallas_paged.engine.core.step_inputs import DraftInputs, ManyInputs, StepInputs
 from pallas_paged.engine.device.logprobs import pack
 from pallas_paged.engine.device.row_state import RowState, apply_rules, count_tokens
 from pallas_paged.engine.device.rows import Rows, edit_tables
@@ -47,9 +50,9 @@ class StepArrays(NamedTuple):
     Attributes:
       kv_caches: in the place of those that were donated.
       rows: with this step's samples and entries of block tables.
-      tokens: i32[B, K], the samples of the bucket's `num_steps`. A sequence whose logits are not
-        finite gets V, one whose rules leave no token V + 1, which are no tokens: the host turns
-        them into errors. 0 for steps that it does not make.
+      tokens: i32[B, K], the samples of the bucket's `num_steps`, or `num_drafts` + 1. A sequence
+        whose logits are not finite gets V, one whose rules leave no token V + 1, which are no
+        tokens: the host turns them into errors. 0 for steps that it does not make.
       logprobs: of a full step in which a row asks for them, see `logprobs.pack`, whose first column
         are the `tokens`; zeros if no row does; None after a plain step.
       counts: see `RowState`, with this step's input tokens; None after a plain step.
@@ -110,14 +113,19 @@ def run_step(
     on_device = jnp.where(x.input_on_device == 1, starts, bucket.num_tokens)
     input_ids = x.input_ids.at[on_device].set(rows.last_tokens[x.rows], mode="drop")
     hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend)
-    logits = model.compute_logits(hidden[x.logits_indices])
+    if x.drafts is None:
+        logits, behind = model.compute_logits(hidden[x.logits_indices]), None
+    else:
+        of_all = model.compute_logits(hidden[x.drafts.places])
+        logits, behind = of_all[x.drafts.firsts], _sample_behind(of_all, x, x.drafts, bucket)
 
     wrong = cannot_sample(logits)
     if x.full is None or row_state is None:
         tokens = sample(logits, sampling_inputs(x))
         rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(tokens))
         tokens = jnp.where(wrong, logits.shape[-1], tokens)
-        return StepArrays(kv_caches, rows, tokens[:, None], None, None, None)
+        tokens = _with_drafts(tokens, behind, x)
+        return StepArrays(kv_caches, rows, tokens, None, None, None)
 
     counts = count_tokens(row_state.counts, x.full.counted_rows, input_ids[x.logits_indices])
     ruled = apply_rules(logits, RowState(counts, row_state.bias), logit_inputs(x))
@@ -132,7 +140,39 @@ def run_step(
         lambda: jnp.zeros((bucket.num_seqs, packed_width(logprobs_width)), jnp.int32),
     )
     kept = None if bucket.is_decode else hidden
-    return StepArrays(kv_caches, rows, tokens[:, None], found, counts, kept)
+    tokens = _with_drafts(tokens, behind, x)
+    return StepArrays(kv_caches, rows, tokens, found, counts, kept)
+
+
+def _sample_behind(
+    logits: jax.Array, x: StepInputs[jax.Array], drafts: DraftInputs[jax.Array], bucket: Bucket
+) -> jax.Array:
+    """Returns i32[B, D + 1], what is drawn behind each sequence's last known token and drafts.
+
+    Each as if the drafts before it were the sequence's tokens; see `cannot_sample` for V. 0 behind
+    drafts that a sequence does not have.
+    """
+    places = jnp.arange(bucket.num_drafts + 1)[None]
+    owners, sampling = drafts.owners, sampling_inputs(x)
+    behind = jnp.arange(bucket.num_logits) - drafts.firsts[owners]
+    of_each = jax.tree.map(lambda array: array[owners], sampling)
+    drawn = sample(logits, of_each._replace(positions=of_each.positions + behind))
+    drawn = jnp.where(cannot_sample(logits), logits.shape[-1], drawn)
+    found = drawn[jnp.minimum(drafts.firsts[:, None] + places, bucket.num_logits - 1)]
+    return jnp.where(places <= drafts.num_drafts[:, None], found, 0)
+
+
+def _with_drafts(
+    tokens: jax.Array, behind: jax.Array | None, x: StepInputs[jax.Array]
+) -> jax.Array:
+    """Returns i32[B, D + 1]: `tokens` i32[B], and `behind` where a sequence has drafts.
+
+    Of those that have some nobody asks for rules or log-probabilities.
+    """
+    if behind is None or x.drafts is None:
+        return tokens[:, None]
+    alone = jnp.pad(tokens[:, None], ((0, 0), (0, behind.shape[1] - 1)))
+    return jnp.where(x.drafts.num_drafts[:, None] > 0, behind, alone)
 
 
 def _run_steps(

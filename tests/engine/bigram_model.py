@@ -17,6 +17,7 @@ from pallas_paged.engine import BeamSearchParams, SamplingParams
 from pallas_paged.engine.build import join
 from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.core.speculation import NgramProposer
 from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.device.sampling import SamplingInputs, sample
 from pallas_paged.engine.engine import Engine
@@ -71,13 +72,15 @@ def make_engine(
     max_logprobs: int = 20,
     tokenizer: Any = None,
     num_scheduler_steps: int = 1,
+    proposer: NgramProposer | None = None,
 ) -> Engine:
     """Returns an engine with rows for 4 sequences and prompts in chunks of 8 tokens."""
     memory = BlockTableMemory(
         num_blocks=num_blocks, block_size=4, max_num_seqs=4, max_model_len=MAX_MODEL_LEN
     )
     width = memory.tables.shape[1]
-    buckets = Buckets.for_limits(4, 8, width, num_steps=num_scheduler_steps)
+    num_drafts = 0 if proposer is None else proposer.settings.num_speculative_tokens
+    buckets = Buckets.for_limits(4, 8, width, num_steps=num_scheduler_steps, num_drafts=num_drafts)
     runner = ModelRunner(
         Bigram(table),
         num_blocks=num_blocks,
@@ -93,6 +96,7 @@ def make_engine(
         max_num_batched_tokens=8,
         max_model_len=MAX_MODEL_LEN,
         num_scheduler_steps=num_scheduler_steps,
+        proposer=proposer,
     )
     return join(
         scheduler,

@@ -26,6 +26,7 @@ from pallas_paged.engine.core.plan import StepPlan, StepResult
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.core.speculation import num_right
 from pallas_paged.engine.core.step_inputs import StepInputs, views
 from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
@@ -124,6 +125,7 @@ class Batch:
     tables: list[np.ndarray]
     seq_lens: list[int]  # after the first of the steps
     num_steps: list[int]
+    drafts: list[list[int]]
     ending_ids: list[frozenset[int]]
     samples: list[bool]
     indices: list[int]
@@ -152,7 +154,10 @@ class MockRunner:
             input_ids=[
                 None
                 if share.input_on_device
-                else share.sequence.token_ids[share.start : share.start + share.num_tokens]
+                else [
+                    *share.sequence.token_ids[share.start : share.start + share.num_tokens],
+                    *share.sequence.drafts[: share.num_drafts],
+                ]
                 for share in step.scheduled
             ],
             rows=[share.row for share in step.scheduled],
@@ -167,6 +172,7 @@ class MockRunner:
             tables=[state.tables[share.row].copy() for share in step.scheduled],
             seq_lens=[share.start + share.num_tokens for share in step.scheduled],
             num_steps=[share.num_steps for share in step.scheduled],
+            drafts=[share.sequence.drafts[: share.num_drafts] for share in step.scheduled],
             ending_ids=[share.sequence.group.ending_ids for share in step.scheduled],
             samples=[share.samples for share in step.scheduled],
             indices=[share.sequence.index for share in step.scheduled],
@@ -206,12 +212,24 @@ class MockRunner:
             tokens = [self.last_tokens[row]] if input_ids is None else input_ids
             self.cache.reshape(-1)[slots[: len(tokens)]] = tokens
         results: list[Result] = []
-        for row, table, slots, seq_len, num_steps, ending, samples, index, num_candidates in zip(
+        for (
+            row,
+            table,
+            slots,
+            seq_len,
+            num_steps,
+            drafts,
+            ending,
+            samples,
+            index,
+            candidates,
+        ) in zip(
             batch.rows,
             batch.tables,
             batch.slots,
             batch.seq_lens,
             batch.num_steps,
+            batch.drafts,
             batch.ending_ids,
             batch.samples,
             batch.indices,
@@ -227,8 +245,15 @@ class MockRunner:
             assert -1 not in context[first:], "a key that some query of the step sees is gone"
             if not samples:
                 results.append(-1)  # nothing is sampled here, and nobody may look
-            elif num_candidates:
-                results.append(best_tokens(seen(context, self.window), num_candidates))
+            elif candidates:
+                results.append(best_tokens(seen(context, self.window), candidates))
+            elif drafts:
+                known = context[: seq_len - len(drafts)]
+                drawn = [
+                    sampled_token([*known, *drafts[:place]], index, self.window)
+                    for place in range(len(drafts) + 1)
+                ]
+                results.append(drawn[: 1 + num_right(drafts, drawn)])
             elif num_steps > 1:
                 results.append(
                     self._run_on(row, table, slots[num_queries:], seq_len, ending, index)
@@ -335,13 +360,16 @@ class MockDevice:
             np.testing.assert_array_equal(self.tables[row, : len(blocks)], blocks)
         B = int(np.count_nonzero(x.rows < len(self.last_tokens) - 1))
         contexts = [self._context(x, b) for b in range(B)]
-        tokens = np.zeros((plan.bucket.num_seqs, plan.bucket.num_steps), np.int32)
+        width = max(plan.bucket.num_steps, plan.bucket.num_drafts + 1)
+        tokens = np.zeros((plan.bucket.num_seqs, width), np.int32)
         for b in range(B):
             sampled = sampled_token(contexts[b], x.sample_index[b])
             tokens[b, 0] = sampled if self.token is None else self.token
             self.last_tokens[x.sample_rows[b]] = tokens[b, 0]
             if x.many is not None:
                 self._run_on(x, b, tokens[b])
+            if x.drafts is not None:
+                self._sample_behind(x, b, contexts[b], tokens[b])
         if not plan.wants_logprobs:
             return StepResult(tokens)
         packed = [self._packed(contexts[b], tokens[b, 0]) for b in range(B)]
@@ -360,6 +388,22 @@ class MockDevice:
             sampled = sampled_token(context, x.sample_index[b])
             tokens[place] = sampled if self.token is None else self.token
             self.last_tokens[x.sample_rows[b]] = tokens[place]
+
+    def _sample_behind(
+        self, x: StepInputs[np.ndarray], b: int, context: list[int], tokens: np.ndarray
+    ) -> None:
+        """Samples behind the last known token of row b, and behind each of its drafts."""
+        assert x.drafts is not None
+        num_drafts, first = int(x.drafts.num_drafts[b]), x.drafts.firsts[b]
+        for place in range(num_drafts + 1):
+            assert x.drafts.owners[first + place] == b
+            end = len(context) - num_drafts + place
+            assert (
+                x.drafts.places[first + place] == x.query_start_loc[b + 1] - 1 - num_drafts + place
+            )
+            tokens[place] = sampled_token(context[:end], x.sample_index[b])
+            if self.token is not None:
+                tokens[place] = self.token
 
     def _write(self, plan: StepPlan, x: StepInputs[np.ndarray], free: np.ndarray) -> None:
         """Carries out what comes before the step, and writes the step's tokens."""
@@ -432,12 +476,19 @@ class MockEngine:
 
     def commit(self, step: ScheduledStep, batch: Batch) -> None:
         self.events.append(f"collect {step.step_id}")
+        begins = {s: s.num_output_tokens for s in step.batch.sequences}
         for sequence in self.scheduler.commit(step, self.runner.collect(batch)).others:
-            samples = sequence.group.beams is None and not sequence.group.is_held
-            if samples and self.host_stop and self.host_stop(sequence.output_token_ids):
-                self.scheduler.finish(sequence, "stop", "host")
-                if sequence.finish_reason == "length":  # what the last token completed ended it
-                    sequence.finish_reason, sequence.stop_reason = "stop", "host"
+            if sequence.group.beams is not None or sequence.group.is_held or not self.host_stop:
+                continue
+            output = sequence.output_token_ids
+            for end in range(begins.get(sequence, len(output) - 1) + 1, len(output) + 1):
+                if self.host_stop(output[:end]):
+                    self.scheduler.finish(sequence, "stop", "host")
+                    if end < len(output) or sequence.finish_reason == "length":
+                        # What was sampled behind it is dropped, and what that was, too.
+                        sequence.finish_reason, sequence.stop_reason = "stop", "host"
+                    del sequence.token_ids[len(sequence.prompt_token_ids) + end :]
+                    break
 
     def run(self, overlap: bool = True) -> None:
         """Turns the loop until nothing is unfinished and nothing in flight."""
@@ -492,6 +543,7 @@ def make_whole_engine(
     scheduler = make_engine(**options).scheduler
     memory = scheduler.memory
     assert isinstance(memory, BlockTableMemory)
+    proposer = options.get("proposer")
     max_num_seqs, max_blocks_per_seq = memory.tables.shape
     max_num_tokens = scheduler.max_num_batched_tokens
     return join(
@@ -503,6 +555,7 @@ def make_whole_engine(
             max_num_tokens,
             max_blocks_per_seq,
             num_steps=options.get("num_scheduler_steps", 1),
+            num_drafts=0 if proposer is None else proposer.settings.num_speculative_tokens,
         ),
         vocab_size=VOCAB_SIZE,
         max_model_len=scheduler.admission.max_model_len,

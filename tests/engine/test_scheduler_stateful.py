@@ -41,10 +41,17 @@ from pallas_paged.engine.core.policies import (
 )
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
 from pallas_paged.engine.core.scheduled import ScheduledStep
+from pallas_paged.engine.core.speculation import NgramProposer, NgramSettings
 from pallas_paged.engine.kv.host_pool import DROPPED
 from pallas_paged.engine.kv.sharing import longest_length, worst_case_blocks
 from pallas_paged.engine.kv.stats import kv_stats
-from tests.engine.mock_model import VOCAB_SIZE, generate_alone, make_engine, search_alone
+from tests.engine.mock_model import (
+    VOCAB_SIZE,
+    generate_alone,
+    make_engine,
+    sampled_token,
+    search_alone,
+)
 from tests.engine.sharing_oracle import check_sharing
 
 NUM_TRACES = int(os.environ.get("TRACES", "0"))
@@ -58,6 +65,20 @@ def host_stop(output_token_ids: list[int]) -> bool:
 def mixed_recovery(group: SequenceGroup) -> Recovery:
     """Some of each."""
     return "swap" if sum(s.progress.num_computed for s in group.live) % 3 else "recompute"
+
+
+class Guesses(NgramProposer):
+    """Guesses that are often right: the mock model's own tokens, and now and then another."""
+
+    def __init__(self) -> None:
+        super().__init__(NgramSettings(5, min_gain=1.0))
+
+    def propose(self, sequence: TokenSequence, most: int) -> list[int]:
+        tokens = list(sequence.token_ids)
+        for place in range(min(most, 1 + len(tokens) % 5)):
+            wrong = (len(tokens) + place) % 4 == 3
+            tokens.append((sampled_token(tokens, sequence.index) + wrong) % VOCAB_SIZE)
+        return tokens[len(sequence.token_ids) :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +96,7 @@ class Setting:
     recovery: ChooseRecovery
     urgent: bool
     num_scheduler_steps: int
+    speculates: bool
     sliding_window: int | None = None
 
     @property
@@ -96,6 +118,7 @@ SETTING: dict[str, Any] = {
     "recovery": st.sampled_from([always_recompute, always_swap, mixed_recovery]),
     "urgent": st.sampled_from([False, False, True]),
     "num_scheduler_steps": st.sampled_from([1, 2, 8]),
+    "speculates": st.booleans(),
 }
 SETTINGS = st.builds(Setting, **SETTING)
 WINDOW_SETTINGS = st.builds(
@@ -177,6 +200,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             choose_recovery=setting.recovery,
             sliding_window=setting.sliding_window,
             num_scheduler_steps=setting.num_scheduler_steps,
+            proposer=Guesses() if setting.speculates else None,
         )
         self.scheduler = self.engine.scheduler
         self.displace, self.scheduler._displace = self.scheduler._displace, self.displace_for_head
@@ -237,6 +261,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_seqs=num_seqs,
         )
         group.is_held = request.is_held and group.beams is None
+        if self.setting.speculates and number % 3:
+            group.waits_for_host = True
         return group
 
     def longest(self, prompt_len: int, num_seqs: int) -> int:
@@ -324,6 +350,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             seen["chunk"] += not share.samples
             seen["input on device"] += share.input_on_device
             seen["several steps"] += share.num_steps > 1
+            seen["drafts"] += share.num_drafts
             seen["late tokens"] += share.num_steps > 1 and share.sequence.is_finished
             seen["recomputed tree"] += share.sequence.leader is not None
         beams = [s.sequence for s in step.scheduled if s.sequence.group.beams is not None]
@@ -343,13 +370,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
         Once it is the earliest it is never preempted again. It is computed from the start at most
         once, then token by token; a turn more passes while its earlier life's step is in flight,
-        and one while its last token is. Beams wait a turn for each token's candidates.
+        and one while its last token is. Beams wait a turn for each token's candidates, as do others
+        that wait for the host.
         """
         budget = self.setting.max_num_batched_tokens
         left = [group for group in self.arrived if not group.is_finished]
         return (len(left) if self.setting.urgent else 1) * sum(
             g.num_seqs * -(-(g.num_prompt_tokens + g.max_tokens) // budget)
-            + g.max_tokens * (-(-g.num_seqs // budget) + (g.beams is not None))
+            + g.max_tokens * (-(-g.num_seqs // budget) + g.waits_for_host)
             + 2
             for g in left
         )
@@ -487,7 +515,7 @@ def live(machine: type[SchedulerMachine], num_lives: int) -> collections.Counter
 
 
 def test_random_lives_with_a_sliding_window() -> None:
-    seen = live(WindowMachine, 100)
+    seen = live(WindowMachine, 200)
     for event in (
         "dropped",
         "in use and forgotten",
@@ -502,6 +530,7 @@ def test_random_lives_with_a_sliding_window() -> None:
         "copy on write",
         "beams preempted",
         "several steps",
+        "drafts",
     ):
         assert seen[event], f"the lives do not test {event!r}: {seen}"
 
@@ -522,6 +551,7 @@ def test_random_lives() -> None:
         "recomputed tree",
         "input on device",
         "several steps",
+        "drafts",
         "late token",
         "late tokens",
         "preemption",
