@@ -29,7 +29,7 @@ SLOW = [
         "warm_traffic",
         "--minutes=0.3 --rate=1 --max_num_seqs=4 --max_model_len=64 --num_blocks=12",
     ),
-    ("startup", "--random_model=tiny --repeats=1"),
+    ("startup", "--random_model=tiny --repeats=1 --bundle"),
     (
         "host_cost",
         "--num_seqs=4 --max_model_len=512 --vocab_size=1000 --kinds=plain,text,logprobs+deltas "

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.buckets import Bucket, Buckets
+from pallas_paged.engine.device.programs import StepPrograms
 
 ALL_SHAPES = ("test_buckets", "test_full_step", "test_smoke")
 """Modules whose engines have steps of all the shapes that a user's have."""
@@ -51,3 +52,17 @@ def optimised() -> Iterator[None]:
         compiled = functools.partialmethod(jax.stages.Lowered.compile, compiler_options=options)
         patch.setattr(jax.stages.Lowered, "compile", compiled)
         yield
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Bucket]:
+    """The buckets of the steps, as they run."""
+    buckets: list[Bucket] = []
+    run_program = StepPrograms.__call__
+
+    def call(programs: StepPrograms, bucket: Bucket, *args: object) -> object:
+        buckets.append(bucket)
+        return run_program(programs, bucket, *args)
+
+    monkeypatch.setattr(StepPrograms, "__call__", call)
+    return buckets

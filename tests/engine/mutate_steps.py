@@ -1,4 +1,4 @@
-"""Breaks what makes several decode steps in one program, on purpose.
+"""Breaks what makes several tokens of a sequence at once, steps or drafts, on purpose.
 
 python -m tests.engine.mutate_steps            # all of them, some seconds each
 python -m tests.engine.mutate_steps ends ...   # some, by name
@@ -14,10 +14,45 @@ _COMMITTER = "pallas_paged/engine/core/committer.py"
 _LOOP = "pallas_paged/engine/core/engine_core.py"
 _GROUP = "pallas_paged/engine/core/request.py"
 _STEP = "pallas_paged/engine/device/step.py"
+_GUESSES = "pallas_paged/engine/core/speculation.py"
+_PLANNER = "pallas_paged/engine/core/planner.py"
 _TESTS = "tests/engine/test_scheduler_steps.py"
+_DRAFTS = "tests/engine/test_speculation.py"
 _LIVES = f"{_TESTS} tests/engine/test_scheduler_stateful.py"
 
 MUTATIONS = {
+    "drafts that are all right": Mutation(_GUESSES, "return place", "pass", _DRAFTS),
+    "drafts beyond the longest": Mutation(
+        _GUESSES,
+        "num_left = columns.max_length[rows] - num_known - 1",
+        "num_left = rows * 0 + 9",
+        _DRAFTS,
+    ),
+    "drafts before a fork": Mutation(
+        _GUESSES,
+        "sequence.group.beams is None and sequence.group.is_forked",
+        "sequence.group.beams is None",
+        _LIVES,
+    ),
+    "wrong drafts kept": Mutation(
+        _COMMITTER,
+        "self._memory.truncate(list(too_long), list(too_long.values()))",
+        "pass",
+        f"{_DRAFTS} {_LIVES}",
+    ),
+    "nobody given up": Mutation(_COMMITTER, "group.waits_for_host = False", "pass", _DRAFTS),
+    "drafts drawn at one position": Mutation(
+        _STEP, "of_each.positions + behind", "of_each.positions", _DRAFTS
+    ),
+    "drafts placed one too far": Mutation(
+        _PLANNER, "np.repeat(lasts + 1 - ends, counts)", "np.repeat(lasts - ends, counts)", _DRAFTS
+    ),
+    "the last token alone told": Mutation(
+        "pallas_paged/engine/core/step_outputs.py",
+        "sequence.token_ids[begins.get(sequence, -1) :]",
+        "sequence.token_ids[-1:]",
+        _DRAFTS,
+    ),
     "no blocks for later steps": Mutation(
         _PLAN, "self.starts + self.counts + self.steps - 1", "self.starts + self.counts", _LIVES
     ),
@@ -28,7 +63,7 @@ MUTATIONS = {
         _PLAN, "place = 0 if keeps_all else len(num_left) // 4", "place = len(num_left) - 1", _TESTS
     ),
     "somebody preempted for steps to come": Mutation(
-        _SCHEDULER, "if planned.runs_on:", "if False:", _TESTS
+        _SCHEDULER, "if planned.has_more:", "if False:", _TESTS
     ),
     "nobody let in for some steps": Mutation(
         _SCHEDULER, "if may_admit or not columns", "if not columns", _TESTS

@@ -124,20 +124,6 @@ def test_by_default() -> None:
         EngineConfig("m", background_compilation="no")
 
 
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[Bucket]:
-    """The buckets of the steps, as they run."""
-    buckets: list[Bucket] = []
-    run_program = StepPrograms.__call__
-
-    def call(programs: StepPrograms, bucket: Bucket, *args: object) -> object:
-        buckets.append(bucket)
-        return run_program(programs, bucket, *args)
-
-    monkeypatch.setattr(StepPrograms, "__call__", call)
-    return buckets
-
-
 def test_steps_go_on_while_their_shape_is_compiled(
     ran: list[Bucket], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,6 @@ from scipy import special
 
 from pallas_paged.engine import LLM, RequestOutput, SamplingParams
 from pallas_paged.engine.core.buckets import Bucket
-from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.text import open_request
 from tests.engine.bigram_model import expected, make_table, run
@@ -41,20 +40,6 @@ def llm() -> LLM:
 def engine() -> Engine:
     """Chunks of 8 tokens, and a pool that is soon full."""
     return make_bigram_engine(TABLE, num_blocks=22)
-
-
-@pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[Bucket]:
-    """Collects the programs that run."""
-    buckets: list[Bucket] = []
-    run_program = StepPrograms.__call__
-
-    def call(programs: StepPrograms, bucket: Bucket, *args: object) -> object:
-        buckets.append(bucket)
-        return run_program(programs, bucket, *args)
-
-    monkeypatch.setattr(StepPrograms, "__call__", call)
-    return buckets
 
 
 def test_steps_that_need_nothing_of_it_are_plain(llm: LLM, ran: list[Bucket]) -> None:
