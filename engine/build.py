@@ -15,7 +15,6 @@ from pallas_paged.engine.config import (
     resolve_background_compilation,
     resolve_kv_cache_dtype,
     resolve_max_model_len,
-    resolve_speculation,
 )
 from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.engine_core import EngineCore
@@ -31,7 +30,7 @@ from pallas_paged.engine.core.policies import (
     always_swap,
 )
 from pallas_paged.engine.core.scheduler import Scheduler
-from pallas_paged.engine.core.speculation import NgramProposer
+from pallas_paged.engine.core.speculation import NgramProposer, ngram_settings
 from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device import device_memory
 from pallas_paged.engine.device.compilation_cache import use_compilation_cache
@@ -132,7 +131,7 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         max_model_len=plan.max_blocks_per_seq * config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
     )
-    speculation = resolve_speculation(config)
+    speculation = ngram_settings(config.speculative_config)
     num_host_blocks = int(config.swap_space * 2**30 / plan.block_bytes)
     scheduler = Scheduler(
         memory,

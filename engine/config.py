@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_paged.dispatch import KNOWN_IMPLEMENTATIONS
-from pallas_paged.engine.core.speculation import NgramSettings
+from pallas_paged.engine.core.speculation import ngram_settings
 from pallas_paged.models import ModelConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -186,7 +186,9 @@ class EngineConfig:
         _require(ok, self, "gpu_memory_utilization", "must be in (0, 1]")
         for name in ("async_scheduling", "deterministic", "compile_ahead", "enable_prefix_caching"):
             _require(isinstance(getattr(self, name), bool), self, name, "must be True or False")
-        resolve_speculation(self)
+        speculation = ngram_settings(self.speculative_config)
+        ok = speculation is None or not self.deterministic
+        _require(ok, self, "speculative_config", "must be None with deterministic=True")
         ok = self.background_compilation in (None, True, False)
         _require(ok, self, "background_compilation", "must be True, False or None")
         room = self.swap_space
@@ -282,39 +284,6 @@ def resolve_num_scheduler_steps(config: EngineConfig, platform: str) -> int:
     if config.num_scheduler_steps is None:
         return CPU_SCHEDULER_STEPS if platform == "cpu" else 1
     return config.num_scheduler_steps
-
-
-def resolve_speculation(config: EngineConfig) -> NgramSettings | None:
-    """Returns how tokens are guessed; None if they are not.
-
-    Raises:
-      ValueError: `speculative_config` has a key or a value that is not usable.
-    """
-    fields = config.speculative_config
-    if fields is None:
-        return None
-    _require(isinstance(fields, dict), config, "speculative_config", "must be a dictionary or None")
-    values = {"prompt_lookup_max": 4, "prompt_lookup_min": 2, "min_gain": 0.25} | fields
-    method = values.pop("method", None)
-    _require(method == "ngram", config, "speculative_config", "must have the method 'ngram'")
-    names = {field.name for field in dataclasses.fields(NgramSettings)}
-    _require(
-        set(values) == names,
-        config,
-        "speculative_config",
-        f"must have num_speculative_tokens, and may have {', '.join(sorted(names))}",
-    )
-    integers = [values[name] for name in names - {"min_gain"}]
-    ok = all(_is_int(value, 1, 64) for value in integers)
-    _require(ok, config, "speculative_config", "must have integers from 1 to 64")
-    ok = values["prompt_lookup_min"] <= values["prompt_lookup_max"]
-    _require(ok, config, "speculative_config", "must not have a minimum above the maximum")
-    gain = values["min_gain"]
-    ok = isinstance(gain, int | float) and gain >= 0
-    _require(ok, config, "speculative_config", "must have a min_gain >= 0")
-    ok = not config.deterministic
-    _require(ok, config, "speculative_config", "must be None with deterministic=True")
-    return NgramSettings(**values)
 
 
 def resolve_background_compilation(config: EngineConfig, platform: str) -> bool:

@@ -10,6 +10,7 @@ Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2
 import dataclasses
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,44 @@ class NgramSettings:
     prompt_lookup_max: int = 4
     prompt_lookup_min: int = 2
     min_gain: float = 0.25
+
+
+def ngram_settings(config: Any) -> NgramSettings | None:
+    """Returns the settings in an engine's `speculative_config`; None for None.
+
+    Raises:
+      ValueError: a key or a value is not usable.
+    """
+    if config is None:
+        return None
+    fields = config if isinstance(config, dict) else {}
+    values: dict[str, Any] = {
+        "prompt_lookup_max": 4,
+        "prompt_lookup_min": 2,
+        "min_gain": 0.25,
+    } | fields
+    method, names = values.pop("method", None), {f.name for f in dataclasses.fields(NgramSettings)}
+    numbers = [values.get(name) for name in sorted(names - {"min_gain"})]
+    gain = values["min_gain"]
+    for is_right, rule in (
+        (isinstance(config, dict), "must be a dictionary or None"),
+        (method == "ngram", "must have the method 'ngram'"),
+        (
+            set(values) == names,
+            f"must have num_speculative_tokens, and may have {', '.join(sorted(names))}",
+        ),
+        (
+            all(type(number) is int and 1 <= number <= 64 for number in numbers),
+            "must have integers from 1 to 64",
+        ),
+        (isinstance(gain, int | float) and gain >= 0, "must have a min_gain >= 0"),
+    ):
+        if not is_right:
+            raise ValueError(f"speculative_config={config!r} {rule}")
+    settings = NgramSettings(**values)
+    if settings.prompt_lookup_min > settings.prompt_lookup_max:
+        raise ValueError(f"speculative_config={config!r} must not have a minimum above the maximum")
+    return settings
 
 
 def num_right(drafts: Sequence[int], samples: Sequence[int]) -> int:

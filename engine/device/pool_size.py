@@ -16,11 +16,11 @@ from pallas_paged.engine.config import (
     DEFAULT_CPU_KV_CACHE_BYTES,
     EngineConfig,
     resolve_num_scheduler_steps,
-    resolve_speculation,
     round_num_blocks,
 )
 from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.logprobs import width_for
+from pallas_paged.engine.core.speculation import ngram_settings
 from pallas_paged.engine.device.device_memory import memory_stats, usable_bytes
 from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
 from pallas_paged.engine.device.programs import StepPrograms
@@ -85,7 +85,7 @@ class PoolPlan:
 
 def buckets_for(config: EngineConfig, max_blocks_per_seq: int, platform: str) -> Buckets:
     """Returns the shapes of the steps of an engine on devices of a platform."""
-    speculation = resolve_speculation(config)
+    speculation = ngram_settings(config.speculative_config)
     return Buckets.for_limits(
         config.max_num_seqs,
         config.max_num_batched_tokens,

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine import LLM, BeamSearchParams, RequestOutputKind, SamplingParams
-from pallas_paged.engine.config import EngineConfig, resolve_speculation
+from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
-from pallas_paged.engine.core.speculation import NgramProposer, NgramSettings, num_right
+from pallas_paged.engine.core.speculation import (
+    NgramProposer,
+    NgramSettings,
+    ngram_settings,
+    num_right,
+)
 from pallas_paged.engine.engine import Engine
 from pallas_paged.models.demo import DEMO_MODEL
 from tests.engine import bigram_model, mock_model
@@ -247,13 +252,10 @@ def test_stop_strings_end_in_the_middle_of_several_tokens() -> None:
 
 
 def test_options() -> None:
-    assert resolve_speculation(EngineConfig("m")) is None
-    settings = resolve_speculation(EngineConfig("m", speculative_config=NGRAM))
-    assert settings == NgramSettings(4, 4, 2, 0.25)
+    assert ngram_settings(None) is None
+    assert ngram_settings(NGRAM) == NgramSettings(4, 4, 2, 0.25)
     chosen = NGRAM | {"prompt_lookup_max": 3, "prompt_lookup_min": 1, "min_gain": 0}
-    assert resolve_speculation(EngineConfig("m", speculative_config=chosen)) == NgramSettings(
-        4, 3, 1, 0
-    )
+    assert ngram_settings(chosen) == NgramSettings(4, 3, 1, 0)
 
 
 @pytest.mark.parametrize(
