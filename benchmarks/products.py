@@ -5,7 +5,7 @@
 `x left` is `x @ weight.T` as it stands; `weight left` the transpose of `weight @ x.T`, behind a
 barrier, for XLA would make the first of it; `three axes` the first with the weight's features in
 two axes. `engine` is what the models run,
-`pallas_paged.models.layers.product`. Each is followed by the largest number of each row, so that
+`pallas_paged.ops.product.api.product`. Each is followed by the largest number of each row, so that
 the product is an operand of something, as in a model. All figures are GFLOP/s, medians.
 """
 
@@ -20,7 +20,7 @@ from absl import flags
 
 from benchmarks import tables
 from pallas_paged.models import command_line
-from pallas_paged.models.layers import product
+from pallas_paged.ops.product.api import product
 
 _SHAPES = flags.DEFINE_list(
     "shapes", ["4096x768", "768x2048"], "Weights, as output x input features."

@@ -5,10 +5,10 @@
 
 `step` is the engine's compiled program, called in a row with its state donated. Its floor is the
 sum of `products`, all matrix products of the model in the best of three forms (either operand order
-of XLA's, and `pallas_paged.models.layers.product`), of `contiguous`, attention over keys and values
-that lie in one piece, and of `sampling`; each is a program of its own. `attention` is the engine's,
-over blocks in order. `engine` is a decode step of `LLM`'s engine, one at a time: what it takes
-beyond `step` is the host's. `offline` is one of several that a program makes (see
+of XLA's, and the engine's own, `pallas_paged.ops.product`), of `contiguous`, attention over keys
+and values that lie in one piece, and of `sampling`; each is a program of its own. `attention` is
+the engine's, over blocks in order. `engine` is a decode step of `LLM`'s engine, one at a time: what
+it takes beyond `step` is the host's. `offline` is one of several that a program makes (see
 `EngineConfig.num_scheduler_steps`), as `LLM.generate` runs them. All in milliseconds, medians; the
 ratios are those of each round.
 
@@ -41,7 +41,7 @@ from pallas_paged.engine.device.rows import Rows
 from pallas_paged.engine.device.sampling import SamplingInputs, sample
 from pallas_paged.engine.kv.sharing import blocks_for
 from pallas_paged.models import command_line
-from pallas_paged.models.layers import product
+from pallas_paged.ops.product.api import product
 
 _MODELS = flags.DEFINE_list("models", ["20m", "100m", "smollm2"], "Shapes, of `random_models`.")
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of parameters and cache.")

@@ -37,7 +37,7 @@ from pallas_paged.engine.device.compilation_cache import use_compilation_cache
 from pallas_paged.engine.device.implementations import (
     choose_attention,
     choose_writes,
-    register_attention,
+    register_kernels,
 )
 from pallas_paged.engine.device.placement import Placement
 from pallas_paged.engine.device.pool_size import (
@@ -272,7 +272,7 @@ def _build_runner(
         placement=placement,
     )
     if bundle is not None and bundle.has_pool_of(plan.num_blocks):
-        register_attention(implementation, network.config, dtype, specs)
+        register_kernels(implementation, network.config, dtype, specs)
         assert config.bundle is not None
         bundles.adopt(config.bundle, bundle, runner.programs, runner.block_programs, runner.buckets)
     return plan, runner, specs

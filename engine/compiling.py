@@ -21,7 +21,7 @@ from pallas_paged.engine.device.fingerprint import fingerprint
 from pallas_paged.engine.device.implementations import (
     choose_attention,
     choose_writes,
-    register_attention,
+    register_kernels,
 )
 from pallas_paged.engine.device.placement import Placement
 from pallas_paged.engine.device.pool_size import (
@@ -120,7 +120,7 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
     with placement.as_target(), without_compilation_cache():
         attention = choose_attention(config, shape, dtype, specs)
         writes = choose_writes(config, dtype, specs)
-        register_attention(attention, shape, dtype, specs)  # before threads would, at once
+        register_kernels(attention, shape, dtype, specs)  # before threads would, at once
         plan = plan_pool(
             config, model, max_model_len, cache_dtype, attention, placement, stats=stats
         )

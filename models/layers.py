@@ -7,16 +7,15 @@ nothing, and no mesh is needed. The precision of float32 products follows
 `jax.default_matmul_precision`.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_paged.models.config import ModelConfig
+from pallas_paged.ops.product.api import product
 
 INIT_STD = 0.02
 """Standard deviation of freshly initialised weights, before truncation at two of them."""
@@ -45,46 +44,6 @@ def parameter(value: Array, axes: tuple[str, ...], parts: tuple[Part, ...] = ())
 
 def _random(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
     return INIT_STD * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, dtype)
-
-
-MAX_ROWS_OF_LEFT_WEIGHTS = 64
-"""Up to so many rows, on a CPU, a float32 product has the weight on its left; see `product`."""
-
-
-def product(
-    x: Float[Array, "*n in"],
-    weight: Float[Array, "out in"],
-    dtype: jax.typing.DTypeLike | None = None,
-) -> Float[Array, "*n out"]:
-    """Returns `x @ weight.T` in `dtype`, by default that of `x`.
-
-    Both operands have two axes: a weight with three is copied into another order in every step by
-    XLA's CPU compiler. Where that compiles, few rows are multiplied in another form; what is gained
-    `benchmarks/products.py` measures.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    y = lax.platform_dependent(
-        rows,
-        weight,
-        cpu=functools.partial(_product_on_cpu, dtype=dtype),
-        default=functools.partial(_product, dtype=dtype),
-    )
-    return y.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def _product(x: Array, weight: Array, dtype: jax.typing.DTypeLike | None) -> Array:
-    return jnp.einsum("nk,ok->no", x, weight, preferred_element_type=dtype)
-
-
-def _product_on_cpu(x: Array, weight: Array, dtype: jax.typing.DTypeLike | None) -> Array:
-    if x.dtype == jnp.float32 and 1 < len(x) <= MAX_ROWS_OF_LEFT_WEIGHTS:
-        y = jnp.einsum("ok,nk->on", weight, x, preferred_element_type=dtype)
-        # XLA would see that the transpose of this product is the other one.
-        return lax.optimization_barrier(y).T
-    if x.dtype != jnp.float32 and len(x) == 1:
-        # One row is a sum in float32 to XLA, and the weight converted for it; two are a product.
-        return _product(jnp.pad(x, ((0, 1), (0, 0))), weight, dtype)[:1]
-    return _product(x, weight, dtype)
 
 
 class Linear(nnx.Module):

@@ -47,10 +47,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # For tests/mutations.py: that a test fails is enough, nobody asks for the smallest example.
 settings.register_profile("no-shrinking", phases=[Phase.explicit, Phase.generate])
 
-# Without `ops.attention.cpu`: Numba would be given the checking functions around its own.
+# Without what is for CPUs: Numba would be given the checking functions around its own.
 LAYER_1 = [
     *("pallas_paged.kv_cache", "pallas_paged.block_tables"),
     *(f"pallas_paged.ops.{name}" for name in ("block_copy", "block_transfer", "kv_write")),
+    "pallas_paged.ops.product.api",
     *(f"pallas_paged.ops.attention.{name}" for name in ("api", "work_list", "xla", "reference")),
 ]
 MODELS = [f"pallas_paged.models.{name}" for name in ("attend", "decoder", "layers", "opt", "rope")]

@@ -9,8 +9,9 @@ import jax
 from pallas_paged.cache_spec import CacheSpec
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.models import ModelConfig
-from pallas_paged.ops.attention.api import attention_implementation, register_for_loading
+from pallas_paged.ops.attention import api as attention
 from pallas_paged.ops.kv_write.api import write_implementation
+from pallas_paged.ops.product import api as product
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def choose_attention(
     for cache in (spec.shapes(2) for spec in dict.fromkeys(specs)):
         q = jax.ShapeDtypeStruct((1, shape.num_q_heads, cache.k.shape[3]), dtype)
         names.add(
-            attention_implementation(
+            attention.attention_implementation(
                 config.attention_implementation,
                 q,
                 cache.k,
@@ -46,10 +47,11 @@ def choose_writes(config: EngineConfig, dtype: Any, specs: Sequence[CacheSpec]) 
     return ", ".join(sorted(names))
 
 
-def register_attention(
+def register_kernels(
     implementation: str, shape: ModelConfig, dtype: Any, specs: Sequence[CacheSpec]
 ) -> None:
     """Makes XLA know what programs with that attention call, where none of them is traced."""
+    product.register_for_loading(dtype)
     for cache in (spec.shapes(2) for spec in dict.fromkeys(specs)):
         q = jax.ShapeDtypeStruct((1, shape.num_q_heads, cache.k.shape[3]), dtype)
-        register_for_loading(implementation, q, cache.k, cache.v)
+        attention.register_for_loading(implementation, q, cache.k, cache.v)

@@ -147,7 +147,7 @@ def test_layers_of_unlike_choices_run_with_xla_and_say_so(
     def choice(_: str, q: Any, k: Any, v: Any, **options: Any) -> str:
         return "fast" if k.shape == v.shape else "other"
 
-    monkeypatch.setattr(implementations, "attention_implementation", choice)
+    monkeypatch.setattr(implementations.attention, "attention_implementation", choice)
     with caplog.at_level(logging.WARNING):
         assert choose(config, shape, FLOAT32, (SLIDING, SLIDING)) == "fast"
         assert not caplog.records

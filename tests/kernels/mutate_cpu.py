@@ -1,4 +1,4 @@
-"""Breaks the attention kernel for CPUs on purpose; see `tests.mutations`.
+"""Breaks the kernels for CPUs on purpose; see `tests.mutations`.
 
 python -m tests.kernels.mutate_cpu             # all of them, about half a minute each
 python -m tests.kernels.mutate_cpu "sums" ...  # some, by name
@@ -8,9 +8,13 @@ import sys
 
 from tests.mutations import Mutation, run
 
-_CPU = "pallas_paged/ops/attention/cpu"
-_KERNEL, _ROWS, _CALL = f"{_CPU}/kernel.py", f"{_CPU}/rows.py", f"{_CPU}/xla_call.py"
+_KERNEL, _ROWS = (f"pallas_paged/ops/attention/cpu/{name}.py" for name in ("kernel", "rows"))
+_STORED, _TEAM, _TILE, _VECTORS = (
+    f"pallas_paged/ops/cpu/{name}.py" for name in ("stored", "team", "tile", "vectors")
+)
+_PRODUCT = "pallas_paged/ops/product/cpu/kernel.py"
 _ATTENTION, _OWN = "tests/kernels/test_attention.py", "tests/kernels/test_cpu_attention.py"
+_PRODUCTS = "tests/kernels/test_product.py"
 
 
 def _mutation(file: str, old: str, new: str, tests: str = f"{_ATTENTION} {_OWN}") -> Mutation:
@@ -52,23 +56,54 @@ MUTATIONS = {
         _ROWS, "p = p * r + F32(5.0000001201e-1)", "p = p * r + F32(5.0001e-1)"
     ),
     "bfloat16 cut off": _mutation(
-        _ROWS, "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "(bits - 0x7FFF) >> 16"
+        _STORED, "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "(bits - 0x7FFF) >> 16"
     ),
-    "rows beyond the fours": _mutation(
-        _ROWS, "for r in range(row_fours, end):", "for r in range(row_fours, end - 1):"
+    "scores of the last keys": _mutation(
+        _ROWS, "t = min(column, num_keys - tile.COLUMNS)", "t = min(column, num_keys - 5)"
     ),
+    "values without the last columns": _mutation(
+        _TILE, "    add_columns(whole, width, 1, writer.mask(rest))\n", ""
+    ),
+    "values without a vector": _mutation(_TILE, "    add_columns(together, whole, 1)\n", ""),
     "a wrong tanh": _mutation(_ROWS, "F32(-2.0) * abs(x)", "F32(-1.9) * abs(x)"),
     "the next head's keys": _mutation(
         _KERNEL,
         "keys = block_rows(k_cache[block, head0 + i], key_copy)",
         "keys = block_rows(k_cache[block, head0 + num_heads_here - 1 - i], key_copy)",
     ),
-    "nobody waits": _mutation(_KERNEL, "            wait_for_items(job)\n", "            pass\n"),
-    "nobody helps": _mutation(
-        _CALL, "for _ in range(min(most, num_threads - 1)):", "for _ in range(0):"
+    "nobody waits": _mutation(
+        _TEAM, "while add(place + 8 * _DONE, 0) < num_items:", "while num_items < 0:"
     ),
+    "nobody helps": _mutation(_TEAM, "for _ in range(missing):", "for _ in range(0):"),
     "an item twice": _mutation(
-        _CALL, "item = add(job + 8 * _NEXT, 1)", "item = add(job + 8 * _NEXT, 1) // 2"
+        _TEAM,
+        "            return state & _COUNT_MASK\n",
+        "            return (state & _COUNT_MASK) // 2\n",
+    ),
+    "the items of the next job": _mutation(
+        _TEAM,
+        "if _job(slot, state) != job or not _has_items(state):",
+        "if not _has_items(state):",
+        f"{_OWN} {_PRODUCTS}",
+    ),
+    "a lane too many": _mutation(
+        _TILE, "writer.mask(rest, step)", "writer.mask(k, step)", _PRODUCTS
+    ),
+    "lanes that are left out": _mutation(_VECTORS, "while left > 4:", "while left > 8:", _PRODUCTS),
+    "the wrong halves of bfloat16": _mutation(
+        _VECTORS, "[16] * LANES", "[15] * LANES", f"{_PRODUCTS} {_ATTENTION}"
+    ),
+    "products without the last rows": _mutation(
+        _PRODUCT,
+        "for r in range(0, n, MAX_ROWS):",
+        "for r in range(0, n - 1, MAX_ROWS):",
+        _PRODUCTS,
+    ),
+    "products without the last features": _mutation(
+        _PRODUCT,
+        "f = min(feature, out - COLUMNS)",
+        "f = min(feature, out - COLUMNS - 1)",
+        _PRODUCTS,
     ),
 }
 

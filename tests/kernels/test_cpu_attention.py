@@ -15,7 +15,8 @@ from benchmarks.attention_cases.arguments import AttentionSpec, build
 from pallas_paged import paged_attention
 from pallas_paged.deviceless import target_device
 from pallas_paged.ops.attention.api import attention_implementation
-from pallas_paged.ops.attention.cpu import kernel, xla_call, xla_header
+from pallas_paged.ops.attention.cpu import kernel
+from pallas_paged.ops.cpu import team, xla_call, xla_header
 from tests.kernels.test_attention import assert_close, run
 
 LARGE = AttentionSpec(
@@ -95,7 +96,7 @@ def test_under_vmap():
 def test_a_kernel_is_kept_on_disk():
     kind = kernel.Kind(np.float32, np.float32, 64, kernel.CHUNK)
     kernel.load_kernel(kind)
-    assert kernel._compile(kind).cache_hits == 1
+    assert kernel.compile_kernel(kind).cache_hits == 1
 
 
 # --- XLA's side -----------------------------------------------------------------------------------
@@ -105,41 +106,39 @@ SECONDS = 20
 
 def meet(address: int) -> int:
     """Two items, each of which waits for the other to begin: one thread alone would not end."""
-    is_helper = xla_call.is_job(address)
+    is_helper = team.is_job(address)
     job, frame, item = address, address, 0
     if is_helper:
-        item = xla_call.take_item(job)
+        item = team.take_item(job)
         if item < 0:
-            xla_call.leave_job(job)
             return 0
-        frame = xla_call.frame_of(job)
+        frame = team.frame_of(job)
     elif xla_call.asks_for_version(address):
         return 0
     begun = numba.carray(xla_call.result(frame, 0), 4, np.int64)
     if not is_helper:
         begun[:] = 0
-        job = xla_call.new_job(frame, 2, 1)
-        xla_call.call_helpers(job, xla_call.own_address(), 1)
-        item = xla_call.take_item(job)
+        job = team.open_job(frame, xla_call.own_address(), 2, 1)
+        team.call_helpers(job, 1)
+        item = team.take_item(job)
     while item >= 0:
         xla_call.add(begun.ctypes.data, 1)
         waits = 0
         while xla_call.add(begun.ctypes.data, 0) < 2 and waits < SECONDS * 1_000_000:
-            xla_call._yield()
+            xla_call.yield_core()
             waits += 1
         begun[1 + item] = xla_call.add(begun.ctypes.data, 0)
         begun[3] += is_helper
-        xla_call.item_is_done(job)
-        item = xla_call.take_item(job)
+        team.item_is_done(job)
+        item = team.take_item(job)
     if not is_helper:
-        xla_call.wait_for_items(job)
-    xla_call.leave_job(job)
+        team.close_job(job)
     return 0
 
 
 def test_items_are_worked_at_by_several_threads():
     compiled = numba.cfunc(xla_call.SIGNATURE, error_model="numpy")(meet)
-    xla_call.register("tests.meet", compiled)
+    xla_call.register("tests.meet", lambda: compiled)
     with jax.enable_x64(True):
         call = jax.ffi.ffi_call("tests.meet", jax.ShapeDtypeStruct((4,), jnp.int64))
         for _ in range(20):

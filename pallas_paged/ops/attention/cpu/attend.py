@@ -8,7 +8,7 @@ import numpy as np
 
 from pallas_paged.dispatch import target_device
 from pallas_paged.kv_cache import AttentionMetadata
-from pallas_paged.ops.attention.cpu.xla_header import unknown_interface
+from pallas_paged.ops.cpu.xla_header import unknown_interface
 
 _DTYPES = {"float32": np.float32, "bfloat16": np.uint16}
 _CACHE_DTYPES = {**_DTYPES, "int8": np.int8}

@@ -6,51 +6,41 @@ thread that XLA calls takes items, and so do XLA's other threads, until none is 
 computes depends neither on who takes it nor on other sequences.
 
 An item walks over its keys a chunk at a time with online softmax. Few rows, such as a decoded
-token's, take the dot product with each key as it lies. For more rows the chunk's keys are copied
-with the tokens side by side, which makes vectors of tokens. Values are added up as vectors of
-features in both.
+token's, take dot products with the keys as they lie. For more rows the chunk's keys are copied with
+the tokens side by side, which makes vectors of tokens. Values are added up as vectors of features
+in both.
 """
 
-import functools
-import pathlib
-import threading
-import zlib
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
 from pallas_paged.ops.attention.cpu import rows as rows_module
-from pallas_paged.ops.attention.cpu import xla_call
 from pallas_paged.ops.attention.cpu.rows import (
     F32,
     LOOSE,
     add_values,
     block_rows,
-    dot_products,
     exp,
-    narrow,
     prefetch_rows,
-    products,
+    score,
+    score_many,
     tanh,
-    wide,
 )
-from pallas_paged.ops.attention.cpu.xla_call import (
-    asks_for_version,
+from pallas_paged.ops.cpu import stored, team, tile, vectors, xla_call
+from pallas_paged.ops.cpu.stored import narrow, wide
+from pallas_paged.ops.cpu.team import (
     call_helpers,
+    close_job,
     frame_of,
     is_job,
     item_is_done,
-    leave_job,
-    new_job,
-    operand,
-    own_address,
-    result,
-    size,
-    splits_of,
+    note_of,
+    open_job,
     take_item,
-    wait_for_items,
 )
+from pallas_paged.ops.cpu.xla_call import asks_for_version, operand, own_address, result, size
 
 CHUNK = 64
 """Tokens of a chunk, rounded to whole blocks."""
@@ -138,30 +128,20 @@ class Operands(NamedTuple):
 _AT = Operands(*range(len(Operands._fields)))
 
 
-_one_at_a_time = threading.Lock()
-
-
 def load_kernel(kind: Kind) -> str:
     """Makes XLA know a kernel, and returns its name there; threads may do so side by side.
 
-    Numba keeps what it compiles beside this file, or where that cannot be written to in the user's
-    folder for caches; it takes a second or two the first time.
+    It takes a second or two the first time; what is compiled is kept, see `xla_call.compiled`.
     """
-    with _one_at_a_time:  # XLA refuses a name that comes twice
-        return _load(kind)
+    return xla_call.register(kind.target, lambda: compile_kernel(kind))
 
 
-@functools.cache
-def _load(kind: Kind) -> str:
-    xla_call.register(kind.target, _compile(kind))
-    return kind.target
-
-
-def _compile(kind: Kind) -> Any:
+def compile_kernel(kind: Kind) -> Any:
+    """Returns the kernel, called with `Operands`."""
     q_dtype, cache_dtype, known_head_dim, known_chunk = kind
     is_quantised = cache_dtype == np.int8
-    # Numba looks at this file only, to tell whether what it has kept is out of date.
-    others = _digest(rows_module, xla_call)
+    is_narrow = int(cache_dtype == np.uint16)
+    others = xla_call.digest(rows_module, stored, team, tile, vectors, xla_call)
 
     def attend(address: int) -> int:
         is_helper = is_job(address) and others >= 0  # which makes it part of what is kept
@@ -169,7 +149,6 @@ def _compile(kind: Kind) -> Any:
         if is_helper:
             item = take_item(job)
             if item < 0:
-                leave_job(job)
                 return 0
             frame = frame_of(job)
         elif asks_for_version(address):
@@ -219,15 +198,15 @@ def _compile(kind: Kind) -> Any:
                 lse[token], out[token] = -np.inf, 0
             # One item for all heads reads whole blocks one after the other, if enough are left.
             num_splits = 1 if num_tiles >= MIN_WHOLE_TILES else num_kv_heads
-            job = new_job(frame, num_tiles * num_splits, num_splits)
+            job = open_job(frame, own_address(), num_tiles * num_splits, num_splits)
             if num_keys * num_kv_heads > MIN_SHARED_KEYS:
-                call_helpers(job, own_address(), num_tiles * num_splits - 1)
+                call_helpers(job, num_tiles * num_splits - 1)
             item = take_item(job)
 
-        num_splits = splits_of(job)
+        num_splits = note_of(job)
         heads_per_item = num_kv_heads // num_splits
         rows = min(tile_tokens, T) * group
-        rows = -(-max(rows, MAX_DOT_ROWS) // 4) * 4  # for `products`
+        rows = -(-max(rows, MAX_DOT_ROWS) // 4) * 4  # for `score_many`
         q = np.zeros((rows, width), np.float32)
         s = np.empty((rows, chunk), np.float32)
         sums = np.empty((rows, v_head_dim), np.float32)
@@ -279,13 +258,14 @@ def _compile(kind: Kind) -> Any:
                             keys = block_rows(k_cache[block, head0], key_copy)
                             for t in range(block_size):
                                 for d in range(head_dim):
-                                    turned[d, j * block_size + t] = keys[t, d]
+                                    turned[d, j * block_size + t] = wide(keys[t, d])
                             continue
                         for i in range(num_heads_here):
                             keys = block_rows(k_cache[block, head0 + i], key_copy)
-                            dot_products(s, j * block_size, q, i * head_rows, head_rows, keys)
+                            row = i * head_rows
+                            score(is_narrow, s, j * block_size, q, row, head_rows, keys)
                     if head_rows > MAX_DOT_ROWS:
-                        products(s, q, num_rows, turned)
+                        score_many(s, q, num_rows, turned)
 
                     for r in range(num_rows):
                         h = head0 + r // head_rows
@@ -331,7 +311,8 @@ def _compile(kind: Kind) -> Any:
                             stored = v_cache[tables[b, block0 + j], head0 + i]
                             values = block_rows(stored, value_copy)[first:past]
                             column = j * block_size + first
-                            add_values(sums, s, column, i * head_rows, head_rows, values)
+                            row = i * head_rows
+                            add_values(is_narrow, sums, s, column, row, head_rows, values)
 
                 for r in range(num_rows):
                     token = token0 + r % head_rows // group
@@ -344,13 +325,7 @@ def _compile(kind: Kind) -> Any:
             item = take_item(job)
 
         if not is_helper:
-            wait_for_items(job)
-        leave_job(job)
+            close_job(job)
         return 0
 
-    compiled = numba.cfunc(xla_call.SIGNATURE, cache=True, fastmath=LOOSE, error_model="numpy")
-    return compiled(attend)
-
-
-def _digest(*modules: Any) -> int:
-    return zlib.crc32(b"".join(pathlib.Path(module.__file__).read_bytes() for module in modules))
+    return xla_call.compiled(attend, LOOSE)

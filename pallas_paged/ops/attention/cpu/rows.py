@@ -11,7 +11,9 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from pallas_paged.ops.attention.cpu.xla_call import prefetch
+from pallas_paged.ops.cpu import tile
+from pallas_paged.ops.cpu.stored import wide
+from pallas_paged.ops.cpu.xla_call import prefetch
 
 F32 = np.float32
 LINE_BYTES = 64
@@ -22,49 +24,14 @@ LOOSE = {"reassoc", "contract", "nsz", "arcp"}
 _INLINE = {"forceinline": True, "fastmath": LOOSE, "error_model": "numpy"}
 
 
-# --- stored numbers ---------------------------------------------------------------------------
-# bfloat16 goes by the name of uint16, for Numba does not know it.
-
-
-def wide(x: Any) -> Any:
-    """Returns a stored number as float32."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(wide, strict=False)
-def _wide(x: Any) -> Any:
-    if x == types.uint16:
-        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
-    return lambda x: np.float32(x)
-
-
-def narrow(x: Any, like: Any) -> Any:
-    """Returns a float32 as it is stored beside the number `like`, rounded to the nearest."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(narrow, strict=False)
-def _narrow(x: Any, like: Any) -> Any:
-    if like == types.float32:
-        return lambda x, like: x
-
-    def to_bfloat16(x: Any, like: Any) -> Any:
-        bits = np.float32(x).view(np.uint32)
-        if np.isnan(x):
-            return np.uint16(0x7FC0)
-        return np.uint16((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-
-    return to_bfloat16
-
-
 def block_rows(stored: Any, copy: Any) -> Any:
-    """Returns a block's rows [S, D] as float32: themselves, or in `copy`."""
+    """Returns a block's rows [S, D]: themselves, or where they are int8 in `copy` as float32."""
     raise NotImplementedError("compiled code only")
 
 
 @overload(block_rows, inline="always", strict=False)
 def _block_rows(stored: Any, copy: Any) -> Any:
-    if stored.dtype == types.float32:
+    if stored.dtype != types.int8:
         return lambda stored, copy: stored
 
     def widened(stored: Any, copy: Any) -> Any:
@@ -114,23 +81,42 @@ def tanh(x: Any) -> Any:
 
 
 # --- products ---------------------------------------------------------------------------------
-# Four rows and four summands at a time: what is loaded is used four times.
 
 
 @numba.njit(**_INLINE)
-def dot_products(s: Any, first: int, q: Any, row: int, num_rows: int, keys: Any) -> None:
+def score(is_bfloat16: int, s: Any, first: int, q: Any, row: int, num_rows: int, keys: Any) -> None:
     """Sets s[r, first + t] to q[r] . keys[t], for `num_rows` rows r from `row` on."""
-    for t in range(keys.shape[0]):
-        for r in range(row, row + num_rows):
-            total = F32(0.0)
-            for d in range(keys.shape[1]):
-                total += q[r, d] * keys[t, d]
-            s[r, first + t] = total
+    num_keys, head_dim = keys.shape
+    if num_keys < tile.COLUMNS:
+        for t in range(num_keys):
+            for r in range(row, row + num_rows):
+                total = F32(0.0)
+                for d in range(head_dim):
+                    total += q[r, d] * wide(keys[t, d])
+                s[r, first + t] = total
+        return
+    q_stride, key_stride, s_stride = q.strides[0], keys.strides[0], s.strides[0]
+    for column in range(0, num_keys, tile.COLUMNS):
+        t = min(column, num_keys - tile.COLUMNS)
+        for r in range(row, row + num_rows, tile.MAX_ROWS):
+            tile.dot_products(
+                0,
+                is_bfloat16,
+                0,
+                min(tile.MAX_ROWS, row + num_rows - r),
+                q.ctypes.data + r * q_stride,
+                q_stride,
+                keys.ctypes.data + t * key_stride,
+                key_stride,
+                head_dim,
+                s.ctypes.data + r * s_stride + 4 * (first + t),
+                s_stride,
+            )
 
 
 @numba.njit(**_INLINE)
-def products(s: Any, q: Any, num_rows: int, turned: Any) -> None:
-    """Sets s[r] to the sum over d of q[r, d] * turned[d].
+def score_many(s: Any, q: Any, num_rows: int, turned: Any) -> None:
+    """Sets s[r] to the sum over d of q[r, d] * turned[d], four rows and d at a time.
 
     There are four times as many d as a whole number, and s and q have so many rows.
     """
@@ -150,30 +136,21 @@ def products(s: Any, q: Any, num_rows: int, turned: Any) -> None:
 
 
 @numba.njit(**_INLINE)
-def add_values(sums: Any, p: Any, first: int, row: int, num_rows: int, values: Any) -> None:
+def add_values(
+    is_bfloat16: int, sums: Any, p: Any, first: int, row: int, num_rows: int, values: Any
+) -> None:
     """Adds p[r, first + t] * values[t] to sums[r], for every t and `num_rows` rows from `row`."""
-    fours, row_fours, end = values.shape[0] // 4 * 4, row + num_rows // 4 * 4, row + num_rows
-    for r in range(row, row_fours, 4):
-        for t in range(0, fours, 4):
-            i = first + t
-            a0, a1, a2, a3 = p[r, i], p[r, i + 1], p[r, i + 2], p[r, i + 3]
-            b0, b1, b2, b3 = p[r + 1, i], p[r + 1, i + 1], p[r + 1, i + 2], p[r + 1, i + 3]
-            c0, c1, c2, c3 = p[r + 2, i], p[r + 2, i + 1], p[r + 2, i + 2], p[r + 2, i + 3]
-            d0, d1, d2, d3 = p[r + 3, i], p[r + 3, i + 1], p[r + 3, i + 2], p[r + 3, i + 3]
-            for d in range(values.shape[1]):
-                v0, v1, v2, v3 = values[t, d], values[t + 1, d], values[t + 2, d], values[t + 3, d]
-                sums[r, d] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
-                sums[r + 1, d] += b0 * v0 + b1 * v1 + b2 * v2 + b3 * v3
-                sums[r + 2, d] += c0 * v0 + c1 * v1 + c2 * v2 + c3 * v3
-                sums[r + 3, d] += d0 * v0 + d1 * v1 + d2 * v2 + d3 * v3
-    for r in range(row_fours, end):
-        for t in range(0, fours, 4):
-            i = first + t
-            a0, a1, a2, a3 = p[r, i], p[r, i + 1], p[r, i + 2], p[r, i + 3]
-            for d in range(values.shape[1]):
-                v0, v1, v2, v3 = values[t, d], values[t + 1, d], values[t + 2, d], values[t + 3, d]
-                sums[r, d] += a0 * v0 + a1 * v1 + a2 * v2 + a3 * v3
-    for t in range(fours, values.shape[0]):
-        for r in range(row, end):
-            for d in range(values.shape[1]):
-                sums[r, d] += p[r, first + t] * values[t, d]
+    p_stride, sums_stride = p.strides[0], sums.strides[0]
+    for r in range(row, row + num_rows, tile.MAX_ROWS):
+        tile.add_weighted_rows(
+            is_bfloat16,
+            min(tile.MAX_ROWS, row + num_rows - r),
+            p.ctypes.data + r * p_stride + 4 * first,
+            p_stride,
+            values.ctypes.data,
+            values.strides[0],
+            values.shape[0],
+            values.shape[1],
+            sums.ctypes.data + r * sums_stride,
+            sums_stride,
+        )

@@ -1,4 +1,4 @@
-"""How XLA calls a function that Numba compiled, and how that function uses XLA's threads.
+"""How XLA calls a function that Numba compiled, and what that function reads of the call.
 
 XLA's foreign function interface passes the address of a C struct, the call's frame. From there on
 everything is read word by word, at the offsets of `xla/ffi/api/c_api.h`; `xla_header` holds that
@@ -7,6 +7,10 @@ header, which comes with jaxlib, against them.
 
 import ctypes
 import os
+import pathlib
+import threading
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,15 +29,50 @@ _VERSION, _SCHEDULE, _NUM_THREADS = 4, 17, 18  # XLA_FFI_Api
 _METADATA, _METADATA_VERSION = 3, 3  # XLA_FFI_Metadata_Extension, XLA_FFI_Metadata
 
 
-def register(name: str, function: Any) -> None:
-    """Lets XLA's programs for CPUs call a `numba.cfunc` of `SIGNATURE` under this name."""
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = (
-        ctypes.py_object,
-        (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
-    )
-    capsule = new(function.address, b"xla._CUSTOM_CALL_TARGET", None)
-    jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+_lock = threading.Lock()
+_registered: set[str] = set()
+
+
+def register(name: str, compile_function: Callable[[], Any]) -> str:
+    """Lets XLA's programs for CPUs call a `numba.cfunc` of `SIGNATURE`; returns its name.
+
+    Args:
+      name: for the function.
+      compile_function: returns it; called once in a process for each name, by one thread.
+    """
+    with _lock:  # XLA refuses a name that comes twice
+        if name not in _registered:
+            new = ctypes.pythonapi.PyCapsule_New
+            new.restype, new.argtypes = (
+                ctypes.py_object,
+                (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
+            )
+            function = compile_function()
+            keep(function)
+            capsule = new(function.address, b"xla._CUSTOM_CALL_TARGET", None)
+            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
+            _registered.add(name)
+    return name
+
+
+def keep(thing: Any) -> None:
+    """Keeps an object to the very end of the process: XLA's threads may be in its memory."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def compiled(function: Callable[[int], int], fastmath: set[str]) -> Any:
+    """Returns a function compiled, or as Numba has kept it.
+
+    Numba keeps it beside the file that it is in, or where that cannot be written to in the user's
+    folder for caches. It looks at that file only to tell whether what it has kept is out of date,
+    so a function must hold a `digest` of all other sources that are compiled with it.
+    """
+    return numba.cfunc(SIGNATURE, cache=True, fastmath=fastmath, error_model="numpy")(function)
+
+
+def digest(*modules: Any) -> int:
+    """Returns a number that changes with the sources of some modules."""
+    return zlib.crc32(b"".join(pathlib.Path(module.__file__).read_bytes() for module in modules))
 
 
 # --- memory -----------------------------------------------------------------------------------
@@ -61,6 +100,18 @@ def add(typing_context: Any, address: Any, amount: Any) -> Any:
 
 
 @intrinsic
+def replace(typing_context: Any, address: Any, expected: Any, new: Any) -> Any:
+    """Sets the word at an address, if it is what is expected; returns whether it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        pair = builder.cmpxchg(word, arguments[1], arguments[2], "seq_cst", "seq_cst")
+        return builder.extract_value(pair, 1)
+
+    return types.boolean(types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
 def prefetch(typing_context: Any, address: Any) -> Any:
     """Asks for the cache line at an address, which may be any number."""
 
@@ -78,28 +129,18 @@ def prefetch(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic
-def _allocate(typing_context: Any, num_bytes: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        function_type = ir.FunctionType(cgutils.voidptr_t, [ir.IntType(64)])
-        malloc = cgutils.get_or_insert_function(builder.module, function_type, "malloc")
-        return builder.ptrtoint(builder.call(malloc, arguments), ir.IntType(64))
+def _five_words(typing_context: Any) -> Any:
+    """Returns the address of five words on the stack of the function that this stands in."""
 
-    return types.intp(types.intp), generate
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        words = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), 5))
+        return builder.ptrtoint(words, ir.IntType(64))
+
+    return types.intp(), generate
 
 
 @intrinsic
-def _release(typing_context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        function_type = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t])
-        free = cgutils.get_or_insert_function(builder.module, function_type, "free")
-        builder.call(free, [builder.inttoptr(arguments[0], cgutils.voidptr_t)])
-        return context.get_dummy_value()
-
-    return types.void(types.intp), generate
-
-
-@intrinsic
-def _yield(typing_context: Any) -> Any:
+def yield_core(typing_context: Any) -> Any:
     """Lets other threads run on this one's core, if any wait for it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -112,7 +153,7 @@ def _yield(typing_context: Any) -> Any:
 
 
 @intrinsic
-def _call(typing_context: Any, function: Any, argument: Any) -> Any:
+def call(typing_context: Any, function: Any, argument: Any) -> Any:
     """Calls the C function at an address with one pointer; returns the pointer it returns."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -183,15 +224,27 @@ def asks_for_version(frame: int) -> bool:
 
 
 @numba.njit
+def operand_address(frame: int, index: int) -> int:
+    """Returns where an operand's first number is."""
+    return word(word(word(frame, _OPERANDS), index), _DATA)
+
+
+@numba.njit
+def result_address(frame: int, index: int) -> int:
+    """Returns where a result's first number goes."""
+    return word(word(word(frame, _RESULTS), index), _DATA)
+
+
+@numba.njit
 def operand(frame: int, index: int) -> Any:
     """Returns a pointer to an operand's first number."""
-    return pointer(word(word(word(frame, _OPERANDS), index), _DATA))
+    return pointer(operand_address(frame, index))
 
 
 @numba.njit
 def result(frame: int, index: int) -> Any:
     """Returns a pointer to a result's first number."""
-    return pointer(word(word(word(frame, _RESULTS), index), _DATA))
+    return pointer(result_address(frame, index))
 
 
 @numba.njit
@@ -201,88 +254,27 @@ def size(frame: int, index: int, axis: int) -> int:
 
 
 # --- threads ----------------------------------------------------------------------------------
-# A job is a row of words that threads share: what is left to do, and who still looks at it. A
-# helper that begins late, when all is done and the frame is gone, finds nothing to do and leaves.
-
-_MARK, _NEXT, _DONE, _USERS, _NUM_ITEMS, _SPLITS, _FRAME, _ARGUMENTS = range(8)
-_JOB_WORDS = _ARGUMENTS + 5
 
 
 @numba.njit
-def is_job(address: int) -> bool:
-    """Whether a helper is called, with a job, and not XLA's own thread with a frame."""
-    return word(address, _MARK) == -1  # a frame begins with its size
+def num_threads(frame: int) -> int:
+    """Returns how many threads XLA has for the program that calls."""
+    words = _five_words()
+    set_word(words, 0, 32)  # bytes of XLA_FFI_ThreadPool_NumThreads_Args
+    set_word(words, 1, 0)
+    set_word(words, 2, word(frame, _CONTEXT))
+    set_word(words, 3, words + 8 * 4)  # where the number goes
+    set_word(words, 4, 0)
+    return word(words, 4) if call(word(word(frame, _API), _NUM_THREADS), words) == 0 else 1
 
 
 @numba.njit
-def new_job(frame: int, num_items: int, num_splits: int) -> int:
-    """Returns a job of so many items, and tells helpers `num_splits`, whatever that is."""
-    job = _allocate(8 * _JOB_WORDS)
-    set_word(job, _MARK, -1)
-    set_word(job, _NEXT, 0)
-    set_word(job, _DONE, 0)
-    set_word(job, _USERS, 1)
-    set_word(job, _NUM_ITEMS, num_items)
-    set_word(job, _SPLITS, num_splits)
-    set_word(job, _FRAME, frame)
-    return job
-
-
-@numba.njit
-def call_helpers(job: int, task: int, most: int) -> None:
-    """Asks XLA for threads, as many as it has and at most so many, to run `task` with the job."""
-    frame = word(job, _FRAME)
-    api, arguments = word(frame, _API), job + 8 * _ARGUMENTS
-    set_word(arguments, 0, 32)  # bytes of XLA_FFI_ThreadPool_NumThreads_Args
-    set_word(arguments, 1, 0)
-    set_word(arguments, 2, word(frame, _CONTEXT))
-    set_word(arguments, 3, arguments + 8 * 4)  # where the number goes
-    if _call(word(api, _NUM_THREADS), arguments) != 0:
-        return
-    num_threads = word(arguments, 4)
-    set_word(arguments, 0, 40)  # bytes of XLA_FFI_ThreadPool_Schedule_Args
-    set_word(arguments, 3, task)
-    set_word(arguments, 4, job)
-    for _ in range(min(most, num_threads - 1)):
-        add(job + 8 * _USERS, 1)
-        if _call(word(api, _SCHEDULE), arguments) != 0:
-            add(job + 8 * _USERS, -1)
-
-
-@numba.njit
-def splits_of(job: int) -> int:
-    """Returns the `num_splits` of `new_job`."""
-    return word(job, _SPLITS)
-
-
-@numba.njit
-def frame_of(job: int) -> int:
-    """Returns the frame of the call; valid while an item is taken and not done."""
-    return word(job, _FRAME)
-
-
-@numba.njit
-def take_item(job: int) -> int:
-    """Returns the number of an item that nobody else gets, or -1."""
-    item = add(job + 8 * _NEXT, 1)
-    return item if item < word(job, _NUM_ITEMS) else -1
-
-
-@numba.njit
-def item_is_done(job: int) -> None:
-    """Counts an item that was taken as done."""
-    add(job + 8 * _DONE, 1)
-
-
-@numba.njit
-def wait_for_items(job: int) -> None:
-    """Waits until all items are done, which other threads are at when none is left to take."""
-    while add(job + 8 * _DONE, 0) < word(job, _NUM_ITEMS):
-        _yield()
-
-
-@numba.njit
-def leave_job(job: int) -> None:
-    """Lets go of the job; the last one frees it."""
-    if add(job + 8 * _USERS, -1) == 1:
-        _release(job)
+def ask_for_thread(frame: int, task: int, argument: int) -> bool:
+    """Has one of XLA's threads call the C function `task`; returns False if XLA refuses."""
+    words = _five_words()
+    set_word(words, 0, 40)  # bytes of XLA_FFI_ThreadPool_Schedule_Args
+    set_word(words, 1, 0)
+    set_word(words, 2, word(frame, _CONTEXT))
+    set_word(words, 3, task)
+    set_word(words, 4, argument)
+    return call(word(word(frame, _API), _SCHEDULE), words) == 0

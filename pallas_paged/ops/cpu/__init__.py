@@ -1,0 +1,1 @@
+"""What the kernels for CPUs share: calls from XLA, and the threads that work on one together."""

@@ -1,0 +1,227 @@
+"""Tiles of matrix products, written for LLVM: their sums stay in registers to the end.
+
+A vector that is loaded serves as many products as a tile has rows, or columns. What a number of the
+result is made of, and in which order, does not depend on the tile that it is in.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from numba.core import types
+from numba.extending import intrinsic
+
+from pallas_paged.ops.cpu.vectors import LANES, NUM_REGISTERS, Writer
+
+MAX_ROWS = 4 if NUM_REGISTERS == 32 else 3
+"""Of a tile."""
+COLUMNS = 4
+"""Of a tile of dot products."""
+_VECTORS = 4 if NUM_REGISTERS == 32 else 3  # of a tile of sums of rows, side by side
+
+
+@intrinsic(prefer_literal=True)
+def dot_products(
+    typing_context: Any,
+    bfloat16_x: Any,
+    bfloat16_weight: Any,
+    in_turn: Any,
+    rows: Any,
+    x: Any,
+    x_stride: Any,
+    weight: Any,
+    weight_stride: Any,
+    k: Any,
+    y: Any,
+    y_stride: Any,
+) -> Any:
+    """Sets y[r, f] to the sum over i < k of x[r, i] * weight[f, i], for `COLUMNS` f.
+
+    Both operands lie along what is summed over. Sums are float32, and so is y.
+
+    Args:
+      typing_context: Numba's.
+      bfloat16_x: 1 for bfloat16, 0 for float32; a constant, as the next two. With 1 the weight is
+        bfloat16 too, and the CPU one that `MULTIPLIES_BFLOAT16`.
+      bfloat16_weight: 1 for bfloat16, 0 for float32.
+      in_turn: 1 to read the rows of the weight one after the other, and not side by side: the
+        memory is faster then, and the arithmetic slower.
+      rows: of x and y, from 1 to `MAX_ROWS`.
+      x: the address of the first number, as `weight` and `y`.
+      x_stride: bytes from a row to the next, as `weight_stride` and `y_stride`.
+      weight: see x.
+      weight_stride: see x_stride.
+      k: see above.
+      y: see x.
+      y_stride: see x_stride.
+    """
+    constants = bfloat16_x, bfloat16_weight, in_turn
+    is_x_narrow, is_narrow, by_row = (bool(constant.literal_value) for constant in constants)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, *places = arguments[3:]
+        writer = Writer(builder)
+        writer.switch(
+            rows,
+            MAX_ROWS,
+            lambda rows: _write_dot_products(writer, is_x_narrow, is_narrow, by_row, rows, *places),
+        )
+        return context.get_dummy_value()
+
+    return types.void(*constants, *[types.intp] * 8), generate
+
+
+def _write_dot_products(
+    writer: Writer,
+    is_x_narrow: bool,
+    is_narrow: bool,
+    by_row: bool,
+    rows: int,
+    x: Any,
+    x_stride: Any,
+    weight: Any,
+    weight_stride: Any,
+    k: Any,
+    y: Any,
+    y_stride: Any,
+) -> None:
+    step = 2 * LANES if is_x_narrow else LANES
+    x_size, size = (2 if narrow else 4 for narrow in (is_x_narrow, is_narrow))
+    rest = writer.builder.urem(k, writer.constant(step))
+    whole = writer.builder.sub(k, rest)
+
+    def load(row: Any, i: Any, size: int, mask: Any) -> Any:
+        address = writer.behind(row, i, size)
+        return (
+            writer.load_pairs(address, mask)
+            if is_x_narrow
+            else writer.load(address, size == 2, mask)
+        )
+
+    def sums_of(columns: Sequence[int]) -> list[Any]:
+        """Writes sums for some columns; returns them, row by row."""
+        left = [writer.behind(x, x_stride, r) for r in range(rows)]
+        right = [writer.behind(weight, weight_stride, f) for f in columns]
+        multiply_add = writer.multiply_add_pairs if is_x_narrow else writer.multiply_add
+
+        def add(i: Any, sums: list[Any], mask: Any = None) -> list[Any]:
+            loaded = [load(row, i, x_size, mask) for row in left]
+            new = list(sums)
+            for f, row in enumerate(right):
+                one = load(row, i, size, mask)
+                for r, other in enumerate(loaded):
+                    place = len(columns) * r + f
+                    new[place] = multiply_add(other, one, new[place])
+            return new
+
+        sums = [writer.zeros()] * (rows * len(columns))
+        sums = writer.loop(writer.constant(0), whole, step, sums, add)
+        return writer.loop(
+            whole, k, step, sums, lambda i, sums: add(i, sums, writer.mask(rest, step))
+        )
+
+    if by_row:
+        columns = [sums_of([f]) for f in range(COLUMNS)]
+        table = [[column[r] for column in columns] for r in range(rows)]
+    else:
+        sums = sums_of(range(COLUMNS))
+        table = [sums[COLUMNS * r : COLUMNS * (r + 1)] for r in range(rows)]
+    for r, four in enumerate(table):
+        writer.store(writer.add_lanes(*four), writer.behind(y, y_stride, r))
+
+
+@intrinsic(prefer_literal=True)
+def add_weighted_rows(
+    typing_context: Any,
+    bfloat16_values: Any,
+    rows: Any,
+    weights: Any,
+    weights_stride: Any,
+    values: Any,
+    values_stride: Any,
+    count: Any,
+    width: Any,
+    sums: Any,
+    sums_stride: Any,
+) -> Any:
+    """Adds the sum over t < count of weights[r, t] * values[t, d] to sums[r, d], for d < width.
+
+    Args:
+      typing_context: Numba's.
+      bfloat16_values: 1 where the values are bfloat16, 0 for float32; a constant. The others are
+        float32.
+      rows: of the weights and sums, from 1 to `MAX_ROWS`.
+      weights: the address of the first number, as `values` and `sums`.
+      weights_stride: bytes from a row to the next, as `values_stride` and `sums_stride`.
+      values: see weights.
+      values_stride: see weights_stride.
+      count: see above.
+      width: see above.
+      sums: see weights.
+      sums_stride: see weights_stride.
+    """
+    is_narrow = bool(bfloat16_values.literal_value)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, *places = arguments[1:]
+        writer = Writer(builder)
+        writer.switch(
+            rows, MAX_ROWS, lambda rows: _write_weighted_rows(writer, is_narrow, rows, *places)
+        )
+        return context.get_dummy_value()
+
+    return types.void(bfloat16_values, *[types.intp] * 9), generate
+
+
+def _write_weighted_rows(
+    writer: Writer,
+    is_narrow: bool,
+    rows: int,
+    weights: Any,
+    weights_stride: Any,
+    values: Any,
+    values_stride: Any,
+    count: Any,
+    width: Any,
+    sums: Any,
+    sums_stride: Any,
+) -> None:
+    left = [writer.behind(weights, weights_stride, r) for r in range(rows)]
+    total = [writer.behind(sums, sums_stride, r) for r in range(rows)]
+
+    def add_columns(first: Any, past: Any, num_vectors: int, mask: Any = None) -> None:
+        """Writes a loop over columns, some vectors at a time."""
+
+        def add(d: Any, nothing: list[Any]) -> list[Any]:
+            columns = [
+                writer.builder.add(d, writer.constant(LANES * v)) for v in range(num_vectors)
+            ]
+            places = [writer.behind(row, column, 4) for row in total for column in columns]
+
+            def add_row(t: Any, kept: list[Any]) -> list[Any]:
+                row = writer.builder.add(values, writer.builder.mul(values_stride, t))
+                loaded = [
+                    writer.load(writer.behind(row, column, 2 if is_narrow else 4), is_narrow, mask)
+                    for column in columns
+                ]
+                factors = [writer.repeat(writer.behind(one, t, 4)) for one in left]
+                products = [(factor, value) for factor in factors for value in loaded]
+                return [
+                    writer.multiply_add(*pair, one)
+                    for pair, one in zip(products, kept, strict=True)
+                ]
+
+            kept = [writer.load(place, False, mask) for place in places]
+            kept = writer.loop(writer.constant(0), count, 1, kept, add_row)
+            for value, place in zip(kept, places, strict=True):
+                writer.store(value, place, mask)
+            return nothing
+
+        writer.loop(first, past, LANES * num_vectors, [], add)
+
+    builder = writer.builder
+    rest = builder.urem(width, writer.constant(LANES))
+    whole = builder.sub(width, rest)
+    together = builder.sub(whole, builder.urem(whole, writer.constant(LANES * _VECTORS)))
+    add_columns(writer.constant(0), together, _VECTORS)
+    add_columns(together, whole, 1)
+    add_columns(whole, width, 1, writer.mask(rest))

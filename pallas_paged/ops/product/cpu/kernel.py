@@ -1,0 +1,136 @@
+"""Products of few rows with a weight, compiled by Numba: each weight is read once, as it lies.
+
+A product's features are cut into items, at which XLA's threads work together. Within an item a few
+of the weight's rows meet all rows of `x` before the next few are read.
+"""
+
+from typing import Any
+
+from pallas_paged.ops.cpu import team, tile, vectors, xla_call
+from pallas_paged.ops.cpu.team import (
+    call_helpers,
+    close_job,
+    frame_of,
+    is_job,
+    item_is_done,
+    note_of,
+    open_job,
+    take_item,
+)
+from pallas_paged.ops.cpu.tile import COLUMNS, MAX_ROWS, dot_products
+from pallas_paged.ops.cpu.vectors import MULTIPLIES_BFLOAT16
+from pallas_paged.ops.cpu.xla_call import (
+    asks_for_version,
+    num_threads,
+    operand_address,
+    own_address,
+    prefetch,
+    result_address,
+    size,
+)
+
+ITEMS_PER_THREAD = 8
+"""At least, where the weight has so many features."""
+LINE_BYTES = 64
+"""Of a line of a CPU's caches."""
+MIN_SHARED_PRODUCTS = 2**17
+"""Multiplications up to which one thread does all."""
+
+
+def load_kernel(is_bfloat16: bool) -> str:
+    """Makes XLA know the kernel for such a weight, and returns its name there.
+
+    It takes a second or two the first time; what is compiled is kept, see `xla_call.compiled`.
+    """
+    name = f"pallas_paged.product.{'bfloat16' if is_bfloat16 else 'float32'}"
+    return xla_call.register(name, lambda: compile_kernel(is_bfloat16))
+
+
+def compile_kernel(is_bfloat16: bool) -> Any:
+    """Returns the kernel, called with x [n, k], weight [out, k] and the result f32[n, out].
+
+    Args:
+      is_bfloat16: whether the weight is, and not float32. So is x, where the CPU multiplies such
+        numbers; else it is float32.
+    """
+    others = xla_call.digest(tile, vectors, team, xla_call)
+    narrow_x, narrow_weight = int(is_bfloat16 and MULTIPLIES_BFLOAT16), int(is_bfloat16)
+    x_size, weight_size = 4 - 2 * narrow_x, 4 - 2 * narrow_weight
+
+    def multiply(address: int) -> int:
+        is_helper = is_job(address) and others >= 0  # which makes it part of what is kept
+        job, frame, item = address, 0, 0
+        if is_helper:
+            item = take_item(job)
+            if item < 0:
+                return 0
+            frame = frame_of(job)
+        elif asks_for_version(address):
+            return 0
+        else:
+            frame = address
+        n, k, out = size(frame, 0, 0), size(frame, 0, 1), size(frame, 1, 0)
+        x, weight, y = (
+            operand_address(frame, 0),
+            operand_address(frame, 1),
+            result_address(frame, 0),
+        )
+        if not is_helper:
+            num_tiles = -(-out // COLUMNS) if n > 0 else 0
+            tiles_per_item = max(1, num_tiles // (ITEMS_PER_THREAD * num_threads(frame)))
+            num_items = -(-num_tiles // tiles_per_item)
+            job = open_job(frame, own_address(), num_items, tiles_per_item)
+            if n * k * out > MIN_SHARED_PRODUCTS:
+                call_helpers(job, num_items - 1)
+            item = take_item(job)
+        item_features = note_of(job) * COLUMNS
+        stride, x_stride, y_stride = k * weight_size, k * x_size, out * 4
+        while item >= 0:
+            feature, past = item * item_features, min(out, (item + 1) * item_features)
+            while feature < past:
+                # The last tile lies over the one before, if the features are no multiple.
+                f = min(feature, out - COLUMNS)
+                w = weight + f * stride
+                if n <= MAX_ROWS:
+                    dot_products(
+                        narrow_x,
+                        narrow_weight,
+                        1,
+                        n,
+                        x,
+                        x_stride,
+                        w,
+                        stride,
+                        k,
+                        y + 4 * f,
+                        y_stride,
+                    )
+                else:
+                    # Each tile asks for its share of the weight for the tiles behind these.
+                    share, ahead = COLUMNS * stride // -(-n // MAX_ROWS), w + COLUMNS * stride
+                    for r in range(0, n, MAX_ROWS):
+                        for line in range(ahead, ahead + share, LINE_BYTES):
+                            prefetch(line)
+                        ahead += share
+                        rows, place = min(n - r, MAX_ROWS), y + r * y_stride + 4 * f
+                        dot_products(
+                            narrow_x,
+                            narrow_weight,
+                            0,
+                            rows,
+                            x + r * x_stride,
+                            x_stride,
+                            w,
+                            stride,
+                            k,
+                            place,
+                            y_stride,
+                        )
+                feature += COLUMNS
+            item_is_done(job)
+            item = take_item(job)
+        if not is_helper:
+            close_job(job)
+        return 0
+
+    return xla_call.compiled(multiply, set())
