@@ -30,10 +30,11 @@ from pallas_paged.engine.core.policies import (
     always_swap,
 )
 from pallas_paged.engine.core.scheduler import Scheduler
-from pallas_paged.engine.core.speculation import NgramProposer, ngram_settings
+from pallas_paged.engine.core.speculation import make_proposer, speculation_settings
 from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device import device_memory
 from pallas_paged.engine.device.compilation_cache import use_compilation_cache
+from pallas_paged.engine.device.drafted import Drafted, draft_model_of
 from pallas_paged.engine.device.implementations import (
     choose_attention,
     choose_writes,
@@ -122,7 +123,7 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
     if placement is None:
         placement = Placement.on(target_device())
     with placement.as_target():
-        network = _load_network(config, shape, placement)
+        network = _load_network(config, shape, max_model_len, placement)
         plan, runner, specs = _build_runner(config, network, max_model_len, placement)
     memory = BlockTableMemory(
         num_blocks=plan.num_blocks,
@@ -131,7 +132,6 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         max_model_len=plan.max_blocks_per_seq * config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
     )
-    speculation = ngram_settings(config.speculative_config)
     num_host_blocks = int(config.swap_space * 2**30 / plan.block_bytes)
     scheduler = Scheduler(
         memory,
@@ -143,7 +143,7 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         host_pool=HostPool(num_host_blocks, memory.num_usable_blocks),
         sliding_window=common_window(specs),
         num_scheduler_steps=runner.buckets.num_steps,
-        proposer=None if speculation is None else NgramProposer(speculation),
+        proposer=make_proposer(speculation_settings(config.speculative_config)),
     )
     vocab_size = network.config.vocab_size
     eos_token_ids = load_eos_token_ids(config.model)
@@ -214,11 +214,21 @@ def join(
     return Engine(core, memory, intake, OutputProcessor(tokenizer), tokenizer, vocab_size)
 
 
-def _load_network(config: EngineConfig, shape: ModelConfig, placement: Placement) -> CausalLM:
-    if config.load_format == "dummy":
-        assert config.seed is not None
-        return init_model(config.model, config.dtype, config.seed, config=shape)
-    return load_model(config.model, config.dtype, placement.parameter, shape)
+def _load_network(
+    config: EngineConfig, shape: ModelConfig, max_model_len: int, placement: Placement
+) -> CausalLM:
+    def load(folder: str, shape: ModelConfig, dtype: Any) -> CausalLM:
+        if config.load_format == "dummy":
+            assert config.seed is not None
+            return init_model(folder, dtype, config.seed, config=shape)
+        return load_model(folder, dtype, placement.parameter, shape)
+
+    network = load(config.model, shape, config.dtype)
+    draft = draft_model_of(config, shape, max_model_len)
+    if draft is None:
+        return network
+    dtype = jax.tree.leaves(nnx.state(network))[0].dtype.name
+    return Drafted(network, load(*draft, dtype))
 
 
 def _build_runner(

@@ -18,6 +18,7 @@ from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device.block_programs import KINDS, BlockPrograms
 from pallas_paged.engine.device.device_memory import stats_of_card
 from pallas_paged.engine.device.fingerprint import fingerprint
+from pallas_paged.engine.device.drafted import Drafted, draft_model_of
 from pallas_paged.engine.device.implementations import (
     choose_attention,
     choose_writes,
@@ -111,6 +112,9 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
     shape = shape.for_length(max_model_len)
     model = abstract_model(shape, config.dtype)
     dtype = jax.tree.leaves(nnx.state(model))[0].dtype
+    if draft := draft_model_of(config, shape, max_model_len):
+        model = Drafted(model, abstract_model(draft[1], dtype))
+        shape = model.config
     cache_dtype = resolve_kv_cache_dtype(config, dtype)
     specs = shape.cache_specs(config.block_size, cache_dtype)
     stats = None

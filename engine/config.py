@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_paged.dispatch import KNOWN_IMPLEMENTATIONS
-from pallas_paged.engine.core.speculation import ngram_settings
+from pallas_paged.engine.core.speculation import speculation_settings
 from pallas_paged.models import ModelConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -81,7 +81,10 @@ class EngineConfig:
         the largest step.
       compile_ahead: compile every bucket when the engine starts instead of at first use.
       speculative_config: guess tokens, and compute several of a sequence in one step: a dictionary
-        with vLLM's keys. "method" is "ngram": what followed the last time that the sequence had its
+        with vLLM's keys. "method" is "draft_model": a small model of the same vocabulary, in the
+        folder "model", guesses "num_speculative_tokens" behind each step; it draws them with the
+        keys that the requests' own samples have, and its keys and values share the pool's blocks.
+        Or "method" is "ngram": what followed the last time that the sequence had its
         last tokens, `prompt_lookup_min` (2) to `prompt_lookup_max` (4) of them, is taken for what
         follows now; up to "num_speculative_tokens" are. Outputs are the same. It is faster for
         texts that repeat their prompt or themselves, and where few sequences run; a request that
@@ -186,7 +189,7 @@ class EngineConfig:
         _require(ok, self, "gpu_memory_utilization", "must be in (0, 1]")
         for name in ("async_scheduling", "deterministic", "compile_ahead", "enable_prefix_caching"):
             _require(isinstance(getattr(self, name), bool), self, name, "must be True or False")
-        speculation = ngram_settings(self.speculative_config)
+        speculation = speculation_settings(self.speculative_config)
         ok = speculation is None or not self.deterministic
         _require(ok, self, "speculative_config", "must be None with deterministic=True")
         ok = self.background_compilation in (None, True, False)

@@ -15,7 +15,8 @@ class Bucket:
     A decode bucket has one token per sequence; `num_tokens == num_seqs` alone does not say so.
     A full one also does what few requests ask for, see `pallas_paged.engine.device.step`. One with
     `num_steps` K > 1, a plain decode bucket, makes up to K decode steps one after the other. One
-    with `num_drafts` D > 0, a mixed bucket, samples behind up to D + 1 tokens of a sequence.
+    with `num_drafts` D > 0, a mixed bucket, samples behind up to D + 1 tokens of a sequence; one that
+    `proposes` also guesses D tokens behind the last one, with a small model.
     """
 
     num_tokens: int
@@ -25,6 +26,7 @@ class Bucket:
     is_full: bool = False
     num_steps: int = 1
     num_drafts: int = 0
+    proposes: bool = False
 
     @property
     def num_logits(self) -> int:
@@ -37,6 +39,7 @@ class Bucket:
         shape = f"{self.num_tokens}x{self.num_seqs}, {self.table_width} blocks each"
         steps = f", up to {self.num_steps} steps" if self.num_steps > 1 else ""
         drafts = f", up to {self.num_drafts} drafts each" if self.num_drafts else ""
+        drafts += ", proposing as many" if self.proposes else ""
         return f"{kind} {shape}{full}{steps}{drafts}"
 
 
@@ -53,6 +56,7 @@ class Buckets:
       num_steps: the most decode steps that one program makes one after the other.
       num_drafts: the most drafts of a sequence in a step.
       draft_tokens: numbers of tokens of steps with drafts.
+      proposes: whether steps with drafts guess the next ones, see `Bucket`.
     """
 
     decode_seqs: tuple[int, ...]
@@ -62,6 +66,7 @@ class Buckets:
     num_steps: int = 1
     num_drafts: int = 0
     draft_tokens: tuple[int, ...] = ()
+    proposes: bool = False
 
     @classmethod
     def for_limits(
@@ -73,6 +78,7 @@ class Buckets:
         deterministic: bool = False,
         num_steps: int = 1,
         num_drafts: int = 0,
+        proposes: bool = False,
     ) -> "Buckets":
         """Returns few sizes up to the maxima; one of each kind for a deterministic engine.
 
@@ -91,6 +97,7 @@ class Buckets:
             num_steps,
             num_drafts,
             _geometric(8, max_num_batched_tokens, 2) if num_drafts else (),
+            proposes,
         )
 
     def pick(
@@ -112,7 +119,7 @@ class Buckets:
         if has_drafts:
             size = _at_least(self.draft_tokens, num_tokens)
             seqs = _at_least(self.mixed_seqs, num_seqs)
-            return Bucket(size, seqs, width, False, is_full, num_drafts=self.num_drafts)
+            return Bucket(size, seqs, width, False, is_full, 1, self.num_drafts, self.proposes)
         if is_decode and self.decode_seqs:
             size = _at_least(self.decode_seqs, num_seqs)
             num_steps = 1 if is_full else self.num_steps
@@ -169,7 +176,7 @@ class Buckets:
             for width in self.table_widths
         ]
         drafts = [
-            Bucket(tokens, seqs, width, is_decode=False, num_drafts=self.num_drafts)
+            Bucket(tokens, seqs, width, False, False, 1, self.num_drafts, self.proposes)
             for tokens in self.draft_tokens
             for seqs in self.mixed_seqs
             for width in self.table_widths

@@ -13,7 +13,7 @@ from pallas_paged.engine.core.queues import Queues
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
 from pallas_paged.engine.core.row_columns import RowColumns
 from pallas_paged.engine.core.scheduled import Batch, ScheduledStep
-from pallas_paged.engine.core.speculation import NgramProposer
+from pallas_paged.engine.core.speculation import Proposer
 from pallas_paged.engine.kv.host_pool import HostPool
 from pallas_paged.engine.kv.interface import Memory
 from pallas_paged.engine.kv.sharing import FullBlocks, window_blocks
@@ -69,7 +69,7 @@ class Committer:
         queues: Queues,
         host_pool: HostPool,
         sliding_window: int | None,
-        proposer: NgramProposer | None,
+        proposer: Proposer | None,
     ) -> None:
         """Works on the scheduler's own memory, columns, queues, host pool and proposer."""
         self._memory = memory
@@ -156,7 +156,7 @@ class Committer:
         return _Appended(gets, lengths, ended, searching)
 
     def _take_back(
-        self, proposer: NgramProposer, batch: Batch, gets: np.ndarray, ends: np.ndarray
+        self, proposer: Proposer, batch: Batch, gets: np.ndarray, ends: np.ndarray
     ) -> None:
         """Takes back what steps computed from wrong drafts, and lets go who gains too little.
 
@@ -177,7 +177,8 @@ class Committer:
                 group = sequence.group
                 group.waits_for_host = False
                 rows = [other.row for other in group.placed if other.row is not None]
-                columns.waits_for_host[rows], columns.runs_on[rows] = False, group.runs_on
+                columns.waits_for_host[rows] = columns.speculates[rows] = False
+                columns.runs_on[rows] = group.runs_on
         if too_long:
             self._memory.truncate(list(too_long), list(too_long.values()))
 

@@ -177,6 +177,8 @@ class EngineCore:
         result = self.executor.collect(in_flight.handle)
         middle = time.perf_counter()
         results = _results(step, result.tokens)
+        if in_flight.planned.plan.bucket.proposes:
+            _keep_proposals(step, result.tokens, in_flight.planned.plan.bucket.num_drafts)
         logprobs = {} if result.logprobs is None else logprobs_of(step, result)
         for b, sequence in enumerate(step.batch.sequences if logprobs else ()):
             if sequence.group.beams is not None and sequence in logprobs:
@@ -273,3 +275,10 @@ def _results(step: ScheduledStep, tokens: np.ndarray) -> list[Result]:
         return results
     rows = zip(tokens[:B].tolist(), num_steps.tolist(), strict=True)
     return [mine[:count] for mine, count in rows]
+
+
+def _keep_proposals(step: ScheduledStep, tokens: np.ndarray, num_drafts: int) -> None:
+    """Gives the sequences what the device guessed behind their samples, i32[B, 2 D + 1]."""
+    batch, proposals = step.batch, tokens[:, num_drafts + 1 :].tolist()
+    for b in np.flatnonzero(batch.samples).tolist():
+        batch.sequences[b].proposals = proposals[b]

@@ -47,4 +47,5 @@ def fork_ready(columns: RowColumns, planned: TokenPlan, memory: Memory) -> Token
         np.insert(planned.counts, places, 0),
         np.insert(planned.steps, places, 1),
         np.insert(planned.drafts, places, 0),
+        np.insert(planned.ahead, places, 0),
     )

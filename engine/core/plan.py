@@ -54,7 +54,7 @@ class StepPlan(NamedTuple):
         parts = [
             divmod(self.step_id, 2**31),  # a server may make more steps than that
             [bucket.num_tokens, bucket.num_seqs, bucket.table_width],
-            [bucket.num_steps, bucket.num_drafts],
+            [bucket.num_steps, bucket.num_drafts, bucket.proposes],
             [bucket.is_decode, bucket.is_full, self.wants_logprobs],
             self.dropped_chunks,
             *self.copies,
@@ -78,7 +78,7 @@ class StepPlan(NamedTuple):
         parts = iter(np.split(ints[1 + ints[0] :], ends[:-1]))
         high, low = next(parts).tolist()
         num_tokens, num_seqs, table_width = next(parts).tolist()
-        num_steps, num_drafts = next(parts).tolist()
+        num_steps, num_drafts, proposes = next(parts).tolist()
         is_decode, is_full, wants_logprobs = map(bool, next(parts))
         dropped = tuple(next(parts).tolist())
         copies = CopyPairs(next(parts), next(parts))
@@ -92,7 +92,16 @@ class StepPlan(NamedTuple):
         table_edits = tuple(np.stack([next(parts), next(parts)]) for _ in range(num_edits))
         return cls(
             high * 2**31 + low,
-            Bucket(num_tokens, num_seqs, table_width, is_decode, is_full, num_steps, num_drafts),
+            Bucket(
+                num_tokens,
+                num_seqs,
+                table_width,
+                is_decode,
+                is_full,
+                num_steps,
+                num_drafts,
+                bool(proposes),
+            ),
             dropped,
             moves[:num_outs],
             moves[num_outs:],
@@ -109,7 +118,8 @@ class StepResult(NamedTuple):
     """What a step brought to the host, row by row as in the plan's inputs.
 
     Attributes:
-      tokens: i32[B, K], the samples of the bucket's `num_steps`, or D + 1 of its `num_drafts`. V in
+      tokens: i32[B, K], the samples of the bucket's `num_steps`, or D + 1 of its `num_drafts`,
+        and what it proposes behind them. V in
         the place of a sample where the logits are not finite, V + 1 where the rules leave no token.
         Anything behind such a place, behind a token that ends the row's sequence, and where nothing
         is sampled.

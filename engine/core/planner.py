@@ -85,6 +85,8 @@ class Planner:
         B, width = len(batch.sequences), -(-int(batch.ends.max()) // self._memory.block_size)
         is_decode = bool((batch.num_tokens == 1).all()) and not any(targets)
         num_steps, has_drafts = int(batch.num_steps.max()), bool(batch.num_drafts.any())
+        if self._buckets.proposes:
+            has_drafts |= any(sequence.group.speculates for sequence in batch.sequences)
         kind = {"is_decode": is_decode, "is_full": is_full, "has_drafts": has_drafts}
 
         def all_that_fit() -> list[Bucket]:
@@ -96,6 +98,9 @@ class Planner:
         likely = None
         if not is_decode and not has_drafts:
             likely = self._buckets.pick(B, B, width, is_decode=True, is_full=samples_full)
+        elif self._buckets.proposes:
+            most = min(B * (1 + self._buckets.num_drafts), self._buckets.draft_tokens[-1])
+            likely = self._buckets.pick(most, B, width, is_decode=False, has_drafts=True)
         assert bucket.num_steps >= num_steps, "no program makes so many steps"
         prompt_targets, prompts = _take_targets(scheduled, targets)
         table_edits, last_edit = self._table_edits.next_edits(batch.rows, bucket.num_seqs)

@@ -51,6 +51,7 @@ class TokenSequence:
       hits: cached blocks that were found for it while it waits, see `PrefixCache.match`.
       num_late: tokens that uncommitted steps sample although it has lost its row.
       drafts: guesses of the tokens that come next, for the step that is scheduled.
+      proposals: what the last step guessed on the device.
       candidates: of a beam whose last token is computed, until the others' are too; else None.
       finish_reason: None until it finished.
       stop_reason: the stop token or stop string that ended it, None for any other end.
@@ -70,6 +71,7 @@ class TokenSequence:
     hits: list[Hit] = dataclasses.field(init=False, default_factory=list, repr=False)
     num_late: int = dataclasses.field(init=False, default=0)
     drafts: list[int] = dataclasses.field(init=False, default_factory=list)
+    proposals: list[int] = dataclasses.field(init=False, default_factory=list)
     candidates: Candidates | None = dataclasses.field(init=False, default=None)
     finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
     stop_reason: int | str | None = dataclasses.field(init=False, default=None)
@@ -97,6 +99,11 @@ class TokenSequence:
     def prompt_token_ids(self) -> tuple[int, ...]:
         """The group's."""
         return self.group.prompt_token_ids
+
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens of its sequences are guessed."""
+        return self.waits_for_host and self.beams is None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -155,6 +162,7 @@ class TokenSequence:
         columns.num_reserved[row], columns.num_remembered[row] = progress[2:]
         columns.max_length[row] = group.max_length
         columns.waits_for_host[row], columns.is_held[row] = group.waits_for_host, group.is_held
+        columns.speculates[row] = group.speculates
         columns.has_told[row] = False
         columns.runs_on[row] = group.runs_on
         columns.token_ids[row], columns.ending_ids[row] = self.token_ids, group.ending_ids
@@ -169,7 +177,7 @@ class TokenSequence:
             self.columns.clear(self.row)
         self.columns = None
         self.row = self.leader = self.candidates = None
-        self.drafts = []
+        self.drafts, self.proposals = [], []
         self.num_shared = 0
 
     def continued(self, index: int, token: int) -> "TokenSequence":
@@ -261,6 +269,11 @@ class SequenceGroup:
             self.waits_for_host = True
             mine = self.num_seqs, self.max_tokens, self.ending_ids
             assert (self.beams.width, self.beams.max_tokens, self.beams.ending_ids) == mine
+
+    @property
+    def speculates(self) -> bool:
+        """Whether tokens of its sequences are guessed."""
+        return self.waits_for_host and self.beams is None
 
     @property
     def num_prompt_tokens(self) -> int:

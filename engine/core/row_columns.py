@@ -34,9 +34,11 @@ class RowColumns:
       num_remembered: i32[R], full blocks that the memory was told of, see `Memory.remember`.
       max_length: i32[R], the group's, as are the next two.
       waits_for_host: bool[R].
+      speculates: bool[R].
       is_held: bool[R].
       runs_on: bool[R], see `SequenceGroup.runs_on`.
       num_drafts: i32[R], tokens in the sequences' `drafts`.
+      num_ahead: see `Proposer`; the same for all rows.
       has_told: bool[R], whether a token that ends nothing is all that there is to tell: new times,
         for instance, were told with a token before.
       token_ids: the sequences' own lists, prompt and output.
@@ -48,6 +50,7 @@ class RowColumns:
     def __init__(self, num_rows: int) -> None:
         """Starts with empty rows."""
         self._num_rows = num_rows
+        self.num_ahead = 0
         self.clear_all()
 
     def clear_all(self) -> None:
@@ -58,7 +61,7 @@ class RowColumns:
         self.num_reserved, self.num_dispatched, self.num_computed = np.zeros((3, R), np.int32)
         self.num_remembered = np.zeros(R, np.int32)
         self.waits_for_host, self.is_held, self.has_told = np.zeros((3, R), bool)
-        self.runs_on = np.zeros(R, bool)
+        self.runs_on, self.speculates = np.zeros((2, R), bool)
         self.num_drafts = np.zeros(R, np.int32)
         self.token_ids: list[list[int]] = [[]] * R
         self.ending_ids: list[frozenset[int]] = [frozenset()] * R

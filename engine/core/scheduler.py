@@ -32,9 +32,9 @@ from pallas_paged.engine.core.queues import Queues, placed_of, rows_of
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
 from pallas_paged.engine.core.row_columns import RowColumns
 from pallas_paged.engine.core.scheduled import ScheduledStep
-from pallas_paged.engine.core.speculation import NgramProposer, propose
+from pallas_paged.engine.core.speculation import Proposer, propose
 from pallas_paged.engine.core.swapping import swap_out
-from pallas_paged.engine.core.token_plan import TokenPlan, dispatch, plan, run_on
+from pallas_paged.engine.core.token_plan import TokenPlan, dispatch, plan, run_on, with_room
 from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
 from pallas_paged.engine.kv.interface import Memory
 from pallas_paged.engine.kv.sharing import NO_COPIES, CopyPairs, Root
@@ -75,7 +75,7 @@ class Scheduler:
         host_pool: HostPool | None = None,
         sliding_window: int | None = None,
         num_scheduler_steps: int = 1,
-        proposer: NgramProposer | None = None,
+        proposer: Proposer | None = None,
     ) -> None:
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1),
@@ -98,6 +98,7 @@ class Scheduler:
         self.admission = Admission(memory, columns, self.host_pool, max_num_seqs, max_model_len)
         self.queues = Queues(Order() if order is None else order)
         self.proposer = proposer
+        columns.num_ahead = 0 if proposer is None else proposer.num_ahead
         self._committer = Committer(
             memory, columns, self.queues, self.host_pool, sliding_window, proposer
         )
@@ -283,6 +284,8 @@ class Scheduler:
         if self.proposer is not None:
             propose(self.proposer, columns, queues.placed, rows)
         planned = plan(columns, queues.placed, rows, self.max_num_batched_tokens)
+        if columns.num_ahead:
+            planned = with_room(columns, planned)
         if self.num_scheduler_steps == 1 or not len(planned.rows) or not queues.are_forked:
             return planned
         may_admit = queues.waiting and queues.num_rows < self.admission.max_num_seqs

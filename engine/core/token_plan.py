@@ -22,6 +22,7 @@ class TokenPlan(NamedTuple):
       steps: i32[B], how many decode steps from there on, the first included; more than 1 only where
         `run_on` says so.
       drafts: i32[B], how many of the tokens, the last ones, are `TokenSequence.drafts`.
+      ahead: i32[B], how many tokens behind these there shall be room for, where the device guesses.
     """
 
     sequences: Sequence[TokenSequence]
@@ -30,6 +31,7 @@ class TokenPlan(NamedTuple):
     counts: np.ndarray
     steps: np.ndarray
     drafts: np.ndarray
+    ahead: np.ndarray
 
     @property
     def num_tokens(self) -> int:
@@ -38,19 +40,22 @@ class TokenPlan(NamedTuple):
 
     def growth(self, columns: RowColumns) -> tuple[np.ndarray, np.ndarray]:
         """Returns which rows need room for more tokens than they have, and for how many, i32[K]."""
-        growth = self.starts + self.counts + self.steps - 1 - columns.num_reserved[self.rows]
+        ends = self.starts + self.counts + self.steps - 1 + self.ahead
+        growth = ends - columns.num_reserved[self.rows]
         grows = growth > 0
         return self.rows[grows], growth[grows]
 
     @property
     def has_more(self) -> bool:
-        """Whether some sequence makes several steps, or has drafts."""
-        return bool((self.steps > 1).any() or self.drafts.any())
+        """Whether some sequence makes several steps, has drafts, or room for others."""
+        return bool((self.steps > 1).any() or self.drafts.any() or self.ahead.any())
 
     def least(self) -> "TokenPlan":
         """Returns the first of these steps, without drafts."""
-        ones, counts = np.ones_like(self.steps), self.counts - self.drafts
-        return self._replace(counts=counts, steps=ones, drafts=np.zeros_like(self.drafts))
+        ones, zeros = np.ones_like(self.steps), np.zeros_like(self.steps)
+        return self._replace(
+            counts=self.counts - self.drafts, steps=ones, drafts=zeros, ahead=zeros
+        )
 
     def and_then(self, other: "TokenPlan") -> "TokenPlan":
         """Returns what these sequences and the other ones compute."""
@@ -79,7 +84,19 @@ def plan(
         rows, starts = rows[chosen], starts[chosen]
         counts, known = counts[chosen], known[chosen]
     drafts = np.maximum(counts - known, 0)
-    return TokenPlan(sequences, rows, starts, counts, np.ones_like(counts), drafts)
+    ones, zeros = np.ones_like(counts), np.zeros_like(counts)
+    return TokenPlan(sequences, rows, starts, counts, ones, drafts, zeros)
+
+
+def with_room(columns: RowColumns, planned: TokenPlan) -> TokenPlan:
+    """Returns the plan with room behind the sequences of which the device guesses tokens."""
+    ends = planned.starts + planned.counts
+    samples = ends - planned.drafts == columns.num_known[planned.rows]
+    guesses = columns.speculates[planned.rows] & samples
+    for b in np.flatnonzero(guesses).tolist():
+        guesses[b] = planned.sequences[b].group.is_forked  # else its blocks are about to be shared
+    most = np.clip(columns.max_length[planned.rows] - ends, 0, columns.num_ahead)
+    return planned._replace(ahead=np.where(guesses, most, 0))
 
 
 def run_on(columns: RowColumns, planned: TokenPlan, most: int, *, keeps_all: bool) -> TokenPlan:
@@ -100,7 +117,7 @@ def run_on(columns: RowColumns, planned: TokenPlan, most: int, *, keeps_all: boo
 
 def dispatch(columns: RowColumns, planned: TokenPlan) -> Batch:
     """Counts the planned tokens as dispatched; there is room for them."""
-    sequences, rows, starts, counts, steps, drafts = planned
+    sequences, rows, starts, counts, steps, drafts, ahead = planned
     ends, num_tokens = starts + counts - drafts, columns.num_tokens[rows]
     samples, on_device = ends == num_tokens, ends > columns.num_known[rows]
     assert (counts[on_device] == 1).all(), "the host does not know these tokens"
@@ -108,7 +125,7 @@ def dispatch(columns: RowColumns, planned: TokenPlan) -> Batch:
     batch = Batch(sequences, numbers, rows, starts, counts, samples, on_device, steps, drafts)
     columns.num_tokens[rows] = num_tokens + steps * (samples & ~columns.waits_for_host[rows])
     columns.num_dispatched[rows] = batch.ends
-    columns.num_reserved[rows] = np.maximum(columns.num_reserved[rows], batch.ends)
+    columns.num_reserved[rows] = np.maximum(columns.num_reserved[rows], batch.ends + ahead)
     columns.num_drafts[rows] = drafts
     for b in np.flatnonzero(~on_device).tolist():
         assert _reads_what_is_written(sequences[b]), "reads unwritten blocks"

@@ -20,7 +20,7 @@ from pallas_paged.engine.config import (
 )
 from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.logprobs import width_for
-from pallas_paged.engine.core.speculation import ngram_settings
+from pallas_paged.engine.core.speculation import DraftModelSettings, speculation_settings
 from pallas_paged.engine.device.device_memory import memory_stats, usable_bytes
 from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
 from pallas_paged.engine.device.programs import StepPrograms
@@ -85,7 +85,7 @@ class PoolPlan:
 
 def buckets_for(config: EngineConfig, max_blocks_per_seq: int, platform: str) -> Buckets:
     """Returns the shapes of the steps of an engine on devices of a platform."""
-    speculation = ngram_settings(config.speculative_config)
+    speculation = speculation_settings(config.speculative_config)
     return Buckets.for_limits(
         config.max_num_seqs,
         config.max_num_batched_tokens,
@@ -93,6 +93,7 @@ def buckets_for(config: EngineConfig, max_blocks_per_seq: int, platform: str) ->
         deterministic=config.deterministic,
         num_steps=resolve_num_scheduler_steps(config, platform),
         num_drafts=0 if speculation is None else speculation.num_speculative_tokens,
+        proposes=isinstance(speculation, DraftModelSettings),
     )
 
 

@@ -8,8 +8,9 @@ asked for is skipped when the program runs.
 A plain decode bucket may have several steps: a loop, in which each step is what it is alone. The
 host says how many each sequence makes; one that gets a token which ends it makes no more.
 
-A plain mixed bucket may have drafts: tokens that somebody guessed. It samples behind each of them,
-and the host sees which were right.
+A mixed bucket may have drafts: tokens that somebody guessed. It samples behind each of them, and
+the host sees which were right. If it proposes, a small model guesses the next ones, behind what is
+right.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from flax import nnx
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.logprobs import packed_width
 from pallas_paged.engine.core.step_inputs import DraftInputs, ManyInputs, StepInputs
+from pallas_paged.engine.device.drafted import Drafted, Last, propose
 from pallas_paged.engine.device.logprobs import pack
 from pallas_paged.engine.device.row_state import RowState, apply_rules, count_tokens
 from pallas_paged.engine.device.rows import Rows, edit_tables
@@ -50,7 +52,8 @@ class StepArrays(NamedTuple):
     Attributes:
       kv_caches: in the place of those that were donated.
       rows: with this step's samples and entries of block tables.
-      tokens: i32[B, K], the samples of the bucket's `num_steps`, or `num_drafts` + 1. A sequence
+      tokens: i32[B, K], the samples of the bucket's `num_steps`, or `num_drafts` + 1, and what it
+        proposes behind them, as many as `num_drafts`. A sequence
         whose logits are not finite gets V, one whose rules leave no token V + 1, which are no
         tokens: the host turns them into errors. 0 for steps that it does not make.
       logprobs: of a full step in which a row asks for them, see `logprobs.pack`, whose first column
@@ -119,12 +122,16 @@ def run_step(
         of_all = model.compute_logits(hidden[x.drafts.places])
         logits, behind = of_all[x.drafts.firsts], _sample_behind(of_all, x, x.drafts, bucket)
 
+    with_proposals = functools.partial(
+        _with_proposals, x, model, input_ids, metadata, attend, bucket, len(rows.last_tokens) - 1
+    )
     wrong = cannot_sample(logits)
     if x.full is None or row_state is None:
         tokens = sample(logits, sampling_inputs(x))
         rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(tokens))
         tokens = jnp.where(wrong, logits.shape[-1], tokens)
         tokens = _with_drafts(tokens, behind, x)
+        tokens, kv_caches = with_proposals(tokens, kv_caches)
         return StepArrays(kv_caches, rows, tokens, None, None, None)
 
     counts = count_tokens(row_state.counts, x.full.counted_rows, input_ids[x.logits_indices])
@@ -140,7 +147,7 @@ def run_step(
         lambda: jnp.zeros((bucket.num_seqs, packed_width(logprobs_width)), jnp.int32),
     )
     kept = None if bucket.is_decode else hidden
-    tokens = _with_drafts(tokens, behind, x)
+    tokens, kv_caches = with_proposals(_with_drafts(tokens, behind, x), kv_caches)
     return StepArrays(kv_caches, rows, tokens, found, counts, kept)
 
 
@@ -173,6 +180,40 @@ def _with_drafts(
         return tokens[:, None]
     alone = jnp.pad(tokens[:, None], ((0, 0), (0, behind.shape[1] - 1)))
     return jnp.where(x.drafts.num_drafts[:, None] > 0, behind, alone)
+
+
+def _with_proposals(
+    x: StepInputs[jax.Array],
+    model: CausalLM,
+    input_ids: jax.Array,
+    metadata: AttentionMetadata,
+    attend: Attend,
+    bucket: Bucket,
+    num_rows: int,
+    tokens: jax.Array,
+    kv_caches: Caches,
+) -> tuple[jax.Array, Caches]:
+    """Returns i32[B, 2 D + 1], `tokens` i32[B, D + 1] and as many guesses as drafts; and caches.
+
+    In buckets that do not propose both are as they were.
+    """
+    if not bucket.proposes or x.drafts is None:
+        return tokens, kv_caches
+    assert isinstance(model, Drafted)
+    count, places = bucket.num_drafts, jnp.arange(bucket.num_drafts)[None]
+    behind = jnp.minimum(x.drafts.firsts[:, None] + 1 + places, bucket.num_logits - 1)
+    drafts = input_ids[x.drafts.places[behind]]
+    agrees = (drafts == tokens[:, :count]) & (places < x.drafts.num_drafts[:, None])
+    num_right = jnp.sum(jnp.cumprod(agrees.astype(jnp.int32), axis=1), axis=1)
+    last = Last(
+        jnp.take_along_axis(tokens, num_right[:, None], axis=1)[:, 0],
+        x.sample_positions + num_right,
+        x.sample_rows < num_rows,
+    )
+    guesses, caches = propose(
+        model, last, metadata.block_tables, kv_caches, sampling_inputs(x), attend, count
+    )
+    return jnp.concatenate([tokens, guesses], axis=1), caches
 
 
 def _run_steps(

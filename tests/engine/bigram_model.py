@@ -17,7 +17,8 @@ from pallas_paged.engine import BeamSearchParams, SamplingParams
 from pallas_paged.engine.build import join
 from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.scheduler import Scheduler
-from pallas_paged.engine.core.speculation import NgramProposer
+from pallas_paged.engine.core.speculation import Proposer
+from pallas_paged.engine.device.drafted import Drafted
 from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.device.sampling import SamplingInputs, sample
 from pallas_paged.engine.engine import Engine
@@ -72,17 +73,28 @@ def make_engine(
     max_logprobs: int = 20,
     tokenizer: Any = None,
     num_scheduler_steps: int = 1,
-    proposer: NgramProposer | None = None,
+    proposer: Proposer | None = None,
+    draft: np.ndarray | None = None,
 ) -> Engine:
-    """Returns an engine with rows for 4 sequences and prompts in chunks of 8 tokens."""
+    """Returns an engine with rows for 4 sequences and prompts in chunks of 8 tokens.
+
+    With a table `draft` that one guesses.
+    """
     memory = BlockTableMemory(
         num_blocks=num_blocks, block_size=4, max_num_seqs=4, max_model_len=MAX_MODEL_LEN
     )
     width = memory.tables.shape[1]
-    num_drafts = 0 if proposer is None else proposer.settings.num_speculative_tokens
-    buckets = Buckets.for_limits(4, 8, width, num_steps=num_scheduler_steps, num_drafts=num_drafts)
+    num_drafts = 0 if proposer is None else proposer.num_speculative_tokens
+    buckets = Buckets.for_limits(
+        4,
+        8,
+        width,
+        num_steps=num_scheduler_steps,
+        num_drafts=num_drafts,
+        proposes=draft is not None,
+    )
     runner = ModelRunner(
-        Bigram(table),
+        Bigram(table) if draft is None else Drafted(Bigram(table), Bigram(draft)),
         num_blocks=num_blocks,
         block_size=4,
         kv_cache_dtype=jnp.dtype(jnp.float32),

@@ -555,7 +555,7 @@ def make_whole_engine(
             max_num_tokens,
             max_blocks_per_seq,
             num_steps=options.get("num_scheduler_steps", 1),
-            num_drafts=0 if proposer is None else proposer.settings.num_speculative_tokens,
+            num_drafts=0 if proposer is None else proposer.num_speculative_tokens,
         ),
         vocab_size=VOCAB_SIZE,
         max_model_len=scheduler.admission.max_model_len,

@@ -70,8 +70,9 @@ def mixed_recovery(group: SequenceGroup) -> Recovery:
 class Guesses(NgramProposer):
     """Guesses that are often right: the mock model's own tokens, and now and then another."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_ahead: int) -> None:
         super().__init__(NgramSettings(5, min_gain=1.0))
+        self.num_ahead = num_ahead
 
     def propose(self, sequence: TokenSequence, most: int) -> list[int]:
         tokens = list(sequence.token_ids)
@@ -200,7 +201,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             choose_recovery=setting.recovery,
             sliding_window=setting.sliding_window,
             num_scheduler_steps=setting.num_scheduler_steps,
-            proposer=Guesses() if setting.speculates else None,
+            proposer=Guesses(setting.spare_blocks % 4) if setting.speculates else None,
         )
         self.scheduler = self.engine.scheduler
         self.displace, self.scheduler._displace = self.scheduler._displace, self.displace_for_head

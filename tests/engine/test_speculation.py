@@ -14,8 +14,8 @@ from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
 from pallas_paged.engine.core.speculation import (
     NgramProposer,
     NgramSettings,
-    ngram_settings,
     num_right,
+    speculation_settings,
 )
 from pallas_paged.engine.engine import Engine
 from pallas_paged.models.demo import DEMO_MODEL
@@ -252,21 +252,23 @@ def test_stop_strings_end_in_the_middle_of_several_tokens() -> None:
 
 
 def test_options() -> None:
-    assert ngram_settings(None) is None
-    assert ngram_settings(NGRAM) == NgramSettings(4, 4, 2, 0.25)
+    assert speculation_settings(None) is None
+    assert speculation_settings(NGRAM) == NgramSettings(4, 4, 2, 0.25)
     chosen = NGRAM | {"prompt_lookup_max": 3, "prompt_lookup_min": 1, "min_gain": 0}
-    assert ngram_settings(chosen) == NgramSettings(4, 3, 1, 0)
+    assert speculation_settings(chosen) == NgramSettings(4, 3, 1, 0)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ("ngram", "must be a dictionary or None"),
-        ({"num_speculative_tokens": 3}, "must have the method 'ngram'"),
-        ({"method": "eagle", "num_speculative_tokens": 3}, "must have the method 'ngram'"),
-        ({"method": "ngram"}, "must have num_speculative_tokens"),
-        (NGRAM | {"model": "x"}, "must have num_speculative_tokens, and may have min_gain, "),
-        (NGRAM | {"num_speculative_tokens": 0}, "integers from 1 to 64"),
+        ({"num_speculative_tokens": 3}, "must have a method, one of 'ngram', 'draft_model'"),
+        ({"method": "eagle", "num_speculative_tokens": 3}, "must have a method, one of"),
+        ({"method": "ngram"}, "must have num_speculative_tokens with the method 'ngram'"),
+        (NGRAM | {"model": "x"}, "'ngram', and may have prompt_lookup_max, prompt_lookup_min, min"),
+        (NGRAM | {"num_speculative_tokens": 0}, "an integer from 1 to 64 as num_speculative"),
+        (NGRAM | {"method": "draft_model"}, "num_speculative_tokens and model with the method"),
+        (NGRAM | {"method": "draft_model", "model": 3}, "must have a folder as model"),
         (NGRAM | {"prompt_lookup_min": 5}, "a minimum above the maximum"),
         (NGRAM | {"min_gain": -1}, "min_gain >= 0"),
     ],
