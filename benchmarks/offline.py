@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -73,9 +73,12 @@ _KV_CACHE_MEMORY_BYTES = flags.DEFINE_integer(
 _NUM_SPECULATIVE_TOKENS = flags.DEFINE_integer(
     "num_speculative_tokens",
     None,
-    "Guess so many tokens a step, those that followed the last time. Random weights repeat "
-    "themselves, and are guessed better than text.",
+    "Guess so many tokens a step: with --draft_model, or else those that followed the last time. "
+    "Random weights repeat themselves, and are guessed better than text.",
     lower_bound=1,
+)
+_DRAFT_MODEL = flags.DEFINE_string(
+    "draft_model", None, "Folder of a small model that guesses; needs --num_speculative_tokens."
 )
 _BASELINE = flags.DEFINE_list(
     "baseline",
@@ -136,11 +139,14 @@ def make_llm() -> LLM:
         "num_blocks": _NUM_BLOCKS.value,
         "kv_cache_memory_bytes": _KV_CACHE_MEMORY_BYTES.value,
     } | watching_options()
+    if _DRAFT_MODEL.value is not None and _NUM_SPECULATIVE_TOKENS.value is None:
+        raise ValueError(f"--draft_model={_DRAFT_MODEL.value} needs --num_speculative_tokens")
     if _NUM_SPECULATIVE_TOKENS.value is not None:
-        options["speculative_config"] = {
-            "method": "ngram",
-            "num_speculative_tokens": _NUM_SPECULATIVE_TOKENS.value,
-        }
+        speculation: dict[str, Any] = {"method": "ngram"}
+        if _DRAFT_MODEL.value is not None:
+            speculation = {"method": "draft_model", "model": _DRAFT_MODEL.value}
+        speculation["num_speculative_tokens"] = _NUM_SPECULATIVE_TOKENS.value
+        options["speculative_config"] = speculation
     if _RANDOM_MODEL.value is None:
         llm = LLM(_MODEL.value, **options)
     else:

@@ -17,8 +17,8 @@ from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device.block_programs import KINDS, BlockPrograms
 from pallas_paged.engine.device.device_memory import stats_of_card
-from pallas_paged.engine.device.fingerprint import fingerprint
 from pallas_paged.engine.device.drafted import Drafted, draft_model_of
+from pallas_paged.engine.device.fingerprint import fingerprint
 from pallas_paged.engine.device.implementations import (
     choose_attention,
     choose_writes,

@@ -15,8 +15,8 @@ class Bucket:
     A decode bucket has one token per sequence; `num_tokens == num_seqs` alone does not say so.
     A full one also does what few requests ask for, see `pallas_paged.engine.device.step`. One with
     `num_steps` K > 1, a plain decode bucket, makes up to K decode steps one after the other. One
-    with `num_drafts` D > 0, a mixed bucket, samples behind up to D + 1 tokens of a sequence; one that
-    `proposes` also guesses D tokens behind the last one, with a small model.
+    with `num_drafts` D > 0, a mixed bucket, samples behind up to D + 1 tokens of a sequence; if it
+    `proposes`, a small model also guesses D tokens behind the last one.
     """
 
     num_tokens: int

@@ -101,11 +101,6 @@ class TokenSequence:
         return self.group.prompt_token_ids
 
     @property
-    def speculates(self) -> bool:
-        """Whether tokens of its sequences are guessed."""
-        return self.waits_for_host and self.beams is None
-
-    @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self.group.prompt_token_ids)

@@ -47,10 +47,10 @@ class RowColumns:
       indices: which of the request's completions they are.
     """
 
-    def __init__(self, num_rows: int) -> None:
+    def __init__(self, num_rows: int, num_ahead: int = 0) -> None:
         """Starts with empty rows."""
         self._num_rows = num_rows
-        self.num_ahead = 0
+        self.num_ahead = num_ahead
         self.clear_all()
 
     def clear_all(self) -> None:

@@ -94,16 +94,14 @@ class Scheduler:
         self.watermark_blocks = watermark_blocks
         self.num_preemptions = 0
         self.host_pool = HostPool(0, memory.num_usable_blocks) if host_pool is None else host_pool
-        self._columns = columns = RowColumns(len(memory.tables))
+        columns = RowColumns(len(memory.tables), proposer.num_ahead if proposer else 0)
+        self._columns, self.proposer = columns, proposer
         self.admission = Admission(memory, columns, self.host_pool, max_num_seqs, max_model_len)
         self.queues = Queues(Order() if order is None else order)
-        self.proposer = proposer
-        columns.num_ahead = 0 if proposer is None else proposer.num_ahead
         self._committer = Committer(
             memory, columns, self.queues, self.host_pool, sliding_window, proposer
         )
-        self._choose_recovery = choose_recovery
-        self.num_scheduler_steps = num_scheduler_steps
+        self._choose_recovery, self.num_scheduler_steps = choose_recovery, num_scheduler_steps
         self._arrivals = itertools.count()
         self._swap_outs: list[BlockMove] = []  # for the next step
         self._in_flight: collections.deque[ScheduledStep] = collections.deque()
@@ -283,9 +281,8 @@ class Scheduler:
         queues, columns, rows = self.queues, self._columns, self.queues.placed_rows
         if self.proposer is not None:
             propose(self.proposer, columns, queues.placed, rows)
-        planned = plan(columns, queues.placed, rows, self.max_num_batched_tokens)
-        if columns.num_ahead:
-            planned = with_room(columns, planned)
+        budget = self.max_num_batched_tokens
+        planned = with_room(columns, plan(columns, queues.placed, rows, budget))
         if self.num_scheduler_steps == 1 or not len(planned.rows) or not queues.are_forked:
             return planned
         may_admit = queues.waiting and queues.num_rows < self.admission.max_num_seqs

@@ -116,7 +116,8 @@ class Proposer:
 
     Attributes:
       num_speculative_tokens: the most drafts of a step.
-      num_ahead: tokens behind a step's own that a sequence needs room for, where the device guesses.
+      num_ahead: for how many tokens behind a step's own there shall be room, where the device
+        guesses.
       num_drafts: tokens that were proposed.
       num_accepted: of them, those that were right.
     """

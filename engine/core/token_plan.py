@@ -90,6 +90,8 @@ def plan(
 
 def with_room(columns: RowColumns, planned: TokenPlan) -> TokenPlan:
     """Returns the plan with room behind the sequences of which the device guesses tokens."""
+    if not columns.num_ahead:
+        return planned
     ends = planned.starts + planned.counts
     samples = ends - planned.drafts == columns.num_known[planned.rows]
     guesses = columns.speculates[planned.rows] & samples

@@ -7,7 +7,7 @@ happens to both. Decode steps alone leave the small model out: nothing is guesse
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from pallas_paged.engine.core.speculation import DraftModelSettings, speculation
 from pallas_paged.engine.device.sampling import SamplingInputs, sample
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.models import CausalLM, ModelConfig, load_config
+from pallas_paged.models.attend import paged_attend
 from pallas_paged.models.interface import Attend, Context
 
 
@@ -90,6 +91,11 @@ def draft_model_of(
     return settings.model, draft
 
 
+def num_caches(config: ModelConfig) -> int:
+    """Returns how many caches a model has: not all layers need have one of their own."""
+    return len(config.cache_specs(1, jnp.float32))
+
+
 class Drafted(nnx.Module):
     """Computes both models, and is the first of them to who asks."""
 
@@ -100,7 +106,7 @@ class Drafted(nnx.Module):
 
     def split(self, kv_caches: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Returns the caches of the model and those of the draft model."""
-        count = self.config.num_layers
+        count = num_caches(self.config.parts[0])
         return tuple(kv_caches[:count]), tuple(kv_caches[count:])
 
     def __call__(
@@ -109,7 +115,7 @@ class Drafted(nnx.Module):
         metadata: AttentionMetadata,
         kv_caches: Sequence[KVCache | None],
         *,
-        attend: Attend,
+        attend: Attend = paged_attend,
         context: Context = None,
     ) -> tuple[jax.Array, tuple[KVCache | None, ...]]:
         """See `CausalLM`; the hidden states are the model's own."""
@@ -183,11 +189,11 @@ def propose(
             query_start_loc=jnp.arange(len(tokens) + 1, dtype=jnp.int32),
             max_query_len=1,
         )
-        hidden, caches = model.draft(tokens, metadata, caches, attend=attend)
+        hidden, updated = model.draft(tokens, metadata, caches, attend=attend)
         logits = model.draft.compute_logits(hidden)
         drawn = sample(logits, sampling._replace(positions=positions + 1))
         drawn = jnp.where(last.is_there, jnp.clip(drawn, 0, logits.shape[-1] - 1), 0)
-        return drawn, guesses.at[:, i].set(drawn), caches
+        return drawn, guesses.at[:, i].set(drawn), cast(tuple[KVCache, ...], updated)
 
     guesses = jnp.zeros((len(last.tokens), num_tokens), jnp.int32)
     state = jax.lax.fori_loop(0, num_tokens, guess, (last.tokens, guesses, others))

@@ -8,7 +8,7 @@ import jax
 
 from pallas_paged.cache_spec import CacheSpec
 from pallas_paged.engine.config import EngineConfig
-from pallas_paged.engine.device.drafted import parts_of
+from pallas_paged.engine.device.drafted import num_caches, parts_of
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import ModelConfig
 from pallas_paged.ops.attention import api as attention
@@ -60,7 +60,7 @@ def _attentions(
     shape: ModelConfig, dtype: Any, specs: Sequence[CacheSpec]
 ) -> Iterator[tuple[jax.ShapeDtypeStruct, KVCache]]:
     """Yields each kind of attention in a model's layers: the shapes of queries and of a cache."""
-    heads = [part.num_q_heads for part in parts_of(shape) for _ in range(part.num_layers)]
+    heads = [part.num_q_heads for part in parts_of(shape) for _ in range(num_caches(part))]
     for num_q_heads, spec in dict.fromkeys(zip(heads, specs, strict=True)):
         cache = spec.shapes(2)
         yield jax.ShapeDtypeStruct((1, num_q_heads, cache.k.shape[3]), dtype), cache
