@@ -9,13 +9,15 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from pallas_paged.ops.cpu.xla_call import COMPILED_ONLY
+
 
 def wide(x: Any) -> Any:
     """Returns a stored number as float32."""
     raise NotImplementedError("compiled code only")
 
 
-@overload(wide, strict=False)
+@overload(wide, strict=False, jit_options=COMPILED_ONLY)
 def _wide(x: Any) -> Any:
     if x == types.uint16:
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
@@ -27,7 +29,7 @@ def narrow(x: Any, like: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-@overload(narrow, strict=False)
+@overload(narrow, strict=False, jit_options=COMPILED_ONLY)
 def _narrow(x: Any, like: Any) -> Any:
     if like == types.float32:
         return lambda x, like: x

@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 from pallas_paged.ops.cpu import xla_call
 from pallas_paged.ops.cpu.xla_call import (
+    COMPILED_ONLY,
     add,
     ask_for_thread,
     call,
@@ -63,19 +64,19 @@ def _team(typing_context: Any) -> Any:
     return types.intp(), generate
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def _place(job: int) -> int:
     """Returns the address of a job's slot."""
     return _team() + 8 * _SLOT_WORDS * (1 + (job & _SLOT_MASK))
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def is_job(address: int) -> bool:
     """Whether a helper is called, with a job, and not XLA's own thread with a frame."""
     return address < 0
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def open_job(frame: int, task: int, num_items: int, note: int) -> int:
     """Returns a new job of at most `MAX_ITEMS` items, which helpers work at by calling `task`.
 
@@ -100,13 +101,13 @@ def open_job(frame: int, task: int, num_items: int, note: int) -> int:
     return _job(slot, state)
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def _job(slot: int, state: int) -> int:
     """Returns what a job goes by, which tells it from those before and after it in its slot."""
     return _IS_JOB | (state >> _NUMBER_BIT & _NUMBER_MASK) << _JOB_BIT | slot
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def call_helpers(job: int, most: int) -> None:
     """Has up to so many of XLA's other threads help, as far as it has them."""
     place = _place(job)
@@ -141,24 +142,24 @@ def _stay(job: int) -> int:
         add(place + 8 * _HELPERS, 1)
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def _has_items(state: int) -> bool:
     return state & _COUNT_MASK < state >> _COUNT_BIT & _COUNT_MASK
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def frame_of(job: int) -> int:
     """Returns the frame of the call; valid while an item is taken and not done."""
     return word(_place(job), _FRAME)
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def note_of(job: int) -> int:
     """Returns the `note` of `open_job`; valid likewise."""
     return word(_place(job), _NOTE)
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def take_item(job: int) -> int:
     """Returns the number of an item of the job that nobody else gets, or -1 if none is left."""
     slot, address = job & _SLOT_MASK, _place(job) + 8 * _STATE
@@ -170,13 +171,13 @@ def take_item(job: int) -> int:
             return state & _COUNT_MASK
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def item_is_done(job: int) -> None:
     """Counts an item that was taken as done."""
     add(_place(job) + 8 * _DONE, 1)
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def close_job(job: int) -> None:
     """Waits until all items are done, which helpers are at when none is left to take."""
     place = _place(job)

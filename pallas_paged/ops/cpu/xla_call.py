@@ -19,6 +19,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+COMPILED_ONLY = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""Options of functions that nobody calls but compiled ones: a seventh of the time to compile."""
 SIGNATURE = types.intp(types.intp)
 """Of a function that XLA can call: from the frame's address to 0, which is success."""
 
@@ -209,7 +211,7 @@ def set_word(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
 # --- the frame --------------------------------------------------------------------------------
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def asks_for_version(frame: int) -> bool:
     """Answers XLA's question, when it first sees a function, for the interface's version.
 
@@ -223,31 +225,31 @@ def asks_for_version(frame: int) -> bool:
     return True
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def operand_address(frame: int, index: int) -> int:
     """Returns where an operand's first number is."""
     return word(word(word(frame, _OPERANDS), index), _DATA)
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def result_address(frame: int, index: int) -> int:
     """Returns where a result's first number goes."""
     return word(word(word(frame, _RESULTS), index), _DATA)
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def operand(frame: int, index: int) -> Any:
     """Returns a pointer to an operand's first number."""
     return pointer(operand_address(frame, index))
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def result(frame: int, index: int) -> Any:
     """Returns a pointer to a result's first number."""
     return pointer(result_address(frame, index))
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def size(frame: int, index: int, axis: int) -> int:
     """Returns the length of an operand along an axis."""
     return word(word(word(word(frame, _OPERANDS), index), _SIZES), axis)
@@ -256,7 +258,7 @@ def size(frame: int, index: int, axis: int) -> int:
 # --- threads ----------------------------------------------------------------------------------
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def num_threads(frame: int) -> int:
     """Returns how many threads XLA has for the program that calls."""
     words = _five_words()
@@ -268,7 +270,7 @@ def num_threads(frame: int) -> int:
     return word(words, 4) if call(word(word(frame, _API), _NUM_THREADS), words) == 0 else 1
 
 
-@numba.njit
+@numba.njit(**COMPILED_ONLY)
 def ask_for_thread(frame: int, task: int, argument: int) -> bool:
     """Has one of XLA's threads call the C function `task`; returns False if XLA refuses."""
     words = _five_words()

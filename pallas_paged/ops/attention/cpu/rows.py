@@ -13,7 +13,7 @@ from numba.extending import overload
 
 from pallas_paged.ops.cpu import tile
 from pallas_paged.ops.cpu.stored import wide
-from pallas_paged.ops.cpu.xla_call import prefetch
+from pallas_paged.ops.cpu.xla_call import COMPILED_ONLY, prefetch
 
 F32 = np.float32
 LINE_BYTES = 64
@@ -21,7 +21,7 @@ LINE_BYTES = 64
 
 LOOSE = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be made in any order; infinities and NaN stay what they are."""
-_INLINE = {"forceinline": True, "fastmath": LOOSE, "error_model": "numpy"}
+_INLINE = {**COMPILED_ONLY, "forceinline": True, "fastmath": LOOSE, "error_model": "numpy"}
 
 
 def block_rows(stored: Any, copy: Any) -> Any:
@@ -29,7 +29,7 @@ def block_rows(stored: Any, copy: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-@overload(block_rows, inline="always", strict=False)
+@overload(block_rows, inline="always", strict=False, jit_options=COMPILED_ONLY)
 def _block_rows(stored: Any, copy: Any) -> Any:
     if stored.dtype != types.int8:
         return lambda stored, copy: stored
