@@ -4,11 +4,13 @@
 
 `x left` is `x @ weight.T` as it stands; `weight left` the transpose of `weight @ x.T`, behind a
 barrier, for XLA would make the first of it; `three axes` the first with the weight's features in
-two axes. `engine` is what the models run,
-`pallas_paged.ops.product.api.product`. Each is followed by the largest number of each row, so that
-the product is an operand of something, as in a model. All figures are GFLOP/s, medians.
+two axes. `engine` is what the models run, `pallas_paged.ops.product.api.product`. Each is followed
+by the largest number of each row, so that the product is an operand of something, as in a model.
+Calls go around among copies of the weight, so many that they do not stay in a CPU's caches: as in a
+model, where other weights come in between. All figures are GFLOP/s, medians.
 """
 
+import itertools
 import json
 import statistics
 import time
@@ -28,6 +30,9 @@ _SHAPES = flags.DEFINE_list(
 _ROWS = flags.DEFINE_list("rows", ["1", "4", "16", "64", "128", "512"], "Numbers of rows of x.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of both.")
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timings per figure.", lower_bound=1)
+_MIN_MIB = flags.DEFINE_integer(
+    "min_mib", 128, "Copies of the weight have so much memory at least.", lower_bound=0
+)
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 
@@ -78,18 +83,20 @@ def _gflops(rows: int, out: int, features: int) -> dict[str, float]:
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (rows, features), _DTYPE.value)
     weight = jax.random.normal(keys[1], (out, features), _DTYPE.value)
+    weights = [weight + 0 for _ in range(1 + (_MIN_MIB.value << 20) // weight.nbytes)]
     operations = 2e-9 * rows * out * features
-    return {name: operations / _seconds(form, x, weight) for name, form in FORMS.items()}
+    return {name: operations / _seconds(form, x, weights) for name, form in FORMS.items()}
 
 
-def _seconds(form: Callable[..., jax.Array], x: jax.Array, weight: jax.Array) -> float:
+def _seconds(form: Callable[..., jax.Array], x: jax.Array, weights: list[jax.Array]) -> float:
     """Returns the median time of a call among several that are dispatched together."""
-    run = jax.jit(lambda x, weight: _row_maxima(form(x, weight))).lower(x, weight).compile()
-    run(x, weight).block_until_ready()
+    run = jax.jit(lambda x, weight: _row_maxima(form(x, weight))).lower(x, weights[0]).compile()
+    run(x, weights[0]).block_until_ready()
     times = []
+    turns = itertools.cycle(weights)
     for _ in range(_REPEATS.value):
         begin = time.perf_counter()
-        results = [run(x, weight) for _ in range(10)]
+        results = [run(x, weight) for weight in itertools.islice(turns, 10)]
         jax.block_until_ready(results)
         times.append((time.perf_counter() - begin) / len(results))
     return statistics.median(times)

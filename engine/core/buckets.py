@@ -82,10 +82,9 @@ class Buckets:
     ) -> "Buckets":
         """Returns few sizes up to the maxima; one of each kind for a deterministic engine.
 
-        Sequences of decode steps grow twofold up to 32 and by halves of that from there on, tokens
+        Sequences of decode steps grow twofold up to 8 and by halves of that from there on, tokens
         of mixed steps twofold up to 512 and fourfold from there on, tables eightfold. What a step
-        is padded with costs as much as what it computes; but a product of 17 to 31 rows takes a CPU
-        no less than one of 32.
+        is padded with costs as much as what it computes.
         """
         if deterministic:
             return cls((), (max_num_batched_tokens,), (max_num_seqs,), (max_blocks_per_seq,))
@@ -194,7 +193,7 @@ def _geometric(first: int, last: int, ratio: int) -> tuple[int, ...]:
 
 
 def _decode_sizes(last: int) -> tuple[int, ...]:
-    sizes = {*_geometric(1, last, 2), *_geometric(48, last, 2)}
+    sizes = {*_geometric(1, last, 2), *_geometric(12, last, 2)}
     return tuple(sorted(size for size in sizes if size <= last))
 
 

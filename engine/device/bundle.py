@@ -6,6 +6,7 @@ pickle of what `jax.experimental.serialize_executable` makes of a program. Whoev
 bundle can run any code in the process that loads it: checksums tell damage, not who made it.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 """Of the manifest; another one is refused."""
 _MANIFEST = "manifest.json"
+_THREADS = 4  # that load programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,13 +222,13 @@ def load_programs(
     Raises:
       ValueError: a file is missing or damaged, or XLA refuses a program.
     """
-    loaded: dict[Name, jax.stages.Compiled] = {}
-    for entry in manifest.programs:
+
+    def load(entry: Entry) -> jax.stages.Compiled:
         path = pathlib.Path(folder, entry.file)
         content = _checked(path, entry)
         try:
             payload, in_tree, out_tree = pickle.loads(content)
-            compiled = serialize_executable.deserialize_and_load(
+            return serialize_executable.deserialize_and_load(
                 payload, in_tree, out_tree, device.client, [device]
             )
         except Exception as error:  # whatever the parts of JAX and XLA raise
@@ -234,8 +236,10 @@ def load_programs(
                 f"{path} is whole, but cannot be loaded: {type(error).__name__}: {error}; compile "
                 "the bundle again, or leave it out"
             ) from error
-        loaded[_name(entry)] = compiled
-    return loaded
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        compiled = list(pool.map(load, manifest.programs))
+    return dict(zip(map(_name, manifest.programs), compiled, strict=True))
 
 
 def _name(entry: Entry) -> Name:

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-COMPILED_ONLY = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+COMPILED_ONLY: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """Options of functions that nobody calls but compiled ones: a seventh of the time to compile."""
 SIGNATURE = types.intp(types.intp)
 """Of a function that XLA can call: from the frame's address to 0, which is success."""
