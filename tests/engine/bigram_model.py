@@ -139,6 +139,15 @@ def run(
     return [done[sequence.request_id] for sequence in sequences]
 
 
+def chi_square(table: np.ndarray, last: int, tokens: Sequence[int], step: int) -> float:
+    """Returns how far samples are from their distribution `step` tokens behind a prompt's last."""
+    logits = np.exp(table.astype(np.float64))
+    transition = logits / logits.sum(axis=1, keepdims=True)
+    expected = np.linalg.matrix_power(transition, step)[last] * len(tokens)
+    counts = np.bincount(tokens, minlength=VOCAB_SIZE)
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
 # ---- the same in NumPy -------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ def test_every_step_fits_a_bucket_that_is_compiled_ahead(
     )
     buckets = buckets_for(config, 40, "cpu")
     every = buckets.all()
-    assert len(every) == len(set(every)) <= 50
+    assert len(every) == len(set(every)) <= 56
     assert len(every) == 2 or not deterministic
     for num_seqs in range(1, max_num_seqs + 1):
         for num_tokens in range(num_seqs, max_num_batched_tokens + 1, 7):

@@ -156,13 +156,8 @@ def test_samples_are_drawn_from_the_same_distribution() -> None:
     chosen = [list(output.outputs[0].token_ids) for output in outputs]
     for tokens, one in zip(chosen[:40], params, strict=False):
         assert tokens == bigram_model.expected(table, [5, 6], one)
-    logits = np.exp(table.astype(np.float64))
-    transition = logits / logits.sum(axis=1, keepdims=True)
-    probabilities = np.linalg.matrix_power(transition, 4)[6]  # of the fourth token
-    counts = np.bincount([tokens[3] for tokens in chosen], minlength=bigram_model.VOCAB_SIZE)
-    expected = probabilities * len(params)
-    chi_square = float(((counts - expected) ** 2 / expected).sum())
-    assert chi_square < 60, "23 degrees of freedom: 60 is passed once in 40,000 times"
+    distance = bigram_model.chi_square(table, 6, [tokens[3] for tokens in chosen], 4)
+    assert distance < 60, "23 degrees of freedom: 60 is passed once in 40,000 times"
     # The same keys draw both: it agrees more often than two independent draws would.
     assert proposer.num_accepted > 0.4 * proposer.num_drafts > 400
 

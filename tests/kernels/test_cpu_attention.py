@@ -106,14 +106,9 @@ SECONDS = 20
 
 def meet(address: int) -> int:
     """Two items, each of which waits for the other to begin: one thread alone would not end."""
-    is_helper = team.is_job(address)
-    job, frame, item = address, address, 0
-    if is_helper:
-        item = team.take_item(job)
-        if item < 0:
-            return 0
-        frame = team.frame_of(job)
-    elif xla_call.asks_for_version(address):
+    job, is_helper = address, team.is_job(address)
+    frame, item = team.enter(address)
+    if frame == 0:
         return 0
     begun = numba.carray(xla_call.result(frame, 0), 4, np.int64)
     if not is_helper:

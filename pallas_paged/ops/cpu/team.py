@@ -22,6 +22,7 @@ from pallas_paged.ops.cpu.xla_call import (
     COMPILED_ONLY,
     add,
     ask_for_thread,
+    asks_for_version,
     call,
     num_threads,
     replace,
@@ -148,7 +149,7 @@ def _has_items(state: int) -> bool:
 
 
 @numba.njit(**COMPILED_ONLY)
-def frame_of(job: int) -> int:
+def _frame_of(job: int) -> int:
     """Returns the frame of the call; valid while an item is taken and not done."""
     return word(_place(job), _FRAME)
 
@@ -169,6 +170,18 @@ def take_item(job: int) -> int:
             return -1
         if replace(address, state, state + 1):
             return state & _COUNT_MASK
+
+
+@numba.njit(**COMPILED_ONLY)
+def enter(address: int) -> tuple[int, int]:
+    """Returns what a kernel that is called finds: the frame, 0 if there is nothing to do.
+
+    And, for a helper, an item that it has taken; -1 for XLA's own thread, which opens the job.
+    """
+    if is_job(address):
+        item = take_item(address)
+        return (_frame_of(address) if item >= 0 else 0), item
+    return (0 if asks_for_version(address) else address), -1
 
 
 @numba.njit(**COMPILED_ONLY)

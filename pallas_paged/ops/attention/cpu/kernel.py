@@ -33,14 +33,14 @@ from pallas_paged.ops.cpu.stored import narrow, wide
 from pallas_paged.ops.cpu.team import (
     call_helpers,
     close_job,
-    frame_of,
+    enter,
     is_job,
     item_is_done,
     note_of,
     open_job,
     take_item,
 )
-from pallas_paged.ops.cpu.xla_call import asks_for_version, operand, own_address, result, size
+from pallas_paged.ops.cpu.xla_call import operand, own_address, result, size
 
 CHUNK = 64
 """Tokens of a chunk, rounded to whole blocks."""
@@ -144,17 +144,10 @@ def compile_kernel(kind: Kind) -> Any:
     others = xla_call.digest(rows_module, stored, team, tile, vectors, xla_call)
 
     def attend(address: int) -> int:
-        is_helper = is_job(address) and others >= 0  # which makes it part of what is kept
-        job, frame, item = address, 0, 0
-        if is_helper:
-            item = take_item(job)
-            if item < 0:
-                return 0
-            frame = frame_of(job)
-        elif asks_for_version(address):
+        job, is_helper = address, is_job(address)
+        frame, item = enter(address)
+        if frame == 0 or others < 0:  # which makes it part of what is kept
             return 0
-        else:
-            frame = address
 
         T, num_q_heads = size(frame, _AT.q, 0), size(frame, _AT.q, 1)
         N, num_kv_heads = size(frame, _AT.k_cache, 0), size(frame, _AT.k_cache, 1)

@@ -10,7 +10,7 @@ from pallas_paged.ops.cpu import team, tile, vectors, xla_call
 from pallas_paged.ops.cpu.team import (
     call_helpers,
     close_job,
-    frame_of,
+    enter,
     is_job,
     item_is_done,
     note_of,
@@ -20,7 +20,6 @@ from pallas_paged.ops.cpu.team import (
 from pallas_paged.ops.cpu.tile import COLUMNS, MAX_ROWS, dot_products
 from pallas_paged.ops.cpu.vectors import MULTIPLIES_BFLOAT16
 from pallas_paged.ops.cpu.xla_call import (
-    asks_for_version,
     num_threads,
     operand_address,
     own_address,
@@ -58,17 +57,10 @@ def compile_kernel(is_bfloat16: bool) -> Any:
     x_size, weight_size = 4 - 2 * narrow_x, 4 - 2 * narrow_weight
 
     def multiply(address: int) -> int:
-        is_helper = is_job(address) and others >= 0  # which makes it part of what is kept
-        job, frame, item = address, 0, 0
-        if is_helper:
-            item = take_item(job)
-            if item < 0:
-                return 0
-            frame = frame_of(job)
-        elif asks_for_version(address):
+        job, is_helper = address, is_job(address)
+        frame, item = enter(address)
+        if frame == 0 or others < 0:  # which makes it part of what is kept
             return 0
-        else:
-            frame = address
         n, k, out = size(frame, 0, 0), size(frame, 0, 1), size(frame, 1, 0)
         x, weight, y = (
             operand_address(frame, 0),
