@@ -18,6 +18,7 @@ _GUESSES = "pallas_paged/engine/core/speculation.py"
 _PLANNER = "pallas_paged/engine/core/planner.py"
 _TESTS = "tests/engine/test_scheduler_steps.py"
 _DRAFTS = "tests/engine/test_speculation.py"
+_DRAFTED, _MODEL = "pallas_paged/engine/device/drafted.py", "tests/engine/test_draft_model.py"
 _LIVES = f"{_TESTS} tests/engine/test_scheduler_stateful.py"
 
 MUTATIONS = {
@@ -30,8 +31,8 @@ MUTATIONS = {
     ),
     "drafts before a fork": Mutation(
         _GUESSES,
-        "sequence.group.beams is None and sequence.group.is_forked",
-        "sequence.group.beams is None",
+        "if sequence.group.is_forked:",
+        "if True:",
         _LIVES,
     ),
     "wrong drafts kept": Mutation(
@@ -44,6 +45,21 @@ MUTATIONS = {
     "drafts drawn at one position": Mutation(
         _STEP, "of_each.positions + behind", "of_each.positions", _DRAFTS
     ),
+    "no room for guesses": Mutation(
+        _PLAN, "ahead=np.where(guesses, most, 0)", "ahead=0 * most", _MODEL
+    ),
+    "room before a fork": Mutation(
+        _PLAN, "guesses[b] = planned.sequences[b].group.is_forked", "pass", f"{_MODEL} {_LIVES}"
+    ),
+    "guesses behind the wrong token": Mutation(
+        _STEP, "x.sample_positions + num_right", "x.sample_positions", _MODEL
+    ),
+    "guesses drawn at one position": Mutation(
+        _DRAFTED, "positions=positions + 1)", "positions=last.positions + 1)", _MODEL
+    ),
+    "the small model misses what the other computes": Mutation(
+        _DRAFTED, "if metadata.max_query_len > 1:", "if metadata.max_query_len > 10**6:", _MODEL
+    ),
     "drafts placed one too far": Mutation(
         _PLANNER, "np.repeat(lasts + 1 - ends, counts)", "np.repeat(lasts - ends, counts)", _DRAFTS
     ),
@@ -54,7 +70,10 @@ MUTATIONS = {
         _DRAFTS,
     ),
     "no blocks for later steps": Mutation(
-        _PLAN, "self.starts + self.counts + self.steps - 1", "self.starts + self.counts", _LIVES
+        _PLAN,
+        "self.starts + self.counts + self.steps - 1 + self.ahead",
+        "self.starts + self.counts",
+        _LIVES,
     ),
     "a sequence beyond its longest": Mutation(
         _PLAN, "np.minimum(num_left, num_steps, dtype=np.int32)", "0 * num_left + num_steps", _TESTS
