@@ -30,22 +30,47 @@ MUTATIONS = {
     ),
     "NaN left of the window": _mutation(
         _KERNEL,
-        "first = min(max(0, position0 - window + 1 - key0 - j * block_size), past)",
+        "first = min(max(0, first_seen - j * block_size), past)",
         "first = 0",
     ),
+    "NaN left of the window of many rows": _mutation(
+        _KERNEL, "values = value_copy[first_seen:count]", "values = value_copy[:count]"
+    ),
     "NaN behind the end": _mutation(
-        _KERNEL, "past = min(block_size, count - j * block_size)", "past = block_size"
+        _KERNEL, "min(block_size, count - j * block_size)", "block_size"
+    ),
+    "NaN behind the end of many rows": _mutation(
+        _KERNEL, "values = value_copy[first_seen:count]", "values = value_copy[first_seen:]"
+    ),
+    "scores before the window": _mutation(
+        _TILE,
+        "seen = writer.chosen(is_before, writer.infinities(-1), seen)",
+        "seen = writer.chosen(is_before, seen, seen)",
+    ),
+    "the largest of too few lanes": _mutation(
+        _VECTORS,
+        "halves = range(left), range(left, 2 * left)\n            vector = self.larger",
+        "halves = range(left), range(left)\n            vector = self.larger",
+    ),
+    "keys turned but for one stage": _mutation(
+        _VECTORS, "while distance < LANES:", "while distance < LANES // 2:"
+    ),
+    "scores on top of the last chunk's": _mutation(
+        _TILE, "[writer.zeros() if is_new else", "[writer.zeros() if is_narrow else"
+    ),
+    "a tile's first tokens left out": _mutation(
+        _KERNEL, "num_tokens = past_token - token0", "num_tokens = past_token - (token0 + 1)"
     ),
     "no correction": _mutation(_KERNEL, "factor = exp(maxima[r] - largest)", "factor = F32(1.0)"),
     "sinks without weight": _mutation(_KERNEL, "exp(sinks[head] - maxima[r])", "F32(0.0)"),
     "the slopes of another head": _mutation(
         _KERNEL, "slopes[h * group + r % group]", "slopes[h * group]"
     ),
-    "no scales of keys": _mutation(
-        _KERNEL, "s[r, t] *= k_scales[block, h, t % block_size]", "pass"
+    "scales of the next row": _mutation(
+        _ROWS, "lambda stored, scales, t: scales[t]", "lambda stored, scales, t: scales[t - 1]"
     ),
-    "no scales of values": _mutation(
-        _KERNEL, "s[r, t] *= v_scales[block, h, t % block_size]", "pass"
+    "values with the scales of keys": _mutation(
+        _KERNEL, "scales = v_scales[block, head0 + i]", "scales = k_scales[block, head0 + i]"
     ),
     "padding untouched": _mutation(
         _KERNEL,
@@ -68,8 +93,8 @@ MUTATIONS = {
     "a wrong tanh": _mutation(_ROWS, "F32(-2.0) * abs(x)", "F32(-1.9) * abs(x)"),
     "the next head's keys": _mutation(
         _KERNEL,
-        "keys = block_rows(k_cache[block, head0 + i], key_copy)",
-        "keys = block_rows(k_cache[block, head0 + num_heads_here - 1 - i], key_copy)",
+        "keys = k_cache[block, head0 + i]",
+        "keys = k_cache[block, head0 + num_heads_here - 1 - i]",
     ),
     "nobody waits": _mutation(
         _TEAM, "while add(place + 8 * _DONE, 0) < num_items:", "while num_items < 0:"

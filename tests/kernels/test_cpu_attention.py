@@ -51,7 +51,7 @@ def test_what_it_cannot_do_is_refused_with_the_reason():
 
 
 def test_steps_that_threads_share_equal_the_reference():
-    assert sum(LARGE.seq_lens) * LARGE.num_kv_heads > kernel.MIN_SHARED_KEYS
+    assert sum(LARGE.seq_lens) * LARGE.num_kv_heads > kernel.MIN_SHARED_PAIRS
     arguments = build(LARGE)
     out, lse = run(arguments, "numba")
     expected, expected_lse = run(arguments, "reference")

@@ -133,6 +133,7 @@ def _write_dot_products(
 def add_weighted_rows(
     typing_context: Any,
     bfloat16_values: Any,
+    from_zero: Any,
     rows: Any,
     weights: Any,
     weights_stride: Any,
@@ -145,10 +146,13 @@ def add_weighted_rows(
 ) -> Any:
     """Adds the sum over t < count of weights[r, t] * values[t, d] to sums[r, d], for d < width.
 
+    Or sets sums[r, d] to it.
+
     Args:
       typing_context: Numba's.
       bfloat16_values: 1 where the values are bfloat16, 0 for float32; a constant. The others are
         float32.
+      from_zero: 1 to set the sums, 0 to add to them; a constant.
       rows: of the weights and sums, from 1 to `MAX_ROWS`.
       weights: the address of the first number, as `values` and `sums`.
       weights_stride: bytes from a row to the next, as `values_stride` and `sums_stride`.
@@ -159,22 +163,26 @@ def add_weighted_rows(
       sums: see weights.
       sums_stride: see weights_stride.
     """
-    is_narrow = bool(bfloat16_values.literal_value)
+    constants = bfloat16_values, from_zero
+    is_narrow, is_new = (bool(constant.literal_value) for constant in constants)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows, *places = arguments[1:]
+        rows, *places = arguments[2:]
         writer = Writer(builder)
         writer.switch(
-            rows, MAX_ROWS, lambda rows: _write_weighted_rows(writer, is_narrow, rows, *places)
+            rows,
+            MAX_ROWS,
+            lambda rows: _write_weighted_rows(writer, is_narrow, is_new, rows, *places),
         )
         return context.get_dummy_value()
 
-    return types.void(bfloat16_values, *[types.intp] * 9), generate
+    return types.void(*constants, *[types.intp] * 9), generate
 
 
 def _write_weighted_rows(
     writer: Writer,
     is_narrow: bool,
+    is_new: bool,
     rows: int,
     weights: Any,
     weights_stride: Any,
@@ -210,7 +218,7 @@ def _write_weighted_rows(
                     for pair, one in zip(products, kept, strict=True)
                 ]
 
-            kept = [writer.load(place, False, mask) for place in places]
+            kept = [writer.zeros() if is_new else writer.load(at, False, mask) for at in places]
             kept = writer.loop(writer.constant(0), count, 1, kept, add_row)
             for value, place in zip(kept, places, strict=True):
                 writer.store(value, place, mask)
@@ -225,3 +233,57 @@ def _write_weighted_rows(
     add_columns(writer.constant(0), together, _VECTORS)
     add_columns(together, whole, 1)
     add_columns(whole, width, 1, writer.mask(rest))
+
+
+@intrinsic
+def turn(typing_context: Any, x: Any, x_stride: Any, y: Any, y_stride: Any) -> Any:
+    """Sets y[j, i] to x[i, j], for i and j < `LANES`.
+
+    Args:
+      typing_context: Numba's.
+      x: the address of the first number, as `y`.
+      x_stride: bytes from a row to the next, as `y_stride`.
+      y: see x.
+      y_stride: see x_stride.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, x_stride, y, y_stride = arguments
+        writer = Writer(builder)
+        rows = [writer.load(writer.behind(x, x_stride, i), False) for i in range(LANES)]
+        for j, column in enumerate(writer.turned(rows)):
+            writer.store(column, writer.behind(y, y_stride, j))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@intrinsic
+def mask_row(typing_context: Any, row: Any, first: Any, past: Any, count: Any) -> Any:
+    """Sets row[t] to -inf for t < first and t >= past; returns the largest number, NaN left out.
+
+    Args:
+      typing_context: Numba's.
+      row: the address of the first number.
+      first: see above.
+      past: see above.
+      count: of numbers in the row, a multiple of `LANES`.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row, first, past, count = arguments
+        writer = Writer(builder)
+
+        def mask(t: Any, largest: list[Any]) -> list[Any]:
+            place = writer.behind(row, t, 4)
+            is_before, is_seen = (writer.mask(builder.sub(end, t)) for end in (first, past))
+            seen = writer.chosen(is_seen, writer.load(place, False), writer.infinities(-1))
+            seen = writer.chosen(is_before, writer.infinities(-1), seen)
+            writer.store(seen, place)
+            return [writer.larger(seen, *largest)]
+
+        start = [writer.infinities(-1)]
+        (largest,) = writer.loop(writer.constant(0), count, LANES, start, mask)
+        return writer.largest_lane(largest)
+
+    return types.float32(*[types.intp] * 4), generate

@@ -1,5 +1,6 @@
 """Vectors of numbers in the code that Numba compiles, written for LLVM."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,6 +59,10 @@ class Writer:
     def zeros(self) -> Any:
         """Returns a vector of zeros."""
         return ir.Constant(_VECTOR, None)
+
+    def infinities(self, sign: int) -> Any:
+        """Returns a vector of infinities."""
+        return ir.Constant(_VECTOR, [sign * math.inf] * LANES)
 
     def loop(
         self,
@@ -166,6 +171,38 @@ class Writer:
             halves = range(left), range(left, 2 * left)
             total = self.builder.fadd(*(self._shuffle(total, total, half) for half in halves))
         return total
+
+    def chosen(self, mask: Any, value: Any, other: Any) -> Any:
+        """Returns the numbers of one vector where a mask has them, else those of another."""
+        return self.builder.select(mask, value, other)
+
+    def larger(self, value: Any, other: Any) -> Any:
+        """Returns the larger numbers of two vectors; the other one's where one is NaN."""
+        return self.chosen(self.builder.fcmp_ordered(">", value, other), value, other)
+
+    def largest_lane(self, vector: Any) -> Any:
+        """Returns the largest number of a vector."""
+        left = LANES
+        while left > 1:
+            left //= 2
+            halves = range(left), range(left, 2 * left)
+            vector = self.larger(*(self._shuffle(vector, vector, half) for half in halves))
+        return self.builder.extract_element(vector, ir.Constant(I32, 0))
+
+    def turned(self, rows: Sequence[Any]) -> list[Any]:
+        """Returns the columns of `LANES` vectors: the transpose of a square."""
+        vectors, lanes, distance = list(rows), range(LANES), 1
+        while distance < LANES:
+            # Squares of so many rows and columns change places with those right of and below them.
+            left = [LANES + i - distance if i & distance else i for i in lanes]
+            right = [LANES + i if i & distance else i + distance for i in lanes]
+            for i in lanes:
+                if not i & distance:
+                    pair = vectors[i], vectors[i + distance]
+                    vectors[i] = self._shuffle(*pair, left)
+                    vectors[i + distance] = self._shuffle(*pair, right)
+            distance *= 2
+        return vectors
 
     def _add_neighbours(self, a: Any, b: Any) -> Any:
         """Returns sums of two numbers side by side: in each four two of `a`, then two of `b`."""

@@ -6,9 +6,9 @@ thread that XLA calls takes items, and so do XLA's other threads, until none is 
 computes depends neither on who takes it nor on other sequences.
 
 An item walks over its keys a chunk at a time with online softmax. Few rows, such as a decoded
-token's, take dot products with the keys as they lie. For more rows the chunk's keys are copied with
-the tokens side by side, which makes vectors of tokens. Values are added up as vectors of features
-in both.
+token's, take dot products with the keys as they lie. For more rows the chunk's keys and values are
+copied once as float32, the keys with the tokens side by side: scores are added up as vectors of
+tokens then. Values are added up as vectors of features in both.
 """
 
 from typing import Any, NamedTuple
@@ -19,14 +19,18 @@ import numpy as np
 from pallas_paged.ops.attention.cpu import rows as rows_module
 from pallas_paged.ops.attention.cpu.rows import (
     F32,
+    LEAST,
     LOOSE,
     add_values,
     block_rows,
+    copy_rows,
     exp,
     prefetch_rows,
     score,
     score_many,
     tanh,
+    turn,
+    weigh,
 )
 from pallas_paged.ops.cpu import stored, team, tile, vectors, xla_call
 from pallas_paged.ops.cpu.stored import narrow, wide
@@ -40,6 +44,7 @@ from pallas_paged.ops.cpu.team import (
     open_job,
     take_item,
 )
+from pallas_paged.ops.cpu.vectors import LANES
 from pallas_paged.ops.cpu.xla_call import operand, own_address, result, size
 
 CHUNK = 64
@@ -47,15 +52,13 @@ CHUNK = 64
 MAX_DOT_ROWS = 16
 """Rows of a tile up to which they take dot products."""
 TILE_ROWS = 128
-"""Rows of a tile, rounded down to whole tokens."""
+"""Rows of a tile at most, of whole tokens; a sequence's tiles are of one size."""
 MIN_WHOLE_TILES = 16
 """Tiles from which on an item is a tile for all KV heads."""
-MIN_SHARED_KEYS = 1024
-"""Keys, over all sequences and KV heads, up to which one thread does all."""
+MIN_SHARED_PAIRS = 1024
+"""Pairs of a query token and a key, in all KV heads, up to which one thread does all."""
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 """Compiled for each of them; other widths share a kernel, which is slower."""
-
-_LEAST = F32(np.finfo(np.float32).min)
 
 
 class Kind(NamedTuple):
@@ -139,7 +142,6 @@ def load_kernel(kind: Kind) -> str:
 def compile_kernel(kind: Kind) -> Any:
     """Returns the kernel, called with `Operands`."""
     q_dtype, cache_dtype, known_head_dim, known_chunk = kind
-    is_quantised = cache_dtype == np.int8
     is_narrow = int(cache_dtype == np.uint16)
     others = xla_call.digest(rows_module, stored, team, tile, vectors, xla_call)
 
@@ -160,7 +162,7 @@ def compile_kernel(kind: Kind) -> Any:
             head_dim = v_head_dim = known_head_dim
         group = num_q_heads // num_kv_heads
         tile_tokens = max(1, TILE_ROWS // group)
-        width = -(-head_dim // 4) * 4
+        width, padded_chunk = -(-head_dim // LANES) * LANES, -(-chunk // LANES) * LANES
         B, M = size(frame, _AT.block_tables, 0), size(frame, _AT.block_tables, 1)
         cache = (N, num_kv_heads, block_size)
         queries = numba.carray(operand(frame, _AT.q), (T, num_q_heads, head_dim), q_dtype)
@@ -180,11 +182,11 @@ def compile_kernel(kind: Kind) -> Any:
         lse = numba.carray(result(frame, 1), (T, num_q_heads), np.float32)
 
         if not is_helper:
-            num_tiles, num_keys = 0, 0
+            num_tiles, num_pairs = 0, 0
             for b in range(B):
                 num_tokens = max(0, starts[b + 1] - starts[b]) if lens[b] > 0 else 0
                 num_tiles += -(-num_tokens // tile_tokens)
-                num_keys += min(num_tokens, 1) * lens[b]
+                num_pairs += num_tokens * lens[b]
                 for token in range(starts[b] + num_tokens, starts[b + 1]):
                     lse[token], out[token] = -np.inf, 0
             for token in range(starts[B], T):
@@ -192,38 +194,41 @@ def compile_kernel(kind: Kind) -> Any:
             # One item for all heads reads whole blocks one after the other, if enough are left.
             num_splits = 1 if num_tiles >= MIN_WHOLE_TILES else num_kv_heads
             job = open_job(frame, own_address(), num_tiles * num_splits, num_splits)
-            if num_keys * num_kv_heads > MIN_SHARED_KEYS:
+            if num_pairs * num_kv_heads > MIN_SHARED_PAIRS:
                 call_helpers(job, num_tiles * num_splits - 1)
             item = take_item(job)
 
         num_splits = note_of(job)
         heads_per_item = num_kv_heads // num_splits
-        rows = min(tile_tokens, T) * group
-        rows = -(-max(rows, MAX_DOT_ROWS) // 4) * 4  # for `score_many`
+        rows = max(min(tile_tokens, T) * group, MAX_DOT_ROWS)
         q = np.zeros((rows, width), np.float32)
-        s = np.empty((rows, chunk), np.float32)
+        s = np.empty((rows, padded_chunk), np.float32)
         sums = np.empty((rows, v_head_dim), np.float32)
         maxima = np.empty(rows, np.float32)
         denominators = np.empty(rows, np.float32)
-        turned = np.zeros((width, chunk), np.float32)
-        key_copy = np.empty((block_size, head_dim), np.float32)
-        value_copy = np.empty((block_size, v_head_dim), np.float32)
+        key_copy = np.zeros((padded_chunk, width), np.float32)
+        turned = np.empty((width, padded_chunk), np.float32)
+        value_copy = np.empty((chunk, v_head_dim), np.float32)
 
-        b, tiles_before, num_tiles = -1, 0, 0  # of sequence b
+        # From the last item to the first: those with the most keys do not come last.
+        b, tiles_behind, num_tiles = B, 0, 0  # of sequence b
         while item >= 0:
-            tile, first_head = item // num_splits, item % num_splits * heads_per_item
-            while tile >= tiles_before + num_tiles:
-                tiles_before += num_tiles
-                b += 1
+            tile_number, first_head = item // num_splits, item % num_splits * heads_per_item
+            while tile_number >= tiles_behind + num_tiles:
+                tiles_behind += num_tiles
+                b -= 1
                 num_tokens = max(0, starts[b + 1] - starts[b]) if lens[b] > 0 else 0
                 num_tiles = -(-num_tokens // tile_tokens)
-            token0 = starts[b] + (tile - tiles_before) * tile_tokens
-            num_tokens = min(tile_tokens, starts[b + 1] - token0)
+                tile_size = -(-num_tokens // max(1, num_tiles))
+            past_token = starts[b + 1] - (tile_number - tiles_behind) * tile_size
+            token0 = max(starts[b], past_token - tile_size)
+            num_tokens = past_token - token0
             position0 = token0 + lens[b] - starts[b + 1]
             begin = max(0, position0 - window + 1) // block_size * block_size
             end = position0 + num_tokens
             last_block = (end - 1) // block_size
             head_rows = num_tokens * group
+            is_copied = head_rows > MAX_DOT_ROWS
             num_heads = max(1, min(heads_per_item, MAX_DOT_ROWS // head_rows))  # at a time
 
             for head0 in range(first_head, first_head + heads_per_item, num_heads):
@@ -236,7 +241,7 @@ def compile_kernel(kind: Kind) -> Any:
                         q[r, d] = wide(queries[token, head, d]) * scale
                     for d in range(v_head_dim):
                         sums[r, d] = F32(0.0)
-                    maxima[r] = max(_LEAST, sinks[head]) if has_sinks > 0 else _LEAST
+                    maxima[r] = max(LEAST, sinks[head]) if has_sinks > 0 else LEAST
                     denominators[r] = exp(sinks[head] - maxima[r]) if has_sinks > 0 else F32(0.0)
 
                 for key0 in range(begin, end, chunk):
@@ -247,17 +252,18 @@ def compile_kernel(kind: Kind) -> Any:
                         next_block = tables[b, min(block0 + j + 1, last_block)]
                         prefetch_rows(v_cache[block, head0 : head0 + num_heads_here])
                         prefetch_rows(k_cache[next_block, head0 : head0 + num_heads_here])
-                        if head_rows > MAX_DOT_ROWS:
-                            keys = block_rows(k_cache[block, head0], key_copy)
-                            for t in range(block_size):
-                                for d in range(head_dim):
-                                    turned[d, j * block_size + t] = wide(keys[t, d])
-                            continue
                         for i in range(num_heads_here):
-                            keys = block_rows(k_cache[block, head0 + i], key_copy)
+                            keys = k_cache[block, head0 + i]
+                            scales = k_scales[block, head0 + i]
+                            copy = key_copy[j * block_size : (j + 1) * block_size]
                             row = i * head_rows
-                            score(is_narrow, s, j * block_size, q, row, head_rows, keys)
-                    if head_rows > MAX_DOT_ROWS:
+                            if is_copied:
+                                copy_rows(keys, scales, copy)
+                            else:
+                                keys = block_rows(keys, scales, copy)
+                                score(is_narrow, s, j * block_size, q, row, head_rows, keys)
+                    if is_copied:
+                        turn(key_copy, turned)
                         score_many(s, q, num_rows, turned)
 
                     for r in range(num_rows):
@@ -265,10 +271,6 @@ def compile_kernel(kind: Kind) -> Any:
                         position = position0 + r % head_rows // group
                         first = min(max(0, position - window + 1 - key0), count)
                         past = max(min(count, position + 1 - key0), first)
-                        if is_quantised:
-                            for t in range(first, past):
-                                block = tables[b, block0 + t // block_size]
-                                s[r, t] *= k_scales[block, h, t % block_size]
                         if has_cap > 0:
                             for t in range(first, past):
                                 s[r, t] = cap * tanh(s[r, t] / cap)
@@ -276,36 +278,32 @@ def compile_kernel(kind: Kind) -> Any:
                             slope = slopes[h * group + r % group]
                             for t in range(first, past):
                                 s[r, t] += slope * F32(key0 + t - position)
-                        largest = maxima[r]
-                        for t in range(first, past):
-                            largest = max(largest, s[r, t])
-                        total = F32(0.0)
-                        for t in range(first, past):
-                            weight = exp(s[r, t] - largest)
-                            s[r, t] = weight
-                            total += weight
-                        s[r, :first] = F32(0.0)
-                        s[r, past:count] = F32(0.0)
-                        if is_quantised:
-                            for t in range(first, past):
-                                block = tables[b, block0 + t // block_size]
-                                s[r, t] *= v_scales[block, h, t % block_size]
+                        largest, total = weigh(s[r], first, past, maxima[r])
                         factor = exp(maxima[r] - largest)
                         denominators[r] = denominators[r] * factor + total
                         maxima[r] = largest
                         for d in range(v_head_dim):
                             sums[r, d] *= factor
 
+                    # NaN may lie behind the end, and before what any of the rows sees.
+                    first_seen = min(max(0, position0 - window + 1 - key0), count)
                     for j in range(num_blocks):
-                        # NaN may lie behind the end, and before what any of the rows sees.
-                        past = min(block_size, count - j * block_size)
-                        first = min(max(0, position0 - window + 1 - key0 - j * block_size), past)
+                        block, past = tables[b, block0 + j], min(block_size, count - j * block_size)
+                        first = min(max(0, first_seen - j * block_size), past)
                         for i in range(num_heads_here):
-                            stored = v_cache[tables[b, block0 + j], head0 + i]
-                            values = block_rows(stored, value_copy)[first:past]
-                            column = j * block_size + first
+                            values = v_cache[block, head0 + i]
+                            scales = v_scales[block, head0 + i]
+                            copy = value_copy[j * block_size : (j + 1) * block_size]
                             row = i * head_rows
-                            add_values(is_narrow, sums, s, column, row, head_rows, values)
+                            if is_copied:
+                                copy_rows(values, scales, copy)
+                            else:
+                                values = block_rows(values, scales, copy)[first:past]
+                                column = j * block_size + first
+                                add_values(is_narrow, sums, s, column, row, head_rows, values)
+                    if is_copied:
+                        values = value_copy[first_seen:count]
+                        add_values(0, sums, s, first_seen, 0, num_rows, values)
 
                 for r in range(num_rows):
                     token = token0 + r % head_rows // group

@@ -13,9 +13,11 @@ from numba.extending import overload
 
 from pallas_paged.ops.cpu import tile
 from pallas_paged.ops.cpu.stored import wide
+from pallas_paged.ops.cpu.vectors import LANES
 from pallas_paged.ops.cpu.xla_call import COMPILED_ONLY, prefetch
 
 F32 = np.float32
+LEAST = F32(np.finfo(np.float32).min)
 LINE_BYTES = 64
 """Of a line of a CPU's caches."""
 
@@ -24,23 +26,42 @@ LOOSE = {"reassoc", "contract", "nsz", "arcp"}
 _INLINE = {**COMPILED_ONLY, "forceinline": True, "fastmath": LOOSE, "error_model": "numpy"}
 
 
-def block_rows(stored: Any, copy: Any) -> Any:
-    """Returns a block's rows [S, D]: themselves, or where they are int8 in `copy` as float32."""
+@numba.njit(**_INLINE)
+def copy_rows(stored: Any, scales: Any, copy: Any) -> None:
+    """Copies a block's rows [S, D] as float32, times the scales [S] if they are int8."""
+    for t in range(stored.shape[0]):
+        scale = scale_of(stored, scales, t)
+        for d in range(stored.shape[1]):
+            copy[t, d] = wide(stored[t, d]) * scale
+
+
+def scale_of(stored: Any, scales: Any, t: int) -> Any:
+    """Returns what row t is multiplied by: 1, except where it is int8."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(scale_of, inline="always", strict=False, jit_options=COMPILED_ONLY)
+def _scale_of(stored: Any, scales: Any, t: Any) -> Any:
+    if stored.dtype == types.int8:
+        return lambda stored, scales, t: scales[t]
+    return lambda stored, scales, t: F32(1.0)
+
+
+def block_rows(stored: Any, scales: Any, copy: Any) -> Any:
+    """Returns a block's rows [S, D]: themselves, or where they are int8 what `copy_rows` makes."""
     raise NotImplementedError("compiled code only")
 
 
 @overload(block_rows, inline="always", strict=False, jit_options=COMPILED_ONLY)
-def _block_rows(stored: Any, copy: Any) -> Any:
+def _block_rows(stored: Any, scales: Any, copy: Any) -> Any:
     if stored.dtype != types.int8:
-        return lambda stored, copy: stored
+        return lambda stored, scales, copy: stored
 
-    def widened(stored: Any, copy: Any) -> Any:
-        for t in range(stored.shape[0]):
-            for d in range(stored.shape[1]):
-                copy[t, d] = wide(stored[t, d])
+    def copied(stored: Any, scales: Any, copy: Any) -> Any:
+        copy_rows(stored, scales, copy)
         return copy
 
-    return widened
+    return copied
 
 
 @numba.njit(**_INLINE)
@@ -115,24 +136,53 @@ def score(is_bfloat16: int, s: Any, first: int, q: Any, row: int, num_rows: int,
 
 
 @numba.njit(**_INLINE)
-def score_many(s: Any, q: Any, num_rows: int, turned: Any) -> None:
-    """Sets s[r] to the sum over d of q[r, d] * turned[d], four rows and d at a time.
+def turn(x: Any, y: Any) -> None:
+    """Sets y to the transpose of x; both axes are multiples of `LANES`."""
+    for i in range(0, x.shape[0], LANES):
+        for j in range(0, x.shape[1], LANES):
+            place = x.ctypes.data + i * x.strides[0] + 4 * j
+            turned = y.ctypes.data + j * y.strides[0] + 4 * i
+            tile.turn(place, x.strides[0], turned, y.strides[0])
 
-    There are four times as many d as a whole number, and s and q have so many rows.
+
+@numba.njit(**_INLINE)
+def score_many(s: Any, q: Any, num_rows: int, turned: Any) -> None:
+    """Sets s[r] to the sum over d of q[r, d] * turned[d]."""
+    for r in range(0, num_rows, tile.MAX_ROWS):
+        tile.add_weighted_rows(
+            0,
+            1,
+            min(tile.MAX_ROWS, num_rows - r),
+            q.ctypes.data + r * q.strides[0],
+            q.strides[0],
+            turned.ctypes.data,
+            turned.strides[0],
+            turned.shape[0],
+            turned.shape[1],
+            s.ctypes.data + r * s.strides[0],
+            s.strides[0],
+        )
+
+
+@numba.njit(**_INLINE)
+def weigh(row: Any, first: int, past: int, largest: Any) -> tuple[Any, Any]:
+    """Makes weights of scores: e to the power of what they are less than the largest of all.
+
+    Args:
+      row: the scores of a chunk's keys, set to the weights.
+      first: the first key that counts; the weights before it are 0.
+      past: the keys from here on do not count either.
+      largest: of the chunks before.
+
+    Returns:
+      the largest score now, and the sum of the weights.
     """
-    for r in range(0, num_rows, 4):
-        s[r : r + 4] = F32(0.0)
-        for d in range(0, turned.shape[0], 4):
-            a0, a1, a2, a3 = q[r, d], q[r, d + 1], q[r, d + 2], q[r, d + 3]
-            b0, b1, b2, b3 = q[r + 1, d], q[r + 1, d + 1], q[r + 1, d + 2], q[r + 1, d + 3]
-            c0, c1, c2, c3 = q[r + 2, d], q[r + 2, d + 1], q[r + 2, d + 2], q[r + 2, d + 3]
-            d0, d1, d2, d3 = q[r + 3, d], q[r + 3, d + 1], q[r + 3, d + 2], q[r + 3, d + 3]
-            for t in range(turned.shape[1]):
-                k0, k1, k2, k3 = turned[d, t], turned[d + 1, t], turned[d + 2, t], turned[d + 3, t]
-                s[r, t] += a0 * k0 + a1 * k1 + a2 * k2 + a3 * k3
-                s[r + 1, t] += b0 * k0 + b1 * k1 + b2 * k2 + b3 * k3
-                s[r + 2, t] += c0 * k0 + c1 * k1 + c2 * k2 + c3 * k3
-                s[r + 3, t] += d0 * k0 + d1 * k1 + d2 * k2 + d3 * k3
+    largest = max(largest, tile.mask_row(row.ctypes.data, first, past, len(row)))
+    total = F32(0.0)
+    for t in range(len(row)):
+        row[t] = exp(row[t] - largest)
+        total += row[t]
+    return largest, total
 
 
 @numba.njit(**_INLINE)
@@ -144,6 +194,7 @@ def add_values(
     for r in range(row, row + num_rows, tile.MAX_ROWS):
         tile.add_weighted_rows(
             is_bfloat16,
+            0,
             min(tile.MAX_ROWS, row + num_rows - r),
             p.ctypes.data + r * p_stride + 4 * first,
             p_stride,
