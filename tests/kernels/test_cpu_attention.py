@@ -123,7 +123,7 @@ def meet(address: int) -> int:
             xla_call.yield_core()
             waits += 1
         begun[1 + item] = xla_call.add(begun.ctypes.data, 0)
-        begun[3] += is_helper
+        xla_call.add(begun[3:].ctypes.data, int(is_helper))
         team.item_is_done(job)
         item = team.take_item(job)
     if not is_helper:
