@@ -27,9 +27,11 @@ from pallas_paged.models.layers import (
     Embedding,
     Linear,
     RMSNorm,
+    chosen,
     gate_up_projection,
     logits,
     qkv_projection,
+    wanted_by_layer,
 )
 from pallas_paged.models.rope import Rope, rotate, rotation
 from pallas_paged.models.rope_scaling import rope_from_hf
@@ -150,11 +152,12 @@ class Attention(nnx.Module):
         self, config: DecoderConfig, layer: int, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
     ):
         self.head_dim = config.head_dim
+        self.num_features = config.num_q_heads * config.head_dim
         self.qk_norm = config.qk_norm
         self.sliding_window = config.sliding_window(layer)
         self.qkv_proj = qkv_projection(config, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.o_proj = Linear(
-            config.num_q_heads * config.head_dim,
+            self.num_features,
             config.hidden_size,
             axes=("embed", "heads"),
             bias=config.output_bias,
@@ -175,8 +178,9 @@ class Attention(nnx.Module):
         kv_cache: KVCache | None,
         attend: Attend,
         context: Context = None,
-    ) -> tuple[Float[Array, "T E"], KVCache | None]:
-        """Returns the attention's output and the layer's updated cache."""
+        wanted: Int32[Array, "L"] | None = None,
+    ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], KVCache | None]:
+        """Returns the attention's output, of the `wanted` tokens, and the layer's updated cache."""
         q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in self.qkv_proj(x))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -184,7 +188,7 @@ class Attention(nnx.Module):
         asked = {"sliding_window": self.sliding_window, "context": context}
         options = {name: value for name, value in asked.items() if value is not None}
         out, kv_cache = attend(q, k, v, kv_cache, metadata, **options)
-        return self.o_proj(out.reshape(x.shape[0], -1)), kv_cache
+        return self.o_proj(chosen(out, wanted).reshape(-1, self.num_features)), kv_cache
 
 
 class MLP(nnx.Module):
@@ -239,12 +243,13 @@ class DecoderLayer(nnx.Module):
         kv_cache: KVCache | None,
         attend: Attend,
         context: Context = None,
-    ) -> tuple[Float[Array, "T E"], KVCache | None]:
-        """Returns the layer's output and its updated cache."""
+        wanted: Int32[Array, "L"] | None = None,
+    ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], KVCache | None]:
+        """Returns the layer's output, of the `wanted` tokens, and its updated cache."""
         attended, kv_cache = self.self_attn(
-            self.input_layernorm(x), cos_sin, metadata, kv_cache, attend, context
+            self.input_layernorm(x), cos_sin, metadata, kv_cache, attend, context, wanted
         )
-        x = x + attended
+        x = chosen(x, wanted) + attended
         return x + self.mlp(self.post_attention_layernorm(x), context), kv_cache
 
 
@@ -311,13 +316,15 @@ class Decoder(nnx.Module):
         *,
         attend: Attend = paged_attend,
         context: Context = None,
-    ) -> tuple[Float[Array, "T E"], tuple[KVCache | None, ...]]:
+        wanted: Int32[Array, "L"] | None = None,
+    ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], tuple[KVCache | None, ...]]:
         """Runs a step's T tokens through all layers, see `CausalLM`; returns (hidden, caches)."""
         cos_sin = rotation(self.config.rope, metadata.positions, self.config.head_dim)
         x = self.model.embed_tokens(input_ids)
         updated = []
-        for layer, kv_cache in zip(self.model.layers, kv_caches, strict=True):
-            x, kv_cache = layer(x, cos_sin, metadata, kv_cache, attend, context)
+        by_layer = wanted_by_layer(wanted, self.config.num_layers, context)
+        for layer, kv_cache, of_layer in zip(self.model.layers, kv_caches, by_layer, strict=True):
+            x, kv_cache = layer(x, cos_sin, metadata, kv_cache, attend, context, of_layer)
             updated.append(kv_cache)
         return self.model.norm(x), tuple(updated)
 

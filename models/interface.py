@@ -44,7 +44,8 @@ class CausalLM(Protocol):
         *,
         attend: Attend = ...,
         context: Context = None,
-    ) -> tuple[Float[Array, "T E"], tuple[KVCache | None, ...]]:
+        wanted: Int32[Array, "L"] | None = None,
+    ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], tuple[KVCache | None, ...]]:
         """Runs a step's T tokens through all layers.
 
         Args:
@@ -53,6 +54,9 @@ class CausalLM(Protocol):
           kv_caches: one per layer, as `config.cache_specs` has them; or whatever `attend` takes.
           attend: the attention, by default the paged one.
           context: reaches every layer, see `Context`.
+          wanted: i32[L], the places of those tokens whose hidden states are returned, in that
+            order; None for all. The last layer leaves the others out behind its attention, as
+            llama.cpp's does (its `inp_out_ids`). Not together with a context.
 
         Returns:
           The hidden states, for `compute_logits`; and the updated caches, which take the place of

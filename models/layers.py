@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from pallas_paged.models.config import ModelConfig
+from pallas_paged.models.interface import Context
 from pallas_paged.ops.product.api import product
 
 INIT_STD = 0.02
@@ -211,3 +212,30 @@ class LayerNorm(nnx.Module):
 def logits(hidden: Float[Array, "*n E"], weight: Float[Array, "V E"]) -> Float[Array, "*n V"]:
     """Returns float32 logits of `hidden` under the output embedding `weight`."""
     return product(hidden, weight, jnp.float32)
+
+
+def wanted_by_layer(
+    wanted: Int32[Array, "L"] | None, num_layers: int, context: Context
+) -> list[Int32[Array, "L"] | None]:
+    """Returns, for each layer, of which tokens it is to return hidden states; None for all.
+
+    All tokens' keys and values depend on what the layers before the last return of them.
+
+    Args:
+      wanted: of `CausalLM`.
+      num_layers: of the model.
+      context: of `CausalLM`.
+
+    Raises:
+      ValueError: there are both a context and tokens that are wanted.
+    """
+    if wanted is not None and context is not None:
+        raise ValueError("pass a context or wanted tokens: a context is of all of a step's tokens")
+    return [None] * (num_layers - 1) + [wanted]
+
+
+def chosen(
+    x: Float[Array, "T *n"], wanted: Int32[Array, "L"] | None
+) -> Float[Array, "T *n"] | Float[Array, "L *n"]:
+    """Returns the rows of `x` that are wanted, or all for None."""
+    return x if wanted is None else x[wanted]

@@ -19,7 +19,15 @@ from pallas_paged.models.config import (
     head_dim_from_hidden,
 )
 from pallas_paged.models.interface import Attend, CheckpointNames, Context, Family
-from pallas_paged.models.layers import Embedding, LayerNorm, Linear, logits, qkv_projection
+from pallas_paged.models.layers import (
+    Embedding,
+    LayerNorm,
+    Linear,
+    chosen,
+    logits,
+    qkv_projection,
+    wanted_by_layer,
+)
 
 POSITION_OFFSET = 2
 """Position 0 has row 2 of the table of positions: the first two were padding in training."""
@@ -111,12 +119,13 @@ class OPTAttention(nnx.Module):
         kv_cache: KVCache | None,
         attend: Attend,
         context: Context = None,
-    ) -> tuple[Float[Array, "T E"], KVCache | None]:
-        """Returns the attention's output and the layer's updated cache."""
+        wanted: Int32[Array, "L"] | None = None,
+    ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], KVCache | None]:
+        """Returns the attention's output, of the `wanted` tokens, and the layer's updated cache."""
         q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in self.qkv_proj(x))
         options = {} if context is None else {"context": context}
         out, kv_cache = attend(q, k, v, kv_cache, metadata, **options)
-        return self.out_proj(out.reshape(x.shape[0], -1)), kv_cache
+        return self.out_proj(chosen(out, wanted).reshape(-1, x.shape[1])), kv_cache
 
 
 class OPTDecoderLayer(nnx.Module):
@@ -144,11 +153,12 @@ class OPTDecoderLayer(nnx.Module):
         kv_cache: KVCache | None,
         attend: Attend,
         context: Context = None,
-    ) -> tuple[Float[Array, "T E"], KVCache | None]:
-        """Returns the layer's output and its updated cache."""
+        wanted: Int32[Array, "L"] | None = None,
+    ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], KVCache | None]:
+        """Returns the layer's output, of the `wanted` tokens, and its updated cache."""
         attn_in = self.self_attn_layer_norm(x) if self.norm_first else x
-        attended, kv_cache = self.self_attn(attn_in, metadata, kv_cache, attend, context)
-        x = x + attended
+        attended, kv_cache = self.self_attn(attn_in, metadata, kv_cache, attend, context, wanted)
+        x = chosen(x, wanted) + attended
         if not self.norm_first:
             x = self.self_attn_layer_norm(x)
         mlp_in = self.final_layer_norm(x) if self.norm_first else x
@@ -221,7 +231,8 @@ class OPT(nnx.Module):
         *,
         attend: Attend = paged_attend,
         context: Context = None,
-    ) -> tuple[Float[Array, "T E"], tuple[KVCache | None, ...]]:
+        wanted: Int32[Array, "L"] | None = None,
+    ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], tuple[KVCache | None, ...]]:
         """Runs a step's T tokens through all layers, see `CausalLM`; returns (hidden, caches)."""
         decoder = self.model.decoder
         x = decoder.embed_tokens(input_ids)
@@ -229,8 +240,9 @@ class OPT(nnx.Module):
             x = decoder.project_in(x)
         x = x + decoder.embed_positions(metadata.positions + POSITION_OFFSET)
         updated = []
-        for layer, kv_cache in zip(decoder.layers, kv_caches, strict=True):
-            x, kv_cache = layer(x, metadata, kv_cache, attend, context)
+        by_layer = wanted_by_layer(wanted, self.config.num_layers, context)
+        for layer, kv_cache, of_layer in zip(decoder.layers, kv_caches, by_layer, strict=True):
+            x, kv_cache = layer(x, metadata, kv_cache, attend, context, of_layer)
             updated.append(kv_cache)
         if self.config.has_final_layer_norm:
             x = decoder.final_layer_norm(x)

@@ -115,11 +115,13 @@ def run_step(
     starts = x.query_start_loc[:-1]
     on_device = jnp.where(x.input_on_device == 1, starts, bucket.num_tokens)
     input_ids = x.input_ids.at[on_device].set(rows.last_tokens[x.rows], mode="drop")
-    hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend)
-    if x.drafts is None:
-        logits, behind = model.compute_logits(hidden[x.logits_indices]), None
-    else:
-        of_all = model.compute_logits(hidden[x.drafts.places])
+    places = x.logits_indices if x.drafts is None else x.drafts.places
+    # A full step's other hidden states are for log-probabilities of prompts.
+    wanted = places if not bucket.is_full and bucket.num_logits < bucket.num_tokens else None
+    hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend, wanted=wanted)
+    of_all = model.compute_logits(hidden if wanted is not None else hidden[places])
+    logits, behind = of_all, None
+    if x.drafts is not None:
         logits, behind = of_all[x.drafts.firsts], _sample_behind(of_all, x, x.drafts, bucket)
 
     with_proposals = functools.partial(

@@ -53,8 +53,17 @@ class Bigram(nnx.Module):
         )
         self.table = nnx.Param(jnp.asarray(table))
 
-    def __call__(self, input_ids: jax.Array, metadata: Any, kv_caches: Any, *, attend: Any) -> Any:
-        return self.table.get_value()[input_ids], kv_caches
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        metadata: Any,
+        kv_caches: Any,
+        *,
+        attend: Any,
+        wanted: jax.Array | None = None,
+    ) -> Any:
+        wanted_ids = input_ids if wanted is None else input_ids[wanted]
+        return self.table.get_value()[wanted_ids], kv_caches
 
     def compute_logits(self, hidden: jax.Array) -> jax.Array:
         return hidden

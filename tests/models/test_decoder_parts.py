@@ -1,7 +1,7 @@
 """A decoder takes its MLP from its family, and what a step brings reaches every layer."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -81,3 +81,32 @@ def test_the_context_reaches_the_attention_of_every_layer(model_class: Any) -> N
     without, _ = model(IDS, metadata, CACHES, attend=attend)
     assert seen[3:] == [None] * 3
     np.testing.assert_array_equal(hidden, without)
+
+
+class Counted(MLP):
+    """The usual MLP, which notes how many tokens each layer gives it."""
+
+    seen: ClassVar[list[int]] = []
+
+    def __call__(self, x: jax.Array, context: Any = None) -> jax.Array:
+        self.seen.append(x.shape[0])
+        return super().__call__(x, context)
+
+
+@pytest.mark.parametrize("family", ["decoder", "opt", "opt, norms behind"])
+def test_the_last_layer_leaves_out_tokens_that_nobody_wants(family: str) -> None:
+    rngs: Any = {"dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    if family == "decoder":
+        Counted.seen.clear()
+        model: Any = Decoder(CONFIG, make_mlp=Counted, **rngs)
+    else:
+        fields = SIZES | {"do_layer_norm_before": family == "opt"}
+        model = OPT(OPTConfig(**fields, ffn_dim=12, word_embed_proj_dim=8), **rngs)
+    metadata, wanted = dense_metadata(1, 5), jnp.array([4, 1])
+    every, _ = model(IDS, metadata, CACHES, attend=dense_attend)
+    hidden, _ = model(IDS, metadata, CACHES, attend=dense_attend, wanted=wanted)
+    np.testing.assert_allclose(hidden, every[wanted], rtol=1e-5, atol=1e-6)
+    if family == "decoder":
+        assert Counted.seen == [5, 5, 5, 5, 5, 2]
+    with pytest.raises(ValueError, match="pass a context or wanted tokens"):
+        model(IDS, metadata, CACHES, attend=dense_attend, wanted=wanted, context=IDS)
