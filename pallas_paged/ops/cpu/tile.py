@@ -4,7 +4,6 @@ A vector that is loaded serves as many products as a tile has rows, or columns. 
 result is made of, and in which order, does not depend on the tile that it is in.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from numba.core import types
@@ -16,6 +15,8 @@ MAX_ROWS = 4 if NUM_REGISTERS == 32 else 3
 """Of a tile."""
 COLUMNS = 4
 """Of a tile of dot products."""
+LINE_BYTES = 64
+"""Of a line of a CPU's caches."""
 _VECTORS = 4 if NUM_REGISTERS == 32 else 3  # of a tile of sums of rows, side by side
 
 
@@ -24,7 +25,7 @@ def dot_products(
     typing_context: Any,
     bfloat16_x: Any,
     bfloat16_weight: Any,
-    in_turn: Any,
+    lines: Any,
     rows: Any,
     x: Any,
     x_stride: Any,
@@ -33,6 +34,8 @@ def dot_products(
     k: Any,
     y: Any,
     y_stride: Any,
+    ahead: Any,
+    advance: Any,
 ) -> Any:
     """Sets y[r, f] to the sum over i < k of x[r, i] * weight[f, i], for `COLUMNS` f.
 
@@ -43,8 +46,8 @@ def dot_products(
       bfloat16_x: 1 for bfloat16, 0 for float32; a constant, as the next two. With 1 the weight is
         bfloat16 too, and the CPU one that `MULTIPLIES_BFLOAT16`.
       bfloat16_weight: 1 for bfloat16, 0 for float32.
-      in_turn: 1 to read the rows of the weight one after the other, and not side by side: the
-        memory is faster then, and the arithmetic slower.
+      lines: how many lines of a CPU's caches each step asks for, which multiplies as many numbers
+        of a row as a vector has.
       rows: of x and y, from 1 to `MAX_ROWS`.
       x: the address of the first number, as `weight` and `y`.
       x_stride: bytes from a row to the next, as `weight_stride` and `y_stride`.
@@ -53,9 +56,13 @@ def dot_products(
       k: see above.
       y: see x.
       y_stride: see x_stride.
+      ahead: the address that the first step asks for.
+      advance: bytes from that to what the next step asks for. To ask all along, and not for much
+        at once, is what lets the memory work while sums are made.
     """
-    constants = bfloat16_x, bfloat16_weight, in_turn
-    is_x_narrow, is_narrow, by_row = (bool(constant.literal_value) for constant in constants)
+    constants = bfloat16_x, bfloat16_weight, lines
+    is_x_narrow, is_narrow = (bool(constant.literal_value) for constant in constants[:2])
+    num_lines = lines.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows, *places = arguments[3:]
@@ -63,18 +70,20 @@ def dot_products(
         writer.switch(
             rows,
             MAX_ROWS,
-            lambda rows: _write_dot_products(writer, is_x_narrow, is_narrow, by_row, rows, *places),
+            lambda rows: _write_dot_products(
+                writer, is_x_narrow, is_narrow, num_lines, rows, *places
+            ),
         )
         return context.get_dummy_value()
 
-    return types.void(*constants, *[types.intp] * 8), generate
+    return types.void(*constants, *[types.intp] * 10), generate
 
 
 def _write_dot_products(
     writer: Writer,
     is_x_narrow: bool,
     is_narrow: bool,
-    by_row: bool,
+    num_lines: int,
     rows: int,
     x: Any,
     x_stride: Any,
@@ -83,6 +92,8 @@ def _write_dot_products(
     k: Any,
     y: Any,
     y_stride: Any,
+    ahead: Any,
+    advance: Any,
 ) -> None:
     step = 2 * LANES if is_x_narrow else LANES
     x_size, size = (2 if narrow else 4 for narrow in (is_x_narrow, is_narrow))
@@ -97,34 +108,28 @@ def _write_dot_products(
             else writer.load(address, size == 2, mask)
         )
 
-    def sums_of(columns: Sequence[int]) -> list[Any]:
-        """Writes sums for some columns; returns them, row by row."""
-        left = [writer.behind(x, x_stride, r) for r in range(rows)]
-        right = [writer.behind(weight, weight_stride, f) for f in columns]
-        multiply_add = writer.multiply_add_pairs if is_x_narrow else writer.multiply_add
+    left = [writer.behind(x, x_stride, r) for r in range(rows)]
+    right = [writer.behind(weight, weight_stride, f) for f in range(COLUMNS)]
+    multiply_add = writer.multiply_add_pairs if is_x_narrow else writer.multiply_add
 
-        def add(i: Any, sums: list[Any], mask: Any = None) -> list[Any]:
-            loaded = [load(row, i, x_size, mask) for row in left]
-            new = list(sums)
-            for f, row in enumerate(right):
-                one = load(row, i, size, mask)
-                for r, other in enumerate(loaded):
-                    place = len(columns) * r + f
-                    new[place] = multiply_add(other, one, new[place])
-            return new
+    def add(i: Any, carried: list[Any], mask: Any = None) -> list[Any]:
+        asked, *sums = carried
+        for line in range(num_lines):
+            writer.prefetch(writer.builder.add(asked, writer.constant(LINE_BYTES * line)))
+        loaded = [load(row, i, x_size, mask) for row in left]
+        for f, row in enumerate(right):
+            one = load(row, i, size, mask)
+            for r, other in enumerate(loaded):
+                place = COLUMNS * r + f
+                sums[place] = multiply_add(other, one, sums[place])
+        return [writer.builder.add(asked, advance), *sums]
 
-        sums = [writer.zeros()] * (rows * len(columns))
-        sums = writer.loop(writer.constant(0), whole, step, sums, add)
-        return writer.loop(
-            whole, k, step, sums, lambda i, sums: add(i, sums, writer.mask(rest, step))
-        )
-
-    if by_row:
-        columns = [sums_of([f]) for f in range(COLUMNS)]
-        table = [[column[r] for column in columns] for r in range(rows)]
-    else:
-        sums = sums_of(range(COLUMNS))
-        table = [sums[COLUMNS * r : COLUMNS * (r + 1)] for r in range(rows)]
+    carried = [ahead] + [writer.zeros()] * (rows * COLUMNS)
+    carried = writer.loop(writer.constant(0), whole, step, carried, add)
+    _, *sums = writer.loop(
+        whole, k, step, carried, lambda i, sums: add(i, sums, writer.mask(rest, step))
+    )
+    table = [sums[COLUMNS * r : COLUMNS * (r + 1)] for r in range(rows)]
     for r, four in enumerate(table):
         writer.store(writer.add_lanes(*four), writer.behind(y, y_stride, r))
 

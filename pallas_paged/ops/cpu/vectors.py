@@ -122,6 +122,12 @@ class Writer:
         stored = self._load(address, ir.VectorType(I16, 2 * LANES), 2, mask)
         return self.builder.bitcast(stored, ir.VectorType(_BFloat16(), 2 * LANES))
 
+    def prefetch(self, address: Any) -> None:
+        """Asks for the cache line at an address, which may be any number."""
+        line = self.builder.inttoptr(address, cgutils.voidptr_t)
+        read, near, data = (ir.Constant(I32, value) for value in (0, 2, 1))
+        self._call("llvm.prefetch.p0", ir.VoidType(), line, read, near, data)
+
     def _load(self, address: Any, kind: Any, size: int, mask: Any) -> Any:
         place = self._pointer(address, kind)
         if mask is None:

@@ -18,8 +18,6 @@ from pallas_paged.ops.cpu.xla_call import COMPILED_ONLY, prefetch
 
 F32 = np.float32
 LEAST = F32(np.finfo(np.float32).min)
-LINE_BYTES = 64
-"""Of a line of a CPU's caches."""
 
 LOOSE = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be made in any order; infinities and NaN stay what they are."""
@@ -68,7 +66,7 @@ def _block_rows(stored: Any, scales: Any, copy: Any) -> Any:
 def prefetch_rows(rows: Any) -> None:
     """Asks the memory for rows that lie one after the other."""
     address = rows.ctypes.data
-    for offset in range(0, rows.nbytes, LINE_BYTES):
+    for offset in range(0, rows.nbytes, tile.LINE_BYTES):
         prefetch(address + offset)
 
 
@@ -132,6 +130,8 @@ def score(is_bfloat16: int, s: Any, first: int, q: Any, row: int, num_rows: int,
                 head_dim,
                 s.ctypes.data + r * s_stride + 4 * (first + t),
                 s_stride,
+                0,
+                0,
             )
 
 

@@ -17,21 +17,18 @@ from pallas_paged.ops.cpu.team import (
     open_job,
     take_item,
 )
-from pallas_paged.ops.cpu.tile import COLUMNS, MAX_ROWS, dot_products
-from pallas_paged.ops.cpu.vectors import MULTIPLIES_BFLOAT16
+from pallas_paged.ops.cpu.tile import COLUMNS, LINE_BYTES, MAX_ROWS, dot_products
+from pallas_paged.ops.cpu.vectors import LANES, MULTIPLIES_BFLOAT16
 from pallas_paged.ops.cpu.xla_call import (
     num_threads,
     operand_address,
     own_address,
-    prefetch,
     result_address,
     size,
 )
 
 ITEMS_PER_THREAD = 8
 """At least, where the weight has so many features."""
-LINE_BYTES = 64
-"""Of a line of a CPU's caches."""
 MIN_SHARED_PRODUCTS = 2**17
 """Multiplications up to which one thread does all."""
 
@@ -55,6 +52,10 @@ def compile_kernel(is_bfloat16: bool) -> Any:
     others = xla_call.digest(tile, vectors, team, xla_call)
     narrow_x, narrow_weight = int(is_bfloat16 and MULTIPLIES_BFLOAT16), int(is_bfloat16)
     x_size, weight_size = 4 - 2 * narrow_x, 4 - 2 * narrow_weight
+    step = LANES * (1 + narrow_x)  # of what is summed over
+    # Lines that a step asks for, if a tile's weights meet the rows of one tile, or of several.
+    few_lines = max(1, COLUMNS * step * weight_size // LINE_BYTES)
+    many_lines = max(1, few_lines // 2)
 
     def multiply(address: int) -> int:
         job, is_helper = address, is_job(address)
@@ -83,11 +84,12 @@ def compile_kernel(is_bfloat16: bool) -> Any:
                 # The last tile lies over the one before, if the features are no multiple.
                 f = min(feature, out - COLUMNS)
                 w = weight + f * stride
+                # Tiles ask for the weights behind theirs, if rows are few behind those as well.
                 if n <= MAX_ROWS:
                     dot_products(
                         narrow_x,
                         narrow_weight,
-                        1,
+                        few_lines,
                         n,
                         x,
                         x_stride,
@@ -96,19 +98,17 @@ def compile_kernel(is_bfloat16: bool) -> Any:
                         k,
                         y + 4 * f,
                         y_stride,
+                        w + 2 * COLUMNS * stride,
+                        few_lines * LINE_BYTES,
                     )
                 else:
-                    # Each tile asks for its share of the weight for the tiles behind these.
                     share, ahead = COLUMNS * stride // -(-n // MAX_ROWS), w + COLUMNS * stride
                     for r in range(0, n, MAX_ROWS):
-                        for line in range(ahead, ahead + share, LINE_BYTES):
-                            prefetch(line)
-                        ahead += share
                         rows, place = min(n - r, MAX_ROWS), y + r * y_stride + 4 * f
                         dot_products(
                             narrow_x,
                             narrow_weight,
-                            0,
+                            many_lines,
                             rows,
                             x + r * x_stride,
                             x_stride,
@@ -117,7 +117,10 @@ def compile_kernel(is_bfloat16: bool) -> Any:
                             k,
                             place,
                             y_stride,
+                            ahead,
+                            share // -(-k // step),
                         )
+                        ahead += share
                 feature += COLUMNS
             item_is_done(job)
             item = take_item(job)
