@@ -122,9 +122,7 @@ class Drafted(nnx.Module):
         """See `CausalLM`; the hidden states are the model's own."""
         own, others = self.split(kv_caches)
         options = {} if context is None else {"context": context}
-        hidden, own = self.target(
-            input_ids, metadata, own, attend=attend, wanted=wanted, **options
-        )
+        hidden, own = self.target(input_ids, metadata, own, attend=attend, wanted=wanted, **options)
         if metadata.max_query_len > 1:
             _, others = self.draft(input_ids, metadata, others, attend=attend)
         return hidden, (*own, *others)

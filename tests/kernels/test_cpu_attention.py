@@ -18,6 +18,7 @@ from pallas_paged.ops.attention.api import attention_implementation
 from pallas_paged.ops.attention.cpu import kernel
 from pallas_paged.ops.cpu import team, xla_call, xla_header
 from tests.kernels.test_attention import assert_close, run
+from tests.kernels.test_product import OTHER_CPUS, printed_on
 
 LARGE = AttentionSpec(
     "large", (700, 1, 350, 33), (1, 1, 90, 33), num_q_heads=6, head_dim=64, block_size=16
@@ -57,6 +58,25 @@ def test_steps_that_threads_share_equal_the_reference():
     expected, expected_lse = run(arguments, "reference")
     assert_close(out, expected, 1e-5)
     assert_close(lse, expected_lse, 1e-5)
+
+
+NARROW = dataclasses.replace(LARGE, num_q_heads=4, head_dim=20, block_size=5, sliding_window=70)
+"""Nothing in it is a multiple of a vector's length."""
+
+
+@pytest.mark.parametrize("name", OTHER_CPUS)
+def test_other_vectors(name, tmp_path):
+    program = """
+        from tests.kernels import test_cpu_attention as here
+        for spec in (here.LARGE, here.NARROW):
+            arguments = here.build(spec)
+            for found, expected in zip(
+                here.run(arguments, "numba"), here.run(arguments, "reference"), strict=True
+            ):
+                here.assert_close(found, expected, 1e-5)
+        print("done")
+        """
+    assert printed_on(name, program, tmp_path) == ["done"]
 
 
 def test_whoever_computes_an_item_the_result_is_the_same():
