@@ -25,9 +25,9 @@ from pallas_paged.ops.attention.cpu.rows import (
     block_rows,
     copy_rows,
     exp,
+    multiply_many,
     prefetch_rows,
     score,
-    score_many,
     tanh,
     turn,
     weigh,
@@ -44,6 +44,7 @@ from pallas_paged.ops.cpu.team import (
     open_job,
     take_item,
 )
+from pallas_paged.ops.cpu.tile import MAX_ROWS
 from pallas_paged.ops.cpu.vectors import LANES
 from pallas_paged.ops.cpu.xla_call import operand, own_address, result, size
 
@@ -201,6 +202,7 @@ def compile_kernel(kind: Kind) -> Any:
         num_splits = note_of(job)
         heads_per_item = num_kv_heads // num_splits
         rows = max(min(tile_tokens, T) * group, MAX_DOT_ROWS)
+        rows = -(-rows // MAX_ROWS) * MAX_ROWS  # for `multiply_many`
         q = np.zeros((rows, width), np.float32)
         s = np.empty((rows, padded_chunk), np.float32)
         sums = np.empty((rows, v_head_dim), np.float32)
@@ -264,7 +266,7 @@ def compile_kernel(kind: Kind) -> Any:
                                 score(is_narrow, s, j * block_size, q, row, head_rows, keys)
                     if is_copied:
                         turn(key_copy, turned)
-                        score_many(s, q, num_rows, turned)
+                        multiply_many(1, s, q, 0, num_rows, turned)
 
                     for r in range(num_rows):
                         h = head0 + r // head_rows
@@ -303,7 +305,7 @@ def compile_kernel(kind: Kind) -> Any:
                                 add_values(is_narrow, sums, s, column, row, head_rows, values)
                     if is_copied:
                         values = value_copy[first_seen:count]
-                        add_values(0, sums, s, first_seen, 0, num_rows, values)
+                        multiply_many(0, sums, s, first_seen, num_rows, values)
 
                 for r in range(num_rows):
                     token = token0 + r % head_rows // group

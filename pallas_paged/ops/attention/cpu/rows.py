@@ -146,21 +146,25 @@ def turn(x: Any, y: Any) -> None:
 
 
 @numba.njit(**_INLINE)
-def score_many(s: Any, q: Any, num_rows: int, turned: Any) -> None:
-    """Sets s[r] to the sum over d of q[r, d] * turned[d]."""
+def multiply_many(from_zero: int, y: Any, x: Any, first: int, num_rows: int, rows: Any) -> None:
+    """Adds the sum over t of x[r, first + t] * rows[t] to y[r], for r < `num_rows`; all float32.
+
+    Or sets y[r] to it, if `from_zero` is 1. Both have as many rows as whole tiles: those behind are
+    computed too, from whatever is there, which spares code for tiles of fewer rows.
+    """
     for r in range(0, num_rows, tile.MAX_ROWS):
         tile.add_weighted_rows(
             0,
-            1,
-            min(tile.MAX_ROWS, num_rows - r),
-            q.ctypes.data + r * q.strides[0],
-            q.strides[0],
-            turned.ctypes.data,
-            turned.strides[0],
-            turned.shape[0],
-            turned.shape[1],
-            s.ctypes.data + r * s.strides[0],
-            s.strides[0],
+            from_zero,
+            tile.MAX_ROWS,
+            x.ctypes.data + r * x.strides[0] + 4 * first,
+            x.strides[0],
+            rows.ctypes.data,
+            rows.strides[0],
+            rows.shape[0],
+            rows.shape[1],
+            y.ctypes.data + r * y.strides[0],
+            y.strides[0],
         )
 
 
