@@ -38,6 +38,7 @@ from pallas_paged.engine.device.drafted import Drafted, draft_model_of
 from pallas_paged.engine.device.implementations import (
     choose_attention,
     choose_writes,
+    compile_kernels_soon,
     register_kernels,
 )
 from pallas_paged.engine.device.placement import Placement
@@ -119,9 +120,11 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
     shape = load_config(config.model)  # first: what is wrong with it is not the tokenizer's
     max_model_len = resolve_max_model_len(config, shape)
     shape = shape.for_length(max_model_len)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
     if placement is None:
         placement = Placement.on(target_device())
+    with placement.as_target():
+        compile_kernels_soon(config, shape, placement)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
     with placement.as_target():
         network = _load_network(config, shape, max_model_len, placement)
         plan, runner, specs = _build_runner(config, network, max_model_len, placement)

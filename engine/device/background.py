@@ -1,7 +1,6 @@
 """Makes things in a thread of its own, one after the other, while others go on without them."""
 
 import atexit
-import functools
 import logging
 import threading
 import weakref
@@ -74,9 +73,12 @@ _is_ending = threading.Event()
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
-@functools.cache
 def _end_with_process() -> None:
-    """What is registered last is called first: before JAX forgets what a compilation needs."""
+    """What is registered last is called first: before JAX forgets what a compilation needs.
+
+    JAX registers that when it first needs it, which may be after the first of these threads began.
+    """
+    atexit.unregister(_end)
     atexit.register(_end)
 
 

@@ -5,10 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_paged.cache_spec import CacheSpec
-from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype
+from pallas_paged.engine.device.background import Background
 from pallas_paged.engine.device.drafted import num_caches, parts_of
+from pallas_paged.engine.device.placement import Placement
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.models import ModelConfig
 from pallas_paged.ops.attention import api as attention
@@ -22,16 +25,7 @@ def choose_attention(
     config: EngineConfig, shape: ModelConfig, dtype: Any, specs: Sequence[CacheSpec]
 ) -> str:
     """Returns which attention all layers of such a model run with: XLA's can serve any of them."""
-    names = {
-        attention.attention_implementation(
-            config.attention_implementation,
-            q,
-            cache.k,
-            cache.v,
-            deterministic=config.deterministic,
-        )
-        for q, cache in _attentions(shape, dtype, specs)
-    }
+    names = {_implementation(config, q, cache) for q, cache in _attentions(shape, dtype, specs)}
     if len(names) == 1:
         return names.pop()
     logger.warning("no attention of %s serves all layers: they run with 'xla'", sorted(names))
@@ -54,6 +48,37 @@ def register_kernels(
     product.register_for_loading(dtype)
     for q, cache in _attentions(shape, dtype, specs):
         attention.register_for_loading(implementation, q, cache.k, cache.v)
+
+
+def compile_kernels_soon(config: EngineConfig, shape: ModelConfig, placement: Placement) -> None:
+    """Lets a thread compile what programs on a CPU call: first of all, it takes the longest.
+
+    Does nothing where the dtype of the weights is not known before they are read. Who traces a
+    program that calls such a kernel waits for it.
+    """
+    name = shape.checkpoint_dtype if config.dtype == "auto" else config.dtype
+    if name is None or placement.device.platform != "cpu":
+        return
+    dtype = jnp.dtype(name)
+    specs = shape.cache_specs(config.block_size, resolve_kv_cache_dtype(config, dtype))
+    chosen = [
+        (_implementation(config, q, cache), q, cache)
+        for q, cache in _attentions(shape, dtype, specs)
+    ]
+
+    def compile_all(_: str) -> None:
+        with placement.as_target():
+            product.register_for_loading(dtype)
+            for implementation, q, cache in chosen:
+                attention.register_for_loading(implementation, q, cache.k, cache.v)
+
+    Background(compile_all).start("what programs call")
+
+
+def _implementation(config: EngineConfig, q: jax.ShapeDtypeStruct, cache: KVCache) -> str:
+    return attention.attention_implementation(
+        config.attention_implementation, q, cache.k, cache.v, deterministic=config.deterministic
+    )
 
 
 def _attentions(

@@ -30,6 +30,7 @@ from pallas_paged.engine.device.step import (
     run_step,
 )
 from pallas_paged.models import CausalLM
+from pallas_paged.ops.cpu.later import kernels_later
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class StepPrograms:
         self.kv_caches = self.placement.cache_shapes(self.kv_caches)
         self._compiled: dict[Name, jax.stages.Compiled] = {}
         self._hidden: dict[int, jax.ShapeDtypeStruct] = {}  # by T, of full steps
+        self._kernels: dict[str, Callable[[], object]] = {}  # that programs call, see `_finish`
         self._background = Background(self._compile_alone)
 
     @property
@@ -136,7 +138,7 @@ class StepPrograms:
         if (kind, size) not in self._compiled:
             lowered = self.lower((kind, size))
             with self.placement.as_target():
-                self._compiled[kind, size] = lowered.compile()
+                self._compiled[kind, size] = self._finish(lowered)
         return self._compiled[kind, size]
 
     def others(self, buckets: Iterable[Bucket]) -> list[tuple[str, int]]:
@@ -189,7 +191,7 @@ class StepPrograms:
         # Tracing runs Python and gains nothing from threads; XLA's compiler leaves the lock.
         lowered = [self.lower(bucket) for bucket in missing]
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            compiled = pool.map(lambda program: program.compile(), lowered)
+            compiled = pool.map(self._finish, lowered)
             self._compiled.update(zip(missing, compiled, strict=True))
         if missing:
             self._tell(missing, time.perf_counter() - begin)
@@ -209,8 +211,15 @@ class StepPrograms:
 
     def _compile_alone(self, bucket: Bucket) -> None:
         begin = time.perf_counter()
-        self._compiled[bucket] = self.lower(bucket).compile()
+        self._compiled[bucket] = self._finish(self.lower(bucket))
         self._tell([bucket], time.perf_counter() - begin)
+
+    def _finish(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        """Compiles a program, and what it calls if that was put off."""
+        compiled = lowered.compile()
+        for compile_kernel in list(self._kernels.values()):  # while others may add to them
+            compile_kernel()
+        return compiled
 
     def _tell(self, buckets: list[Bucket], seconds: float) -> None:
         names = list(map(str, buckets))
@@ -287,7 +296,11 @@ class StepPrograms:
         precision = jax.config.jax_default_matmul_precision
         if precision is None and self._leaves[0].dtype == jnp.float32:
             precision = "highest"  # else a GPU rounds the factors of products to 10 bits
-        with jax.default_matmul_precision(precision), self.placement.as_target():
+        with (
+            jax.default_matmul_precision(precision),
+            self.placement.as_target(),
+            kernels_later(self._kernels),
+        ):
             return jitted.lower(*args)
 
     def _input(self, *shape: int) -> jax.ShapeDtypeStruct:

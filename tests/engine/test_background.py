@@ -1,18 +1,25 @@
 """Programs that are compiled in another thread: when, in whose place steps run, and at the end."""
 
+import contextlib
+import dataclasses
 import logging
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_paged.engine import SamplingParams
 from pallas_paged.engine.config import EngineConfig, resolve_background_compilation
 from pallas_paged.engine.core.buckets import Bucket, Buckets
+from pallas_paged.engine.device import implementations
 from pallas_paged.engine.device.background import Background
+from pallas_paged.engine.device.placement import Placement
 from pallas_paged.engine.device.programs import StepPrograms
 from tests.engine.serving import make_llm
 from tests.programs import ROOT
@@ -95,10 +102,36 @@ for key in range(50):
 time.sleep(0.1)
 print("end", flush=True)
 """
+    assert lines_of(code) == ["end", "made 0"]
+
+
+def lines_of(code: str) -> list[str]:
+    """Returns what a Python program prints."""
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:-1] == ["end", "made 0"]
+    return done.stdout.splitlines()
+
+
+def test_a_process_ends_before_what_others_left_to_its_end() -> None:
+    """As JAX does, which forgets then what a compilation needs, and may say so late."""
+    code = """
+import atexit
+import time
+from pallas_paged.engine.device.background import Background
+
+def make(key):
+    time.sleep(0.5 * key)
+    print("made", key, flush=True)
+
+background = Background(make)
+background.start(0)
+background.wait()
+atexit.register(print, "forgotten")
+background.start(1)
+time.sleep(0.1)
+"""
+    assert lines_of(code) == ["made 0", "made 1", "forgotten"]
 
 
 def test_all_buckets_that_hold_a_step() -> None:
@@ -169,3 +202,69 @@ def test_a_small_step_does_not_run_in_a_large_one(ran: list[Bucket]) -> None:
     for _ in llm.stream({"prompt_token_ids": [3, 4, 5]}, PARAMS):
         pass
     assert large not in ran
+
+
+def test_what_programs_call_is_compiled_before_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be put off while they are traced, and is not while they run."""
+    events = []
+    compile_program = jax.stages.Lowered.compile
+
+    def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        events.append("program")
+        return compile_program(lowered)
+
+    @contextlib.contextmanager
+    def later(kernels: dict[str, Callable[[], object]]) -> Iterator[None]:
+        kernels["kernel"] = lambda: events.append("kernel")
+        yield
+
+    monkeypatch.setattr("pallas_paged.engine.device.programs.kernels_later", later)
+    llm = make_llm("llama-mqa-linear", max_num_seqs=4)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
+    llm.generate({"prompt_token_ids": [3, 4, 5]}, PARAMS, use_tqdm=False)
+    assert events.count("program") == 3  # of tables, a prompt, and decode steps
+    assert events == ["program", "kernel"] * 3
+
+
+class Registered:
+    """Records what kernels are asked for, and by which thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.done = threading.Event()
+        self.found: list[tuple[Any, ...]] = []
+        self.threads: set[str] = set()
+        for api in (implementations.product, implementations.attention):
+            monkeypatch.setattr(api, "register_for_loading", self)
+
+    def __call__(self, *what: Any) -> None:
+        self.found.append(what)
+        self.threads.add(threading.current_thread().name)
+        if len(what) > 2:
+            self.done.set()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "in_config", "expected"),
+    [
+        ("auto", "bfloat16", jnp.bfloat16),
+        ("float32", "bfloat16", jnp.float32),
+        ("auto", None, None),
+    ],
+)
+def test_kernels_are_compiled_while_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, in_config: str | None, expected: Any
+) -> None:
+    """Where the dtype of the weights is known before."""
+    model = make_llm("llama-mqa-linear", max_num_seqs=4).model_config
+    shape = dataclasses.replace(model, checkpoint_dtype=in_config)
+    placement = Placement.on(jax.devices("cpu")[0])
+    registered = Registered(monkeypatch)
+    implementations.compile_kernels_soon(EngineConfig("m", dtype=dtype), shape, placement)
+    if expected is None:
+        assert not registered.found
+        return
+    assert registered.done.wait(60)
+    assert registered.threads == {"compiler"}
+    (weights,), (name, q, k, _) = registered.found
+    assert weights == q.dtype == k.dtype == expected
+    assert name == "numba"

@@ -16,7 +16,7 @@ from pallas_paged import paged_attention
 from pallas_paged.deviceless import target_device
 from pallas_paged.ops.attention.api import attention_implementation
 from pallas_paged.ops.attention.cpu import kernel
-from pallas_paged.ops.cpu import team, xla_call, xla_header
+from pallas_paged.ops.cpu import registration, team, xla_call, xla_header
 from tests.kernels.test_attention import assert_close, run
 from tests.kernels.test_product import OTHER_CPUS, printed_on
 
@@ -153,7 +153,7 @@ def meet(address: int) -> int:
 
 def test_items_are_worked_at_by_several_threads():
     compiled = numba.cfunc(xla_call.SIGNATURE, error_model="numpy")(meet)
-    xla_call.register("tests.meet", lambda: compiled)
+    registration.register("tests.meet", lambda: compiled)
     with jax.enable_x64(True):
         call = jax.ffi.ffi_call("tests.meet", jax.ShapeDtypeStruct((4,), jnp.int64))
         for _ in range(20):

@@ -22,7 +22,6 @@ from pallas_paged.ops.cpu.xla_call import (
     COMPILED_ONLY,
     add,
     ask_for_thread,
-    asks_for_version,
     call,
     num_threads,
     replace,
@@ -181,7 +180,7 @@ def enter(address: int) -> tuple[int, int]:
     if is_job(address):
         item = take_item(address)
         return (_frame_of(address) if item >= 0 else 0), item
-    return (0 if asks_for_version(address) else address), -1
+    return address, -1
 
 
 @numba.njit(**COMPILED_ONLY)

@@ -8,12 +8,10 @@ header, which comes with jaxlib, against them.
 import ctypes
 import os
 import pathlib
-import threading
 import zlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numba
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -29,32 +27,6 @@ _EXTENSION, _API, _CONTEXT, _OPERANDS, _RESULTS = 1, 2, 3, 9, 14  # XLA_FFI_Call
 _DATA, _SIZES = 3, 5  # XLA_FFI_Buffer
 _VERSION, _SCHEDULE, _NUM_THREADS = 4, 17, 18  # XLA_FFI_Api
 _METADATA, _METADATA_VERSION = 3, 3  # XLA_FFI_Metadata_Extension, XLA_FFI_Metadata
-
-
-_lock = threading.Lock()
-_registered: set[str] = set()
-
-
-def register(name: str, compile_function: Callable[[], Any]) -> str:
-    """Lets XLA's programs for CPUs call a `numba.cfunc` of `SIGNATURE`; returns its name.
-
-    Args:
-      name: for the function.
-      compile_function: returns it; called once in a process for each name, by one thread.
-    """
-    with _lock:  # XLA refuses a name that comes twice
-        if name not in _registered:
-            new = ctypes.pythonapi.PyCapsule_New
-            new.restype, new.argtypes = (
-                ctypes.py_object,
-                (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
-            )
-            function = compile_function()
-            keep(function)
-            capsule = new(function.address, b"xla._CUSTOM_CALL_TARGET", None)
-            jax.ffi.register_ffi_target(name, capsule, platform="cpu")
-            _registered.add(name)
-    return name
 
 
 def keep(thing: Any) -> None:

@@ -32,7 +32,7 @@ from pallas_paged.ops.attention.cpu.rows import (
     turn,
     weigh,
 )
-from pallas_paged.ops.cpu import stored, team, tile, vectors, xla_call
+from pallas_paged.ops.cpu import registration, stored, team, tile, vectors, xla_call
 from pallas_paged.ops.cpu.stored import narrow, wide
 from pallas_paged.ops.cpu.team import (
     call_helpers,
@@ -137,7 +137,7 @@ def load_kernel(kind: Kind) -> str:
 
     It takes a second or two the first time; what is compiled is kept, see `xla_call.compiled`.
     """
-    return xla_call.register(kind.target, lambda: compile_kernel(kind))
+    return registration.register(kind.target, lambda: compile_kernel(kind))
 
 
 def compile_kernel(kind: Kind) -> Any:

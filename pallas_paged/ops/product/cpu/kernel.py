@@ -6,7 +6,7 @@ of the weight's rows meet all rows of `x` before the next few are read.
 
 from typing import Any
 
-from pallas_paged.ops.cpu import team, tile, vectors, xla_call
+from pallas_paged.ops.cpu import registration, team, tile, vectors, xla_call
 from pallas_paged.ops.cpu.team import (
     call_helpers,
     close_job,
@@ -39,7 +39,7 @@ def load_kernel(is_bfloat16: bool) -> str:
     It takes a second or two the first time; what is compiled is kept, see `xla_call.compiled`.
     """
     name = f"pallas_paged.product.{'bfloat16' if is_bfloat16 else 'float32'}"
-    return xla_call.register(name, lambda: compile_kernel(is_bfloat16))
+    return registration.register(name, lambda: compile_kernel(is_bfloat16))
 
 
 def compile_kernel(is_bfloat16: bool) -> Any:
