@@ -14,7 +14,7 @@ from pallas_paged.ops.kv_write.api import write_kv
 
 
 def paged_attend(
-    q: Float[Array, "T Hq D"],
+    q: Float[Array, "L Hq D"],
     k: Float[Array, "T Hk D"],
     v: Float[Array, "T Hk Dv"],
     kv_cache: KVCache,
@@ -22,18 +22,20 @@ def paged_attend(
     *,
     write_implementation: str | None = None,
     promise_in_bounds: bool = False,
+    queries: AttentionMetadata | None = None,
     **options: Any,
-) -> tuple[Float[Array, "T Hq Dv"], KVCache]:
+) -> tuple[Float[Array, "L Hq Dv"], KVCache]:
     """Writes keys and values into the paged cache, then attends to all of each sequence's.
 
     Args:
-      q: queries, positions encoded.
-      k: the same tokens' keys, positions encoded.
+      q: queries, positions encoded; of all T tokens unless `queries` tells of which.
+      k: the tokens' keys, positions encoded.
       v: their values, as wide as the cache's.
       kv_cache: the layer's cache; donated by `write_kv`.
       metadata: where the tokens stand.
       write_implementation: of `write_kv`.
       promise_in_bounds: of both.
+      queries: metadata of a step with the tokens of `q` alone; None if these are all.
       **options: of `paged_attention`, such as `scale`, `sliding_window` or `implementation`.
 
     Returns:
@@ -52,7 +54,7 @@ def paged_attend(
         q,
         kv_cache.k,
         kv_cache.v,
-        metadata,
+        metadata if queries is None else queries,
         k_scale=kv_cache.k_scale,
         v_scale=kv_cache.v_scale,
         promise_in_bounds=promise_in_bounds,
@@ -61,7 +63,7 @@ def paged_attend(
     return out, kv_cache
 
 
-def _computed_at_once(*heads: Float[Array, "T _ _"]) -> list[Float[Array, "T _ _"]]:
+def _computed_at_once(*heads: Float[Array, "_ _ _"]) -> list[Float[Array, "_ _ _"]]:
     """Returns the arrays as parts of one, so that XLA computes them all in one launch.
 
     Without the barrier it would see through the concatenation; with it, the parts, which are one

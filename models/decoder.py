@@ -22,11 +22,12 @@ from pallas_paged.models.config import (
     checkpoint_dtype_from_hf,
     head_dim_from_hidden,
 )
-from pallas_paged.models.interface import Attend, CheckpointNames, Context
+from pallas_paged.models.interface import Attend, CheckpointNames, Context, Wanted
 from pallas_paged.models.layers import (
     Embedding,
     Linear,
     RMSNorm,
+    attend_to_wanted,
     chosen,
     gate_up_projection,
     logits,
@@ -178,7 +179,7 @@ class Attention(nnx.Module):
         kv_cache: KVCache | None,
         attend: Attend,
         context: Context = None,
-        wanted: Int32[Array, "L"] | None = None,
+        wanted: Wanted | None = None,
     ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], KVCache | None]:
         """Returns the attention's output, of the `wanted` tokens, and the layer's updated cache."""
         q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in self.qkv_proj(x))
@@ -187,8 +188,8 @@ class Attention(nnx.Module):
         q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         asked = {"sliding_window": self.sliding_window, "context": context}
         options = {name: value for name, value in asked.items() if value is not None}
-        out, kv_cache = attend(q, k, v, kv_cache, metadata, **options)
-        return self.o_proj(chosen(out, wanted).reshape(-1, self.num_features)), kv_cache
+        out, kv_cache = attend_to_wanted(attend, wanted, q, k, v, kv_cache, metadata, **options)
+        return self.o_proj(out.reshape(-1, self.num_features)), kv_cache
 
 
 class MLP(nnx.Module):
@@ -243,7 +244,7 @@ class DecoderLayer(nnx.Module):
         kv_cache: KVCache | None,
         attend: Attend,
         context: Context = None,
-        wanted: Int32[Array, "L"] | None = None,
+        wanted: Wanted | None = None,
     ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], KVCache | None]:
         """Returns the layer's output, of the `wanted` tokens, and its updated cache."""
         attended, kv_cache = self.self_attn(
@@ -316,7 +317,7 @@ class Decoder(nnx.Module):
         *,
         attend: Attend = paged_attend,
         context: Context = None,
-        wanted: Int32[Array, "L"] | None = None,
+        wanted: Wanted | None = None,
     ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], tuple[KVCache | None, ...]]:
         """Runs a step's T tokens through all layers, see `CausalLM`; returns (hidden, caches)."""
         cos_sin = rotation(self.config.rope, metadata.positions, self.config.head_dim)

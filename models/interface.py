@@ -18,7 +18,8 @@ Takes the step's queries `[T, Hq, D]`, keys `[T, Hk, D]` and values `[T, Hk, Dv]
 encoded), the layer's cache, or None for an attention that keeps none, and the metadata that places
 the T tokens. Returns the output `[T, Hq, Dv]` and the cache with the new keys and values in it.
 Options are those of `pallas_paged.ops.attention.api.paged_attention`; a model passes only those
-that it needs. A step that has a `Context` gives it as the option `context`.
+that it needs. A step that has a `Context` gives it as the option `context`. Where only some tokens'
+outputs are needed, `q` is `[L, Hq, D]`, and their metadata is the option `queries`.
 """
 
 Context = Any
@@ -27,6 +28,20 @@ Context = Any
 Such as which adapter each of the T tokens uses. What is in it is between whoever makes the step and
 the modules that read it; the others pass it on.
 """
+
+
+class Wanted(NamedTuple):
+    """Those of a step's tokens whose hidden states are wanted.
+
+    Attributes:
+      places: i32[L], where they are among the step's T tokens.
+      metadata: of a step that has these tokens alone, in that order, if there is one: those of a
+        sequence must be its last ones. With it the last layer's attention leaves the others out;
+        without it, what comes behind that attention does.
+    """
+
+    places: Int32[Array, "L"]
+    metadata: AttentionMetadata | None = None
 
 
 class CausalLM(Protocol):
@@ -44,7 +59,7 @@ class CausalLM(Protocol):
         *,
         attend: Attend = ...,
         context: Context = None,
-        wanted: Int32[Array, "L"] | None = None,
+        wanted: Wanted | None = None,
     ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], tuple[KVCache | None, ...]]:
         """Runs a step's T tokens through all layers.
 
@@ -54,9 +69,9 @@ class CausalLM(Protocol):
           kv_caches: one per layer, as `config.cache_specs` has them; or whatever `attend` takes.
           attend: the attention, by default the paged one.
           context: reaches every layer, see `Context`.
-          wanted: i32[L], the places of those tokens whose hidden states are returned, in that
-            order; None for all. The last layer leaves the others out behind its attention, as
-            llama.cpp's does (its `inp_out_ids`). Not together with a context.
+          wanted: the L tokens whose hidden states are returned, in that order; None for all. The
+            last layer leaves the others out, as llama.cpp's does (its `inp_out_ids`). Not together
+            with a context.
 
         Returns:
           The hidden states, for `compute_logits`; and the updated caches, which take the place of

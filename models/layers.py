@@ -7,15 +7,16 @@ nothing, and no mesh is needed. The precision of float32 products follows
 `jax.default_matmul_precision`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
+from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.models.config import ModelConfig
-from pallas_paged.models.interface import Context
+from pallas_paged.models.interface import Attend, Context, Wanted
 from pallas_paged.ops.product.api import product
 
 INIT_STD = 0.02
@@ -215,8 +216,8 @@ def logits(hidden: Float[Array, "*n E"], weight: Float[Array, "V E"]) -> Float[A
 
 
 def wanted_by_layer(
-    wanted: Int32[Array, "L"] | None, num_layers: int, context: Context
-) -> list[Int32[Array, "L"] | None]:
+    wanted: Wanted | None, num_layers: int, context: Context
+) -> list[Wanted | None]:
     """Returns, for each layer, of which tokens it is to return hidden states; None for all.
 
     All tokens' keys and values depend on what the layers before the last return of them.
@@ -235,7 +236,25 @@ def wanted_by_layer(
 
 
 def chosen(
-    x: Float[Array, "T *n"], wanted: Int32[Array, "L"] | None
+    x: Float[Array, "T *n"], wanted: Wanted | None
 ) -> Float[Array, "T *n"] | Float[Array, "L *n"]:
     """Returns the rows of `x` that are wanted, or all for None."""
-    return x if wanted is None else x[wanted]
+    return x if wanted is None else x[wanted.places]
+
+
+def attend_to_wanted(
+    attend: Attend,
+    wanted: Wanted | None,
+    q: Float[Array, "T Hq D"],
+    k: Float[Array, "T Hk D"],
+    v: Float[Array, "T Hk Dv"],
+    kv_cache: KVCache | None,
+    metadata: AttentionMetadata,
+    **options: Any,
+) -> tuple[Float[Array, "T Hq Dv"] | Float[Array, "L Hq Dv"], KVCache | None]:
+    """Returns what `attend` does, of the tokens that are wanted."""
+    if wanted is not None and wanted.metadata is not None:
+        options["queries"] = wanted.metadata
+        return attend(chosen(q, wanted), k, v, kv_cache, metadata, **options)
+    out, kv_cache = attend(q, k, v, kv_cache, metadata, **options)
+    return chosen(out, wanted), kv_cache

@@ -18,11 +18,12 @@ from pallas_paged.models.config import (
     checkpoint_dtype_from_hf,
     head_dim_from_hidden,
 )
-from pallas_paged.models.interface import Attend, CheckpointNames, Context, Family
+from pallas_paged.models.interface import Attend, CheckpointNames, Context, Family, Wanted
 from pallas_paged.models.layers import (
     Embedding,
     LayerNorm,
     Linear,
+    attend_to_wanted,
     chosen,
     logits,
     qkv_projection,
@@ -119,13 +120,13 @@ class OPTAttention(nnx.Module):
         kv_cache: KVCache | None,
         attend: Attend,
         context: Context = None,
-        wanted: Int32[Array, "L"] | None = None,
+        wanted: Wanted | None = None,
     ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], KVCache | None]:
         """Returns the attention's output, of the `wanted` tokens, and the layer's updated cache."""
         q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in self.qkv_proj(x))
         options = {} if context is None else {"context": context}
-        out, kv_cache = attend(q, k, v, kv_cache, metadata, **options)
-        return self.out_proj(chosen(out, wanted).reshape(-1, x.shape[1])), kv_cache
+        out, kv_cache = attend_to_wanted(attend, wanted, q, k, v, kv_cache, metadata, **options)
+        return self.out_proj(out.reshape(-1, x.shape[1])), kv_cache
 
 
 class OPTDecoderLayer(nnx.Module):
@@ -153,7 +154,7 @@ class OPTDecoderLayer(nnx.Module):
         kv_cache: KVCache | None,
         attend: Attend,
         context: Context = None,
-        wanted: Int32[Array, "L"] | None = None,
+        wanted: Wanted | None = None,
     ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], KVCache | None]:
         """Returns the layer's output, of the `wanted` tokens, and its updated cache."""
         attn_in = self.self_attn_layer_norm(x) if self.norm_first else x
@@ -231,7 +232,7 @@ class OPT(nnx.Module):
         *,
         attend: Attend = paged_attend,
         context: Context = None,
-        wanted: Int32[Array, "L"] | None = None,
+        wanted: Wanted | None = None,
     ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], tuple[KVCache | None, ...]]:
         """Runs a step's T tokens through all layers, see `CausalLM`; returns (hidden, caches)."""
         decoder = self.model.decoder

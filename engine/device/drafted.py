@@ -21,7 +21,7 @@ from pallas_paged.engine.device.sampling import SamplingInputs, sample
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.models import CausalLM, ModelConfig, load_config
 from pallas_paged.models.attend import paged_attend
-from pallas_paged.models.interface import Attend, Context
+from pallas_paged.models.interface import Attend, Context, Wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Drafted(nnx.Module):
         *,
         attend: Attend = paged_attend,
         context: Context = None,
-        wanted: jax.Array | None = None,
+        wanted: Wanted | None = None,
     ) -> tuple[jax.Array, tuple[KVCache | None, ...]]:
         """See `CausalLM`; the hidden states are the model's own."""
         own, others = self.split(kv_caches)

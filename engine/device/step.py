@@ -34,6 +34,7 @@ from pallas_paged.engine.device.unpack import (
     logit_inputs,
     sampling_inputs,
     unpack,
+    wanted_tokens,
 )
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.models import CausalLM
@@ -116,8 +117,9 @@ def run_step(
     on_device = jnp.where(x.input_on_device == 1, starts, bucket.num_tokens)
     input_ids = x.input_ids.at[on_device].set(rows.last_tokens[x.rows], mode="drop")
     places = x.logits_indices if x.drafts is None else x.drafts.places
-    # A full step's other hidden states are for log-probabilities of prompts.
-    wanted = places if not bucket.is_full and bucket.num_logits < bucket.num_tokens else None
+    # A full step's other hidden states are for log-probabilities of prompts. And a deterministic
+    # one must give what a full one does.
+    wanted = None if deterministic else wanted_tokens(x, metadata, bucket)
     hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend, wanted=wanted)
     of_all = model.compute_logits(hidden if wanted is not None else hidden[places])
     logits, behind = of_all, None

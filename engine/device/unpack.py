@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_paged.engine.core.buckets import Bucket
@@ -10,6 +11,7 @@ from pallas_paged.engine.core.step_inputs import StepInputs, layout, step_inputs
 from pallas_paged.engine.device.row_state import LogitInputs
 from pallas_paged.engine.device.sampling import SamplingInputs
 from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.models.interface import Wanted
 
 
 def unpack(packed: jax.Array, bucket: Bucket) -> StepInputs[jax.Array]:
@@ -35,6 +37,31 @@ def attention_metadata(
         query_start_loc=x.query_start_loc,
         max_query_len=1 if bucket.is_decode else bucket.num_tokens,
     )
+
+
+def wanted_tokens(
+    x: StepInputs[jax.Array], metadata: AttentionMetadata, bucket: Bucket
+) -> Wanted | None:
+    """Returns whose hidden states a plain step needs of those in `metadata`; None for all."""
+    if bucket.is_full or bucket.num_logits == bucket.num_tokens:
+        return None
+    if x.drafts is not None:
+        return Wanted(x.drafts.places)
+    places, pasts = x.logits_indices, x.query_start_loc[1:]
+    # A fork without tokens of its own goes on behind one of another sequence.
+    owners = jnp.sum(pasts[None] <= places[:, None], axis=1, dtype=jnp.int32)
+    is_there = places == pasts[owners] - 1  # else it is padding, behind all others
+    alone = AttentionMetadata(
+        positions=metadata.positions[places],
+        slot_mapping=metadata.slot_mapping[places],
+        block_tables=metadata.block_tables[owners],
+        seq_lens=jnp.where(is_there, metadata.seq_lens[owners], 0),
+        query_start_loc=jnp.minimum(
+            jnp.arange(len(places) + 1, dtype=jnp.int32), jnp.sum(is_there, dtype=jnp.int32)
+        ),
+        max_query_len=1,
+    )
+    return Wanted(places, alone)
 
 
 def logit_inputs(x: StepInputs[jax.Array]) -> LogitInputs:

@@ -25,6 +25,7 @@ from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.models import ModelConfig
+from pallas_paged.models.interface import Wanted
 
 VOCAB_SIZE = 24
 MAX_MODEL_LEN = 64
@@ -60,9 +61,9 @@ class Bigram(nnx.Module):
         kv_caches: Any,
         *,
         attend: Any,
-        wanted: jax.Array | None = None,
+        wanted: Wanted | None = None,
     ) -> Any:
-        wanted_ids = input_ids if wanted is None else input_ids[wanted]
+        wanted_ids = input_ids if wanted is None else input_ids[wanted.places]
         return self.table.get_value()[wanted_ids], kv_caches
 
     def compute_logits(self, hidden: jax.Array) -> jax.Array:

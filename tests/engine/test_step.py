@@ -4,15 +4,22 @@ And which logits they refuse.
 """
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from pallas_paged.engine import SamplingParams
 from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.core.step_inputs import packed_size, views
 from pallas_paged.engine.device.step import cannot_sample
+from pallas_paged.engine.device.unpack import attention_metadata, unpack, wanted_tokens
+from pallas_paged.models.attend import paged_attend
+from pallas_paged.models.decoder import Decoder
+from pallas_paged.models.llama import LlamaConfig
 from tests.engine.serving import assert_idle, make_llm
 
 DECODE = Bucket(4, 4, 64, is_decode=True)
@@ -79,3 +86,55 @@ def test_rows_that_cannot_be_sampled(size: int) -> None:
         row[0], row[-1] = first, last
     refused = np.asarray(jax.jit(cannot_sample)(jnp.asarray(rows)))
     assert refused.tolist() == [False] * 3 + [True] * 5
+
+
+def test_the_last_layer_attends_to_the_tokens_that_are_sampled_behind() -> None:
+    """Of a prompt, of a fork of it without tokens of its own, and of a decoded sequence."""
+    shape = LlamaConfig(
+        vocab_size=16,
+        hidden_size=8,
+        num_layers=3,
+        num_q_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        max_position_embeddings=32,
+        intermediate_size=12,
+    )
+    model = Decoder(shape, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    bucket, count = Bucket(12, 4, 3, is_decode=False), 6
+    packed = np.zeros(packed_size(bucket), np.int32)
+    x = views(packed, bucket)
+    x.input_ids[:count] = [3, 1, 4, 1, 5, 9]
+    x.positions[:count] = [0, 1, 2, 3, 4, 6]
+    x.slot_mapping[:count] = [4, 5, 6, 7, 8, 14]
+    x.seq_lens[:3] = [5, 0, 7]
+    x.query_start_loc[:] = [0, 5, 5, 6, 6]
+    x.logits_indices[:3] = [4, 4, 5]
+    tables = jnp.array([[1, 2, 0], [1, 2, 0], [4, 3, 0], [0, 0, 0]], jnp.int32)
+    x.rows[:] = [0, 1, 2, 3]
+    caches = tuple(
+        jax.tree.map(lambda a, key=key: jax.random.normal(key, a.shape), spec.zeros(5))
+        for spec, key in zip(
+            shape.cache_specs(4, jnp.float32), jax.random.split(jax.random.key(0), 3), strict=True
+        )
+    )
+    seen = []
+
+    def attend(q: jax.Array, *args: Any, **options: Any) -> Any:
+        seen.append(len(q))
+        return paged_attend(q, *args, **options)
+
+    inputs = unpack(jnp.asarray(packed), bucket)
+    metadata = attention_metadata(inputs, tables, bucket)
+    wanted = wanted_tokens(inputs, metadata, bucket)
+    assert wanted is not None
+    every, full = model(inputs.input_ids, metadata, jax.tree.map(jnp.copy, caches), attend=attend)
+    hidden, updated = model(inputs.input_ids, metadata, caches, attend=attend, wanted=wanted)
+    assert seen == [12, 12, 12, 12, 12, 4]
+    places = inputs.logits_indices[:3]
+    np.testing.assert_allclose(hidden[:3], every[places], rtol=1e-5, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, updated, full)
+    assert wanted.metadata is not None
+    np.testing.assert_array_equal(wanted.metadata.query_start_loc, [0, 1, 2, 3, 3])
+    assert wanted_tokens(inputs, metadata, Bucket(12, 4, 3, False, is_full=True)) is None
+    assert wanted_tokens(inputs, metadata, Bucket(4, 4, 3, is_decode=True)) is None

@@ -85,10 +85,11 @@ def test_what_a_layer_adds_to_a_decode_step() -> None:
     ("name", "bucket", "kv_cache_dtype", "num_kernels", "most_launches"),
     [
         # As above.
-        pytest.param("llama-8b", DECODE, "fp8", 3, 25 + 2 * 14, marks=pytest.mark.slow),
-        # The sums are parts of what follows them, and the attention is in two parts.
-        ("llama-8b", MIXED, "auto", 4, 32 + 2 * 13),
-        pytest.param("opt-13b", MIXED, "auto", 4, 30 + 2 * 13, marks=pytest.mark.slow),
+        pytest.param("llama-8b", DECODE, "fp8", 6, 25 + 2 * 14, marks=pytest.mark.slow),
+        # The sums are parts of what follows them, and the attention is in two parts, of which the
+        # last layer, where only last tokens attend, has one.
+        ("llama-8b", MIXED, "auto", 7, 36 + 2 * 13),
+        pytest.param("opt-13b", MIXED, "auto", 7, 33 + 2 * 13, marks=pytest.mark.slow),
     ],
     ids=["llama-decode-fp8", "llama-mixed", "opt-mixed"],
 )
@@ -97,14 +98,14 @@ def test_two_layers_in_place_with_few_launches(
 ) -> None:
     """What a step launches whatever its layers are, and twice what one of these does.
 
-    Of the former, two write into the block tables and read the rows of the batch; one takes the
-    last tokens' rows where the last layer's attention is done.
+    Of the former, two write into the block tables and read the rows of the batch; some take the
+    last tokens' rows for the last layer's attention, which has a plan of its own.
     """
     step = report(name, 2, bucket, "h100", vocab_size=1152, kv_cache_dtype=kv_cache_dtype)
     check_in_place(step)
     check_one_command_buffer(step)
     assert step.temporary_bytes < 100 << 20 < step.cache_bytes
-    assert len(step.launches.kernels) == 2 * num_kernels, step.launches.kernels
+    assert len(step.launches.kernels) == num_kernels, step.launches.kernels
     assert step.launches.total <= most_launches, step.launches
 
 

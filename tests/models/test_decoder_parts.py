@@ -11,6 +11,7 @@ from flax import nnx
 
 from pallas_paged.models.attend import dense_attend, dense_metadata
 from pallas_paged.models.decoder import MLP, Decoder, DecoderConfig
+from pallas_paged.models.interface import Wanted
 from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.opt import OPT, OPTConfig
 
@@ -102,10 +103,10 @@ def test_the_last_layer_leaves_out_tokens_that_nobody_wants(family: str) -> None
     else:
         fields = SIZES | {"do_layer_norm_before": family == "opt"}
         model = OPT(OPTConfig(**fields, ffn_dim=12, word_embed_proj_dim=8), **rngs)
-    metadata, wanted = dense_metadata(1, 5), jnp.array([4, 1])
+    metadata, wanted = dense_metadata(1, 5), Wanted(jnp.array([4, 1]))
     every, _ = model(IDS, metadata, CACHES, attend=dense_attend)
     hidden, _ = model(IDS, metadata, CACHES, attend=dense_attend, wanted=wanted)
-    np.testing.assert_allclose(hidden, every[wanted], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(hidden, every[wanted.places], rtol=1e-5, atol=1e-6)
     if family == "decoder":
         assert Counted.seen == [5, 5, 5, 5, 5, 2]
     with pytest.raises(ValueError, match="pass a context or wanted tokens"):
