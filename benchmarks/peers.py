@@ -7,8 +7,9 @@ Each engine is a process in a Python environment of its own, whose interpreter a
 its flag it is left out. All serve the same random Llama in float32, weights, keys and values and
 sums, greedily, without EOS, text or cached prefixes, on all cores; each is warmed by serving the
 workload once. In every round each serves it once, the others stopped meanwhile. Figures are medians
-of the rounds, ratios are taken within them; "load" is from the start of a process until it can
-serve, with compiled programs that earlier runs have left, "warm-up" the first, untimed run.
+of the rounds, ratios are taken within them. "products alone" is no engine, but the least that any
+can take here: see `benchmarks/peer_engines/floor.py`. "load" is from the start of a process until
+it can serve, with compiled programs that earlier runs have left, "warm-up" the first, untimed run.
 
 Outputs are compared with those of transformers' static batches: they must be equal up to a token at
 which the two largest of its logits are less than 0.001 apart. Where others differ, or an engine
@@ -46,6 +47,7 @@ import sys
 import tempfile
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -179,6 +181,7 @@ def main() -> None:
     """Prints a table per number of sequences, a column per engine."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends engines
     with contextlib.ExitStack() as stack:
+        jax.config.update("jax_platforms", "cpu")  # as the engines
         requests = make_requests(random_models.CONFIGS[_MODEL.value])
         folder = _FOLDER.value or stack.enter_context(tempfile.TemporaryDirectory())
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)

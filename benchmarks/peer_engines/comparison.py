@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks import random_models
+from benchmarks.peer_engines import floor
 from benchmarks.peer_engines.agreement import Agreement, Reference, compare
 from benchmarks.peer_engines.checkpoint import write_checkpoint
 from benchmarks.peer_engines.driver_process import DriverProcess, EngineError, run_to_end
@@ -78,12 +79,16 @@ class Comparison:
         self._max_model_len = min(-(-longest // 128) * 128, context)  # whole blocks, anybody's
         self._reference: Reference | None = None
         self._converted: set[str] = set()
+        self._products = floor.Products(random_models.CONFIGS[model])
         (folder / "model").mkdir(exist_ok=True)
         write_checkpoint(model, folder / "model", seed)
 
     def measure(self, max_num_seqs: int, num_rounds: int) -> list[Column]:
-        """Returns a column per engine: all are loaded, then each is timed in every round."""
-        engines = self._engines
+        """Returns a column per engine: all are loaded, then each is timed in every round.
+
+        And a last one of what `floor` says, from rates measured in every round.
+        """
+        engines, least = self._engines, Column(floor.NAME, max_num_seqs)
         columns = {engine.name: Column(engine.name, max_num_seqs) for engine in engines}
         outputs: dict[str, list[list[list[int]]]] = {engine.name: [] for engine in engines}
         running: dict[str, DriverProcess] = {}
@@ -119,9 +124,12 @@ class Comparison:
                             answer = running[engine.name].ask("run")
                             columns[engine.name].seconds.append(answer["seconds"])
                             outputs[engine.name].append(answer["tokens"])
+                rates = self._products.measure()
+                least.seconds.append(floor.least_seconds(self._requests, max_num_seqs, rates))
+        self._summarise(least, columns[OURS], [])
         for name, column in columns.items():
             self._summarise(column, columns[OURS], outputs[name])
-        return list(columns.values())
+        return [*columns.values(), least]
 
     def _start(self, engine: Engine, max_num_seqs: int) -> DriverProcess:
         """Returns the engine's process, ready."""

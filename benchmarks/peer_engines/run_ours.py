@@ -25,6 +25,7 @@ def load(job: Job) -> dict[str, Callable[[], Answer]]:
 
     def run() -> Answer:
         outputs = llm.generate(prompts, params, use_tqdm=False)
+        llm.runner.programs.wait_for_background()  # what the warm-up began to compile
         return {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
 
     return {"run": run}

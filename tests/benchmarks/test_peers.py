@@ -9,9 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from benchmarks import random_models
+from benchmarks.peer_engines import floor
 from benchmarks.peer_engines.agreement import Agreement, Reference, compare
 from benchmarks.peer_engines.comparison import DRIVERS, OURS, REFERENCE
 from benchmarks.peer_engines.driver_process import DriverProcess, EngineError, run_to_end
+from benchmarks.workloads import Request
 from tests.programs import ROOT, run_program
 
 TOKENS = [[1, 2, 3], [4, 5, 6]]
@@ -47,6 +50,39 @@ def test_other_differences_are_wrong(reference: Reference, second: list[int], pr
 
 def test_a_missing_output_is_wrong() -> None:
     assert compare(SURE, TOKENS[:1]) == Agreement(0, 0, ("1 outputs for 2 requests",))
+
+
+# --- the floor ------------------------------------------------------------------------------------
+
+
+def requests(*lengths: tuple[int, int]) -> list[Request]:
+    return [Request((5,) * prompt_len, output_len) for prompt_len, output_len in lengths]
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "lengths", "seconds"),
+    [
+        (4, [(8, 4)], 8 * 1 + 3 * 10),  # the memory
+        (20, [(3, 2)] * 20, 60 * 1 + 20 * 1),  # the arithmetic
+        (2, [(3, 4), (5, 2), (7, 3)], 15 * 1 + 3 * 10),  # the last behind the second
+        (1, [(3, 4), (5, 2), (7, 3)], 15 * 1 + 6 * 10),
+        (2, [(3, 1), (5, 1)], 8 * 1),  # no decode step
+    ],
+)
+def test_the_floor_of_a_workload(
+    max_num_seqs: int, lengths: list[tuple[int, int]], seconds: float
+) -> None:
+    rates = floor.Rates(one_row_s=10.0, per_row_s=1.0)
+    assert floor.least_seconds(requests(*lengths), max_num_seqs, rates) == seconds
+
+
+def test_rates_are_of_all_products_of_a_model() -> None:
+    """Twice the layers take longer, and a row among many less than one alone."""
+    config = random_models.CONFIGS["20m"]
+    rates = floor.Products(config).measure()
+    assert 0 < rates.per_row_s < rates.one_row_s
+    small = floor.Products(config | {"num_hidden_layers": 1, "vocab_size": 64}).measure()
+    assert 2 * small.per_row_s < rates.per_row_s
 
 
 # --- a driver's process ---------------------------------------------------------------------------
@@ -204,6 +240,9 @@ def test_engines_that_agree_differ_and_fail_are_told_apart(tmp_path: pathlib.Pat
         assert f"vLLM: {wrong}" in done.stdout
         assert columns[running, "llama.cpp"]["problem"].endswith("no kernel for this CPU")
         assert columns[running, "llama.cpp"]["tokens_per_s"] is None
+        least = columns[running, floor.NAME]
+        assert least["agreement"] is None
+        assert 0 < least["ours_over_this"] < 1
     assert "llama.cpp failed: ended with status 1 at: loading\n" in done.stdout
     assert (running, "OpenVINO GenAI") not in columns
 
