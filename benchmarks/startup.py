@@ -34,6 +34,9 @@ _PROMPT_LEN = flags.DEFINE_integer("prompt_len", 20, "Tokens of the prompt.", lo
 _BUNDLE = flags.DEFINE_boolean(
     "bundle", False, "Also start with a bundle, which takes some minutes to make."
 )
+_MAX_NUM_SEQS = flags.DEFINE_integer(
+    "max_num_seqs", None, "Most sequences that run at once, by default the engine's.", lower_bound=1
+)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Starts of each kind.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
@@ -42,7 +45,8 @@ import json, sys, time
 began = time.time() - float(sys.argv[1])
 from pallas_paged.engine import LLM, SamplingParams
 imported = time.time() - float(sys.argv[1])
-llm = LLM(sys.argv[2], load_format=sys.argv[3], bundle=sys.argv[5] or None)
+options = {"max_num_seqs": int(sys.argv[6])} if sys.argv[6] else {}
+llm = LLM(sys.argv[2], load_format=sys.argv[3], bundle=sys.argv[5] or None, **options)
 loaded = time.time() - float(sys.argv[1])
 prompt = {"prompt_token_ids": [5] * int(sys.argv[4])}
 next(llm.stream(prompt, SamplingParams(temperature=0, max_tokens=2)))
@@ -59,6 +63,7 @@ def start(model: str, load_format: str, caches: str, bundle: str = "") -> dict[s
       ValueError: the program failed; the message is its last line.
     """
     arguments = [repr(time.time()), model, load_format, str(_PROMPT_LEN.value), bundle]
+    arguments.append("" if _MAX_NUM_SEQS.value is None else str(_MAX_NUM_SEQS.value))
     text = _run(["-c", _PROGRAM, *arguments], caches)
     figures: dict[str, float] = json.loads(text.strip().splitlines()[-1])
     return figures
@@ -68,6 +73,8 @@ def make_bundle(model: str, caches: str) -> str:
     """Returns a new folder with a bundle for this machine's CPU; `ValueError` as `start`."""
     folder = f"{caches}/bundle"
     flags = [f"--model={model}", "--target=cpu", f"--output={folder}"]
+    if _MAX_NUM_SEQS.value is not None:
+        flags.append(f"--max_num_seqs={_MAX_NUM_SEQS.value}")
     _run(["-m", "pallas_paged.engine.compile", *flags], caches)
     return folder
 

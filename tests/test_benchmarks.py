@@ -16,7 +16,7 @@ SMALL = (
 QUICK = [
     ("attention", "--batch=2 --context=32 --heads=2/1 --layers=1 --repeats=1 --parts=decode"),
     ("block_tables", "--num_seqs=8 --num_tokens=64 --steps=4"),
-    ("products", "--shapes=8x16 --rows=1,4 --dtype=bfloat16 --repeats=1"),
+    ("products", "--shapes=8x16 --rows=1,4 --dtype=bfloat16 --repeats=1 --min_mib=0"),
     ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
     (
         "step_floor",
@@ -29,7 +29,7 @@ SLOW = [
         "warm_traffic",
         "--minutes=0.3 --rate=1 --max_num_seqs=4 --max_model_len=64 --num_blocks=12",
     ),
-    ("startup", "--random_model=tiny --repeats=1 --bundle"),
+    ("startup", "--random_model=tiny --repeats=1 --bundle --max_num_seqs=2"),
     (
         "host_cost",
         "--num_seqs=4 --max_model_len=512 --vocab_size=1000 --kinds=plain,text,logprobs+deltas "

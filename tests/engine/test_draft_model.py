@@ -80,16 +80,19 @@ REQUESTS: list[tuple[list[int], Any]] = [
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        {"num_blocks": 400},
-        {"num_blocks": 60, "block_size": 4},
-        {"num_blocks": 60, "block_size": 4, "swap_space": 0.01, "preemption_mode": "swap"},
-        {"num_blocks": 400, "max_num_batched_tokens": 16, "async_scheduling": False},
+        (MODEL, {"num_blocks": 400}),
+        (OTHER, {"num_blocks": 400}),
+        (OTHER, {"num_blocks": 60, "block_size": 4}),
+        (
+            MODEL,
+            {"num_blocks": 60, "block_size": 4, "swap_space": 0.01, "preemption_mode": "swap"},
+        ),
+        (OTHER, {"num_blocks": 400, "max_num_batched_tokens": 16, "async_scheduling": False}),
     ],
-    ids=["room", "recompute", "swap", "chunks"],
+    ids=["itself, room", "another, room", "another, recompute", "itself, swap", "another, chunks"],
 )
-@pytest.mark.parametrize("name", [MODEL, OTHER])
 def test_the_same_outputs_whoever_guesses(name: str, options: dict[str, Any]) -> None:
     prompts, params = map(list, zip(*REQUESTS, strict=True))
     plain, _ = run(prompts, params, None, **options)
