@@ -33,6 +33,7 @@ from pallas_paged.engine.device.unpack import (
     attention_metadata,
     logit_inputs,
     sampling_inputs,
+    tokens_in_use,
     unpack,
     wanted_tokens,
 )
@@ -40,6 +41,7 @@ from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.models import CausalLM
 from pallas_paged.models.attend import paged_attend
 from pallas_paged.models.interface import Attend
+from pallas_paged.ops.product.api import rows_in_use
 
 Caches = tuple[KVCache, ...]
 
@@ -120,14 +122,19 @@ def run_step(
     # A full step's other hidden states are for log-probabilities of prompts. And a deterministic
     # one must give what a full one does.
     wanted = None if deterministic else wanted_tokens(x, metadata, bucket)
-    hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend, wanted=wanted)
-    of_all = model.compute_logits(hidden if wanted is not None else hidden[places])
+    in_use = tokens_in_use(x, wanted, bucket)
+    with rows_in_use(in_use):
+        hidden, kv_caches = model(input_ids, metadata, kv_caches, attend=attend, wanted=wanted)
+    num_rows = len(rows.last_tokens) - 1
+    num_seqs = jnp.sum(x.rows < num_rows, dtype=jnp.int32)
+    with rows_in_use({} if x.drafts is not None else {bucket.num_seqs: num_seqs}):
+        of_all = model.compute_logits(hidden if wanted is not None else hidden[places])
     logits, behind = of_all, None
     if x.drafts is not None:
         logits, behind = of_all[x.drafts.firsts], _sample_behind(of_all, x, x.drafts, bucket)
 
     with_proposals = functools.partial(
-        _with_proposals, x, model, input_ids, metadata, attend, bucket, len(rows.last_tokens) - 1
+        _with_proposals, x, model, input_ids, metadata, attend, bucket, num_rows
     )
     wrong = cannot_sample(logits)
     if x.full is None or row_state is None:
@@ -251,8 +258,9 @@ def _run_steps(
             slot_mapping=jnp.where(is_live, slots, 0),
             seq_lens=jnp.where(is_live, x.seq_lens + step, 0),
         )
-        hidden, caches = model(state.input_ids, here, state.kv_caches, attend=attend)
-        logits = model.compute_logits(hidden)
+        with rows_in_use({bucket.num_seqs: jnp.max(jnp.where(is_live, places + 1, 0))}):
+            hidden, caches = model(state.input_ids, here, state.kv_caches, attend=attend)
+            logits = model.compute_logits(hidden)
         drawn = sample(logits, sampling._replace(positions=sampling.positions + step))
         wrong = cannot_sample(logits)
         found = jnp.where(is_live, jnp.where(wrong, logits.shape[-1], drawn), 0)

@@ -64,6 +64,16 @@ def wanted_tokens(
     return Wanted(places, alone)
 
 
+def tokens_in_use(
+    x: StepInputs[jax.Array], wanted: Wanted | None, bucket: Bucket
+) -> dict[int, jax.Array]:
+    """Returns `rows_in_use` of a model: its tokens, and of those whose hidden states are wanted."""
+    counts = {bucket.num_tokens: x.query_start_loc[-1]}
+    if wanted is not None and wanted.metadata is not None:
+        counts[len(wanted.places)] = wanted.metadata.query_start_loc[-1]
+    return counts
+
+
 def logit_inputs(x: StepInputs[jax.Array]) -> LogitInputs:
     """Returns what the rules of a full step need of its inputs."""
     assert x.full is not None, "not a full step"

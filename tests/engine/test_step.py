@@ -3,7 +3,9 @@
 And which logits they refuse.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from flax import nnx
 from pallas_paged.engine import SamplingParams
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.step_inputs import packed_size, views
+from pallas_paged.engine.device import step
 from pallas_paged.engine.device.step import cannot_sample
 from pallas_paged.engine.device.unpack import attention_metadata, unpack, wanted_tokens
 from pallas_paged.models.attend import paged_attend
@@ -138,3 +141,40 @@ def test_the_last_layer_attends_to_the_tokens_that_are_sampled_behind() -> None:
     np.testing.assert_array_equal(wanted.metadata.query_start_loc, [0, 1, 2, 3, 3])
     assert wanted_tokens(inputs, metadata, Bucket(12, 4, 3, False, is_full=True)) is None
     assert wanted_tokens(inputs, metadata, Bucket(4, 4, 3, is_decode=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("bucket", "expected"),
+    [
+        (Bucket(32, 4, 64, is_decode=False), [{32: 3, 4: 2}, {4: 2}]),
+        (Bucket(4, 4, 64, is_decode=False), [{4: 3}, {4: 2}]),
+        (Bucket(32, 4, 64, is_decode=False, is_full=True), [{32: 3}, {4: 2}]),
+        (Bucket(4, 4, 64, is_decode=True), [{4: 3}, {4: 2}]),
+    ],
+    ids=str,
+)
+def test_products_leave_out_what_is_padding(
+    monkeypatch: pytest.MonkeyPatch, bucket: Bucket, expected: list[dict[int, int]]
+) -> None:
+    """Two of four sequences are there, with three tokens (a made-up step)."""
+    llm = make_llm("llama-mqa-linear", max_num_seqs=4, max_num_batched_tokens=32, num_blocks=600)
+    programs, seen = llm.runner.programs, []
+
+    @contextlib.contextmanager
+    def noted(counts: dict[int, jax.Array]) -> Iterator[None]:
+        jax.debug.callback(seen.append, counts, ordered=True)
+        yield
+
+    monkeypatch.setattr(step, "rows_in_use", noted)
+    packed = np.zeros(packed_size(bucket), np.int32)
+    x = views(packed, bucket)
+    x.query_start_loc[:] = [0, 2, 3, 3, 3]
+    x.seq_lens[:2] = [2, 1]
+    x.logits_indices[:2] = [1, 2]
+    x.rows[:] = x.sample_rows[:] = [0, 1, 4, 4]
+    state = programs.new_row_state() if bucket.is_full else None
+    jax.block_until_ready(
+        programs(bucket, llm.runner.kv_caches, llm.runner.rows, jnp.asarray(packed), state)
+    )
+    jax.effects_barrier()
+    assert [{n: int(count) for n, count in counts.items()} for counts in seen] == expected

@@ -21,6 +21,7 @@ SHAPES = [
     *((16, 384, 96), (17, 48, 130), (64, 100, 77), (250, 33, 9)),
 ]
 """Rows, features that are summed over, output features."""
+NAMES = ("numba", "xla")
 
 
 def operands(rows, k, out, dtype="float32", seed=0):
@@ -92,6 +93,29 @@ def test_nothing_is_read_behind_an_operand():
     flat[start : start + 7 * 5] = 1.0
     x = jax.device_put(flat[start : start + 7 * 5].reshape(7, 5))
     np.testing.assert_array_equal(api.product(x, x, implementation="numba"), np.full((7, 7), 5.0))
+
+
+@pytest.mark.parametrize("in_use", [0, 1, 4, 6, 13, 14, 20])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_behind_those_in_use_are_left_out(dtype, in_use):
+    x, weight = operands(14, 40, 24, dtype)
+    every = api.product(x, weight, jnp.float32, implementation="numba")
+
+    @jax.jit
+    def run(x, weight, count):
+        with api.rows_in_use({14: count}):
+            found = [api.product(x, weight, jnp.float32, implementation=name) for name in NAMES]
+            shorter = api.product(x[:13], weight, jnp.float32, implementation="numba")
+        return *found, shorter, api.product(x, weight, jnp.float32, implementation="numba")
+
+    found, of_xla, shorter, behind = run(x.at[in_use:].set(jnp.nan), weight, jnp.int32(in_use))
+    np.testing.assert_array_equal(found[:in_use], every[:in_use])
+    np.testing.assert_array_equal(found[in_use:], np.zeros_like(found[in_use:]))
+    for other in (of_xla, behind):  # compute all
+        assert np.isnan(other[in_use:]).all()
+    if in_use:
+        assert_near(of_xla[:in_use], x[:in_use], weight)
+    assert np.isnan(shorter[in_use:]).all()
 
 
 def test_no_rows():

@@ -1,7 +1,12 @@
 """Products of activations with a weight that lies as checkpoints have it."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping
+
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
 
 from pallas_paged.dispatch import Implementation, choose_implementation
 from pallas_paged.ops.product import xla
@@ -11,6 +16,26 @@ _IMPLEMENTATIONS = {
     "numba": Implementation(cpu.product, cpu.unsupported),
     "xla": Implementation(xla.product),
 }
+
+
+_in_use: contextvars.ContextVar[Mapping[int, jax.Array] | None] = contextvars.ContextVar(
+    "rows_in_use", default=None
+)
+
+
+@contextlib.contextmanager
+def rows_in_use(counts: Mapping[int, Int32[Array, ""]]) -> Iterator[None]:
+    """Lets products that are traced inside leave out rows which are padding, in this thread.
+
+    Args:
+      counts: by how many rows `x` has, how many of them, the first ones, are in use. Of the others
+        results may be 0 or those of any other product: "numba" leaves them out, "xla" does not.
+    """
+    token = _in_use.set(counts)
+    try:
+        yield
+    finally:
+        _in_use.reset(token)
 
 
 def product(
@@ -37,7 +62,8 @@ def product(
     """
     rows = x.reshape(-1, x.shape[-1])
     name = choose_implementation("product", _IMPLEMENTATIONS, implementation, rows, weight)
-    y = _IMPLEMENTATIONS[name].run(rows, weight, x.dtype if dtype is None else dtype)
+    num_rows = (_in_use.get() or {}).get(len(rows), jnp.int32(len(rows)))
+    y = _IMPLEMENTATIONS[name].run(rows, weight, x.dtype if dtype is None else dtype, num_rows)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

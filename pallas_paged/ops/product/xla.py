@@ -10,8 +10,13 @@ MAX_ROWS_OF_LEFT_WEIGHTS = 64
 """Up to so many rows, on a CPU, a float32 product has the weight on its left."""
 
 
-def product(x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Returns `x @ weight.T`; see `api.product`."""
+def product(
+    x: jax.Array,
+    weight: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    num_rows: jax.Array | None = None,
+) -> jax.Array:
+    """Returns `x @ weight.T`, of all rows however few are in use; see `api.product`."""
     return lax.platform_dependent(
         x,
         weight,

@@ -6,6 +6,9 @@ of the weight's rows meet all rows of `x` before the next few are read.
 
 from typing import Any
 
+import numba
+import numpy as np
+
 from pallas_paged.ops.cpu import registration, team, tile, vectors, xla_call
 from pallas_paged.ops.cpu.team import (
     call_helpers,
@@ -21,8 +24,10 @@ from pallas_paged.ops.cpu.tile import COLUMNS, LINE_BYTES, MAX_ROWS, dot_product
 from pallas_paged.ops.cpu.vectors import LANES, MULTIPLIES_BFLOAT16
 from pallas_paged.ops.cpu.xla_call import (
     num_threads,
+    operand,
     operand_address,
     own_address,
+    result,
     result_address,
     size,
 )
@@ -43,7 +48,9 @@ def load_kernel(is_bfloat16: bool) -> str:
 
 
 def compile_kernel(is_bfloat16: bool) -> Any:
-    """Returns the kernel, called with x [n, k], weight [out, k] and the result f32[n, out].
+    """Returns the kernel, called with x [n, k], weight [out, k] and i32[1]; it gives f32[n, out].
+
+    The number is how many of x's rows are in use, the first ones; those behind give 0.
 
     Args:
       is_bfloat16: whether the weight is, and not float32. So is x, where the CPU multiplies such
@@ -62,13 +69,15 @@ def compile_kernel(is_bfloat16: bool) -> Any:
         frame, item = enter(address)
         if frame == 0 or others < 0:  # which makes it part of what is kept
             return 0
-        n, k, out = size(frame, 0, 0), size(frame, 0, 1), size(frame, 1, 0)
+        all_rows, k, out = size(frame, 0, 0), size(frame, 0, 1), size(frame, 1, 0)
+        n = min(all_rows, numba.carray(operand(frame, 2), 1, np.int32)[0])
         x, weight, y = (
             operand_address(frame, 0),
             operand_address(frame, 1),
             result_address(frame, 0),
         )
         if not is_helper:
+            numba.carray(result(frame, 0), all_rows * out, np.float32)[n * out :] = 0
             num_tiles = -(-out // COLUMNS) if n > 0 else 0
             tiles_per_item = max(1, num_tiles // (ITEMS_PER_THREAD * num_threads(frame)))
             num_items = -(-num_tiles // tiles_per_item)

@@ -42,28 +42,30 @@ def _max_rows(dtype: jax.typing.DTypeLike) -> int:
     return MAX_ROWS_BESIDE_AMX if dtype == jnp.bfloat16 and vectors.HAS_AMX else MAX_ROWS
 
 
-def product(x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def product(
+    x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike, num_rows: jax.Array
+) -> jax.Array:
     """Returns `x @ weight.T`; see `api.product`. Its derivatives are XLA's."""
-    return _product(x, weight).astype(dtype)
+    return _product(x, weight, num_rows).astype(dtype)
 
 
 @jax.custom_jvp
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _product(x: jax.Array, weight: jax.Array, num_rows: jax.Array) -> jax.Array:
     from pallas_paged.ops.cpu import vectors
 
     target = register(weight)
     left = x if vectors.MULTIPLIES_BFLOAT16 else x.astype(jnp.float32)
     y = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(target, y, vmap_method="sequential")(left, weight)
+    return jax.ffi.ffi_call(target, y, vmap_method="sequential")(left, weight, num_rows[None])
 
 
 @_product.defjvp
 def _product_jvp(
-    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+    primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    (x, weight), (dx, dweight) = primals, tangents
+    (x, weight, num_rows), (dx, dweight, _) = primals, tangents
     change = xla.product(dx, weight, jnp.float32) + xla.product(x, dweight, jnp.float32)
-    return _product(x, weight), change
+    return _product(x, weight, num_rows), change
 
 
 def register(weight: jax.Array | jax.ShapeDtypeStruct) -> str:
