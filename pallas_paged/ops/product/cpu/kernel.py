@@ -34,6 +34,8 @@ from pallas_paged.ops.cpu.xla_call import (
 
 ITEMS_PER_THREAD = 8
 """At least, where the weight has so many features."""
+FEW_ROWS = 20
+"""Up to so many rows the memory is what holds a product up."""
 MIN_SHARED_PRODUCTS = 2**17
 """Multiplications up to which one thread does all."""
 
@@ -60,7 +62,7 @@ def compile_kernel(is_bfloat16: bool) -> Any:
     narrow_x, narrow_weight = int(is_bfloat16 and MULTIPLIES_BFLOAT16), int(is_bfloat16)
     x_size, weight_size = 4 - 2 * narrow_x, 4 - 2 * narrow_weight
     step = LANES * (1 + narrow_x)  # of what is summed over
-    # Lines that a step asks for, if a tile's weights meet the rows of one tile, or of several.
+    # Lines that a step asks for: as many as it reads, or half of them.
     few_lines = max(1, COLUMNS * step * weight_size // LINE_BYTES)
     many_lines = max(1, few_lines // 2)
 
@@ -87,39 +89,30 @@ def compile_kernel(is_bfloat16: bool) -> Any:
             item = take_item(job)
         item_features = note_of(job) * COLUMNS
         stride, x_stride, y_stride = k * weight_size, k * x_size, out * 4
+        # All rows of a tile together ask for the weights of one behind. Several of them ask for the
+        # same lines, for early is better than once; the more they are the less it helps.
+        is_few, share = n <= FEW_ROWS, COLUMNS * stride // max(1, -(-n // MAX_ROWS))
+        distance, advance = (2 if is_few else 1) * COLUMNS * stride, share // max(1, -(-k // step))
         while item >= 0:
             feature, past = item * item_features, min(out, (item + 1) * item_features)
             while feature < past:
                 # The last tile lies over the one before, if the features are no multiple.
                 f = min(feature, out - COLUMNS)
                 w = weight + f * stride
-                # Tiles ask for the weights behind theirs, if rows are few behind those as well.
-                if n <= MAX_ROWS:
-                    dot_products(
-                        narrow_x,
-                        narrow_weight,
-                        few_lines,
-                        n,
-                        x,
-                        x_stride,
-                        w,
-                        stride,
-                        k,
-                        y + 4 * f,
-                        y_stride,
-                        w + 2 * COLUMNS * stride,
-                        few_lines * LINE_BYTES,
+                ahead = w + distance
+                for r in range(0, n, MAX_ROWS):
+                    rows, here, place = (
+                        min(n - r, MAX_ROWS),
+                        x + r * x_stride,
+                        y + r * y_stride + 4 * f,
                     )
-                else:
-                    share, ahead = COLUMNS * stride // -(-n // MAX_ROWS), w + COLUMNS * stride
-                    for r in range(0, n, MAX_ROWS):
-                        rows, place = min(n - r, MAX_ROWS), y + r * y_stride + 4 * f
+                    if is_few:
                         dot_products(
                             narrow_x,
                             narrow_weight,
-                            many_lines,
+                            few_lines,
                             rows,
-                            x + r * x_stride,
+                            here,
                             x_stride,
                             w,
                             stride,
@@ -127,9 +120,25 @@ def compile_kernel(is_bfloat16: bool) -> Any:
                             place,
                             y_stride,
                             ahead,
-                            share // -(-k // step),
+                            advance,
                         )
-                        ahead += share
+                    else:
+                        dot_products(
+                            narrow_x,
+                            narrow_weight,
+                            many_lines,
+                            rows,
+                            here,
+                            x_stride,
+                            w,
+                            stride,
+                            k,
+                            place,
+                            y_stride,
+                            ahead,
+                            advance,
+                        )
+                    ahead += share
                 feature += COLUMNS
             item_is_done(job)
             item = take_item(job)
