@@ -11,7 +11,6 @@ so that an hour passes as fast as the steps run. Ends with status 1 if anything 
 """
 
 import collections
-import dataclasses
 import json
 import pathlib
 import sys
@@ -105,15 +104,15 @@ def request(rng: np.random.Generator, kind: str, vocab_size: int, max_len: int) 
     if kind == "beams":
         return prompt, BeamSearchParams(beam_width=3, max_tokens=min(max_tokens, 20))
     is_whole = rng.random() < 0.5
-    params = SamplingParams(
+    options = dict(KINDS[kind])
+    if "min_tokens" in options:
+        options["min_tokens"] = min(options["min_tokens"], max_tokens)
+    return prompt, SamplingParams(
         max_tokens=max_tokens,
         seed=int(rng.integers(2**31)),
         output_kind=RequestOutputKind.FINAL_ONLY if is_whole else RequestOutputKind.DELTA,
-        **KINDS[kind],
+        **options,
     )
-    if params.min_tokens > max_tokens:
-        params = dataclasses.replace(params, min_tokens=max_tokens)
-    return prompt, params
 
 
 def serve(llm: LLM) -> Figures:
