@@ -113,7 +113,7 @@ def test_the_last_layer_attends_to_the_tokens_that_are_sampled_behind() -> None:
     x.seq_lens[:3] = [5, 0, 7]
     x.query_start_loc[:] = [0, 5, 5, 6, 6]
     x.logits_indices[:3] = [4, 4, 5]
-    tables = jnp.array([[1, 2, 0], [1, 2, 0], [4, 3, 0], [0, 0, 0]], jnp.int32)
+    tables = jnp.array([[1, 2, 0], [0, 0, 0], [4, 3, 0], [0, 0, 0]], jnp.int32)
     x.rows[:] = [0, 1, 2, 3]
     caches = tuple(
         jax.tree.map(lambda a, key=key: jax.random.normal(key, a.shape), spec.zeros(5))
@@ -139,6 +139,7 @@ def test_the_last_layer_attends_to_the_tokens_that_are_sampled_behind() -> None:
     jax.tree.map(np.testing.assert_array_equal, updated, full)
     assert wanted.metadata is not None
     np.testing.assert_array_equal(wanted.metadata.query_start_loc, [0, 1, 2, 3, 3])
+    np.testing.assert_array_equal(wanted.metadata.seq_lens, [5, 5, 7, 0])
     assert wanted_tokens(inputs, metadata, Bucket(12, 4, 3, False, is_full=True)) is None
     assert wanted_tokens(inputs, metadata, Bucket(4, 4, 3, is_decode=True)) is None
 
