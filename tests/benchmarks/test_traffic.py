@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.warm_traffic import KINDS, request
+from benchmarks.traffic import KINDS, request
 
 
 @pytest.mark.parametrize("kind", KINDS)
