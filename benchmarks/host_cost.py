@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from benchmarks import calibration, made_up_tokenizer, tables
+from benchmarks import calibration, made_up_tokenizer, pictures, tables
 from benchmarks.instant_engine import House, build
 from pallas_paged.engine.sampling_params import RequestOutputKind, SamplingParams
 from pallas_paged.engine.text.tokenizer import Tokenizer, load_tokenizer
@@ -243,15 +243,8 @@ def measure() -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def plot(rows: list[dict[str, Any]], path: str) -> None:
+def draw(figure: "pictures.Figure", rows: list[dict[str, Any]]) -> None:
     """Draws the steps with nobody waiting: a line for each kind, length and vocabulary."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "--plot needs matplotlib, which the extra `bench` installs; or use --json"
-        ) from error
-    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
@@ -266,13 +259,13 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel="running sequences")
     axes.set_ylabel("CPU time of a decode step, in calibration loops")
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     """Prints the tables."""
     if wrong := set(_KINDS.value) - set(KINDS):
         raise ValueError(f"--kinds={','.join(sorted(wrong))} must be of {', '.join(KINDS)}")
+    figure = pictures.new_figure(9, 5) if _PLOT.value else None
     rows = measure()
     print(
         "ms: median CPU time, of text the mean; ratio: to the calibration loop; target: 0.1 is 1 "
@@ -283,8 +276,9 @@ def main() -> None:
             tables.show(title, rows[name])
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(rows, indent=2), encoding="utf-8")
-    if _PLOT.value:
-        plot(rows.get("steps", []), _PLOT.value)
+    if figure and _PLOT.value:
+        draw(figure, rows.get("steps", []))
+        pictures.save(figure, _PLOT.value)
 
 
 if __name__ == "__main__":

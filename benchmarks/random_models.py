@@ -35,8 +35,8 @@ def _llama(
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": _llama(32, 2, "4/2", 64, 300, 256, "float32"),
-    "20m": _llama(384, 8, "6/2", 1024, 4096, 2048, "float32"),
-    "100m": _llama(768, 12, "12/4", 2048, 16384, 2048, "float32"),
+    "20m": _llama(384, 8, "6/2", 1024, 4096, 4096, "float32"),
+    "100m": _llama(768, 12, "12/4", 2048, 16384, 4096, "float32"),
     "smollm2": _llama(
         576, 30, "9/3", 1536, 49152, 8192, "float32", rope_theta=100000.0, tie_word_embeddings=True
     ),

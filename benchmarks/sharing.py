@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from benchmarks import beam_runs, random_models, tables, workloads
+from benchmarks import beam_runs, pictures, random_models, tables, workloads
 from pallas_paged.engine import LLM, RequestOutput, SamplingParams
 from pallas_paged.engine.core.request import SequenceGroup
 from pallas_paged.engine.core.scheduler import ScheduledStep, Scheduler
@@ -275,15 +275,8 @@ def generate(llm: LLM, seed: int) -> list[RequestOutput]:
     return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
 
 
-def plot(pool: Sequence[KVStats], path: str) -> None:
+def draw(figure: "pictures.Figure", pool: Sequence[KVStats]) -> None:
     """Draws the pool's blocks, by what they hold, over the steps."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "--plot needs matplotlib; install it, or use --timeline for the same figures as JSON"
-        ) from error
-    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     parts = {
         "shared": [s.num_shared_blocks for s in pool],
@@ -294,7 +287,6 @@ def plot(pool: Sequence[KVStats], path: str) -> None:
     axes.stackplot(range(len(pool)), *parts.values(), labels=parts.keys())
     axes.set(xlabel="step", ylabel="blocks", xlim=(0, max(1, len(pool) - 1)))
     axes.legend(loc="upper right")
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -302,6 +294,7 @@ def main() -> None:
     if _WALL_TIME.value:
         show_wall_time()
         return
+    figure = pictures.new_figure(9, 4) if _PLOT.value else None
     fill, pool = measure_fill()
     parallel, prefix = measure_parallel(), measure_prefix()
     beams = measure_beams()
@@ -316,8 +309,9 @@ def main() -> None:
     if _TIMELINE.value:
         with open(_TIMELINE.value, "w", encoding="utf-8") as file:
             json.dump([dataclasses.asdict(stats) for stats in pool], file)
-    if _PLOT.value:
-        plot(pool, _PLOT.value)
+    if figure and _PLOT.value:
+        draw(figure, pool)
+        pictures.save(figure, _PLOT.value)
 
 
 def show_wall_time() -> None:

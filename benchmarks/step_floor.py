@@ -32,7 +32,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from benchmarks import random_models, tables
+from benchmarks import pictures, random_models, tables
 from benchmarks.decode_inputs import decode_inputs
 from pallas_paged import AttentionMetadata, paged_attention
 from pallas_paged.engine import LLM, RequestOutputKind, SamplingParams
@@ -278,6 +278,7 @@ def worse_than(
 def main() -> None:
     """Prints the table and what is worse than expected."""
     figures = []
+    figure = pictures.new_figure(6, 5) if _PLOT.value else None
     rows, contexts = (list(map(int, flag.value)) for flag in (_ROWS, _CONTEXTS))
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}; ms", flush=True)
     for model in _MODELS.value:
@@ -291,8 +292,9 @@ def main() -> None:
     tables.show("a decode step and its parts", figures)
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    if _PLOT.value:
-        plot(figures, _PLOT.value)
+    if figure and _PLOT.value:
+        draw(figure, figures)
+        pictures.save(figure, _PLOT.value)
     path = pathlib.Path(_EXPECTED.value)
     expected = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if _UPDATE.value:
@@ -308,30 +310,28 @@ def main() -> None:
     print("nothing is worse than expected")
 
 
-def plot(figures: list[dict[str, Any]], path: str) -> None:
+def draw(figure: "pictures.Figure", figures: list[dict[str, Any]]) -> None:
     """Draws tokens per second of the engine, and of its floor, over the number of sequences."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "--plot needs matplotlib, which the extra `bench` installs; or use --json"
-        ) from error
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots()
-    lines: dict[tuple[str, str], list[tuple[int, float, float]]] = {}
+    panels: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
     for row in figures:
         model, dtype, count, _, context = row["case"].split()
-        line = lines.setdefault((f"{model} {dtype}", context), [])
+        line = panels.setdefault(f"{model} {dtype}", {}).setdefault(context, [])
         line.append((int(count), row["tokens/s"], 1e3 * int(count) / row["floor"]))
-    for index, ((name, context), points) in enumerate(lines.items()):
-        counts, engine, floor = zip(*points, strict=True)
-        color = f"C{index}"
-        axes.plot(counts, engine, marker="o", color=color, label=f"{name}, {context} tokens")
-        axes.plot(counts, floor, linestyle=":", color=color)
-    axes.set(xscale="log", yscale="log", xlabel="running sequences", ylabel="tokens per second")
-    axes.set_title("decoding; dotted: the floor of its parts")
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.set_size_inches(1 + 5 * len(panels), 5)
+    for axes, (title, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for index, (context, points) in enumerate(lines.items()):
+            counts, engine, floor = zip(*points, strict=True)
+            axes.plot(
+                counts, engine, marker="o", color=f"C{index}", label=f"{context} tokens of context"
+            )
+            axes.plot(counts, floor, linestyle=":", color=f"C{index}")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(counts, counts)
+        axes.set(yscale="log", title=title, xlabel="running sequences", ylabel="tokens per second")
+        axes.grid(which="both", alpha=0.2)
+        axes.legend(fontsize="small", title="decoding; dotted: the floor")
 
 
 # --- the parts ------------------------------------------------------------------------------------

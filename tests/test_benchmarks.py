@@ -2,9 +2,11 @@
 
 import json
 import pathlib
+import sys
 
 import pytest
 
+from benchmarks import pictures
 from tests.programs import run_program
 
 SMALL = (
@@ -20,7 +22,7 @@ QUICK = [
     ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
     (
         "step_floor",
-        "--models=tiny --dtypes=float32 --rows=1,3 --contexts=20 --rounds=1 --min_ms=0",
+        "--models=tiny --dtypes=float32 --rows=1,3 --contexts=20 --rounds=1 --min_ms=0 --plot=PLOT",
     ),
     ("latency", f"{SMALL} --request_rate=40 --goodput=ttft:500 --baseline=static"),
 ]
@@ -33,13 +35,14 @@ SLOW = [
     (
         "host_cost",
         "--num_seqs=4 --max_model_len=512 --vocab_size=1000 --kinds=plain,text,logprobs+deltas "
-        "--waiting=0,5 --num_steps=3 --num_requests=2",
+        "--waiting=0,5 --num_steps=3 --num_requests=2 --plot=PLOT",
     ),
     ("sampling", "--shapes=2x300 --rounds=1 --hidden=16 --layers=1 --heads=2/1 --context=4"),
     ("recovery", "--block_sizes=8 --num_requests=8 --prompt_len=9 --output_len=20"),
     (
         "sharing",
-        "--num_requests=3 --max_num_seqs=8 --prefix_len=40 --prefix_requests=3 --beam_requests=1",
+        "--num_requests=3 --max_num_seqs=8 --prefix_len=40 --prefix_requests=3 --beam_requests=1 "
+        "--plot=PLOT",
     ),
     ("sharing", "--wall_time --random_model=tiny --prefix_len=40 --prefix_requests=3"),
     ("throughput", f"{SMALL} --baseline=static,continuous"),
@@ -50,8 +53,16 @@ SLOW = [
     ("name", "flags"), QUICK + [pytest.param(*one, marks=pytest.mark.slow) for one in SLOW]
 )
 def test_it_runs(name: str, flags: str, tmp_path: pathlib.Path) -> None:
-    file = tmp_path / "figures.json"
+    file, plot = tmp_path / "figures.json", tmp_path / "plot.png"
+    flags = flags.replace("PLOT", str(plot))
     done = run_program(f"benchmarks.{name}", *flags.split(), f"--json={file}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert json.loads(file.read_text())
+    assert plot.exists() == ("--plot" in flags)
+
+
+def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="the extra `bench`"):
+        pictures.new_figure(1, 1)
