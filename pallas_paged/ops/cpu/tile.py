@@ -139,6 +139,7 @@ def add_weighted_rows(
     typing_context: Any,
     bfloat16_values: Any,
     from_zero: Any,
+    asks: Any,
     rows: Any,
     weights: Any,
     weights_stride: Any,
@@ -148,6 +149,7 @@ def add_weighted_rows(
     width: Any,
     sums: Any,
     sums_stride: Any,
+    distance: Any,
 ) -> Any:
     """Adds the sum over t < count of weights[r, t] * values[t, d] to sums[r, d], for d < width.
 
@@ -158,6 +160,7 @@ def add_weighted_rows(
       bfloat16_values: 1 where the values are bfloat16, 0 for float32; a constant. The others are
         float32.
       from_zero: 1 to set the sums, 0 to add to them; a constant.
+      asks: 1 to ask the memory for what is read soon; a constant.
       rows: of the weights and sums, from 1 to `MAX_ROWS`.
       weights: the address of the first number, as `values` and `sums`.
       weights_stride: bytes from a row to the next, as `values_stride` and `sums_stride`.
@@ -167,27 +170,29 @@ def add_weighted_rows(
       width: see above.
       sums: see weights.
       sums_stride: see weights_stride.
+      distance: bytes from each value to what is asked for when it is read.
     """
-    constants = bfloat16_values, from_zero
-    is_narrow, is_new = (bool(constant.literal_value) for constant in constants)
+    constants = bfloat16_values, from_zero, asks
+    is_narrow, is_new, is_asking = (bool(constant.literal_value) for constant in constants)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows, *places = arguments[2:]
+        rows, *places = arguments[3:]
         writer = Writer(builder)
         writer.switch(
             rows,
             MAX_ROWS,
-            lambda rows: _write_weighted_rows(writer, is_narrow, is_new, rows, *places),
+            lambda rows: _write_weighted_rows(writer, is_narrow, is_new, is_asking, rows, *places),
         )
         return context.get_dummy_value()
 
-    return types.void(*constants, *[types.intp] * 9), generate
+    return types.void(*constants, *[types.intp] * 10), generate
 
 
 def _write_weighted_rows(
     writer: Writer,
     is_narrow: bool,
     is_new: bool,
+    is_asking: bool,
     rows: int,
     weights: Any,
     weights_stride: Any,
@@ -197,7 +202,10 @@ def _write_weighted_rows(
     width: Any,
     sums: Any,
     sums_stride: Any,
+    distance: Any,
 ) -> None:
+    size = 2 if is_narrow else 4
+    vectors_per_line = max(1, LINE_BYTES // (LANES * size))
     left = [writer.behind(weights, weights_stride, r) for r in range(rows)]
     total = [writer.behind(sums, sums_stride, r) for r in range(rows)]
 
@@ -212,10 +220,11 @@ def _write_weighted_rows(
 
             def add_row(t: Any, kept: list[Any]) -> list[Any]:
                 row = writer.builder.add(values, writer.builder.mul(values_stride, t))
-                loaded = [
-                    writer.load(writer.behind(row, column, 2 if is_narrow else 4), is_narrow, mask)
-                    for column in columns
-                ]
+                read = [writer.behind(row, column, size) for column in columns]
+                if is_asking:
+                    for address in read[::vectors_per_line]:
+                        writer.prefetch(builder.add(address, distance))
+                loaded = [writer.load(address, is_narrow, mask) for address in read]
                 factors = [writer.repeat(writer.behind(one, t, 4)) for one in left]
                 products = [(factor, value) for factor in factors for value in loaded]
                 return [

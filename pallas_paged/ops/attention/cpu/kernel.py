@@ -26,7 +26,6 @@ from pallas_paged.ops.attention.cpu.rows import (
     copy_rows,
     exp,
     multiply_many,
-    prefetch_rows,
     score,
     tanh,
     turn,
@@ -144,6 +143,8 @@ def compile_kernel(kind: Kind) -> Any:
     """Returns the kernel, called with `Operands`."""
     q_dtype, cache_dtype, known_head_dim, known_chunk = kind
     is_narrow = int(cache_dtype == np.uint16)
+    asks = int(cache_dtype != np.int8)  # in products; what is int8 is copied first
+    lines = asks * max(1, tile.COLUMNS * LANES * (4 - 2 * is_narrow) // tile.LINE_BYTES)
     others = xla_call.digest(rows_module, stored, team, tile, vectors, xla_call)
 
     def attend(address: int) -> int:
@@ -252,18 +253,32 @@ def compile_kernel(kind: Kind) -> Any:
                     for j in range(num_blocks):
                         block = tables[b, block0 + j]
                         next_block = tables[b, min(block0 + j + 1, last_block)]
-                        prefetch_rows(v_cache[block, head0 : head0 + num_heads_here])
-                        prefetch_rows(k_cache[next_block, head0 : head0 + num_heads_here])
+                        read_next = (
+                            k_cache[next_block]
+                            if j + 1 < num_blocks
+                            else v_cache[tables[b, block0]]
+                        )
+                        distance = read_next.ctypes.data - k_cache[block].ctypes.data
                         for i in range(num_heads_here):
                             keys = k_cache[block, head0 + i]
                             scales = k_scales[block, head0 + i]
                             copy = key_copy[j * block_size : (j + 1) * block_size]
                             row = i * head_rows
                             if is_copied:
-                                copy_rows(keys, scales, copy)
+                                copy_rows(keys, scales, copy, distance)
                             else:
-                                keys = block_rows(keys, scales, copy)
-                                score(is_narrow, s, j * block_size, q, row, head_rows, keys)
+                                keys = block_rows(keys, scales, copy, distance)
+                                score(
+                                    is_narrow,
+                                    s,
+                                    j * block_size,
+                                    q,
+                                    row,
+                                    head_rows,
+                                    keys,
+                                    lines,
+                                    distance,
+                                )
                     if is_copied:
                         turn(key_copy, turned)
                         multiply_many(1, s, q, 0, num_rows, turned)
@@ -292,17 +307,32 @@ def compile_kernel(kind: Kind) -> Any:
                     for j in range(num_blocks):
                         block, past = tables[b, block0 + j], min(block_size, count - j * block_size)
                         first = min(max(0, first_seen - j * block_size), past)
+                        next_block = tables[b, min(block0 + j + 1, last_block)]
+                        read_next = (
+                            v_cache[next_block] if j + 1 < num_blocks else k_cache[next_block]
+                        )
+                        distance = read_next.ctypes.data - v_cache[block].ctypes.data
                         for i in range(num_heads_here):
                             values = v_cache[block, head0 + i]
                             scales = v_scales[block, head0 + i]
                             copy = value_copy[j * block_size : (j + 1) * block_size]
                             row = i * head_rows
                             if is_copied:
-                                copy_rows(values, scales, copy)
+                                copy_rows(values, scales, copy, distance)
                             else:
-                                values = block_rows(values, scales, copy)[first:past]
+                                values = block_rows(values, scales, copy, distance)[first:past]
                                 column = j * block_size + first
-                                add_values(is_narrow, sums, s, column, row, head_rows, values)
+                                add_values(
+                                    is_narrow,
+                                    sums,
+                                    s,
+                                    column,
+                                    row,
+                                    head_rows,
+                                    values,
+                                    asks,
+                                    distance,
+                                )
                     if is_copied:
                         values = value_copy[first_seen:count]
                         multiply_many(0, sums, s, first_seen, num_rows, values)

@@ -25,9 +25,15 @@ _INLINE = {**COMPILED_ONLY, "forceinline": True, "fastmath": LOOSE, "error_model
 
 
 @numba.njit(**_INLINE)
-def copy_rows(stored: Any, scales: Any, copy: Any) -> None:
-    """Copies a block's rows [S, D] as float32, times the scales [S] if they are int8."""
+def copy_rows(stored: Any, scales: Any, copy: Any, distance: int) -> None:
+    """Copies a block's rows [S, D] as float32, times the scales [S] if they are int8.
+
+    Asks the memory for what lies `distance` bytes behind what it copies.
+    """
+    ahead, row_bytes = stored.ctypes.data + distance, stored.strides[0]
     for t in range(stored.shape[0]):
+        for offset in range(0, row_bytes, tile.LINE_BYTES):
+            prefetch(ahead + t * row_bytes + offset)
         scale = scale_of(stored, scales, t)
         for d in range(stored.shape[1]):
             copy[t, d] = wide(stored[t, d]) * scale
@@ -45,29 +51,21 @@ def _scale_of(stored: Any, scales: Any, t: Any) -> Any:
     return lambda stored, scales, t: F32(1.0)
 
 
-def block_rows(stored: Any, scales: Any, copy: Any) -> Any:
+def block_rows(stored: Any, scales: Any, copy: Any, distance: int) -> Any:
     """Returns a block's rows [S, D]: themselves, or where they are int8 what `copy_rows` makes."""
     raise NotImplementedError("compiled code only")
 
 
 @overload(block_rows, inline="always", strict=False, jit_options=COMPILED_ONLY)
-def _block_rows(stored: Any, scales: Any, copy: Any) -> Any:
+def _block_rows(stored: Any, scales: Any, copy: Any, distance: Any) -> Any:
     if stored.dtype != types.int8:
-        return lambda stored, scales, copy: stored
+        return lambda stored, scales, copy, distance: stored
 
-    def copied(stored: Any, scales: Any, copy: Any) -> Any:
-        copy_rows(stored, scales, copy)
+    def copied(stored: Any, scales: Any, copy: Any, distance: Any) -> Any:
+        copy_rows(stored, scales, copy, distance)
         return copy
 
     return copied
-
-
-@numba.njit(**_INLINE)
-def prefetch_rows(rows: Any) -> None:
-    """Asks the memory for rows that lie one after the other."""
-    address = rows.ctypes.data
-    for offset in range(0, rows.nbytes, tile.LINE_BYTES):
-        prefetch(address + offset)
 
 
 # --- functions --------------------------------------------------------------------------------
@@ -103,8 +101,22 @@ def tanh(x: Any) -> Any:
 
 
 @numba.njit(**_INLINE)
-def score(is_bfloat16: int, s: Any, first: int, q: Any, row: int, num_rows: int, keys: Any) -> None:
-    """Sets s[r, first + t] to q[r] . keys[t], for `num_rows` rows r from `row` on."""
+def score(
+    is_bfloat16: int,
+    s: Any,
+    first: int,
+    q: Any,
+    row: int,
+    num_rows: int,
+    keys: Any,
+    lines: int,
+    distance: int,
+) -> None:
+    """Sets s[r, first + t] to q[r] . keys[t], for `num_rows` rows r from `row` on.
+
+    If `lines` is not 0, asks the memory for what lies `distance` bytes behind the keys that it
+    reads; it is how many lines are read of `COLUMNS` keys at a time.
+    """
     num_keys, head_dim = keys.shape
     if num_keys < tile.COLUMNS:
         for t in range(num_keys):
@@ -121,7 +133,7 @@ def score(is_bfloat16: int, s: Any, first: int, q: Any, row: int, num_rows: int,
             tile.dot_products(
                 0,
                 is_bfloat16,
-                0,
+                lines,
                 min(tile.MAX_ROWS, row + num_rows - r),
                 q.ctypes.data + r * q_stride,
                 q_stride,
@@ -130,8 +142,8 @@ def score(is_bfloat16: int, s: Any, first: int, q: Any, row: int, num_rows: int,
                 head_dim,
                 s.ctypes.data + r * s_stride + 4 * (first + t),
                 s_stride,
-                0,
-                0,
+                keys.ctypes.data + t * key_stride + distance,
+                tile.COLUMNS * LANES * (4 - 2 * is_bfloat16),
             )
 
 
@@ -156,6 +168,7 @@ def multiply_many(from_zero: int, y: Any, x: Any, first: int, num_rows: int, row
         tile.add_weighted_rows(
             0,
             from_zero,
+            0,
             tile.MAX_ROWS,
             x.ctypes.data + r * x.strides[0] + 4 * first,
             x.strides[0],
@@ -165,6 +178,7 @@ def multiply_many(from_zero: int, y: Any, x: Any, first: int, num_rows: int, row
             rows.shape[1],
             y.ctypes.data + r * y.strides[0],
             y.strides[0],
+            0,
         )
 
 
@@ -191,14 +205,26 @@ def weigh(row: Any, first: int, past: int, largest: Any) -> tuple[Any, Any]:
 
 @numba.njit(**_INLINE)
 def add_values(
-    is_bfloat16: int, sums: Any, p: Any, first: int, row: int, num_rows: int, values: Any
+    is_bfloat16: int,
+    sums: Any,
+    p: Any,
+    first: int,
+    row: int,
+    num_rows: int,
+    values: Any,
+    asks: int,
+    distance: int,
 ) -> None:
-    """Adds p[r, first + t] * values[t] to sums[r], for every t and `num_rows` rows from `row`."""
+    """Adds p[r, first + t] * values[t] to sums[r], for every t and `num_rows` rows from `row`.
+
+    If `asks` is 1, asks the memory for what lies `distance` bytes behind the values that it reads.
+    """
     p_stride, sums_stride = p.strides[0], sums.strides[0]
     for r in range(row, row + num_rows, tile.MAX_ROWS):
         tile.add_weighted_rows(
             is_bfloat16,
             0,
+            asks,
             min(tile.MAX_ROWS, row + num_rows - r),
             p.ctypes.data + r * p_stride + 4 * first,
             p_stride,
@@ -208,4 +234,5 @@ def add_values(
             values.shape[1],
             sums.ctypes.data + r * sums_stride,
             sums_stride,
+            distance,
         )
