@@ -34,7 +34,7 @@ from pallas_paged.ops.cpu.xla_call import (
 
 ITEMS_PER_THREAD = 8
 """At least, where the weight has so many features."""
-FEW_ROWS = 20
+FEW_ROWS = 12
 """Up to so many rows the memory is what holds a product up."""
 MIN_SHARED_PRODUCTS = 2**17
 """Multiplications up to which one thread does all."""
@@ -62,9 +62,9 @@ def compile_kernel(is_bfloat16: bool) -> Any:
     narrow_x, narrow_weight = int(is_bfloat16 and MULTIPLIES_BFLOAT16), int(is_bfloat16)
     x_size, weight_size = 4 - 2 * narrow_x, 4 - 2 * narrow_weight
     step = LANES * (1 + narrow_x)  # of what is summed over
-    # Lines that a step asks for: as many as it reads, or half of them.
-    few_lines = max(1, COLUMNS * step * weight_size // LINE_BYTES)
-    many_lines = max(1, few_lines // 2)
+    # Lines that a step asks for: as many as it reads, or twice as many.
+    many_lines = max(1, COLUMNS * step * weight_size // LINE_BYTES)
+    few_lines = 2 * many_lines
 
     def multiply(address: int) -> int:
         job, is_helper = address, is_job(address)
@@ -89,8 +89,8 @@ def compile_kernel(is_bfloat16: bool) -> Any:
             item = take_item(job)
         item_features = note_of(job) * COLUMNS
         stride, x_stride, y_stride = k * weight_size, k * x_size, out * 4
-        # All rows of a tile together ask for the weights of one behind. Several of them ask for the
-        # same lines, for early is better than once; the more they are the less it helps.
+        # All rows of a tile together ask for the weights of one behind. Several of their steps ask
+        # for the same lines, for early is better than once; the more rows the less it helps.
         is_few, share = n <= FEW_ROWS, COLUMNS * stride // max(1, -(-n // MAX_ROWS))
         distance, advance = (2 if is_few else 1) * COLUMNS * stride, share // max(1, -(-k // step))
         while item >= 0:
