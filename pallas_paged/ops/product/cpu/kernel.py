@@ -92,14 +92,18 @@ def compile_kernel(is_bfloat16: bool) -> Any:
         # All rows of a tile together ask for the weights of one behind. Several of their steps ask
         # for the same lines, for early is better than once; the more rows the less it helps.
         is_few, share = n <= FEW_ROWS, COLUMNS * stride // max(1, -(-n // MAX_ROWS))
-        distance, advance = (2 if is_few else 1) * COLUMNS * stride, share // max(1, -(-k // step))
+        tiles_ahead, advance = 2 if is_few else 1, share // max(1, -(-k // step))
+        # With all threads at work, a thread's next item is likely to be as many behind this one.
+        to_next_item = (num_threads(frame) - 1) * item_features * stride
         while item >= 0:
             feature, past = item * item_features, min(out, (item + 1) * item_features)
             while feature < past:
                 # The last tile lies over the one before, if the features are no multiple.
                 f = min(feature, out - COLUMNS)
                 w = weight + f * stride
-                ahead = w + distance
+                ahead = w + tiles_ahead * COLUMNS * stride
+                if feature + tiles_ahead * COLUMNS >= past:
+                    ahead += to_next_item
                 for r in range(0, n, MAX_ROWS):
                     rows, here, place = (
                         min(n - r, MAX_ROWS),
