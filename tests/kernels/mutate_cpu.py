@@ -49,8 +49,8 @@ MUTATIONS = {
     ),
     "the largest of too few lanes": _mutation(
         _VECTORS,
-        "halves = range(left), range(left, 2 * left)\n            vector = self.larger",
-        "halves = range(left), range(left)\n            vector = self.larger",
+        "vector = self.larger(*self.halves(vector))",
+        "vector = self.larger(*self.halves(vector)[:1] * 2)",
     ),
     "keys turned but for one stage": _mutation(
         _VECTORS, "while distance < LANES:", "while distance < LANES // 2:"
@@ -84,7 +84,7 @@ MUTATIONS = {
         _STORED, "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "(bits - 0x7FFF) >> 16"
     ),
     "scores of the last keys": _mutation(
-        _ROWS, "t = min(column, num_keys - tile.COLUMNS)", "t = min(column, num_keys - 5)"
+        _ROWS, "t = min(column, num_keys - FEW_COLUMNS)", "t = min(column, num_keys - 5)"
     ),
     "values without the last columns": _mutation(
         _TILE, "    add_columns(whole, width, 1, writer.mask(rest))\n", ""
@@ -114,7 +114,18 @@ MUTATIONS = {
     "a lane too many": _mutation(
         _TILE, "writer.mask(rest, step)", "writer.mask(k, step)", _PRODUCTS
     ),
-    "lanes that are left out": _mutation(_VECTORS, "while left > 4:", "while left > 8:", _PRODUCTS),
+    "lanes that are left out": _mutation(
+        _VECTORS, "while total.type.count > 4:", "while total.type.count > 8:", _PRODUCTS
+    ),
+    "the last columns of a row in another one's": _mutation(
+        _TILE, "writer.builder.add(places[row]", "writer.builder.add(places[r]", _PRODUCTS
+    ),
+    "the last columns of two rows are one row's": _mutation(
+        _TILE,
+        "for row in (r, other) for f in (4, 5)",
+        "for row in (r, r) for f in (4, 5)",
+        _PRODUCTS,
+    ),
     "the wrong halves of bfloat16": _mutation(
         _VECTORS, "[16] * LANES", "[15] * LANES", f"{_PRODUCTS} {_ATTENTION}"
     ),
@@ -126,8 +137,8 @@ MUTATIONS = {
     ),
     "products without the last features": _mutation(
         _PRODUCT,
-        "f = min(feature, out - COLUMNS)",
-        "f = min(feature, out - COLUMNS - 1)",
+        "f = min(feature, out - columns)",
+        "f = min(feature, out - columns - 1)",
         _PRODUCTS,
     ),
 }

@@ -17,7 +17,7 @@ from pallas_paged.ops.product import api, xla
 from pallas_paged.ops.product.cpu import kernel, multiply
 
 SHAPES = [
-    *((1, 64, 4), (1, 384, 640), (2, 3, 5), (3, 17, 5), (4, 31, 33), (5, 1, 7), (7, 100, 37)),
+    *((1, 64, 6), (1, 384, 640), (2, 3, 7), (3, 17, 8), (4, 31, 33), (5, 1, 9), (7, 100, 37)),
     *((16, 384, 96), (17, 48, 130), (64, 100, 77), (250, 33, 9)),
 ]
 """Rows, features that are summed over, output features."""
@@ -159,7 +159,7 @@ def test_it_can_be_mapped():
     ("rows", "out", "dtype", "reason"),
     [
         (multiply.MAX_ROWS + 1, 8, "float32", "rows, more than"),
-        (1, 3, "float32", "3 output features, fewer than 4"),
+        (1, 5, "float32", "5 output features, fewer than 6"),
         (1, 8, "float16", "both must be one of"),
     ],
 )

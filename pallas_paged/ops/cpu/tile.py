@@ -13,8 +13,10 @@ from pallas_paged.ops.cpu.vectors import LANES, NUM_REGISTERS, Writer
 
 MAX_ROWS = 4 if NUM_REGISTERS == 32 else 3
 """Of a tile."""
-COLUMNS = 4
-"""Of a tile of dot products."""
+FEW_COLUMNS = 4
+"""Of a tile of dot products: divides the keys of most blocks."""
+MANY_COLUMNS = 6 if NUM_REGISTERS == 32 else 4
+"""Of a tile of dot products that makes more sums of what it loads."""
 LINE_BYTES = 64
 """Of a line of a CPU's caches."""
 _VECTORS = 4 if NUM_REGISTERS == 32 else 3  # of a tile of sums of rows, side by side
@@ -25,6 +27,7 @@ def dot_products(
     typing_context: Any,
     bfloat16_x: Any,
     bfloat16_weight: Any,
+    columns: Any,
     lines: Any,
     rows: Any,
     x: Any,
@@ -37,15 +40,16 @@ def dot_products(
     ahead: Any,
     advance: Any,
 ) -> Any:
-    """Sets y[r, f] to the sum over i < k of x[r, i] * weight[f, i], for `COLUMNS` f.
+    """Sets y[r, f] to the sum over i < k of x[r, i] * weight[f, i], for `columns` f.
 
     Both operands lie along what is summed over. Sums are float32, and so is y.
 
     Args:
       typing_context: Numba's.
-      bfloat16_x: 1 for bfloat16, 0 for float32; a constant, as the next two. With 1 the weight is
+      bfloat16_x: 1 for bfloat16, 0 for float32; a constant, as the next three. With 1 the weight is
         bfloat16 too, and the CPU one that `MULTIPLIES_BFLOAT16`.
       bfloat16_weight: 1 for bfloat16, 0 for float32.
+      columns: `FEW_COLUMNS` or `MANY_COLUMNS`.
       lines: how many lines of a CPU's caches each step asks for, which multiplies as many numbers
         of a row as a vector has.
       rows: of x and y, from 1 to `MAX_ROWS`.
@@ -60,18 +64,18 @@ def dot_products(
       advance: bytes from that to what the next step asks for. To ask all along, and not for much
         at once, is what lets the memory work while sums are made.
     """
-    constants = bfloat16_x, bfloat16_weight, lines
+    constants = bfloat16_x, bfloat16_weight, columns, lines
     is_x_narrow, is_narrow = (bool(constant.literal_value) for constant in constants[:2])
-    num_lines = lines.literal_value
+    num_columns, num_lines = columns.literal_value, lines.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows, *places = arguments[3:]
+        rows, *places = arguments[4:]
         writer = Writer(builder)
         writer.switch(
             rows,
             MAX_ROWS,
             lambda rows: _write_dot_products(
-                writer, is_x_narrow, is_narrow, num_lines, rows, *places
+                writer, is_x_narrow, is_narrow, num_columns, num_lines, rows, *places
             ),
         )
         return context.get_dummy_value()
@@ -83,6 +87,7 @@ def _write_dot_products(
     writer: Writer,
     is_x_narrow: bool,
     is_narrow: bool,
+    columns: int,
     num_lines: int,
     rows: int,
     x: Any,
@@ -109,7 +114,7 @@ def _write_dot_products(
         )
 
     left = [writer.behind(x, x_stride, r) for r in range(rows)]
-    right = [writer.behind(weight, weight_stride, f) for f in range(COLUMNS)]
+    right = [writer.behind(weight, weight_stride, f) for f in range(columns)]
     multiply_add = writer.multiply_add_pairs if is_x_narrow else writer.multiply_add
 
     def add(i: Any, carried: list[Any], mask: Any = None) -> list[Any]:
@@ -120,18 +125,25 @@ def _write_dot_products(
         for f, row in enumerate(right):
             one = load(row, i, size, mask)
             for r, other in enumerate(loaded):
-                place = COLUMNS * r + f
+                place = columns * r + f
                 sums[place] = multiply_add(other, one, sums[place])
         return [writer.builder.add(asked, advance), *sums]
 
-    carried = [ahead] + [writer.zeros()] * (rows * COLUMNS)
+    carried = [ahead] + [writer.zeros()] * (rows * columns)
     carried = writer.loop(writer.constant(0), whole, step, carried, add)
     _, *sums = writer.loop(
         whole, k, step, carried, lambda i, sums: add(i, sums, writer.mask(rest, step))
     )
-    table = [sums[COLUMNS * r : COLUMNS * (r + 1)] for r in range(rows)]
-    for r, four in enumerate(table):
-        writer.store(writer.add_lanes(*four), writer.behind(y, y_stride, r))
+    places = [writer.behind(y, y_stride, r) for r in range(rows)]
+    for r, place in enumerate(places):
+        writer.store(writer.add_lanes(*sums[columns * r : columns * r + 4]), place)
+    if columns == 4:
+        return
+    for r in range(0, rows, 2):  # the other two columns, of two rows together
+        other = min(r + 1, rows - 1)
+        pairs = [sums[columns * row + f] for row in (r, other) for f in (4, 5)]
+        for row, pair in zip((r, other), writer.halves(writer.add_lanes(*pairs)), strict=True):
+            writer.store(pair, writer.builder.add(places[row], writer.constant(4 * 4)))
 
 
 @intrinsic(prefer_literal=True)

@@ -136,7 +136,7 @@ class Writer:
         return self._call(name, kind, place, ir.Constant(I32, size), mask, ir.Constant(kind, None))
 
     def store(self, value: Any, address: Any, mask: Any = None) -> None:
-        """Stores a vector of float32, or those numbers of it that a mask has."""
+        """Stores a vector of float32, of any length; or those numbers of it that a mask has."""
         place = self._pointer(address, value.type)
         if mask is None:
             self.builder.store(value, place, align=4)
@@ -171,12 +171,16 @@ class Writer:
     def add_lanes(self, a: Any, b: Any, c: Any, d: Any) -> Any:
         """Returns the sums of four vectors' lanes as a vector of four."""
         total = self._add_neighbours(self._add_neighbours(a, b), self._add_neighbours(c, d))
-        left = LANES
-        while left > 4:
-            left //= 2
-            halves = range(left), range(left, 2 * left)
-            total = self.builder.fadd(*(self._shuffle(total, total, half) for half in halves))
+        while total.type.count > 4:
+            total = self.builder.fadd(*self.halves(total))
         return total
+
+    def halves(self, vector: Any) -> tuple[Any, Any]:
+        """Returns the first half of a vector's numbers, and the others."""
+        length = vector.type.count
+        halves = range(length // 2), range(length // 2, length)
+        left, right = (self._shuffle(vector, vector, half) for half in halves)
+        return left, right
 
     def chosen(self, mask: Any, value: Any, other: Any) -> Any:
         """Returns the numbers of one vector where a mask has them, else those of another."""
@@ -188,11 +192,8 @@ class Writer:
 
     def largest_lane(self, vector: Any) -> Any:
         """Returns the largest number of a vector."""
-        left = LANES
-        while left > 1:
-            left //= 2
-            halves = range(left), range(left, 2 * left)
-            vector = self.larger(*(self._shuffle(vector, vector, half) for half in halves))
+        while vector.type.count > 1:
+            vector = self.larger(*self.halves(vector))
         return self.builder.extract_element(vector, ir.Constant(I32, 0))
 
     def turned(self, rows: Sequence[Any]) -> list[Any]:

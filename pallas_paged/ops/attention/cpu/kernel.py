@@ -144,7 +144,7 @@ def compile_kernel(kind: Kind) -> Any:
     q_dtype, cache_dtype, known_head_dim, known_chunk = kind
     is_narrow = int(cache_dtype == np.uint16)
     asks = int(cache_dtype != np.int8)  # in products; what is int8 is copied first
-    lines = asks * max(1, tile.COLUMNS * LANES * (4 - 2 * is_narrow) // tile.LINE_BYTES)
+    lines = asks * max(1, tile.FEW_COLUMNS * LANES * (4 - 2 * is_narrow) // tile.LINE_BYTES)
     others = xla_call.digest(rows_module, stored, team, tile, vectors, xla_call)
 
     def attend(address: int) -> int:

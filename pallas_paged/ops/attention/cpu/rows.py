@@ -13,6 +13,7 @@ from numba.extending import overload
 
 from pallas_paged.ops.cpu import tile
 from pallas_paged.ops.cpu.stored import wide
+from pallas_paged.ops.cpu.tile import FEW_COLUMNS
 from pallas_paged.ops.cpu.vectors import LANES
 from pallas_paged.ops.cpu.xla_call import COMPILED_ONLY, prefetch
 
@@ -115,10 +116,10 @@ def score(
     """Sets s[r, first + t] to q[r] . keys[t], for `num_rows` rows r from `row` on.
 
     If `lines` is not 0, asks the memory for what lies `distance` bytes behind the keys that it
-    reads; it is how many lines are read of `COLUMNS` keys at a time.
+    reads; it is how many lines are read of `FEW_COLUMNS` keys at a time.
     """
     num_keys, head_dim = keys.shape
-    if num_keys < tile.COLUMNS:
+    if num_keys < FEW_COLUMNS:
         for t in range(num_keys):
             for r in range(row, row + num_rows):
                 total = F32(0.0)
@@ -127,12 +128,13 @@ def score(
                 s[r, first + t] = total
         return
     q_stride, key_stride, s_stride = q.strides[0], keys.strides[0], s.strides[0]
-    for column in range(0, num_keys, tile.COLUMNS):
-        t = min(column, num_keys - tile.COLUMNS)
+    for column in range(0, num_keys, FEW_COLUMNS):
+        t = min(column, num_keys - FEW_COLUMNS)
         for r in range(row, row + num_rows, tile.MAX_ROWS):
             tile.dot_products(
                 0,
                 is_bfloat16,
+                FEW_COLUMNS,
                 lines,
                 min(tile.MAX_ROWS, row + num_rows - r),
                 q.ctypes.data + r * q_stride,
@@ -143,7 +145,7 @@ def score(
                 s.ctypes.data + r * s_stride + 4 * (first + t),
                 s_stride,
                 keys.ctypes.data + t * key_stride + distance,
-                tile.COLUMNS * LANES * (4 - 2 * is_bfloat16),
+                FEW_COLUMNS * LANES * (4 - 2 * is_bfloat16),
             )
 
 

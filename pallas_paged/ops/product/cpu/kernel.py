@@ -20,7 +20,7 @@ from pallas_paged.ops.cpu.team import (
     open_job,
     take_item,
 )
-from pallas_paged.ops.cpu.tile import COLUMNS, LINE_BYTES, MAX_ROWS, dot_products
+from pallas_paged.ops.cpu.tile import FEW_COLUMNS, LINE_BYTES, MANY_COLUMNS, MAX_ROWS, dot_products
 from pallas_paged.ops.cpu.vectors import LANES, MULTIPLIES_BFLOAT16
 from pallas_paged.ops.cpu.xla_call import (
     num_threads,
@@ -61,9 +61,10 @@ def compile_kernel(is_bfloat16: bool) -> Any:
     others = xla_call.digest(tile, vectors, team, xla_call)
     narrow_x, narrow_weight = int(is_bfloat16 and MULTIPLIES_BFLOAT16), int(is_bfloat16)
     x_size, weight_size = 4 - 2 * narrow_x, 4 - 2 * narrow_weight
+    columns = FEW_COLUMNS if narrow_x else MANY_COLUMNS
     step = LANES * (1 + narrow_x)  # of what is summed over
     # Lines that a step asks for: as many as it reads, or twice as many.
-    many_lines = max(1, COLUMNS * step * weight_size // LINE_BYTES)
+    many_lines = max(1, columns * step * weight_size // LINE_BYTES)
     few_lines = 2 * many_lines
 
     def multiply(address: int) -> int:
@@ -80,18 +81,18 @@ def compile_kernel(is_bfloat16: bool) -> Any:
         )
         if not is_helper:
             numba.carray(result(frame, 0), all_rows * out, np.float32)[n * out :] = 0
-            num_tiles = -(-out // COLUMNS) if n > 0 else 0
+            num_tiles = -(-out // columns) if n > 0 else 0
             tiles_per_item = max(1, num_tiles // (ITEMS_PER_THREAD * num_threads(frame)))
             num_items = -(-num_tiles // tiles_per_item)
             job = open_job(frame, own_address(), num_items, tiles_per_item)
             if n * k * out > MIN_SHARED_PRODUCTS:
                 call_helpers(job, num_items - 1)
             item = take_item(job)
-        item_features = note_of(job) * COLUMNS
+        item_features = note_of(job) * columns
         stride, x_stride, y_stride = k * weight_size, k * x_size, out * 4
         # All rows of a tile together ask for the weights of one behind. Several of their steps ask
         # for the same lines, for early is better than once; the more rows the less it helps.
-        is_few, share = n <= FEW_ROWS, COLUMNS * stride // max(1, -(-n // MAX_ROWS))
+        is_few, share = n <= FEW_ROWS, columns * stride // max(1, -(-n // MAX_ROWS))
         tiles_ahead, advance = 2 if is_few else 1, share // max(1, -(-k // step))
         # With all threads at work, a thread's next item is likely to be as many behind this one.
         to_next_item = (num_threads(frame) - 1) * item_features * stride
@@ -99,10 +100,10 @@ def compile_kernel(is_bfloat16: bool) -> Any:
             feature, past = item * item_features, min(out, (item + 1) * item_features)
             while feature < past:
                 # The last tile lies over the one before, if the features are no multiple.
-                f = min(feature, out - COLUMNS)
+                f = min(feature, out - columns)
                 w = weight + f * stride
-                ahead = w + tiles_ahead * COLUMNS * stride
-                if feature + tiles_ahead * COLUMNS >= past:
+                ahead = w + tiles_ahead * columns * stride
+                if feature + tiles_ahead * columns >= past:
                     ahead += to_next_item
                 for r in range(0, n, MAX_ROWS):
                     rows, here, place = (
@@ -114,6 +115,7 @@ def compile_kernel(is_bfloat16: bool) -> Any:
                         dot_products(
                             narrow_x,
                             narrow_weight,
+                            columns,
                             few_lines,
                             rows,
                             here,
@@ -130,6 +132,7 @@ def compile_kernel(is_bfloat16: bool) -> Any:
                         dot_products(
                             narrow_x,
                             narrow_weight,
+                            columns,
                             many_lines,
                             rows,
                             here,
@@ -143,7 +146,7 @@ def compile_kernel(is_bfloat16: bool) -> Any:
                             advance,
                         )
                     ahead += share
-                feature += COLUMNS
+                feature += columns
             item_is_done(job)
             item = take_item(job)
         if not is_helper:

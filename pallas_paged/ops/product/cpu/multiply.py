@@ -15,7 +15,7 @@ MAX_ROWS_BESIDE_AMX = 16
 """The same for bfloat16 where the CPU has instructions for whole matrices, which XLA uses."""
 
 _DTYPES = ("float32", "bfloat16")
-_MIN_FEATURES = 4  # of a tile
+_MIN_FEATURES = 6  # of a tile
 
 
 def unsupported(
