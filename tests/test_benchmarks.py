@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from benchmarks import pictures
+from pallas_paged.models.demo import DEMO_MODEL
 from tests.programs import run_program
 
 SMALL = (
@@ -46,6 +47,10 @@ SLOW = [
     ),
     ("sharing", "--wall_time --random_model=tiny --prefix_len=40 --prefix_requests=3"),
     ("throughput", f"{SMALL} --baseline=static,continuous"),
+    (
+        "speculation",
+        f"--draft_model={DEMO_MODEL} --running=1,2 --prompt_len=40 --output_len=12 --rounds=1",
+    ),
 ]
 
 
