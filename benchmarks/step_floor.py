@@ -86,7 +86,7 @@ class Case(NamedTuple):
 
 def make_llm(model: str, dtype: str, max_rows: int, max_context: int) -> LLM:
     """Returns an engine of random weights with room for the largest case."""
-    tokens = max_context + 2 * _most_steps()
+    tokens = max_context + _most_steps() + 4 * CPU_SCHEDULER_STEPS
     with tempfile.TemporaryDirectory() as folder:
         random_models.write_config(model, pathlib.Path(folder))
         return LLM(
@@ -188,7 +188,7 @@ class Parts:
 
 def _most_steps() -> int:
     """Returns how many decode steps of the engine are timed, at most."""
-    return 2 * _TURNS_PER_ROUND * CPU_SCHEDULER_STEPS * (_ROUNDS.value + 1)
+    return 2 * _TURNS_PER_ROUND * CPU_SCHEDULER_STEPS * (_ROUNDS.value + 3)
 
 
 def engine_steps(llm: LLM, case: Case) -> Generator[tuple[float, float]]:
@@ -239,6 +239,8 @@ def measure(llm: LLM, case: Case) -> dict[str, Any]:
     calls = {name: _calls_for(run) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in (*runs, "engine", "offline")}
     steps = engine_steps(llm, case)
+    next(steps)  # lets programs be compiled in the background, also for what is to come
+    llm.runner.programs.wait_for_background()
     for _ in range(_ROUNDS.value):
         for name, run in runs.items():
             times[name].append(_ms(run, calls[name]))
