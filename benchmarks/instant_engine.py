@@ -121,14 +121,16 @@ def build(
         first_token,
         config.max_logprobs,
     )
-    engine = join(
-        scheduler,
-        memory,
-        device,
-        buckets_for(config, memory.tables.shape[1], "gpu"),
-        vocab_size=vocab_size,
-        max_model_len=max_model_len,
-        eos_token_ids=(1,),
-        tokenizer=tokenizer,
+    engine = Engine(
+        join(
+            scheduler,
+            memory,
+            device,
+            buckets_for(config, memory.tables.shape[1], "gpu"),
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=(1,),
+            tokenizer=tokenizer,
+        )
     )
     return House(engine, PromptReader(tokenizer, "none", vocab_size))

@@ -237,15 +237,17 @@ def baseline_engine(llm: LLM) -> tuple[Engine, int]:
         watermark_blocks=0,  # nobody grows beyond what is reserved
         num_scheduler_steps=llm.runner.buckets.num_steps,
     )
-    engine = join(
-        scheduler,
-        memory,
-        llm.runner,
-        llm.runner.buckets,
-        vocab_size=llm.model_config.vocab_size,
-        max_model_len=llm.max_model_len,
-        seed=llm.config.seed or 0,
-        async_scheduling=llm.config.async_scheduling,
+    engine = Engine(
+        join(
+            scheduler,
+            memory,
+            llm.runner,
+            llm.runner.buckets,
+            vocab_size=llm.model_config.vocab_size,
+            max_model_len=llm.max_model_len,
+            seed=llm.config.seed or 0,
+            async_scheduling=llm.config.async_scheduling,
+        )
     )
     return engine, memory.num_places
 

@@ -20,6 +20,7 @@ from pallas_paged.engine.build import join
 from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.core.plan import StepPlan, StepResult
 from pallas_paged.engine.core.scheduler import Scheduler
+from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.text.tokenizer import load_tokenizer
@@ -86,15 +87,17 @@ def measure(async_scheduling: bool) -> dict[str, float]:
         max_model_len=256,
     )
     device = MockDevice(_DEVICE_MS.value / 1e3)
-    engine = join(
-        scheduler,
-        memory,
-        device,
-        Buckets.for_limits(num_seqs, max_num_batched_tokens, memory.tables.shape[1]),
-        vocab_size=1024,
-        max_model_len=256,
-        tokenizer=load_tokenizer(str(DEMO_MODEL)),
-        async_scheduling=async_scheduling,
+    engine = Engine(
+        join(
+            scheduler,
+            memory,
+            device,
+            Buckets.for_limits(num_seqs, max_num_batched_tokens, memory.tables.shape[1]),
+            vocab_size=1024,
+            max_model_len=256,
+            tokenizer=load_tokenizer(str(DEMO_MODEL)),
+            async_scheduling=async_scheduling,
+        )
     )
     params = SamplingParams(max_tokens=_NUM_STEPS.value + 20, ignore_eos=True)
     for _ in range(num_seqs):

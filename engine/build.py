@@ -49,10 +49,10 @@ from pallas_paged.engine.device.pool_size import (
     unsized_programs,
 )
 from pallas_paged.engine.device.runner import ModelRunner
-from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.kv.host_pool import HostPool
 from pallas_paged.engine.kv.sharing import blocks_for
+from pallas_paged.engine.parts import EngineParts
 from pallas_paged.engine.text.output_processor import OutputProcessor
 from pallas_paged.engine.text.tokenizer import Tokenizer, known_eos_token_ids, load_tokenizer
 from pallas_paged.models import (
@@ -75,17 +75,17 @@ _SWAP_OVERHEAD_S = 1e-4
 
 
 class Built(NamedTuple):
-    """An engine, and what it was made of.
+    """An engine's parts, and what they were made of.
 
     Attributes:
-      engine: ready to take requests.
+      parts: ready to take requests.
       runner: its device.
       tokenizer: None where the folder has none.
       model_config: the model's shape, for sequences of `max_model_len` tokens.
       max_model_len: most tokens of a sequence.
     """
 
-    engine: Engine
+    parts: EngineParts
     runner: ModelRunner
     tokenizer: Tokenizer | None
     model_config: ModelConfig
@@ -106,7 +106,7 @@ def config_with_limits(model: str, options: dict[str, Any]) -> EngineConfig:
 
 
 def build(config: EngineConfig, placement: Placement | None = None) -> Built:
-    """Loads the model, sizes the pool and returns an engine; compiles what the size depends on.
+    """Loads the model, sizes the pool, makes an engine; compiles what the size depends on.
 
     Args:
       config: what the engine is like.
@@ -151,7 +151,7 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
     vocab_size = network.config.vocab_size
     eos_token_ids = load_eos_token_ids(config.model)
     assert config.seed is not None
-    engine = join(
+    parts = join(
         scheduler,
         memory,
         runner,
@@ -164,7 +164,7 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         max_logprobs=config.max_logprobs,
         async_scheduling=config.async_scheduling,
     )
-    return Built(engine, runner, tokenizer, shape, max_model_len)
+    return Built(parts, runner, tokenizer, shape, max_model_len)
 
 
 def join(
@@ -180,8 +180,8 @@ def join(
     seed: int = 0,
     max_logprobs: int = 20,
     async_scheduling: bool = True,
-) -> Engine:
-    """Returns an engine over a scheduler, the memory that it schedules, and a device.
+) -> EngineParts:
+    """Returns an engine's parts over a scheduler, the memory that it schedules, and a device.
 
     Args:
       scheduler: whose memory is `memory`.
@@ -214,7 +214,7 @@ def join(
         max_logprobs=max_logprobs,
         speculates=scheduler.proposer is not None,
     )
-    return Engine(core, memory, intake, OutputProcessor(tokenizer), tokenizer, vocab_size)
+    return EngineParts(core, memory, intake, OutputProcessor(tokenizer), tokenizer, vocab_size)
 
 
 def _load_network(

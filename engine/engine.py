@@ -4,17 +4,11 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from pallas_paged.engine.core.core_output import CoreOutput, NewTokens
-from pallas_paged.engine.core.engine_core import EngineCore
-from pallas_paged.engine.core.intake import Intake
 from pallas_paged.engine.core.request import SequenceGroup
-from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.kv.stats import KVStats, kv_stats
-from pallas_paged.engine.metrics import Counts
 from pallas_paged.engine.outputs import RequestOutput
+from pallas_paged.engine.parts import EngineParts
 from pallas_paged.engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
-from pallas_paged.engine.text.bad_words import bad_sequences
-from pallas_paged.engine.text.output_processor import OutputProcessor
-from pallas_paged.engine.text.tokenizer import Tokenizer
 
 
 class Engine:
@@ -22,38 +16,19 @@ class Engine:
 
     One thread at a time.
 
-    Args:
-      core: schedules and executes.
-      memory: the owner of the block tables that the core schedules over.
-      intake: makes requests of what callers ask for.
-      processor: makes their outputs.
-      tokenizer: for bad words; None refuses them.
-      vocab_size: V.
-
     Attributes:
-      core: as given, as is `memory`.
+      core: of the parts, as is `memory`.
       memory: likewise.
-      counts: what happened to requests so far.
+      counts: likewise.
       undelivered: outputs that `step` returns next; who calls `advance` takes them from here.
     """
 
-    def __init__(
-        self,
-        core: EngineCore,
-        memory: BlockTableMemory,
-        intake: Intake,
-        processor: OutputProcessor,
-        tokenizer: Tokenizer | None,
-        vocab_size: int,
-    ):
-        self.core = core
-        self.memory = memory
-        self.counts = Counts()
+    def __init__(self, parts: EngineParts):
+        """Takes the parts as its own."""
+        self.core, self.memory, self.counts = parts.core, parts.memory, parts.counts
         self.undelivered: list[RequestOutput] = []
-        self._intake = intake
-        self._processor = processor
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
+        self._parts = parts
+        self._processor = parts.processor
         self._failure: str | None = None  # of a change that is under way, or was cut short
         self._late_aborts: list[str] = []  # asked for during a change
 
@@ -86,18 +61,14 @@ class Engine:
           ValueError: see `Intake.make_group` and `bad_sequences`.
         """
         self._recover()
-        words = params.bad_words if isinstance(params, SamplingParams) else None
-        return self._intake.make_group(
-            prompt_token_ids,
-            params,
-            request_id,
-            cache_salt,
-            bad_sequences(words, self._tokenizer, self._vocab_size),
+        bad_sequences = self._parts.bad_sequences(params)
+        return self._parts.intake.make_group(
+            prompt_token_ids, params, request_id, cache_salt, bad_sequences
         )
 
     def all_or_none(self) -> contextlib.AbstractContextManager[None]:
         """Inside, groups are made together: if one is refused, none has drawn an id or a seed."""
-        return self._intake.all_or_none()
+        return self._parts.intake.all_or_none()
 
     def add(
         self,
@@ -113,31 +84,13 @@ class Engine:
         Raises:
           ValueError: its request id is in use, or it no longer fits beside what is pinned.
         """
-        params = group.sampling_params
-        kind = params.output_kind if output_kind is None else output_kind
-        group.is_held = (
-            kind is RequestOutputKind.FINAL_ONLY
-            and group.beams is None
-            and not params.stop
-            and params.logprobs is None
-            and params.prompt_logprobs is None
-        )
+        kind = group.sampling_params.output_kind if output_kind is None else output_kind
         with self._all_or_nobody(ValueError):
             if group.request_id in self._processor:
                 raise ValueError(f"request_id={group.request_id!r} is in use; choose another")
             self.core.scheduler.check(group)
-            self._processor.add(
-                group.request_id,
-                group.prompt_token_ids,
-                params,
-                prompt=prompt,
-                num_seqs=len(group.sequences),
-                is_beam_search=group.beams is not None,
-                arrival_time_s=group.arrival_time,
-                output_kind=kind,
-            )
+            self._parts.open(group, prompt, kind)
             self.core.add(group)
-            self.counts.num_prompt_tokens += group.num_prompt_tokens
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees its blocks; the next `step` returns its last output.
@@ -205,12 +158,7 @@ class Engine:
             self.core.finish(*ending)
         for request_id in processed.faults:
             self.core.abort(request_id)
-        self._count(self.undelivered[begin:])
-
-    def _count(self, outputs: Iterable[RequestOutput]) -> None:
-        for output in outputs:
-            if output.finished:
-                self.counts.num_finished[output.outputs[0].finish_reason or "abort"] += 1
+        self.counts.note(self.undelivered[begin:])
 
     # --- failure ------------------------------------------------------------------------------
 
@@ -251,5 +199,5 @@ class Engine:
         self.core.reset()
         for request_id in list(self._processor.request_ids):
             tokens = held.get(request_id, ())
-            self._count([self._processor.fail(request_id, cause, self.undelivered, tokens)])
+            self.counts.note([self._processor.fail(request_id, cause, self.undelivered, tokens)])
         self._failure = None

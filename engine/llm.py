@@ -10,6 +10,7 @@ from tqdm import tqdm
 from pallas_paged.engine.build import Built, build, config_with_limits
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.request import SequenceGroup
+from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.kv.stats import KVStats
 from pallas_paged.engine.metrics import Metric, metrics
 from pallas_paged.engine.outputs import RequestOutput
@@ -60,7 +61,11 @@ class LLM:
     def _join(self, config: EngineConfig, built: Built) -> None:
         """Takes an engine as its own."""
         self.config = config
-        self.engine, self.runner, self.tokenizer = built.engine, built.runner, built.tokenizer
+        self.engine, self.runner, self.tokenizer = (
+            Engine(built.parts),
+            built.runner,
+            built.tokenizer,
+        )
         self.model_config, self.max_model_len = built.model_config, built.max_model_len
         self.announce: Callable[[str], object] = logger.info
         self._prompts = PromptReader(self.tokenizer, config.model, self.model_config.vocab_size)
@@ -114,8 +119,7 @@ class LLM:
         requests = self._reader.read(prompts, sampling_params, priority)
         done: dict[str, RequestOutput] = {}
         with tqdm(total=len(requests), unit="request", disable=not use_tqdm) as progress:
-            core = self.engine.core
-            begin = core.num_generated_tokens
+            core, begin = self.engine.core, self.engine.core.num_generated_tokens
             announce = progress.set_postfix_str if use_tqdm else self.announce
             for output in self._run(requests, announce, RequestOutputKind.FINAL_ONLY):
                 done[output.request_id] = output
@@ -295,9 +299,8 @@ class LLM:
     def get_metrics(self) -> list[Metric]:
         """Returns gauges and counters by the names of vLLM, see `pallas_paged.engine.metrics`."""
         with self._turns:
-            engine = self.engine
-            stats = engine.kv_stats()
-            return metrics(engine.core, stats, engine.counts, self.config.model)
+            stats, counts = self.engine.kv_stats(), self.engine.counts
+            return metrics(self.engine.core, stats, counts, self.config.model)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets the cached blocks that no request uses and nobody has pinned.

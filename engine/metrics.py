@@ -2,11 +2,12 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from pallas_paged.engine.core.core_output import FinishReason
 from pallas_paged.engine.core.engine_core import EngineCore
 from pallas_paged.engine.kv.stats import KVStats
+from pallas_paged.engine.outputs import RequestOutput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Counts:
     num_finished: collections.Counter[FinishReason] = dataclasses.field(
         default_factory=collections.Counter
     )
+
+    def note(self, outputs: Iterable[RequestOutput]) -> None:
+        """Counts those of a request's outputs that are its last one."""
+        for output in outputs:
+            if output.finished:
+                self.num_finished[output.outputs[0].finish_reason or "abort"] += 1
 
 
 def metrics(core: EngineCore, stats: KVStats, counts: Counts, model_name: str) -> list[Metric]:

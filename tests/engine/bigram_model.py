@@ -120,16 +120,18 @@ def make_engine(
         num_scheduler_steps=num_scheduler_steps,
         proposer=proposer,
     )
-    return join(
-        scheduler,
-        memory,
-        runner,
-        buckets,
-        vocab_size=VOCAB_SIZE,
-        max_model_len=MAX_MODEL_LEN,
-        eos_token_ids=(EOS,),
-        tokenizer=tokenizer,
-        max_logprobs=max_logprobs,
+    return Engine(
+        join(
+            scheduler,
+            memory,
+            runner,
+            buckets,
+            vocab_size=VOCAB_SIZE,
+            max_model_len=MAX_MODEL_LEN,
+            eos_token_ids=(EOS,),
+            tokenizer=tokenizer,
+            max_logprobs=max_logprobs,
+        )
     )
 
 

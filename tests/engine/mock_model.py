@@ -32,6 +32,7 @@ from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
 from pallas_paged.engine.kv.sharing import CopyPairs
+from pallas_paged.engine.parts import EngineParts
 from tests.engine import beam_oracle
 
 VOCAB_SIZE = 61
@@ -532,14 +533,14 @@ def make_engine(
     return MockEngine(scheduler, MockRunner(memory, sliding_window), host_stop)
 
 
-def make_whole_engine(
+def make_parts(
     *,
     seed: int = 0,
     async_scheduling: bool = True,
     tokenizer: Any = None,
     **options: Any,
-) -> Engine:
-    """Returns an `Engine` over a `MockDevice`; see `make_engine` for the other options."""
+) -> EngineParts:
+    """Returns an engine's parts over a `MockDevice`; see `make_engine` for the other options."""
     scheduler = make_engine(**options).scheduler
     memory = scheduler.memory
     assert isinstance(memory, BlockTableMemory)
@@ -565,6 +566,11 @@ def make_whole_engine(
     )
 
 
+def make_whole_engine(**options: Any) -> Engine:
+    """Returns an `Engine` of `make_parts`."""
+    return Engine(make_parts(**options))
+
+
 def device_of(engine: Engine) -> MockDevice:
     """Returns the device of a `make_whole_engine`."""
     device = engine.core.executor
@@ -577,10 +583,10 @@ def make_mock_llm(*, tokenizer: Any = None, **options: Any) -> LLM:
     watched = {
         name: options.pop(name) for name in ("profile_dir", "profile_steps") & options.keys()
     }
-    engine = make_whole_engine(tokenizer=tokenizer, **options)
-    config = EngineConfig("mock", block_size=engine.memory.block_size, **watched)
+    parts = make_parts(tokenizer=tokenizer, **options)
+    config = EngineConfig("mock", block_size=parts.memory.block_size, **watched)
     runner: Any = types.SimpleNamespace(programs=types.SimpleNamespace())
     shape: Any = types.SimpleNamespace(vocab_size=VOCAB_SIZE)
     llm = object.__new__(LLM)
-    llm._join(config, Built(engine, runner, tokenizer, shape, 64))
+    llm._join(config, Built(parts, runner, tokenizer, shape, 64))
     return llm

@@ -9,6 +9,7 @@ from pallas_paged.engine import SamplingParams
 from pallas_paged.engine.build import Built, build
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
+from pallas_paged.engine.engine import Engine
 from tests.engine.bigram_model import run
 from tests.engine.serving import reference_requests
 from tests.models.references import DATA
@@ -47,7 +48,7 @@ def engine_on(placement: Placement | None) -> Built:
 
 
 def tokens_of(built: Built) -> list[list[int]]:
-    outputs = run(built.engine, PROMPTS, PARAMS)
+    outputs = run(Engine(built.parts), PROMPTS, PARAMS)
     assert any(output.metrics.num_preemptions for output in outputs), "nothing was swapped"
     return [list(output.outputs[0].token_ids) for output in outputs]
 
