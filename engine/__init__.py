@@ -1,18 +1,34 @@
 """The serving engine: scheduler, runner, sampling and the LLM API."""
 
+from pallas_paged.engine.async_llm import AsyncLLM
 from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.errors import (
+    DeadlineExceededError,
+    EngineDeadError,
+    EngineDrainingError,
+    EngineError,
+    EngineOverloadedError,
+    StepFailedError,
+)
 from pallas_paged.engine.llm import LLM
 from pallas_paged.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from pallas_paged.engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BeamSearchParams",
     "CompletionOutput",
+    "DeadlineExceededError",
     "EngineConfig",
+    "EngineDeadError",
+    "EngineDrainingError",
+    "EngineError",
+    "EngineOverloadedError",
     "Logprob",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StepFailedError",
 ]

@@ -46,12 +46,10 @@ class EngineParts:
         `prompt` is its text, if it came as text; `kind` is what each output holds, but for a beam
         search, which has one.
         """
-        params = group.sampling_params
-        group.is_held = is_held(group, kind)
         self.processor.add(
             group.request_id,
             group.prompt_token_ids,
-            params,
+            group.sampling_params,
             prompt=prompt,
             num_seqs=len(group.sequences),
             is_beam_search=group.beams is not None,

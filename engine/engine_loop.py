@@ -1,0 +1,205 @@
+"""Runs an engine's core in a thread of its own: changes go in, and what steps give comes out.
+
+The thread waits for the device and for new work, and for nobody else. What it has to tell goes to
+one function, in order: the outputs of steps, and what became of the changes between them.
+"""
+
+import concurrent.futures
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pallas_paged.engine.core.core_output import CoreOutputs
+from pallas_paged.engine.core.engine_core import EngineCore
+from pallas_paged.engine.core.request import SequenceGroup
+from pallas_paged.engine.errors import EngineDeadError
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 3
+"""So many steps may fail one after the other; the last of them ends the loop."""
+
+
+class Added(NamedTuple):
+    """A request was taken in; its outputs come later."""
+
+    request_id: str
+    group: SequenceGroup
+
+
+class Refused(NamedTuple):
+    """A request was not taken in; nothing comes of it."""
+
+    request_id: str
+    error: Exception
+
+
+class Gone(NamedTuple):
+    """A request that was aborted has given its blocks back; nothing more comes of it."""
+
+    request_id: str
+
+
+class Failed(NamedTuple):
+    """A step failed, and all requests with it.
+
+    Attributes:
+      error: what was raised.
+      is_dead: whether the loop has ended, so that no further step runs.
+    """
+
+    error: BaseException
+    is_dead: bool
+
+
+type Event = CoreOutputs | Added | Refused | Gone | Failed
+
+
+class _Change(NamedTuple):
+    """What a thread asks of the loop: to be made between steps, or dropped when it has ended."""
+
+    make: Callable[[], None]
+    drop: Callable[[], object]
+
+
+class EngineLoop:
+    """Owns a core while its thread runs; all other threads go through the methods.
+
+    Args:
+      core: of nobody else.
+      deliver: called with each event, in order, in the loop's thread, or in the thread of a change
+        that comes after its end. It must neither wait nor fail.
+    """
+
+    def __init__(self, core: EngineCore, deliver: Callable[[Event], None]) -> None:
+        """Starts nothing yet."""
+        self._core = core
+        self._deliver = deliver
+        self._inbox: queue.SimpleQueue[_Change] = queue.SimpleQueue()
+        self._has_ended = False
+        self._ending = threading.Lock()
+        self._is_stopping = False
+        self._num_failures = 0
+        # A daemon: an interpreter that exits without `stop` must not wait for it.
+        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have been taken in and wait for blocks, as it was a moment ago."""
+        return self._core.scheduler.num_waiting
+
+    def add(self, request_id: str, make_group: Callable[[], SequenceGroup]) -> None:
+        """Takes a request in before the next step: `Added` or, for any `Exception`, `Refused`.
+
+        `make_group` is called in the loop's thread, where it may read what steps change.
+        """
+
+        def add() -> None:
+            try:
+                group = make_group()
+                self._core.scheduler.check(group)
+            except Exception as error:
+                self._deliver(Refused(request_id, error))
+                return
+            self._deliver(Added(request_id, group))
+            self._core.add(group)
+
+        ended = EngineDeadError("the engine has ended")
+        self._put(_Change(add, lambda: self._deliver(Refused(request_id, ended))))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request before the next step, in whichever state it is; `Gone` is delivered."""
+
+        def abort() -> None:
+            self._core.abort(request_id)
+            self._deliver(Gone(request_id))
+
+        self._put(_Change(abort, lambda: self._deliver(Gone(request_id))))
+
+    def finish(self, request_id: str, index: int, stop_reason: str) -> None:
+        """Ends a sequence by "stop" before the next step; see `EngineCore.finish`."""
+
+        def finish() -> None:
+            self._core.finish(request_id, index, stop_reason)
+
+        self._put(_Change(finish, lambda: None))
+
+    def call[T](self, function: Callable[[], T]) -> concurrent.futures.Future[T]:
+        """Calls a function in the loop's thread, between steps, and returns its result to come.
+
+        What it raises is the result's, and ends nothing else: it must change nothing then. It is
+        cancelled if the loop ends before.
+        """
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def make() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        self._put(_Change(make, future.cancel))
+        return future
+
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Ends the thread after the step that it is at; returns whether it has ended in time."""
+
+        def stop() -> None:
+            self._is_stopping = True
+
+        self._put(_Change(stop, lambda: None))
+        # A collector of garbage may call this in the thread itself.
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _put(self, change: _Change) -> None:
+        with self._ending:
+            if not self._has_ended:
+                self._inbox.put(change)
+                return
+        change.drop()
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                self._make_changes()
+                if not self._is_stopping and self._core.has_unfinished:
+                    self._step()
+        except BaseException as error:  # whatever it is: somebody waits
+            logger.critical("the engine loop has ended: %s", error, exc_info=error)
+            self._deliver(Failed(error, is_dead=True))
+        finally:
+            with self._ending:
+                self._has_ended = True
+            while not self._inbox.empty():
+                self._inbox.get().drop()
+
+    def _make_changes(self) -> None:
+        """Makes the changes that have come; waits for one if there is nothing else to do."""
+        waits = not self._core.has_unfinished
+        while not self._is_stopping and (waits or not self._inbox.empty()):
+            self._inbox.get().make()
+            waits = False
+
+    def _step(self) -> None:
+        """Runs a step; one that fails ends all requests, and several in a row the loop."""
+        try:
+            outputs = self._core.step()
+        except Exception as error:
+            self._num_failures += 1
+            if self._num_failures == MAX_FAILURES:
+                raise
+            logger.error("a step failed, and all requests with it: %s", error, exc_info=error)
+            self._core.reset()
+            self._deliver(Failed(error, is_dead=False))
+        else:
+            self._num_failures = 0
+            self._deliver(outputs)
