@@ -1,0 +1,1 @@
+"""The server: OpenAI's HTTP interface on top of the engine."""
