@@ -73,8 +73,9 @@ FULL: dict[str, dict[str, int]] = {
     "full: nothing used": {},
     "full: penalties": {"penalties": 1},
     "full: bias, masks": {"bias": 1},
+    "full: grammar": {"mask": 1},
     "full: logprobs": {"logprobs": 1},
-    "full: all of it": {"penalties": 1, "bias": 1, "logprobs": 1},
+    "full: all of it": {"penalties": 1, "bias": 1, "mask": 1, "logprobs": 1},
 }
 """Beside greedy; bias, allowed tokens, bad words and min_tokens cost the same."""
 
@@ -99,28 +100,30 @@ def inputs_of(
 
 
 def full_program(
-    logits: jax.Array, penalties: int = 0, bias: int = 0, logprobs: int = 0
+    logits: jax.Array, penalties: int = 0, bias: int = 0, mask: int = 0, logprobs: int = 0
 ) -> Callable[[], jax.Array]:
     """Returns a greedy choice with what a full step does, the row state updated in place."""
     num_rows, vocab_size = logits.shape
     width = width_for(20, vocab_size)
     rows = jnp.arange(num_rows, dtype=jnp.int32)
-    used = [jnp.full(num_rows, flag, jnp.int32) for flag in (bias, penalties)]
+    used = [jnp.full(num_rows, flag, jnp.int32) for flag in (bias, penalties, mask)]
     factors = [jnp.full(num_rows, factor, jnp.float32) for factor in (1.2, 0.5, 0.2)]
     inputs = LogitInputs(rows, *used, *factors)
     greedy = inputs_of(num_rows, temperature=0.0)
     state = RowState.zeros(num_rows, vocab_size)
+    masks = ~state.masks  # every token may follow
 
     def run(
         counts: jax.Array,
         bias: jax.Array,
+        masks: jax.Array,
         last: jax.Array,
         logits: jax.Array,
         inputs: LogitInputs,
         wants_logprobs: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         counts = count_tokens(counts, jnp.where(inputs.uses_penalties == 1, rows, num_rows), last)
-        ruled = apply_rules(logits, RowState(counts, bias), inputs)
+        ruled = apply_rules(logits, RowState(counts, bias, masks), inputs)
         tokens = sample(ruled, greedy)
         packed = jax.lax.cond(
             wants_logprobs == 1,
@@ -135,7 +138,7 @@ def full_program(
     def call() -> jax.Array:
         counts, last = held
         held[0], held[1], packed = jitted(
-            counts, state.bias, last, logits, inputs, jnp.int32(logprobs)
+            counts, state.bias, masks, last, logits, inputs, jnp.int32(logprobs)
         )
         return packed
 

@@ -13,6 +13,7 @@ from pallas_paged.engine.errors import (
 from pallas_paged.engine.llm import LLM
 from pallas_paged.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from pallas_paged.engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from pallas_paged.engine.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -31,4 +32,5 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "StepFailedError",
+    "StructuredOutputsParams",
 ]

@@ -53,6 +53,7 @@ from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.kv.host_pool import HostPool
 from pallas_paged.engine.kv.sharing import blocks_for
 from pallas_paged.engine.parts import EngineParts
+from pallas_paged.engine.text.grammars import Grammars
 from pallas_paged.engine.text.output_processor import OutputProcessor
 from pallas_paged.engine.text.tokenizer import Tokenizer, known_eos_token_ids, load_tokenizer
 from pallas_paged.models import (
@@ -197,9 +198,10 @@ def join(
       max_logprobs: see `EngineConfig`, as is the next one.
       async_scheduling: likewise.
     """
+    grammars = Grammars(tokenizer, vocab_size, eos_token_ids)
     core = EngineCore(
         scheduler,
-        Planner(memory, buckets, executor.choose),
+        Planner(memory, buckets, executor.choose, grammars.find_masks),
         executor,
         vocab_size=vocab_size,
         async_scheduling=async_scheduling,
@@ -214,7 +216,8 @@ def join(
         max_logprobs=max_logprobs,
         speculates=scheduler.proposer is not None,
     )
-    return EngineParts(core, memory, intake, OutputProcessor(tokenizer), tokenizer, vocab_size)
+    processor = OutputProcessor(tokenizer)
+    return EngineParts(core, memory, intake, processor, tokenizer, vocab_size, grammars)
 
 
 def _load_network(

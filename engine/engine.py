@@ -58,12 +58,16 @@ class Engine:
         """Returns a group that `add` accepts, and queues nothing.
 
         Raises:
-          ValueError: see `Intake.make_group` and `bad_sequences`.
+          ValueError: see `Intake.make_group`, `bad_sequences` and `Grammars.compile`.
         """
         self._recover()
-        bad_sequences = self._parts.bad_sequences(params)
         return self._parts.intake.make_group(
-            prompt_token_ids, params, request_id, cache_salt, bad_sequences
+            prompt_token_ids,
+            params,
+            request_id,
+            cache_salt,
+            self._parts.bad_sequences(params),
+            self._parts.grammar(params),
         )
 
     def all_or_none(self) -> contextlib.AbstractContextManager[None]:

@@ -3,12 +3,14 @@
 import dataclasses
 
 from pallas_paged.engine.core.engine_core import EngineCore
+from pallas_paged.engine.core.grammar import Grammar
 from pallas_paged.engine.core.intake import Intake
 from pallas_paged.engine.core.request import SequenceGroup
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.metrics import Counts
 from pallas_paged.engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from pallas_paged.engine.text.bad_words import bad_sequences
+from pallas_paged.engine.text.grammars import Grammars
 from pallas_paged.engine.text.output_processor import OutputProcessor
 from pallas_paged.engine.text.tokenizer import Tokenizer
 
@@ -24,6 +26,7 @@ class EngineParts:
       processor: makes their outputs; shares nothing with the core.
       tokenizer: for bad words; None refuses them.
       vocab_size: V.
+      grammars: compiles those of requests.
       counts: what happened to requests so far.
     """
 
@@ -33,12 +36,22 @@ class EngineParts:
     processor: OutputProcessor
     tokenizer: Tokenizer | None
     vocab_size: int
+    grammars: Grammars
     counts: Counts = dataclasses.field(default_factory=Counts)
 
     def bad_sequences(self, params: SamplingParams | BeamSearchParams) -> list[tuple[int, ...]]:
         """Returns the tokens of a request's bad words; `ValueError` as `bad_sequences` does."""
         words = params.bad_words if isinstance(params, SamplingParams) else None
         return list(bad_sequences(words, self.tokenizer, self.vocab_size))
+
+    def grammar(self, params: SamplingParams | BeamSearchParams) -> Grammar | None:
+        """Returns what a request's output has to be, if anything; may take long the first time.
+
+        Raises:
+          ValueError: see `Grammars.compile`.
+        """
+        wanted = params.structured_outputs if isinstance(params, SamplingParams) else None
+        return self.grammars.compile(wanted)
 
     def open(self, group: SequenceGroup, prompt: str | None, kind: RequestOutputKind) -> None:
         """Lets the processor expect outputs of a group, before the core gets it.

@@ -17,6 +17,7 @@ from pallas_paged.engine.field_checks import (
     strings,
     token_ids,
 )
+from pallas_paged.engine.structured_outputs import StructuredOutputsParams
 
 MAX_N = 16384
 MAX_SEED = 2**64 - 1
@@ -40,9 +41,9 @@ class RequestOutputKind(enum.Enum):
 class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
 
-    The logits change in this order: `logit_bias` and what excludes tokens, then the penalties (see
-    `pallas_paged.engine.device.row_state`), then temperature, `min_p`, `top_k`, `top_p` (see
-    `pallas_paged.engine.device.sampling`).
+    The logits change in this order: `logit_bias` and what excludes tokens, then the penalties, then
+    `structured_outputs` (see `pallas_paged.engine.device.row_state`), then temperature, `min_p`,
+    `top_k`, `top_p` (see `pallas_paged.engine.device.sampling`).
 
     Attributes:
       n: completions per prompt, 1 to 16384, and no more than the engine's `max_num_seqs`. The
@@ -80,6 +81,11 @@ class SamplingParams:
         with whitespace brings its own space, and one that begins with no letter or digit is
         excluded right behind other text too. Other tokens that spell the same are not excluded,
         and neither is a word that the prompt has begun.
+      structured_outputs: what the output has to look like; None is anything. It is applied after
+        all that is above, and so never gives way: if the rules leave no token, the request ends by
+        "abort", or by "stop" where its output is whole. Excludes what could cut the output, or keep
+        it from ending: `stop`, `stop_token_ids`, `include_stop_str_in_output`, `ignore_eos` and
+        `min_tokens`.
       skip_reading_prefix_cache: compute the whole prompt, whatever is cached.
       skip_writing_prefix_cache: keep nothing of this request for later ones.
       output_kind: what the outputs of a stream hold, see `RequestOutputKind`. A delta costs the
@@ -112,6 +118,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     skip_reading_prefix_cache: bool = False
     skip_writing_prefix_cache: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
@@ -136,6 +143,12 @@ class SamplingParams:
                 f"stop={self.stop!r} needs the text, but detokenize=False; use detokenize=True, "
                 "or stop_token_ids"
             )
+        for field in _CUT_OUTPUTS if self.structured_outputs is not None else ():
+            if value := getattr(self, field):
+                raise ValueError(
+                    f"{field}={value!r:.80} excludes structured_outputs, which end when they are "
+                    "whole; leave one of them out"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +258,12 @@ def _allowed_token_ids(field: str, value: Any) -> tuple[int, ...] | None:
     return ids or None
 
 
+def _structured_outputs(field: str, value: Any) -> StructuredOutputsParams | None:
+    if value is not None and not isinstance(value, StructuredOutputsParams):
+        raise refusal(field, value, 'StructuredOutputsParams, such as (choice=["yes", "no"])')
+    return value
+
+
 def _output_kind(field: str, value: Any) -> RequestOutputKind:
     if not isinstance(value, RequestOutputKind):
         raise refusal(field, value, "a RequestOutputKind, such as RequestOutputKind.DELTA")
@@ -259,6 +278,10 @@ def _early_stopping(field: str, value: Any) -> EarlyStopping:
     return result
 
 
+_CUT_OUTPUTS = (
+    *("stop", "stop_token_ids", "include_stop_str_in_output"),
+    *("ignore_eos", "min_tokens"),
+)
 _PENALTY = real(lambda x: -2 <= x <= 2, "in [-2, 2]", "use 0 for none")
 _LOGPROBS = integer(-1, None, "use None for none and -1 for the whole vocabulary", optional=True)
 
@@ -287,6 +310,7 @@ _CHECKS: dict[str, Check] = {
     "logit_bias": logit_bias,
     "allowed_token_ids": _allowed_token_ids,
     "bad_words": _bad_words,
+    "structured_outputs": _structured_outputs,
     "skip_reading_prefix_cache": flag,
     "skip_writing_prefix_cache": flag,
     "output_kind": _output_kind,

@@ -5,7 +5,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from pallas_paged.engine.core import beam_groups
+from pallas_paged.engine.core import beam_groups, matching
 from pallas_paged.engine.core.beam_search import Candidates
 from pallas_paged.engine.core.core_output import FinishReason, NewTokens
 from pallas_paged.engine.core.entries import repeated_blocks
@@ -49,7 +49,7 @@ class _Appended(NamedTuple):
     Attributes:
       gets: bool[B], who got a token.
       lengths: i32[B], how many tokens these have now.
-      ended: the places in the batch of those that got an ending one.
+      ended: the places in the batch of those that got an ending one; in any order.
       searching: the groups of beams that got candidates, in order.
     """
 
@@ -94,6 +94,8 @@ class Committer:
         columns.num_computed[rows[here]] = ends[here]
         is_filled = here & (ends // S > columns.num_remembered[rows])
         columns.num_known[rows[gets]] = lengths[gets]
+        masked = gets & columns.uses_mask[rows]
+        ended += [b for b in np.flatnonzero(masked).tolist() if matching.is_over(sequences[b])]
         # Of those that wait for the host nothing was counted when it was dispatched.
         columns.num_tokens[rows[gets]] = np.maximum(columns.num_tokens[rows], lengths)[gets]
         is_over = gets & (lengths == columns.max_length[rows])
@@ -116,8 +118,7 @@ class Committer:
             self._remember(_chosen(sequences, is_filled))
         ended_rows: list[int] = []
         for sequence in over:
-            ending = sequence.group.ending_of(sequence.token_ids[-1])
-            ended_rows += self._retire([sequence], *ending)
+            ended_rows += self._retire([sequence], *matching.ending_of(sequence))
         if ended_rows or searching:
             children = self._advance_beams(searching, ended_rows)
             others += children
@@ -163,7 +164,7 @@ class Committer:
         `gets` bool[B] are the sequences that got a token, `ends` i32[B] where the right ones end.
         """
         columns = self._columns
-        drafted = gets & (columns.waits_for_host[batch.rows] | (batch.num_drafts > 0))
+        drafted = gets & (columns.speculates[batch.rows] | (batch.num_drafts > 0))
         too_long: dict[int, int] = {}
         for b in np.flatnonzero(drafted).tolist():
             sequence, row, end = batch.sequences[b], int(batch.rows[b]), int(ends[b])
@@ -320,7 +321,8 @@ def _append_late(
         num_new += len(tokens)
         extended.append(sequence)
         group = sequence.group
-        if tokens[-1] in group.ending_ids or len(sequence.token_ids) == group.max_length:
+        is_long = len(sequence.token_ids) == group.max_length
+        if tokens[-1] in group.ending_ids or is_long or matching.is_over(sequence):
             over.append(sequence)
     return num_new, extended, over
 

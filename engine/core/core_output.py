@@ -73,6 +73,8 @@ class CoreOutput:
       prompt_logprobs: of the next tokens of the prompt, if the request asks for them. They come
         with the first sequence, also where it gets no token yet.
       beam: of a result of a beam search.
+      is_whole: whether it ended by "stop" without a token that only says so: its last one is a part
+        of the output.
     """
 
     request_id: str
@@ -85,6 +87,7 @@ class CoreOutput:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: TokenLogprobs | None = None
     beam: BeamFigures | None = None
+    is_whole: bool = False
 
 
 class NewTokens(NamedTuple):

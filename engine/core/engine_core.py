@@ -1,6 +1,5 @@
 """The engine's loop without text: schedule a step, dispatch it, then take in the step before it."""
 
-import logging
 import time
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from pallas_paged.engine.core.core_output import (
     CoreOutputs,
     NewTokens,
 )
+from pallas_paged.engine.core.matching import ending_without_token
 from pallas_paged.engine.core.plan import Executor
 from pallas_paged.engine.core.planner import Planned, Planner
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
@@ -29,11 +29,10 @@ from pallas_paged.engine.core.step_outputs import (
 )
 from pallas_paged.engine.core.step_record import StepObserver, StepRecord
 
-logger = logging.getLogger(__name__)
-
 NO_TOKEN_REASONS = (
     "logits are not finite",
-    "no token is left: allowed_token_ids, bad_words and min_tokens exclude all of them",
+    "no token is left: allowed_token_ids, bad_words, min_tokens and structured_outputs exclude all "
+    "of them",
 )
 """What V, V + 1 mean in the place of a token."""
 
@@ -250,15 +249,18 @@ class EngineCore:
         return faults
 
     def _abort(self, faults: list[tuple[TokenSequence, int]]) -> dict[TokenSequence, None]:
-        """Ends the sequences for which the device found no token, beams together with others'."""
+        """Ends the sequences for which the device found no token, beams together with others'.
+
+        By "abort", unless the output of one is whole by its grammar: then by "stop".
+        """
         aborted: dict[TokenSequence, None] = {}
         for sequence, token in faults:
             group, reason = sequence.group, NO_TOKEN_REASONS[token - self._vocab_size]
             if sequence.is_finished:
                 continue
-            logger.error("request %s aborted: %s", group.request_id, reason)
+            ending = ending_without_token(sequence, reason)
             for other in [sequence] if group.beams is None else group.live:
-                self.scheduler.finish(other, "abort", reason)
+                self.scheduler.finish(other, *ending)
                 aborted[other] = None
         return aborted
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from pallas_paged.engine.core import logprobs
 from pallas_paged.engine.core.beam_search import BeamSearch
+from pallas_paged.engine.core.grammar import Grammar
 from pallas_paged.engine.core.logit_rules import resolve
 from pallas_paged.engine.core.request import SequenceGroup
 from pallas_paged.engine.core.scheduler import Scheduler
@@ -58,13 +59,14 @@ class Intake:
         request_id: str | None = None,
         cache_salt: str | None = None,
         bad_sequences: Sequence[tuple[int, ...]] = (),
+        grammar: Grammar | None = None,
     ) -> SequenceGroup:
         """Returns a group of `n` sequences, or beams, that `add` accepts; queues nothing.
 
         A request without an id or a seed draws one, unless it is refused. Requests share cached
         blocks only with those of the same `cache_salt`. `bad_sequences` are the tokens of the
-        request's `bad_words`. `max_tokens=None` means as many as the model allows and as fit beside
-        what is pinned for other prompts.
+        request's `bad_words`, `grammar` is that of its `structured_outputs`. `max_tokens=None`
+        means as many as the model allows and as fit beside what is pinned for other prompts.
 
         Raises:
           ValueError: the prompt is empty, too long for the model, or for the pool together with
@@ -104,6 +106,7 @@ class Intake:
                 bad_sequences=bad_sequences,
                 vocab_size=self._vocab_size,
                 ending_ids=eos_token_ids | stop_token_ids,
+                grammar=grammar,
             ),
         )
         asks = params.logprobs is not None or params.prompt_logprobs is not None

@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Sequence
 
+from pallas_paged.engine.core.grammar import Grammar
 from pallas_paged.engine.sampling_params import SamplingParams
 
 
@@ -25,6 +26,7 @@ class LogitRules:
       bad_sequences: of at least two tokens, never to be completed.
       min_tokens: so many tokens come before one of `ending_ids`.
       ending_ids: the tokens that end the request.
+      grammar: what the output has to follow, after everything else.
     """
 
     repetition_penalty: float
@@ -35,6 +37,7 @@ class LogitRules:
     bad_sequences: tuple[tuple[int, ...], ...]
     min_tokens: int
     ending_ids: frozenset[int]
+    grammar: Grammar | None = None
 
     @property
     def uses_penalties(self) -> bool:
@@ -85,6 +88,7 @@ def resolve(
     bad_sequences: Sequence[tuple[int, ...]],
     vocab_size: int,
     ending_ids: Collection[int],
+    grammar: Grammar | None = None,
 ) -> LogitRules | None:
     """Returns the rules of a request, None if it has none.
 
@@ -93,6 +97,7 @@ def resolve(
       bad_sequences: the tokens of its `bad_words`, each of at least one token of the vocabulary.
       vocab_size: V; token ids are below it.
       ending_ids: the tokens that end the request.
+      grammar: of its `structured_outputs`.
 
     Raises:
       ValueError: a token id is outside the vocabulary, or the rules leave no token at all.
@@ -119,9 +124,10 @@ def resolve(
         bad_sequences=tuple(sequence for sequence in bad_sequences if len(sequence) > 1),
         min_tokens=params.min_tokens if ending_ids else 0,
         ending_ids=frozenset(ending_ids),
+        grammar=grammar,
     )
     if not rules.uses_penalties and not rules.uses_bias:
-        return None
+        return None if grammar is None else rules
     _check_that_some_token_is_left(params, rules, excluded, vocab_size)
     return rules
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.core.grammar import NUM_MASKS
 from pallas_paged.engine.kv.host_pool import BlockMove, SwappedChunk
 from pallas_paged.engine.kv.sharing import CopyPairs
 
@@ -27,9 +28,9 @@ class StepPlan(NamedTuple):
       table_edits: i32[2, `table_edits.NUM_ENTRIES`] each, to be written into the block tables in
         order, before what the inputs write there: places and blocks, see `StepInputs`.
       row_edits: i32[`edit_size`] each, to be applied to the row state in order; none in a plain
-        step. Whatever the host learns between two steps comes to a row this way. So could the mask
-        of a grammar, V bits of a row: one more field of `edit_layout`. As it follows from the last
-        token, its group has to be one that `waits_for_host`.
+        step. Whatever the host learns between two steps comes to a row this way.
+      mask_edits: i32[`grammar.NUM_MASKS`, 1 + W] each, to be written into the row state's masks:
+        rows, R for padding, and which tokens may come next there, see `grammar.FindMasks`.
       inputs: i32[`packed_size`], see `step_inputs`.
       wants_logprobs: whether a row's log-probabilities are to be given back.
       prompt_targets: i32[2, P], for log-probabilities of prompts: the tokens in front of the P
@@ -44,6 +45,7 @@ class StepPlan(NamedTuple):
     copies: CopyPairs
     table_edits: tuple[np.ndarray, ...]
     row_edits: tuple[np.ndarray, ...]
+    mask_edits: tuple[np.ndarray, ...]
     inputs: np.ndarray
     wants_logprobs: bool
     prompt_targets: np.ndarray
@@ -60,9 +62,10 @@ class StepPlan(NamedTuple):
             *self.copies,
             self.inputs,
             *self.prompt_targets,
-            [len(self.swap_outs), len(self.swap_ins), len(self.table_edits)],
+            [len(self.swap_outs), len(self.swap_ins), len(self.table_edits), len(self.mask_edits)],
             *(part for move in self.swap_outs + self.swap_ins for part in move),
             *(part for edit in self.table_edits for part in edit),
+            *(edit.reshape(-1) for edit in self.mask_edits),
             *self.row_edits,
         ]
         arrays = [np.asarray(part, np.int32) for part in parts]
@@ -84,12 +87,13 @@ class StepPlan(NamedTuple):
         copies = CopyPairs(next(parts), next(parts))
         inputs = next(parts)
         targets = np.stack([next(parts), next(parts)])
-        num_outs, num_ins, num_edits = next(parts).tolist()
+        num_outs, num_ins, num_edits, num_masks = next(parts).tolist()
         moves = tuple(
             BlockMove(SwappedChunk(*next(parts).tolist()), next(parts))
             for _ in range(num_outs + num_ins)
         )
         table_edits = tuple(np.stack([next(parts), next(parts)]) for _ in range(num_edits))
+        mask_edits = tuple(next(parts).reshape(NUM_MASKS, -1) for _ in range(num_masks))
         return cls(
             high * 2**31 + low,
             Bucket(
@@ -108,6 +112,7 @@ class StepPlan(NamedTuple):
             copies,
             table_edits,
             tuple(parts),
+            mask_edits,
             inputs,
             wants_logprobs,
             targets,

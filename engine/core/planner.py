@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pallas_paged.engine.core.buckets import Bucket, Buckets
+from pallas_paged.engine.core.grammar import FindMasks
+from pallas_paged.engine.core.matching import mask_edits
 from pallas_paged.engine.core.plan import StepPlan
 from pallas_paged.engine.core.request import MAX_ENDING_IDS, SequenceGroup, TokenSequence
 from pallas_paged.engine.core.row_edits import RowEdits
@@ -50,16 +52,18 @@ class Planner:
         memory: Memory,
         buckets: Buckets,
         choose: Callable[[Bucket, Callable[[], Sequence[Bucket]]], Bucket] = lambda best, _: best,
+        find_masks: FindMasks | None = None,
     ) -> None:
         """Takes blocks from the tables of `memory`, and shapes from `buckets` by `choose`.
 
-        That is `Executor.choose`. A device that has run the plans of another planner holds other
-        tables: call `reset` then.
+        That is `Executor.choose`. Requests with a grammar need `find_masks`. A device that has run
+        the plans of another planner holds other tables: call `reset` then.
         """
         assert buckets.table_widths[-1] == memory.tables.shape[1], "the device has other tables"
         self._memory = memory
         self._buckets = buckets
         self._choose = choose
+        self._find_masks = find_masks
         self._num_rows = len(memory.tables)
         self.reset()
 
@@ -117,11 +121,17 @@ class Planner:
             step.copies,
             tuple(table_edits),
             tuple(self._row_edits.next_edits(scheduled)) if is_full else (),
+            self._mask_edits(scheduled),
             inputs,
             wants_logprobs,
             prompt_targets,
         )
         return Planned(plan, prompts, likely)
+
+    def _mask_edits(self, scheduled: list[ScheduledSequence]) -> tuple[np.ndarray, ...]:
+        if self._find_masks is None:
+            return ()
+        return tuple(mask_edits(scheduled, self._num_rows, self._find_masks))
 
     def _fill(
         self,
@@ -282,6 +292,7 @@ def _fill_full(
         if rules is None or not one.samples:
             continue
         x.uses_bias[b] = rules.uses_bias
+        x.uses_mask[b] = rules.grammar is not None
         if rules.uses_penalties:
             x.uses_penalties[b] = 1
             x.repetition_penalty[b] = rules.repetition_penalty

@@ -7,6 +7,7 @@ from typing import Any
 
 from pallas_paged.engine.core.beam_search import BeamSearch, Candidates
 from pallas_paged.engine.core.core_output import FinishReason, RequestStats
+from pallas_paged.engine.core.grammar import Matcher
 from pallas_paged.engine.core.logit_rules import LogitRules
 from pallas_paged.engine.core.row_columns import Progress, RowColumns
 from pallas_paged.engine.kv.host_pool import SwappedChunk
@@ -46,12 +47,12 @@ class TokenSequence:
         recomputation; None where they are computed already.
       num_shared: tokens in those blocks; it computes none of them.
       num_swapped: tokens whose keys and values wait in host memory.
-      swapped_slots: the blocks of the group's chunk that hold them, in order; -1 for one that it
-        had given back before.
+      swapped_slots: the blocks of the group's chunk that hold them; -1 for one given back before.
       hits: cached blocks that were found for it while it waits, see `PrefixCache.match`.
       num_late: tokens that uncommitted steps sample although it has lost its row.
       drafts: guesses of the tokens that come next, for the step that is scheduled.
       proposals: what the last step guessed on the device.
+      matcher: how far it is in the grammar of its request, see `matching`; None before it is asked.
       candidates: of a beam whose last token is computed, until the others' are too; else None.
       finish_reason: None until it finished.
       stop_reason: the stop token or stop string that ended it, None for any other end.
@@ -72,6 +73,7 @@ class TokenSequence:
     num_late: int = dataclasses.field(init=False, default=0)
     drafts: list[int] = dataclasses.field(init=False, default_factory=list)
     proposals: list[int] = dataclasses.field(init=False, default_factory=list)
+    matcher: Matcher | None = dataclasses.field(init=False, default=None, repr=False)
     candidates: Candidates | None = dataclasses.field(init=False, default=None)
     finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
     stop_reason: int | str | None = dataclasses.field(init=False, default=None)
@@ -136,10 +138,7 @@ class TokenSequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens that uncommitted steps sample.
-
-        Always 0 where the group `waits_for_host`.
-        """
+        """Tokens that uncommitted steps sample; always 0 where the group `waits_for_host`."""
         return self.num_tokens - len(self.token_ids)
 
     @property
@@ -158,6 +157,7 @@ class TokenSequence:
         columns.max_length[row] = group.max_length
         columns.waits_for_host[row], columns.is_held[row] = group.waits_for_host, group.is_held
         columns.speculates[row] = group.speculates
+        columns.uses_mask[row] = group.uses_mask
         columns.has_told[row] = False
         columns.runs_on[row] = group.runs_on
         columns.token_ids[row], columns.ending_ids[row] = self.token_ids, group.ending_ids
@@ -200,8 +200,7 @@ class SequenceGroup:
         `ignore_eos`.
       arrival_time: seconds, for metrics; the order of arrival is the order of `Scheduler.add`.
       sampling_params: carried for the sampler; the scheduler never reads it.
-      logit_rules: what the request changes in its logits, None for nothing; carried like
-        `sampling_params`, of which it is made.
+      logit_rules: what the request changes in its logits; None for nothing.
       priority: lower ones first, where the scheduler orders by it.
       num_seqs: how many completions, or beams.
       cache_salt: keeps its cached blocks apart from those of requests with another one.
@@ -210,7 +209,7 @@ class SequenceGroup:
       writes_cache: whether its blocks are cached.
       beams: the beam search that the sequences are the beams of, best first; None for sampling.
       waits_for_host: whether no step continues a sequence before the host knows its last token, so
-        that it runs in every second step while others run in each; always so for beams.
+        that it runs in every second step while others run in each; so for beams and under grammars.
       sequences: all of them, by index.
       is_held: whether its tokens are given out when a sequence ends, and not before.
       status: see `SequenceStatus`.
@@ -222,8 +221,7 @@ class SequenceGroup:
       stats: see `RequestStats`.
       ending_ids: `eos_token_ids` and `stop_token_ids`.
       max_length: tokens, prompt and output, at which its sequences end; the scheduler sets it.
-      num_prompt_logprobs: log-probabilities of the prompt that steps have computed, or will; they
-        are computed once, whatever is computed again after a preemption.
+      num_prompt_logprobs: log-probabilities of the prompt that steps have computed, or will: once.
     """
 
     request_id: str
@@ -260,15 +258,20 @@ class SequenceGroup:
         self.ending_ids = eos | stop if stop else eos  # most groups share one set
         num_first = self.num_seqs if self.beams is None else 1
         self.sequences = [TokenSequence(self, index) for index in range(num_first)]
+        self.waits_for_host |= self.uses_mask or self.beams is not None
         if self.beams is not None:
-            self.waits_for_host = True
             mine = self.num_seqs, self.max_tokens, self.ending_ids
             assert (self.beams.width, self.beams.max_tokens, self.beams.ending_ids) == mine
 
     @property
     def speculates(self) -> bool:
         """Whether tokens of its sequences are guessed."""
-        return self.waits_for_host and self.beams is None
+        return self.waits_for_host and self.beams is None and self.logit_rules is None
+
+    @property
+    def uses_mask(self) -> bool:
+        """Whether its sequences have to follow a grammar."""
+        return self.logit_rules is not None and self.logit_rules.grammar is not None
 
     @property
     def num_prompt_tokens(self) -> int:

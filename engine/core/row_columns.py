@@ -32,9 +32,10 @@ class RowColumns:
         flight.
       num_computed: i32[R], tokens whose keys and values a committed step computed.
       num_remembered: i32[R], full blocks that the memory was told of, see `Memory.remember`.
-      max_length: i32[R], the group's, as are the next two.
+      max_length: i32[R], the group's, as are the next four.
       waits_for_host: bool[R].
       speculates: bool[R].
+      uses_mask: bool[R].
       is_held: bool[R].
       runs_on: bool[R], see `SequenceGroup.runs_on`.
       num_drafts: i32[R], tokens in the sequences' `drafts`.
@@ -61,7 +62,7 @@ class RowColumns:
         self.num_reserved, self.num_dispatched, self.num_computed = np.zeros((3, R), np.int32)
         self.num_remembered = np.zeros(R, np.int32)
         self.waits_for_host, self.is_held, self.has_told = np.zeros((3, R), bool)
-        self.runs_on, self.speculates = np.zeros((2, R), bool)
+        self.runs_on, self.speculates, self.uses_mask = np.zeros((3, R), bool)
         self.num_drafts = np.zeros(R, np.int32)
         self.token_ids: list[list[int]] = [[]] * R
         self.ending_ids: list[frozenset[int]] = [frozenset()] * R

@@ -76,7 +76,7 @@ class RowEdits:
         edit = _Edit([], [], [], [])
         for one in scheduled:
             rules = one.sequence.logit_rules
-            if one.samples and rules is not None:
+            if one.samples and rules is not None and (rules.uses_bias or rules.uses_penalties):
                 self._prepare(one, rules, edit)
         return self._packed(edit) if any(edit) else []
 

@@ -21,8 +21,9 @@ class FullInputs[A](NamedTuple):
 
     Attributes:
       wants_logprobs: i32[B], 1 where the sampled token's log-probabilities are asked for.
-      uses_bias: i32[B], see `LogitInputs`, as are the next four.
+      uses_bias: i32[B], see `LogitInputs`, as are the next five.
       uses_penalties: i32[B].
+      uses_mask: i32[B].
       repetition_penalty: f32[B].
       presence_penalty: f32[B].
       frequency_penalty: f32[B].
@@ -33,6 +34,7 @@ class FullInputs[A](NamedTuple):
     wants_logprobs: A
     uses_bias: A
     uses_penalties: A
+    uses_mask: A
     repetition_penalty: A
     presence_penalty: A
     frequency_penalty: A
@@ -159,6 +161,7 @@ def layout(bucket: Bucket) -> dict[str, tuple[Shape, np.dtype]]:
         "wants_logprobs": ((B,), i32),
         "uses_bias": ((B,), i32),
         "uses_penalties": ((B,), i32),
+        "uses_mask": ((B,), i32),
         "repetition_penalty": ((B,), f32),
         "presence_penalty": ((B,), f32),
         "frequency_penalty": ((B,), f32),

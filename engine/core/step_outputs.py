@@ -66,6 +66,8 @@ def output_of(
         sequence.group.is_finished,
         sequence.group.stats,
         logprobs,
+        is_whole=sequence.finish_reason == "stop"
+        and sequence.token_ids[-1] not in sequence.group.ending_ids,
     )
 
 

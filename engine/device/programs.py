@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.core.grammar import NUM_MASKS
 from pallas_paged.engine.core.row_edits import edit_size
 from pallas_paged.engine.core.step_inputs import packed_size
 from pallas_paged.engine.core.table_edits import NUM_ENTRIES
 from pallas_paged.engine.device.background import Background
 from pallas_paged.engine.device.compilation_cache import cache_counts
 from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
-from pallas_paged.engine.device.row_state import RowState, edit_rows
+from pallas_paged.engine.device.row_state import RowState, edit_masks, edit_rows
 from pallas_paged.engine.device.rows import Rows, edit_tables
 from pallas_paged.engine.device.step import (
     NUM_PROMPT_ROWS,
@@ -111,7 +112,7 @@ class StepPrograms:
         assert bucket.is_full == (row_state is not None)
         if bucket not in self._compiled:
             self.compile([bucket])
-        state = () if row_state is None else (row_state.counts, row_state.bias)
+        state = () if row_state is None else row_state
         return self._compiled[bucket](self._leaves, kv_caches, rows, packed, *state)
 
     def edit_tables(self, rows: Rows, edit: jax.Array) -> Rows:
@@ -125,6 +126,11 @@ class StepPrograms:
     def edit_rows(self, row_state: RowState, last_tokens: jax.Array, packed: jax.Array) -> RowState:
         """Runs `row_state.edit_rows`; donates `row_state`."""
         return self._other("edit_rows", self.max_num_seqs)(row_state, last_tokens, packed)
+
+    def edit_masks(self, row_state: RowState, edit: jax.Array) -> RowState:
+        """Runs `row_state.edit_masks`; donates the masks."""
+        masks = self._other("edit_masks", NUM_MASKS)(row_state.masks, edit)
+        return row_state._replace(masks=masks)
 
     def prompt_logprobs(self, hidden: jax.Array, packed: jax.Array) -> jax.Array:
         """Runs `prompt_logprobs`."""
@@ -148,10 +154,12 @@ class StepPrograms:
         """
         full = [bucket for bucket in buckets if bucket.is_full]
         state = ("new_row_state", "edit_rows") if full else ()
+        masks = [("edit_masks", NUM_MASKS)] if full else []
         num_tokens = sorted({bucket.num_tokens for bucket in full if not bucket.is_decode})
         return [
             ("edit_tables", NUM_ENTRIES),
             *((kind, self.max_num_seqs) for kind in state),
+            *masks,
             *(("prompt_logprobs", size) for size in num_tokens),
         ]
 
@@ -251,6 +259,10 @@ class StepPrograms:
             state, tokens = self._row_state(), self._input(self.max_num_seqs + 1)
             packed = self._input(edit_size(self.max_num_seqs))
             return self._lower(jax.jit(edit_rows, donate_argnums=0), state, tokens, packed)
+        if kind == "edit_masks":
+            masks = self._row_state().masks
+            edit_shape = self._input(size, 1 + masks.shape[1])
+            return self._lower(jax.jit(edit_masks, donate_argnums=0), masks, edit_shape)
         assert kind == "prompt_logprobs", kind
         run = functools.partial(prompt_logprobs, graphdef=self.graphdef, width=self.logprobs_width)
         params = self.placement.parameter_shapes(self.params)

@@ -171,6 +171,9 @@ class ModelRunner:
             self.row_state = self.programs.edit_rows(
                 self.row_state, self.rows.last_tokens, jax.device_put(edit, self._inputs)
             )
+        for edit in plan.mask_edits:
+            there = jax.device_put(edit, self._inputs)
+            self.row_state = self.programs.edit_masks(self.row_state, there)
         return self.row_state
 
     def _prompt_logprobs(self, hidden: jax.Array, targets: np.ndarray) -> tuple[jax.Array, ...]:

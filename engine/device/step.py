@@ -146,7 +146,7 @@ def run_step(
         return StepArrays(kv_caches, rows, tokens, None, None, None)
 
     counts = count_tokens(row_state.counts, x.full.counted_rows, input_ids[x.logits_indices])
-    ruled = apply_rules(logits, RowState(counts, row_state.bias), logit_inputs(x))
+    ruled = apply_rules(logits, row_state._replace(counts=counts), logit_inputs(x))
     empty = jnp.all(ruled == -jnp.inf, axis=-1)
     tokens = sample(ruled, sampling_inputs(x))
     rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(tokens))

@@ -81,6 +81,7 @@ def logit_inputs(x: StepInputs[jax.Array]) -> LogitInputs:
         rows=x.rows,
         uses_bias=x.full.uses_bias,
         uses_penalties=x.full.uses_penalties,
+        uses_mask=x.full.uses_mask,
         repetition_penalty=x.full.repetition_penalty,
         presence_penalty=x.full.presence_penalty,
         frequency_penalty=x.full.frequency_penalty,

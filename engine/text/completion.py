@@ -100,6 +100,7 @@ class Completion:
       finish_reason: None while it runs.
       stop_reason: see `CompletionOutput`.
       beam: of a result of a beam search.
+      is_whole: see `CoreOutput`.
       is_torn: whether text may be missing between `text` and what `stop` holds back.
       is_changed: whether anything is new since it was cleared.
     """
@@ -117,6 +118,7 @@ class Completion:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     beam: BeamFigures | None = None
+    is_whole: bool = False
     is_torn: bool = False
     is_changed: bool = False
 
@@ -169,7 +171,8 @@ class Completion:
         self, token_ids: Sequence[int], finish_reason: FinishReason | None
     ) -> Sequence[int]:
         """Returns the tokens without the one that ended the completion: its text is left out."""
-        if finish_reason == "stop" and not self.texts.params.include_stop_str_in_output:
+        keeps_all = self.is_whole or self.texts.params.include_stop_str_in_output
+        if finish_reason == "stop" and not keeps_all:
             return token_ids[:-1]
         return token_ids
 

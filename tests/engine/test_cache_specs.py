@@ -98,6 +98,7 @@ def move_plan(**moves: Any) -> StepPlan:
         copies=NO_COPIES,
         table_edits=(),
         row_edits=(),
+        mask_edits=(),
         inputs=nothing,
         wants_logprobs=False,
         prompt_targets=nothing.reshape(2, 0),

@@ -10,6 +10,7 @@ import numpy as np
 
 from pallas_paged.engine import LLM, BeamSearchParams, SamplingParams
 from pallas_paged.engine.core.buckets import Bucket
+from pallas_paged.engine.core.grammar import NUM_MASKS
 from pallas_paged.engine.core.plan import StepPlan, StepResult
 from pallas_paged.engine.device.runner import InFlight, ModelRunner
 from pallas_paged.engine.kv.host_pool import BlockMove, SwappedChunk
@@ -37,6 +38,9 @@ PLANS = st.builds(
     copies=st.integers(0, 4).flatmap(lambda k: st.builds(CopyPairs, arrays(k), arrays(k))),
     table_edits=st.lists(arrays(8).map(lambda a: a.reshape(2, -1)), max_size=3).map(tuple),
     row_edits=st.lists(arrays(), max_size=3).map(tuple),
+    mask_edits=st.lists(
+        arrays(2 * NUM_MASKS).map(lambda a: a.reshape(NUM_MASKS, -1)), max_size=2
+    ).map(tuple),
     inputs=arrays(),
     wants_logprobs=st.booleans(),
     prompt_targets=st.integers(0, 4)
