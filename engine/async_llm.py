@@ -160,12 +160,15 @@ class AsyncLLM:
         salt = cache_salt(prompt)
         parts = self.engine.parts
         bad_sequences = parts.bad_sequences(params)
+        grammar = None
+        if isinstance(params, SamplingParams) and params.structured_outputs is not None:
+            grammar = await self._in_reader(functools.partial(parts.grammar, params))
         if request_id is None:
             self._num_named += 1
             request_id = f"async-{self._num_named}"
 
         def make_group() -> SequenceGroup:
-            group = parts.intake.make_group(ids, params, request_id, salt, bad_sequences)
+            group = parts.intake.make_group(ids, params, request_id, salt, bad_sequences, grammar)
             group.arrival_time, group.priority = arrival_s, rank
             if most_tokens is not None:
                 group.max_tokens = min(group.max_tokens, most_tokens)
@@ -192,9 +195,12 @@ class AsyncLLM:
             functools.partial(self._prompts.from_chat, messages, **options)
         )
 
-    async def token_ids(self, prompt: Prompt) -> list[int]:
-        """Returns the tokens of a prompt; `ValueError` if it is not usable."""
-        return list((await self._read(prompt))[1])
+    async def token_ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns a text's tokens; `ValueError` if it is none, or the model has not all of them."""
+        encode = functools.partial(self._prompts.encode, add_special_tokens=add_special_tokens)
+        if len(text) > _LONG_TEXT:
+            return await self._in_reader(functools.partial(encode, text))
+        return encode(text)
 
     def _checked_params(self, params: Params | None) -> tuple[Params, int | None]:
         """Returns a request's parameters, and the most tokens where these are the model's own."""

@@ -143,7 +143,7 @@ class PromptReader:
             )
         if "prompt_token_ids" not in prompt:
             text = _checked_string("prompt", prompt.get("prompt"))
-            return text, self._encode(text)
+            return text, self.encode(text)
         label = prompt.get("prompt")
         if label is not None:
             label = _checked_string("prompt", label)
@@ -155,10 +155,16 @@ class PromptReader:
         """Returns the prompt of one conversation; see `chat.render`."""
         tokenizer = require_tokenizer(self._tokenizer, self._path)
         text = tokenizer.render_chat(messages, name, **options)
-        ids = self._encode(text, add_special_tokens=False)  # the template writes them
+        ids = self.encode(text, add_special_tokens=False)  # the template writes them
         return {"prompt_token_ids": ids, "prompt": text}
 
-    def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns a text's tokens, with the special ones that the tokenizer's config adds.
+
+        Raises:
+          ValueError: there is no tokenizer, it cannot split the text, or the model has not all of
+            the tokens.
+        """
         tokenizer = require_tokenizer(self._tokenizer, self._path)
         ids = tokenizer.encode(text, add_special_tokens=add_special_tokens)
         largest = max(ids, default=0)

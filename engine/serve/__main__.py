@@ -1,0 +1,150 @@
+"""Serves a model over HTTP with OpenAI's API.
+
+  python -m pallas_paged.engine.serve --model=FOLDER --port=8000
+  curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "def main(", "max_tokens": 32}'
+
+Without --model the demo model that comes with the package is served. A page to try it is at the
+server's address, in a browser. The first signal ends the requests that run and then the server, a
+second one ends it at once.
+"""
+
+import logging
+import os
+import sys
+
+import uvloop
+from absl import flags
+
+from pallas_paged.engine.async_llm import MAX_QUEUED_REQUESTS, AsyncLLM
+from pallas_paged.engine.engine_flags import engine_options
+from pallas_paged.engine.serve import server
+from pallas_paged.engine.serve.app import make_app
+from pallas_paged.engine.serve.parsers.formats import TOOL_PARSERS, choose_format
+from pallas_paged.engine.serve.parsers.reasoning import REASONING_PARSERS
+from pallas_paged.engine.serve.service import ServeOptions, Service
+from pallas_paged.engine.watching_flags import watching_options
+from pallas_paged.models import command_line
+from pallas_paged.models.demo import DEMO_MODEL
+
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 is every one.")
+_PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 is any that is free.")
+_SERVED_MODEL_NAME = flags.DEFINE_multi_string(
+    "served_model_name",
+    None,
+    "What requests call the model, by default the folder's name; may be repeated.",
+)
+_API_KEY = flags.DEFINE_multi_string(
+    "api_key",
+    None,
+    "Asked for as 'Authorization: Bearer KEY'; may be repeated. Other users of the machine see "
+    "flags: the environment's PALLAS_PAGED_API_KEY is one too.",
+)
+_MAX_QUEUED_REQUESTS = flags.DEFINE_integer(
+    "max_queued_requests",
+    MAX_QUEUED_REQUESTS,
+    "Requests that may wait; more are answered with 503 and Retry-After.",
+)
+_REQUEST_TIMEOUT_S = flags.DEFINE_float(
+    "request_timeout_s", None, "Seconds that a request may take; by default any number."
+)
+_MAX_REQUEST_BYTES = flags.DEFINE_integer("max_request_bytes", 16 << 20, "Most bytes of a body.")
+_BODY_TIMEOUT_S = flags.DEFINE_float("body_timeout_s", 30.0, "Seconds in which a body must come.")
+_STALLED_CLIENT_S = flags.DEFINE_float(
+    "stalled_client_s", 120.0, "Seconds after which a client that reads nothing is given up."
+)
+_SHUTDOWN_GRACE_S = flags.DEFINE_float(
+    "shutdown_grace_s", 30.0, "Seconds that requests have to end after a signal."
+)
+_ALLOWED_ORIGIN = flags.DEFINE_multi_string(
+    "allowed_origin",
+    None,
+    "Origin of pages whose scripts may send requests, * for all; may be repeated. None by default.",
+)
+_CHAT_TEMPLATE = flags.DEFINE_string(
+    "chat_template", None, "Jinja template of all chats, or the name of one of the folder's."
+)
+_TRUST_REQUEST_CHAT_TEMPLATE = flags.DEFINE_bool(
+    "trust_request_chat_template", False, "Let requests bring templates, which are programs."
+)
+_TOOL_CALL_PARSER = flags.DEFINE_enum(
+    "tool_call_parser",
+    "auto",
+    ["auto", "none", *TOOL_PARSERS],
+    "Format in which the model writes calls of tools; auto reads it off the chat template.",
+)
+_REASONING_PARSER = flags.DEFINE_enum(
+    "reasoning_parser",
+    "auto",
+    ["auto", "none", *REASONING_PARSERS],
+    "What tells a model's reasoning apart; auto does where the chat template has <think>.",
+)
+_METRICS_PREFIX = flags.DEFINE_string("metrics_prefix", "vllm", "In front of the metrics' names.")
+_LOG_REQUESTS = flags.DEFINE_bool(
+    "log_requests", True, "Print a line of JSON for each request to standard output."
+)
+
+
+def main() -> None:
+    """Loads the model and serves it."""
+    logging.getLogger("pallas_paged").setLevel(logging.INFO)
+    requests = logging.getLogger("pallas_paged.engine.serve.requests")
+    requests.propagate = False
+    if _LOG_REQUESTS.value:
+        requests.addHandler(logging.StreamHandler(sys.stdout))  # nothing there but lines of JSON
+    bound = server.bound_socket(_HOST.value, _PORT.value)  # first: loading takes longer
+    options = engine_options() | watching_options()
+    llm = AsyncLLM(max_queued_requests=_MAX_QUEUED_REQUESTS.value, **options)
+    app = make_app(Service(llm, serve_options(options["model"], _template_of(llm))))
+    logging.getLogger("pallas_paged.engine.serve").info(
+        "serving %s at %s", options["model"], server.url_of(bound)
+    )
+    status = uvloop.run(server.run(llm, app, bound, _SHUTDOWN_GRACE_S.value))
+    if status:
+        sys.exit(status)
+
+
+def serve_options(model: str, template: str | None) -> ServeOptions:
+    """Returns what the flags say of the server of a model with this chat template.
+
+    Raises:
+      ValueError: a flag is not usable.
+    """
+    for flag in (_REQUEST_TIMEOUT_S, _BODY_TIMEOUT_S, _STALLED_CLIENT_S, _MAX_REQUEST_BYTES):
+        if flag.value is not None and not flag.value > 0:
+            raise ValueError(f"--{flag.name}={flag.value} must be above 0")
+    own = "demo" if model == str(DEMO_MODEL) else os.path.basename(os.path.normpath(model))
+    keys = [*(_API_KEY.value or ()), os.environ.get("PALLAS_PAGED_API_KEY", "")]
+    tool_format = TOOL_PARSERS.get(_TOOL_CALL_PARSER.value)
+    if _TOOL_CALL_PARSER.value == "auto":
+        tool_format = choose_format(template)
+    has_reasoning = _REASONING_PARSER.value in REASONING_PARSERS
+    if _REASONING_PARSER.value == "auto":
+        has_reasoning = "<think>" in (template or "")
+    return ServeOptions(
+        served_model_names=tuple(_SERVED_MODEL_NAME.value or (own,)),
+        api_keys=tuple(filter(None, keys)),
+        max_request_bytes=_MAX_REQUEST_BYTES.value,
+        body_timeout_s=_BODY_TIMEOUT_S.value,
+        request_timeout_s=_REQUEST_TIMEOUT_S.value,
+        stalled_client_s=_STALLED_CLIENT_S.value,
+        allowed_origins=tuple(_ALLOWED_ORIGIN.value or ()),
+        chat_template=_CHAT_TEMPLATE.value,
+        tool_format=tool_format,
+        has_reasoning=has_reasoning,
+        trust_request_chat_template=_TRUST_REQUEST_CHAT_TEMPLATE.value,
+        metrics_prefix=_METRICS_PREFIX.value,
+    )
+
+
+def _template_of(llm: AsyncLLM) -> str | None:
+    """Returns the text of the chat template that conversations go through, as far as it is one."""
+    if _CHAT_TEMPLATE.value is not None:
+        return _CHAT_TEMPLATE.value
+    if llm.tokenizer is None:
+        return None
+    template = llm.tokenizer.implementation.chat_template
+    return "\n".join(template.values()) if isinstance(template, dict) else template
+
+
+if __name__ == "__main__":
+    command_line.run(main)

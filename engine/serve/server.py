@@ -1,0 +1,102 @@
+"""Runs the application: a socket, signals, and an orderly end."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from pallas_paged.engine.async_llm import AsyncLLM
+
+logger = logging.getLogger(__name__)
+
+_HEALTH_POLL_S = 0.25
+_CLOSE_S = 5
+"""Seconds for the last bytes, once no request is left."""
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to `run`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Captures none."""
+        yield
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Returns a socket at an address, which does not listen yet.
+
+    Raises:
+      ValueError: the address cannot be had; the message says why.
+    """
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        bound = socket.socket(family, kind)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--host={host} --port={port} cannot be used: {error}") from error
+    bound.set_inheritable(True)
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """Returns the URL at which a bound socket is reached."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def run(llm: AsyncLLM, app: FastAPI, bound: socket.socket, grace_s: float) -> int:
+    """Serves until a signal or the engine's end; returns the program's exit status.
+
+    At the first SIGTERM or SIGINT it takes no new requests, ends those that it has, as far as
+    `grace_s` seconds suffice, and returns 0. A second signal ends the process at once, with status
+    128 and its number. If the engine ends by an error, its requests get that, and it returns 1.
+    """
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=_CLOSE_S,
+            h11_max_incomplete_event_size=None,
+        )
+    )
+    stopping = asyncio.Event()
+    event_loop = asyncio.get_running_loop()
+
+    def on_signal(number: int) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)
+        logger.warning("signal %d: ending requests for up to %g s", number, grace_s)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        event_loop.add_signal_handler(number, on_signal, number)
+    gc.collect()
+    gc.freeze()  # what has been loaded stays, and need not be walked through again
+    serving = asyncio.ensure_future(server.serve([bound]))
+    waiting = asyncio.ensure_future(_until_end(llm, stopping))
+    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if not llm.errored:
+        await llm.shutdown(grace_s)
+    server.should_exit = True
+    await serving
+    waiting.cancel()
+    return 1 if llm.errored else 0
+
+
+async def _until_end(llm: AsyncLLM, stopping: asyncio.Event) -> None:
+    while not stopping.is_set() and not llm.errored:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), _HEALTH_POLL_S)

@@ -1,0 +1,46 @@
+"""`/tokenize` and `/detokenize`: a text's tokens, and back."""
+
+from typing import Any
+
+import msgspec
+
+from pallas_paged.engine.serve.conversation import chat_prompt
+from pallas_paged.engine.serve.protocol import BadRequestError, DetokenizeRequest, TokenizeRequest
+from pallas_paged.engine.serve.service import Service
+from pallas_paged.engine.text.tokenizer import require_tokenizer
+
+
+async def tokenize(service: Service, request: TokenizeRequest) -> bytes:
+    """Returns the answer to a request; `ValueError` if it is not usable."""
+    llm = service.llm
+    tokenizer = require_tokenizer(llm.tokenizer, llm.config.model)
+    if (request.prompt is None) == (request.messages is None):
+        raise BadRequestError("send a prompt or messages, and not both", "prompt")
+    if request.prompt is not None:
+        adds = request.add_special_tokens is not False
+        ids = await llm.token_ids(request.prompt, add_special_tokens=adds)
+    else:
+        prompt: Any = await chat_prompt(service, request)
+        ids = list(prompt["prompt_token_ids"])
+    answer: dict[str, Any] = {
+        "count": len(ids),
+        "max_model_len": llm.max_model_len,
+        "tokens": ids,
+    }
+    if request.return_token_strs:
+        answer["token_strs"] = [tokenizer.decode_token(token_id) for token_id in ids]
+    return msgspec.json.encode(answer)
+
+
+def detokenize(service: Service, request: DetokenizeRequest) -> bytes:
+    """Returns the answer to a request; `ValueError` if it is not usable."""
+    llm = service.llm
+    tokenizer = require_tokenizer(llm.tokenizer, llm.config.model)
+    for token_id in request.tokens:
+        if token_id >= llm.vocab_size:
+            raise BadRequestError(
+                f"tokens holds {token_id}, which is outside the vocabulary of {llm.vocab_size}",
+                "tokens",
+            )
+    text = tokenizer.decode(request.tokens, skip_special_tokens=False)
+    return msgspec.json.encode({"prompt": text})
