@@ -8,6 +8,7 @@ server's address, in a browser. The first signal ends the requests that run and 
 second one ends it at once.
 """
 
+import asyncio
 import logging
 import os
 import sys
@@ -98,8 +99,13 @@ def main() -> None:
     logging.getLogger("pallas_paged.engine.serve").info(
         "serving %s at %s", options["model"], server.url_of(bound)
     )
-    status = uvloop.run(server.run(llm, app, bound, _SHUTDOWN_GRACE_S.value))
-    if status:
+
+    async def serve() -> int:
+        stopping = asyncio.Event()
+        server.stop_at_signals(stopping)
+        return await server.run(llm, app, bound, stopping, _SHUTDOWN_GRACE_S.value)
+
+    if status := uvloop.run(serve()):
         sys.exit(status)
 
 

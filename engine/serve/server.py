@@ -55,12 +55,13 @@ def url_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def run(llm: AsyncLLM, app: FastAPI, bound: socket.socket, grace_s: float) -> int:
-    """Serves until a signal or the engine's end; returns the program's exit status.
+async def run(
+    llm: AsyncLLM, app: FastAPI, bound: socket.socket, stopping: asyncio.Event, grace_s: float
+) -> int:
+    """Serves until `stopping` is set, or the engine ends; returns the program's exit status.
 
-    At the first SIGTERM or SIGINT it takes no new requests, ends those that it has, as far as
-    `grace_s` seconds suffice, and returns 0. A second signal ends the process at once, with status
-    128 and its number. If the engine ends by an error, its requests get that, and it returns 1.
+    When told to stop it takes no new requests, ends those that it has, as far as `grace_s` seconds
+    suffice, and returns 0. If the engine ends by an error, its requests get that, and it returns 1.
     """
     server = _Server(
         uvicorn.Config(
@@ -69,31 +70,35 @@ async def run(llm: AsyncLLM, app: FastAPI, bound: socket.socket, grace_s: float)
             access_log=False,
             lifespan="off",
             timeout_graceful_shutdown=_CLOSE_S,
-            h11_max_incomplete_event_size=None,
         )
     )
-    stopping = asyncio.Event()
-    event_loop = asyncio.get_running_loop()
-
-    def on_signal(number: int) -> None:
-        if stopping.is_set():
-            os._exit(128 + number)
-        logger.warning("signal %d: ending requests for up to %g s", number, grace_s)
-        stopping.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        event_loop.add_signal_handler(number, on_signal, number)
     gc.collect()
     gc.freeze()  # what has been loaded stays, and need not be walked through again
     serving = asyncio.ensure_future(server.serve([bound]))
-    waiting = asyncio.ensure_future(_until_end(llm, stopping))
-    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    ending = asyncio.ensure_future(_until_end(llm, stopping))
+    await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
     if not llm.errored:
         await llm.shutdown(grace_s)
     server.should_exit = True
     await serving
-    waiting.cancel()
+    ending.cancel()
     return 1 if llm.errored else 0
+
+
+def stop_at_signals(stopping: asyncio.Event) -> None:
+    """Sets `stopping` at the first SIGTERM or SIGINT; ends the process at the second one.
+
+    The status is 128 and the signal's number then. For the main thread's event loop.
+    """
+
+    def on_signal(number: int) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)
+        logger.warning("signal %d: no new requests; those that run may end", number)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
 
 
 async def _until_end(llm: AsyncLLM, stopping: asyncio.Event) -> None:
