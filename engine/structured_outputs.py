@@ -28,7 +28,7 @@ class StructuredOutputsParams:
       json: a JSON schema, as a dictionary or a string; held as a string. At most 65536 characters.
       json_object: True for any JSON object.
       regex: a regular expression that matches the whole output, in the syntax of Rust's regex
-        crate, without look-around and word boundaries. At most 8192 characters.
+        crate, without look-around and word boundaries; \\d is any digit of Unicode. At most 8192 characters.
       choice: strings of which the output is one; held as a tuple. At most 262144 characters.
       grammar: a grammar in llguidance's variant of Lark's syntax. At most 65536 characters.
       whitespace_pattern: a regular expression for the blanks, tabs and line ends between the tokens
@@ -49,7 +49,7 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
 
     def __post_init__(self) -> None:
-        given = [kind for kind in KINDS if getattr(self, kind) not in (None, False)]
+        given = [kind for kind in KINDS if self._has(kind)]
         for field in ("json_object", "disable_any_whitespace"):
             flag(field, getattr(self, field))
         if len(given) != 1:
@@ -70,7 +70,11 @@ class StructuredOutputsParams:
     @property
     def kind(self) -> str:
         """Which of the first five fields is given."""
-        return next(kind for kind in KINDS if getattr(self, kind))
+        return next(kind for kind in KINDS if self._has(kind))
+
+    def _has(self, kind: str) -> bool:
+        value = getattr(self, kind)
+        return value is not None and value is not False
 
     def _check_length(self) -> None:
         for field, most in MAX_CHARS.items():

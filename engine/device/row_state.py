@@ -109,7 +109,7 @@ def apply_rules(logits: jax.Array, state: RowState, inputs: LogitInputs) -> jax.
 
     def masked(logits: jax.Array) -> jax.Array:
         words = state.masks[inputs.rows][:, :, None]
-        bits = (words >> jnp.arange(32, dtype=jnp.int32)) & 1
+        bits = (words >> jnp.arange(32, dtype=jnp.int32)[None, None]) & 1
         is_left = bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1
         return jnp.where(is_left | ~uses_mask[:, None], logits, -jnp.inf)
 

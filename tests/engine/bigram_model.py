@@ -16,6 +16,7 @@ from flax import nnx
 from pallas_paged.engine import BeamSearchParams, SamplingParams
 from pallas_paged.engine.build import join
 from pallas_paged.engine.core.buckets import Buckets
+from pallas_paged.engine.core.policies import always_recompute, always_swap
 from pallas_paged.engine.core.scheduler import Scheduler
 from pallas_paged.engine.core.speculation import Proposer
 from pallas_paged.engine.device.drafted import Drafted
@@ -23,6 +24,7 @@ from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.device.sampling import SamplingInputs, sample
 from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
+from pallas_paged.engine.kv.host_pool import HostPool
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.models import ModelConfig
 from pallas_paged.models.interface import Wanted
@@ -44,8 +46,8 @@ class Bigram(nnx.Module):
 
     def __init__(self, table: np.ndarray) -> None:
         self.config = BigramConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=VOCAB_SIZE,
+            vocab_size=len(table),
+            hidden_size=len(table),
             num_layers=1,
             num_q_heads=1,
             num_kv_heads=1,
@@ -85,13 +87,21 @@ def make_engine(
     num_scheduler_steps: int = 1,
     proposer: Proposer | None = None,
     draft: np.ndarray | None = None,
+    eos_token_ids: Sequence[int] = (EOS,),
+    num_host_blocks: int = 0,
+    **options: bool,
 ) -> Engine:
     """Returns an engine with rows for 4 sequences and prompts in chunks of 8 tokens.
 
-    With a table `draft` that one guesses.
+    With a table `draft` that one guesses. With `num_host_blocks` it swaps. `options` are those of
+    `join`, and `enable_prefix_caching`.
     """
     memory = BlockTableMemory(
-        num_blocks=num_blocks, block_size=4, max_num_seqs=4, max_model_len=MAX_MODEL_LEN
+        num_blocks=num_blocks,
+        block_size=4,
+        max_num_seqs=4,
+        max_model_len=MAX_MODEL_LEN,
+        enable_prefix_caching=options.pop("enable_prefix_caching", False),
     )
     width = memory.tables.shape[1]
     num_drafts = 0 if proposer is None else proposer.num_speculative_tokens
@@ -111,6 +121,7 @@ def make_engine(
         max_num_seqs=4,
         buckets=buckets,
         max_logprobs=max_logprobs,
+        swaps=num_host_blocks > 0,
     )
     scheduler = Scheduler(
         memory,
@@ -119,6 +130,8 @@ def make_engine(
         max_model_len=MAX_MODEL_LEN,
         num_scheduler_steps=num_scheduler_steps,
         proposer=proposer,
+        choose_recovery=always_swap if num_host_blocks else always_recompute,
+        host_pool=HostPool(num_host_blocks, memory.num_usable_blocks),
     )
     return Engine(
         join(
@@ -126,11 +139,12 @@ def make_engine(
             memory,
             runner,
             buckets,
-            vocab_size=VOCAB_SIZE,
+            vocab_size=len(table),
             max_model_len=MAX_MODEL_LEN,
-            eos_token_ids=(EOS,),
+            eos_token_ids=eos_token_ids,
             tokenizer=tokenizer,
             max_logprobs=max_logprobs,
+            **options,
         )
     )
 

@@ -32,6 +32,7 @@ DEFAULTS = {
     "logit_bias": None,
     "allowed_token_ids": None,
     "bad_words": None,
+    "structured_outputs": None,
     "skip_reading_prefix_cache": False,
     "skip_writing_prefix_cache": False,
     "output_kind": RequestOutputKind.CUMULATIVE,
