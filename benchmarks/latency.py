@@ -26,16 +26,7 @@ _GOODPUT = flags.DEFINE_list(
 )
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 ROWS = {
-    "duration": "duration, s",
-    "request_throughput": "requests/s",
-    "request_goodput": "good requests/s",
-    "output_throughput": "output tokens/s",
-    "normalized_latency_s_per_token": "normalized latency, s/token",
-    **{
-        f"{statistic}_{name}_ms": f"{name.upper()} {statistic}, ms"
-        for name in ("ttft", "tpot", "itl", "e2el")
-        for statistic in ("mean", "median", "p99")
-    },
+    **metrics.ROWS,
     "mean_running": "mean sequences running",
     "kv_used_share": "share of held KV slots in use",
     "num_preemptions": "preemptions",

@@ -3,7 +3,8 @@
 TTFT is the time from a request's arrival to its first token, E2EL to its last, TPOT
 `(E2EL - TTFT) / (tokens - 1)`, of requests with two tokens or more, and ITL every single gap
 between two tokens. Normalized latency is the metric of the paper (Kwon et al. 2023, section 6.1):
-the mean over requests of E2EL divided by output tokens.
+the mean over requests of E2EL divided by output tokens. Where only chunks of several tokens are
+seen, as in a server's stream, TTFT is that of the first chunk and ITL the gap between two.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,19 @@ import numpy as np
 LIMITS = ("ttft", "tpot", "e2el")
 """What goodput can be limited by."""
 Figures = dict[str, float | int | None]
+ROWS = {
+    "duration": "duration, s",
+    "request_throughput": "requests/s",
+    "request_goodput": "good requests/s",
+    "output_throughput": "output tokens/s",
+    "normalized_latency_s_per_token": "normalized latency, s/token",
+    **{
+        f"{statistic}_{name}_ms": f"{name.upper()} {statistic}, ms"
+        for name in ("ttft", "tpot", "itl", "e2el")
+        for statistic in ("mean", "median", "p99")
+    },
+}
+"""What a table says of figures, by their keys."""
 
 
 class RequestTimes(NamedTuple):
@@ -21,15 +35,23 @@ class RequestTimes(NamedTuple):
 
     Attributes:
       arrival_s: when it was due, whether or not anyone had time for it then.
-      token_times_s: when each output token reached the caller.
+      token_times_s: when each output token, or each chunk of several, reached the caller.
       num_prompt_tokens: its prompt's length.
       failed: whether it ended before it had its tokens.
+      num_output_tokens: how many tokens the chunks hold; None: the times are those of tokens.
     """
 
     arrival_s: float
     token_times_s: tuple[float, ...]
     num_prompt_tokens: int
     failed: bool = False
+    num_output_tokens: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens."""
+        seen = len(self.token_times_s)
+        return seen if self.num_output_tokens is None else self.num_output_tokens
 
     @property
     def ttft_s(self) -> float:
@@ -44,7 +66,7 @@ class RequestTimes(NamedTuple):
     @property
     def tpot_s(self) -> float | None:
         """Time per output token after the first; None with one token only."""
-        gaps = len(self.token_times_s) - 1
+        gaps = self.num_tokens - 1
         return (self.e2el_s - self.ttft_s) / gaps if gaps else None
 
 
@@ -63,7 +85,7 @@ def summarize(
     """
     done = [request for request in requests if not request.failed]
     num_prompt_tokens = sum(request.num_prompt_tokens for request in done)
-    num_output_tokens = sum(len(request.token_times_s) for request in done)
+    num_output_tokens = sum(request.num_tokens for request in done)
     figures: Figures = {
         "duration": duration_s,
         "completed": len(done),
@@ -86,7 +108,7 @@ def summarize(
     }
     for name, seconds in latencies.items():
         figures |= {f"{key}_{name}_ms": value for key, value in statistics_ms(seconds).items()}
-    normalized = [request.e2el_s / len(request.token_times_s) for request in done]
+    normalized = [request.e2el_s / request.num_tokens for request in done]
     figures["normalized_latency_s_per_token"] = float(np.mean(normalized)) if normalized else None
     return figures
 

@@ -48,7 +48,6 @@ import tempfile
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 
 from benchmarks import random_models, tables, workloads
@@ -148,10 +147,13 @@ def make_requests(config: dict[str, Any]) -> list[Request]:
             f"workload={_WORKLOAD.value} has requests of {fixed.prompt_len + fixed.output_len} "
             f"tokens, model={_MODEL.value} a context of {context}; take a larger model"
         )
-    rng = np.random.default_rng(_SEED.value)
-    shape = (count or fixed.num_requests, fixed.prompt_len)
-    prompts = rng.integers(0, vocab_size, shape).tolist()
-    return [Request(tuple(prompt), fixed.output_len) for prompt in prompts]
+    return workloads.draw_equal(
+        count or fixed.num_requests,
+        fixed.prompt_len,
+        fixed.output_len,
+        vocab_size=vocab_size,
+        seed=_SEED.value,
+    ).requests
 
 
 def show(columns: list[Column]) -> None:

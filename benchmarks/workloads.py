@@ -123,6 +123,18 @@ def draw(
     )
 
 
+def draw_equal(
+    num_requests: int, prompt_len: int, output_len: int, *, vocab_size: int, seed: int
+) -> Workload:
+    """Returns requests of one length, random tokens; equal for equal arguments."""
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(0, vocab_size, (num_requests, prompt_len)).tolist()
+    return Workload(
+        [Request(tuple(prompt), output_len) for prompt in prompts],
+        f"synthetic: {prompt_len} tokens of prompt, {output_len} of output, seed {seed}",
+    )
+
+
 def load(
     path: str | os.PathLike[str],
     num_requests: int,

@@ -51,6 +51,15 @@ def test_gaps_are_pooled_and_times_per_token_are_not():
     assert figures["request_goodput"] is None
 
 
+def test_chunks_of_several_tokens():
+    """Five tokens in three chunks: gaps are those of chunks, tokens are five."""
+    figures = summarize([RequestTimes(0.0, (1.0, 2.0, 5.0), 1, num_output_tokens=5)], 5.0, {})
+    assert figures["total_output_tokens"] == 5
+    assert figures["mean_itl_ms"] == pytest.approx(1e3 * (1 + 3) / 2)
+    assert figures["mean_tpot_ms"] == pytest.approx(1e3 * (5 - 1) / 4)
+    assert figures["normalized_latency_s_per_token"] == pytest.approx(5 / 5)
+
+
 def test_statistics_of_nothing_are_none():
     assert set(statistics_ms([]).values()) == {None}
     figures = summarize([FAILED], 1.0, {})

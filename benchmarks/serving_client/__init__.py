@@ -1,0 +1,1 @@
+"""The client of `benchmarks.serving`: sends requests to servers and times their streams."""
