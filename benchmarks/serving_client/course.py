@@ -102,14 +102,14 @@ def remarks(courses: Sequence[Course], figures: Figures, *, is_whole: bool) -> l
     late_ms, ttft_ms = figures["mean_late_ms"] or 0, figures["mean_ttft_ms"]
     if ttft_ms is not None and late_ms > max(_LATE_MS, _LATE_SHARE * ttft_ms):
         lines.append(
-            f"the client was {late_ms:.1f} ms late on average, which latencies hold: it is "
-            "overloaded; send fewer requests, or from another machine"
+            f"requests were sent {late_ms:.1f} ms late on average, which latencies hold: the "
+            "client, or its machine, is overloaded; send fewer, or from another machine"
         )
     share = figures["client_cpu_share"] or 0
     if share > _BUSY_SHARE:
         lines.append(
             f"the client computed for {share:.0%} of the time: latencies may be its own; send "
-            "fewer requests, or from another machine"
+            "fewer requests"
         )
     if is_whole and figures["num_short_outputs"]:
         lines.append(

@@ -109,7 +109,9 @@ def draw(figure: "Figure", runs: Sequence[Run]) -> None:
         normalized = [_number(point["normalized_latency_s_per_token"]) for point in points]
         axes[3].plot(rates, normalized, "o-", color=f"C{index}", label=f"{label}, mean")
     for panel, title in zip(axes, [*PANELS.values(), "normalized latency, s/token"], strict=True):
-        panel.set(xlabel="requests/s that arrive", ylabel=title, ylim=(0, None))
+        highest = panel.dataLim.y1
+        top = 1.05 * highest if 0 < highest < float("inf") else 1.0  # 1 where there is no figure
+        panel.set(xlabel="requests/s that arrive", ylabel=title, ylim=(0.0, top))
     axes[0].legend()
 
 

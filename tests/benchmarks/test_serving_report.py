@@ -89,6 +89,8 @@ def test_every_latency_of_every_server_is_drawn() -> None:
     assert (mean.get_label(), p99.get_label()) == ("a, mean", "a, p99")
     assert list(mean.get_xdata()) == [1.0, 4.0]
     assert list(mean.get_ydata()) == [1.0, 4.0]
+    assert figure.axes[0].get_ylim() == (0.0, 1.05 * 4.0)
+    assert figure.axes[1].get_ylim() == (0.0, 1.0)
     assert p99.get_ydata()[0] == 2.0
     assert math.isnan(p99.get_ydata()[1])
     assert [axes.get_ylabel()[:4] for axes in figure.axes] == ["TTFT", "TPOT", "ITL,", "norm"]
