@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_paged.dispatch import KNOWN_IMPLEMENTATIONS
 from pallas_paged.engine.core.speculation import speculation_settings
+from pallas_paged.engine.kv_events import DEFAULT_BUFFER_STEPS, check_kv_events
 from pallas_paged.models import ModelConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -118,6 +119,12 @@ class EngineConfig:
       profile_dir: folder for traces of JAX's profiler, see `LLM.start_profile`.
       profile_steps: trace the steps from the first of these to before the second, counted from the
         engine's start; needs `profile_dir`.
+      kv_events_endpoint: ZeroMQ endpoint, like "tcp://*:5557", on which routers are told what is
+        cached, see `pallas_paged.engine.kv_events`; None publishes nothing. Prompts can be read
+        there. Needs the extra `serve`.
+      kv_events_topic: what each message begins with.
+      kv_events_replay_endpoint: where routers can ask for batches that they missed; None has none.
+      kv_events_buffer_steps: how many batches are kept for that, one per step.
       tensor_parallel_size: not supported yet; only 1 is accepted.
     """
 
@@ -153,6 +160,10 @@ class EngineConfig:
     step_log: str | None = None
     profile_dir: str | None = None
     profile_steps: tuple[int, int] | None = None
+    kv_events_endpoint: str | None = None
+    kv_events_topic: str = ""
+    kv_events_replay_endpoint: str | None = None
+    kv_events_buffer_steps: int = DEFAULT_BUFFER_STEPS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
@@ -231,6 +242,13 @@ class EngineConfig:
             self,
             "profile_steps",
             "needs a folder for the trace; set profile_dir",
+        )
+        check_kv_events(
+            self.kv_events_endpoint,
+            self.kv_events_topic,
+            self.kv_events_replay_endpoint,
+            self.kv_events_buffer_steps,
+            self.enable_prefix_caching,
         )
         _require(
             not self.deterministic or self.num_scheduler_steps in (None, 1),

@@ -46,6 +46,7 @@ class LLM:
     Attributes:
       announce: called with a line while a request waits for a compilation, after two seconds and
         where no progress bar says so; logs it, and may be replaced.
+      kv_events: publishes what is cached, until its `close`; None without `kv_events_endpoint`.
 
     Raises:
       ValueError: an option or the checkpoint is not usable; the message names the field or tensor.
@@ -72,7 +73,7 @@ class LLM:
         self._turns = Turns()
         self._reader = RequestReader(self.engine, self._turns, self._prompts, config)
         self._streams = Streams(self.engine, self._turns)
-        self._profiler = watch(self.engine.core, self.runner.programs, config)
+        self._profiler, self.kv_events = watch(self.engine.core, self.runner.programs, config)
 
     def start_profile(self) -> None:
         """Begins a trace of JAX's profiler into `profile_dir`, until `stop_profile`.

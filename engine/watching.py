@@ -1,4 +1,4 @@
-"""What watches an engine's steps: a log of them as JSON lines, and JAX's profiler."""
+"""What watches an engine: a log of its steps as JSON lines, JAX's profiler, events for routers."""
 
 import json
 import logging
@@ -13,6 +13,8 @@ import jax
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.engine_core import EngineCore
 from pallas_paged.engine.core.step_record import StepRecord
+from pallas_paged.engine.kv.block_events import BlockEvents
+from pallas_paged.engine.kv_events import KVEventPublisher
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +100,13 @@ class Profiler:
             self.stop()
 
 
-def watch(core: EngineCore, programs: Any, config: EngineConfig) -> Profiler:
-    """Lets what the configuration asks for watch an engine; returns its profiler.
+def watch(
+    core: EngineCore, programs: Any, config: EngineConfig
+) -> tuple[Profiler, KVEventPublisher | None]:
+    """Lets what the configuration asks for watch an engine.
+
+    Returns its profiler, and what publishes its cached blocks, if anything does. That closes itself
+    when `core` is garbage or the program ends, or before when it is told to.
 
     Args:
       core: tells of its steps.
@@ -108,6 +115,7 @@ def watch(core: EngineCore, programs: Any, config: EngineConfig) -> Profiler:
 
     Raises:
       OSError: `step_log` cannot be written to.
+      ValueError, ImportError: see `KVEventPublisher`.
     """
     folder = None if config.profile_dir is None else str(config.profile_dir)
     profiler = Profiler(folder, config.profile_steps)
@@ -117,4 +125,21 @@ def watch(core: EngineCore, programs: Any, config: EngineConfig) -> Profiler:
         log = StepLog(str(config.step_log))
         core.observers.append(log)
         programs.on_compiled = log.compiled
-    return profiler
+    return profiler, _publish_kv_events(core, config)
+
+
+def _publish_kv_events(core: EngineCore, config: EngineConfig) -> KVEventPublisher | None:
+    if config.kv_events_endpoint is None:
+        return None
+    events = BlockEvents(config.block_size)
+    publisher = KVEventPublisher(
+        events,
+        config.kv_events_endpoint,
+        topic=config.kv_events_topic,
+        replay_endpoint=config.kv_events_replay_endpoint,
+        buffer_steps=config.kv_events_buffer_steps,
+    )
+    weakref.finalize(core, publisher.close)
+    core.scheduler.memory.listen(events)
+    core.observers.append(publisher)
+    return publisher

@@ -10,7 +10,7 @@ import numpy as np
 from pallas_paged import block_tables
 from pallas_paged.block_tables import BlockTables
 from pallas_paged.engine.kv.interface import Memory, Numbers
-from pallas_paged.engine.kv.prefix_cache import Hit, PrefixCache, num_matchable
+from pallas_paged.engine.kv.prefix_cache import BlockListener, Hit, PrefixCache, num_matchable
 from pallas_paged.engine.kv.sharing import CopyPairs, FullBlocks, Root, RowPlan, blocks_for
 from pallas_paged.kv_cache import NULL_BLOCK
 
@@ -192,6 +192,12 @@ class BlockTableMemory(Memory):
         blocks = self.tables[rows, places].tolist()
         for end, count in zip(ends.tolist(), counts, strict=True):
             yield blocks[end - count : end]
+
+    @override
+    def listen(self, listener: BlockListener) -> None:
+        assert self.prefix_cache is not None, "nothing is kept: enable_prefix_caching=False"
+        assert not self.prefix_cache, "blocks are cached that it was not told of"
+        self.prefix_cache.listener = listener
 
     @override
     def replace(self, blocks: Mapping[int, int]) -> None:

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pallas_paged.engine.kv.prefix_cache import Hit
+from pallas_paged.engine.kv.prefix_cache import BlockListener, Hit
 from pallas_paged.engine.kv.sharing import CopyPairs, FullBlocks, Root, RowPlan
 
 type Numbers = np.ndarray | Sequence[int]
@@ -116,6 +116,10 @@ class Memory(Protocol):
 
         A row that `merges` has the blocks that are kept already in place of its equal ones then.
         """
+        ...
+
+    def listen(self, listener: BlockListener) -> None:
+        """Tells it from now on which blocks are kept for later requests; none is yet."""
         ...
 
     def replace(self, blocks: Mapping[int, int]) -> None:

@@ -18,7 +18,7 @@ shapes: what is found here is another batch's result, whether before the prompt 
 
 import heapq
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -43,6 +43,24 @@ class Hit(NamedTuple):
     key: Key
 
 
+class BlockListener(Protocol):
+    """Is told which blocks are cached, in the order in which that changes."""
+
+    def stored(
+        self, parent: Parent, blocks: Sequence[int], token_ids: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Called with new blocks, each behind the one before it, and the tokens in each.
+
+        `parent` is what stands before the first of them; if it is a block, it was stored before.
+        """
+
+    def removed(self, blocks: Sequence[int]) -> None:
+        """Called with blocks that are cached no more."""
+
+    def cleared(self) -> None:
+        """Called when no block is cached any more."""
+
+
 class PrefixCache:
     """Finds, enters and evicts blocks; whoever calls it holds and releases them.
 
@@ -54,12 +72,15 @@ class PrefixCache:
       is_cached: bool[N].
       num_queried_tokens: prompt tokens of admitted requests that read the cache.
       num_hit_tokens: those of them that were found in it.
+      listener: is told of each change, if there is one. When a verb is cut short it need not be;
+        `clear` then brings it up to date with everything else.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         """Starts empty, over a pool of N `num_blocks`."""
         self.block_size = block_size
         self.num_queried_tokens = self.num_hit_tokens = 0
+        self.listener: BlockListener | None = None
         self._num_blocks = num_blocks
         self.clear()
 
@@ -71,6 +92,8 @@ class PrefixCache:
         self._clock = 0
         self._blocks: dict[Key, int] = {}
         self._keys: dict[int, Key] = {}
+        if self.listener is not None:
+            self.listener.cleared()
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -134,6 +157,10 @@ class PrefixCache:
                 entered.append(block)
             parent = cached
         self.touch(entered)
+        if entered and self.listener is not None:
+            # Nothing stands behind a new block, so that from the first one on all are new.
+            keys = [self._keys[block] for block in entered]
+            self.listener.stored(keys[0][0], entered, [token_ids for _, token_ids in keys])
         return entered, replaced
 
     def touch(self, blocks: Sequence[int] | np.ndarray) -> None:
@@ -176,6 +203,8 @@ class PrefixCache:
             parent = self._forget(block)
             if isinstance(parent, int) and candidates[parent] and not self._num_children[parent]:
                 heapq.heappush(queue, (int(self._last_used[parent]), parent))
+        if forgotten and self.listener is not None:
+            self.listener.removed(forgotten)
         return forgotten
 
     def _forget(self, block: int) -> Parent:

@@ -578,11 +578,13 @@ def device_of(engine: Engine) -> MockDevice:
     return device
 
 
+WATCHING = ("profile_", "kv_events_")
+"""What the fields of `EngineConfig` begin with that say what watches an engine."""
+
+
 def make_mock_llm(*, tokenizer: Any = None, **options: Any) -> LLM:
     """Returns an `LLM` without a model, over `make_whole_engine`."""
-    watched = {
-        name: options.pop(name) for name in ("profile_dir", "profile_steps") & options.keys()
-    }
+    watched = {name: options.pop(name) for name in [*options] if name.startswith(WATCHING)}
     parts = make_parts(tokenizer=tokenizer, **options)
     config = EngineConfig("mock", block_size=parts.memory.block_size, **watched)
     runner: Any = types.SimpleNamespace(programs=types.SimpleNamespace())
