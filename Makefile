@@ -4,11 +4,12 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 OLDEST := .venv-oldest
 OLDEST_JAX := 0.11.2
+EVAL := .venv-eval
 GPU := .venv-gpu
 GPU_JAX ?= 0.11.2
 
 .PHONY: demo test check format strict speed oldest kernels-full kernels-mutate sharing-mutate \
-  gpu-programs dist clean
+  eval-check gpu-programs dist clean
 
 demo: $(VENV)/.base
 	@$(PY) -m pallas_paged.engine.demo
@@ -61,6 +62,11 @@ oldest: $(OLDEST)/.oldest
 	@$(OLDEST)/bin/python -m pytest -n 2 --dist=loadfile --ignore-glob='*stateful*' \
 	  -k 'not no_spills' -m 'not tabled' tests/kernels tests/engine/test_smoke.py
 
+# The model of lm-evaluation-harness against what lm_eval's own `hf` was recorded to answer, in an
+# environment that has lm_eval and no torch.
+eval-check: $(EVAL)/.eval
+	@JAX_PLATFORMS=cpu $(EVAL)/bin/python -m pytest -s tests/engine/lm_eval_check.py
+
 # Compile every named program of the kernels and interpret every named case with both JAX, as far as
 # the committed tables are not up to date; may be stopped and started again.
 kernels-full: $(VENV)/.test $(OLDEST)/.oldest
@@ -96,7 +102,7 @@ dist: $(VENV)/.test
 	  --prompt='def main():' --max_tokens=8 --temperature=0
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(GPU) .gpu-programs dist
+	rm -rf $(VENV) $(OLDEST) $(EVAL) $(GPU) .gpu-programs dist
 
 # --- set-up -----------------------------------------------------------------------------------
 # With --no-compile: pip would compile every file of every package, Python compiles what it imports.
@@ -115,6 +121,13 @@ $(OLDEST)/.oldest: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.test
 	@$(OLDEST)/bin/pip install --quiet --no-compile jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) \
 	  jax-cuda12-plugin==$(OLDEST_JAX) jax-cuda12-pjrt==$(OLDEST_JAX)
+	@touch $@
+
+# With what tests/conftest.py imports; [api] is for tests/engine/lm_eval_over_http.py.
+$(EVAL)/.eval: pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory VENV=$(EVAL) $(EVAL)/bin/pip
+	@$(EVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	  -c constraints.txt -e '.[eval]' 'lm_eval[api]' pytest hypothesis beartype
 	@touch $@
 
 $(GPU)/.gpu: pyproject.toml constraints.txt

@@ -10,6 +10,7 @@ import pytest
 from scipy import special
 
 from pallas_paged.engine import LLM, RequestOutput, SamplingParams
+from pallas_paged.engine.evaluation import __main__ as program
 from pallas_paged.engine.evaluation.scoring import (
     Completion,
     Continuation,
@@ -23,7 +24,6 @@ from pallas_paged.engine.evaluation.scoring import (
 )
 from tests.engine.bigram_model import MAX_MODEL_LEN, VOCAB_SIZE, make_engine, make_table
 from tests.engine.serving import assert_idle, make_llm
-from tests.programs import run_program
 
 TABLE = make_table()
 LOGPROBS = special.log_softmax(TABLE.astype(np.float64), axis=1)
@@ -253,8 +253,12 @@ def test_scores_of_an_engine_are_those_of_whole_prompts() -> None:
     assert_idle(llm)
 
 
-def test_the_program_says_what_is_missing() -> None:
-    assert importlib.util.find_spec("lm_eval") is None, "make eval-check is for such environments"
-    done = run_program("pallas_paged.engine.evaluation", "--tasks", "x")
-    assert done.returncode == 2
-    assert done.stderr == "error: lm_eval is not installed; pip install 'pallas-paged[eval]'\n"
+def test_the_program_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit_info:
+        program.main()
+    assert exit_info.value.code == 2
+    expected = "error: lm_eval is not installed; pip install 'pallas-paged[eval]'\n"
+    assert capsys.readouterr().err == expected
