@@ -79,11 +79,10 @@ class ToolParser:
 
     def finish(self) -> list[Event]:
         """Returns what is still held back, at the end of the answer."""
-        has_call = self._num_calls > 0 and self._at_edge
         if self._reader is not None:
             if not self._reader.is_call:
                 self._give_text("")
-        elif not self._is_closing and (self._rest or not has_call):
+        elif not self._is_closing and (self._rest or self._num_calls == 0):
             self._give_text(self._rest)
         self._rest = ""
         self._pending.clear()

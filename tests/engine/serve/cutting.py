@@ -8,7 +8,7 @@ from pallas_paged.engine.serve.parsers.events import Event, ParsedMessage, fold
 
 
 def pieces_at(text: str, cuts: Sequence[int]) -> list[str]:
-    borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    borders = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     return [text[start:end] for start, end in itertools.pairwise(borders)]
 
 

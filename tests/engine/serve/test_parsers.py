@@ -96,7 +96,9 @@ CALLS = [
     (HERMES, '<tool_call>{"name": "f", "arguments": {"a": [1', None, [("f", '{"a": [1')]),
     (HERMES, '<tool_call>{"name": "f", "arguments": {"a": nil}}', "il}}", [("f", '{"a": n')]),
     (HERMES, '<tool_call>{"name": "f", "arguments": {"a": "\\', None, [("f", '{"a": "\\')]),
+    (HERMES, hermes('{"name": "f", "arguments": {"a"'), "</tool_call>", [("f", '{"a"\n')]),
     (LLAMA3_JSON, '{"name": "f", "parameters": {"a": 1,}}', "}}", [("f", '{"a": 1,')]),
+    (LLAMA3_JSON, '{"name": "f", "parameters": {"a"; ', "; ", [("f", '{"a"')]),
 ]  # fmt: skip
 NO_CALLS = [
     (HERMES, "Hi."),
@@ -166,10 +168,13 @@ def test_a_call_behind_what_is_none_is_found(tool_format, text):
     assert found == (f"{text} ", None, numbered([G_CALL]))
 
 
-def test_any_name_is_one_where_no_tools_are_given():
+def test_any_text_is_a_name_where_no_tools_are_given():
     text = hermes('{"name": "h", "arguments": {}}')
     found = check_all_cuts(lambda: chat(HERMES, names=None), text)
     assert found.tool_calls == numbered([("h", "{}")])
+    for name in ("", "\\ud83d", "\\udc00a"):
+        text = hermes(f'{{"name": "{name}", "arguments": {{}}}}')
+        assert check_all_cuts(lambda: chat(HERMES, names=None), text) == (text, None, [])
 
 
 @pytest.mark.parametrize(
