@@ -28,7 +28,8 @@ class StructuredOutputsParams:
       json: a JSON schema, as a dictionary or a string; held as a string. At most 65536 characters.
       json_object: True for any JSON object.
       regex: a regular expression that matches the whole output, in the syntax of Rust's regex
-        crate, without look-around and word boundaries; \\d is any digit of Unicode. At most 8192 characters.
+        crate, without look-around and word boundaries; `\\d` is any digit of Unicode, as it is for
+        Python. At most 8192 characters.
       choice: strings of which the output is one; held as a tuple. At most 262144 characters.
       grammar: a grammar in llguidance's variant of Lark's syntax. At most 65536 characters.
       whitespace_pattern: a regular expression for the blanks, tabs and line ends between the tokens

@@ -47,6 +47,7 @@ SLOW = [
     ),
     ("sharing", "--wall_time --random_model=tiny --prefix_len=40 --prefix_requests=3"),
     ("throughput", f"{SMALL} --baseline=static,continuous"),
+    ("structured", "--running=1,2 --prompt_len=40 --output_len=12 --rounds=1"),
     (
         "speculation",
         f"--draft_model={DEMO_MODEL} --running=1,2 --prompt_len=40 --output_len=12 --rounds=1",
