@@ -164,8 +164,7 @@ class AsyncLLM:
         if isinstance(params, SamplingParams) and params.structured_outputs is not None:
             grammar = await self._in_reader(functools.partial(parts.grammar, params))
         if request_id is None:
-            self._num_named += 1
-            request_id = f"async-{self._num_named}"
+            request_id = self._new_name()
 
         def make_group() -> SequenceGroup:
             group = parts.intake.make_group(ids, params, request_id, salt, bad_sequences, grammar)
@@ -182,9 +181,10 @@ class AsyncLLM:
         )
 
     async def abort(self, request_id: str | Sequence[str]) -> None:
-        """Ends one request or several; each stream gets a last output, `finish_reason="abort"`.
+        """Ends one request or several; unknown and finished ones are ignored.
 
-        Their blocks are free before the next step begins. Unknown and finished ones are ignored.
+        That is done before the next step begins. Each stream then gets a last output, with
+        `finish_reason="abort"` and what there is of the request.
         """
         for one in [request_id] if isinstance(request_id, str) else request_id:
             self.engine.abort(one)
@@ -201,6 +201,13 @@ class AsyncLLM:
         if len(text) > _LONG_TEXT:
             return await self._in_reader(functools.partial(encode, text))
         return encode(text)
+
+    def _new_name(self) -> str:
+        while True:
+            self._num_named += 1
+            name = f"async-{self._num_named}"
+            if name not in self.engine:  # a caller may choose such a name
+                return name
 
     def _checked_params(self, params: Params | None) -> tuple[Params, int | None]:
         """Returns a request's parameters, and the most tokens where these are the model's own."""
@@ -220,6 +227,8 @@ class AsyncLLM:
         return self._prompts.read(prompt)
 
     async def _in_reader[T](self, function: Callable[[], T]) -> T:
+        if not self.is_running:  # nor are the readers
+            raise self.dead_error
         return await asyncio.get_running_loop().run_in_executor(self._readers, function)
 
     # --- state --------------------------------------------------------------------------------
@@ -277,3 +286,4 @@ class AsyncLLM:
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Ends the engine and its thread; requests that are unfinished after `drain_s` fail."""
         await self.engine.shutdown(drain_s)
+        await asyncio.get_running_loop().run_in_executor(None, self._readers.shutdown)

@@ -11,15 +11,15 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pallas_paged.engine.core.core_output import CoreOutputs
+from pallas_paged.engine.core.core_output import CoreOutputs, NewTokens
 from pallas_paged.engine.core.engine_core import EngineCore
 from pallas_paged.engine.core.request import SequenceGroup
-from pallas_paged.engine.errors import EngineDeadError
+from pallas_paged.engine.errors import ended
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
-"""So many steps may fail one after the other; the last of them ends the loop."""
+"""So many failures with no token between them end the loop."""
 
 
 class Added(NamedTuple):
@@ -37,13 +37,13 @@ class Refused(NamedTuple):
 
 
 class Gone(NamedTuple):
-    """A request that was aborted has given its blocks back; nothing more comes of it."""
+    """A request that was left has given its blocks back; nothing more comes of it."""
 
     request_id: str
 
 
 class Failed(NamedTuple):
-    """A step failed, and all requests with it.
+    """A step failed, or a change before it, and all requests with it.
 
     Attributes:
       error: what was raised.
@@ -71,23 +71,33 @@ class EngineLoop:
       core: of nobody else.
       deliver: called with each event, in order, in the loop's thread, or in the thread of a change
         that comes after its end. It must neither wait nor fail.
+
+    Attributes:
+      death: what has ended the loop; None unless it was an error.
     """
 
     def __init__(self, core: EngineCore, deliver: Callable[[Event], None]) -> None:
         """Starts nothing yet."""
+        self.death: BaseException | None = None
         self._core = core
         self._deliver = deliver
         self._inbox: queue.SimpleQueue[_Change] = queue.SimpleQueue()
         self._has_ended = False
-        self._ending = threading.Lock()
+        # A collector of garbage may call `stop` in a thread that holds it.
+        self._ending = threading.RLock()
         self._is_stopping = False
-        self._num_failures = 0
+        self._num_failures = 0  # since the last token
         # A daemon: an interpreter that exits without `stop` must not wait for it.
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
 
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether steps can run; never in a forked child, which has not got the thread."""
+        return self.death is None and self._thread.is_alive()
 
     @property
     def num_waiting(self) -> int:
@@ -110,17 +120,31 @@ class EngineLoop:
             self._deliver(Added(request_id, group))
             self._core.add(group)
 
-        ended = EngineDeadError("the engine has ended")
-        self._put(_Change(add, lambda: self._deliver(Refused(request_id, ended))))
+        self._put(_Change(add, lambda: self._deliver(Refused(request_id, ended(self.death)))))
 
     def abort(self, request_id: str) -> None:
-        """Ends a request before the next step, in whichever state it is; `Gone` is delivered."""
+        """Ends a request before the next step, in whichever state it is.
+
+        Its last outputs are delivered, unless it is unknown or has had them.
+        """
 
         def abort() -> None:
-            self._core.abort(request_id)
-            self._deliver(Gone(request_id))
+            outputs = self._core.abort(request_id)
+            if outputs:
+                self._deliver(CoreOutputs(outputs, NewTokens([], [], [])))
 
-        self._put(_Change(abort, lambda: self._deliver(Gone(request_id))))
+        self._put(_Change(abort, lambda: None))
+
+    def leave(self, request_id: str) -> None:
+        """Ends a request likewise, for whose outputs nobody waits; `Gone` is delivered."""
+
+        def leave() -> None:
+            try:
+                self._core.abort(request_id)
+            finally:  # if it fails, all requests have failed, and this one is gone with them
+                self._deliver(Gone(request_id))
+
+        self._put(_Change(leave, lambda: self._deliver(Gone(request_id))))
 
     def finish(self, request_id: str, index: int, stop_reason: str) -> None:
         """Ends a sequence by "stop" before the next step; see `EngineCore.finish`."""
@@ -133,8 +157,8 @@ class EngineLoop:
     def call[T](self, function: Callable[[], T]) -> concurrent.futures.Future[T]:
         """Calls a function in the loop's thread, between steps, and returns its result to come.
 
-        What it raises is the result's, and ends nothing else: it must change nothing then. It is
-        cancelled if the loop ends before.
+        What it raises is the result's, and ends nothing else: it must change nothing then. If the
+        loop ends before, that is an `EngineDeadError`.
         """
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
@@ -145,7 +169,11 @@ class EngineLoop:
                 except BaseException as error:
                     future.set_exception(error)
 
-        self._put(_Change(make, future.cancel))
+        def drop() -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(ended(self.death))
+
+        self._put(_Change(make, drop))
         return future
 
     def stop(self, timeout_s: float | None = None) -> bool:
@@ -170,11 +198,15 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while not self._is_stopping:
-                self._make_changes()
-                if not self._is_stopping and self._core.has_unfinished:
-                    self._step()
+                try:
+                    self._make_changes()
+                    if not self._is_stopping and self._core.has_unfinished:
+                        self._step()
+                except Exception as error:
+                    self._fail(error)
         except BaseException as error:  # whatever it is: somebody waits
             logger.critical("the engine loop has ended: %s", error, exc_info=error)
+            self.death = error
             self._deliver(Failed(error, is_dead=True))
         finally:
             with self._ending:
@@ -190,16 +222,17 @@ class EngineLoop:
             waits = False
 
     def _step(self) -> None:
-        """Runs a step; one that fails ends all requests, and several in a row the loop."""
-        try:
-            outputs = self._core.step()
-        except Exception as error:
-            self._num_failures += 1
-            if self._num_failures == MAX_FAILURES:
-                raise
-            logger.error("a step failed, and all requests with it: %s", error, exc_info=error)
-            self._core.reset()
-            self._deliver(Failed(error, is_dead=False))
-        else:
+        num_tokens = self._core.num_generated_tokens
+        outputs = self._core.step()
+        if self._core.num_generated_tokens > num_tokens:  # a step that is only dispatched may fail
             self._num_failures = 0
-            self._deliver(outputs)
+        self._deliver(outputs)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends all requests; raises the error if it is one too many."""
+        self._num_failures += 1
+        if self._num_failures == MAX_FAILURES:
+            raise error
+        logger.error("a step failed, and all requests with it: %s", error, exc_info=error)
+        self._core.reset()
+        self._deliver(Failed(error, is_dead=False))

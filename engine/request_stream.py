@@ -87,5 +87,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
             self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter = self._waiter
+        if waiter is None or waiter.done() or waiter.get_loop().is_closed():
+            return  # nobody waits, or nobody can be woken any more
+        waiter.set_result(None)

@@ -16,6 +16,7 @@ import numpy as np
 
 from pallas_paged import block_tables
 from pallas_paged.engine import LLM
+from pallas_paged.engine.async_llm import AsyncLLM
 from pallas_paged.engine.build import Built, join
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.beam_search import Candidates
@@ -571,8 +572,8 @@ def make_whole_engine(**options: Any) -> Engine:
     return Engine(make_parts(**options))
 
 
-def device_of(engine: Engine) -> MockDevice:
-    """Returns the device of a `make_whole_engine`."""
+def device_of(engine: Engine | EngineParts) -> MockDevice:
+    """Returns the device of a `make_whole_engine`, or of a `make_parts`."""
     device = engine.core.executor
     assert isinstance(device, MockDevice)
     return device
@@ -584,11 +585,24 @@ WATCHING = ("profile_", "kv_events_")
 
 def make_mock_llm(*, tokenizer: Any = None, **options: Any) -> LLM:
     """Returns an `LLM` without a model, over `make_whole_engine`."""
+    llm = object.__new__(LLM)
+    llm._join(*_config_and_built(tokenizer, options))
+    return llm
+
+
+def make_mock_async_llm(
+    *, max_queued_requests: int = 1024, tokenizer: Any = None, **options: Any
+) -> AsyncLLM:
+    """Returns an `AsyncLLM` likewise."""
+    llm = object.__new__(AsyncLLM)
+    llm._join(*_config_and_built(tokenizer, options), max_queued_requests)
+    return llm
+
+
+def _config_and_built(tokenizer: Any, options: dict[str, Any]) -> tuple[EngineConfig, Built]:
     watched = {name: options.pop(name) for name in [*options] if name.startswith(WATCHING)}
     parts = make_parts(tokenizer=tokenizer, **options)
     config = EngineConfig("mock", block_size=parts.memory.block_size, **watched)
     runner: Any = types.SimpleNamespace(programs=types.SimpleNamespace())
     shape: Any = types.SimpleNamespace(vocab_size=VOCAB_SIZE)
-    llm = object.__new__(LLM)
-    llm._join(config, Built(parts, runner, tokenizer, shape, 64))
-    return llm
+    return config, Built(parts, runner, tokenizer, shape, 64)
