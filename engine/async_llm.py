@@ -56,6 +56,7 @@ class AsyncLLM:
       tokenizer: the engine's; None where the folder has none.
       model_config: see `Built`, as is the next one.
       max_model_len: likewise.
+      kv_events: publishes what is cached, until `shutdown`; None without `kv_events_endpoint`.
       vocab_size: V; token ids are below it.
 
     Raises:
@@ -84,7 +85,8 @@ class AsyncLLM:
         self.model_config, self.max_model_len = built.model_config, built.max_model_len
         self.vocab_size = self.model_config.vocab_size
         self._prompts = PromptReader(built.tokenizer, config.model, self.vocab_size)
-        self._profiler = watch(built.parts.core, built.runner.programs, config)
+        core, programs = built.parts.core, built.runner.programs
+        self._profiler, self.kv_events = watch(core, programs, config)
         self._readers = concurrent.futures.ThreadPoolExecutor(_NUM_READERS, "prompt-reader")
         weakref.finalize(self, self._readers.shutdown, wait=False)
         self._num_named = 0
@@ -286,4 +288,6 @@ class AsyncLLM:
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Ends the engine and its thread; requests that are unfinished after `drain_s` fail."""
         await self.engine.shutdown(drain_s)
+        if self.kv_events is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self.kv_events.close)
         await asyncio.get_running_loop().run_in_executor(None, self._readers.shutdown)

@@ -55,6 +55,15 @@ _FLAGS = (
         "Folder that pallas_paged.engine.compile wrote for this model and machine. It is loaded "
         "with pickle, which runs whatever is in it: name none that you do not trust.",
     ),
+    flags.DEFINE_string(
+        "kv_events_endpoint",
+        None,
+        "ZeroMQ endpoint, such as tcp://*:5557, on which routers are told what is cached.",
+    ),
+    flags.DEFINE_string("kv_events_topic", None, "What each of these messages begins with."),
+    flags.DEFINE_string(
+        "kv_events_replay_endpoint", None, "Where routers can ask for messages that they missed."
+    ),
     flags.DEFINE_integer("seed", None, "Where the seeds of requests that bring none come from."),
 )
 _SPECULATIVE_CONFIG = flags.DEFINE_string(

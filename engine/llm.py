@@ -62,11 +62,8 @@ class LLM:
     def _join(self, config: EngineConfig, built: Built) -> None:
         """Takes an engine as its own."""
         self.config = config
-        self.engine, self.runner, self.tokenizer = (
-            Engine(built.parts),
-            built.runner,
-            built.tokenizer,
-        )
+        self.engine, self.runner = Engine(built.parts), built.runner
+        self.tokenizer = built.tokenizer
         self.model_config, self.max_model_len = built.model_config, built.max_model_len
         self.announce: Callable[[str], object] = logger.info
         self._prompts = PromptReader(self.tokenizer, config.model, self.model_config.vocab_size)
