@@ -7,6 +7,7 @@ and after a restart.
 
 import collections
 import hashlib
+import itertools
 import json
 import struct
 from collections.abc import Sequence
@@ -49,7 +50,10 @@ type BlockEvent = BlockStored | BlockRemoved | AllBlocksCleared
 
 
 def root_hash(root: Root) -> int:
-    """Returns what stands for a root in the place of the hash of a block before a first one."""
+    """Returns what stands for a root in the place of the hash of a block before a first one.
+
+    It is BLAKE2b of the root as JSON.
+    """
     return _hash(json.dumps(root).encode())
 
 
@@ -91,7 +95,7 @@ class BlockEvents(BlockListener):
         for block, tokens in zip(blocks, token_ids, strict=True):
             before = self._hashes[block] = block_hash(before, tokens)
             hashes.append(before)
-        tokens_of_all = [token for tokens in token_ids for token in tokens]
+        tokens_of_all = list(itertools.chain.from_iterable(token_ids))
         self._events.append(BlockStored(hashes, parent_hash, tokens_of_all, self._block_size, root))
 
     @override

@@ -1,10 +1,12 @@
 """Events of cached blocks: they say exactly what is cached, and routers can read them."""
 
 import gc
+import itertools
 import pathlib
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,10 +37,18 @@ from tests.engine import test_scheduler_stateful as stateful
 from tests.engine.mock_model import make_mock_llm
 
 GREEDY = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False)
-WAIT_MS = 20_000
-"""A message that does not come in this time is missing."""
+WAIT_S = 20
+"""What does not come in this time is missing."""
 
 Prefix = tuple[Root, tuple[int, ...]]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits until it holds."""
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.01)
 
 
 class Router:
@@ -68,6 +78,7 @@ class Router:
     def check(self, events: BlockEvents, cache: PrefixCache) -> None:
         """Takes the events, and asserts that these prefixes are cached, and no others."""
         self.take(events.take())
+        assert events._hashes.keys() == cache._keys.keys()
         cached = prefixes_of(cache)
         assert sorted(self.prefixes.values(), key=str) == sorted(cached, key=str)
         for name, (root, token_ids) in self.prefixes.items():
@@ -102,15 +113,13 @@ def listen(memory: BlockTableMemory) -> tuple[Router, BlockEvents]:
 # --- what they say --------------------------------------------------------------------------------
 
 
-def test_equal_content_has_equal_hashes_in_every_process() -> None:
-    # As b2sum -l 64 has them, of what `block_hash` says.
+def test_equal_content_has_equal_hashes_everywhere() -> None:
+    """As `b2sum -l 64` makes them of what `block_hash` and `root_hash` say."""
     assert root_hash(None).to_bytes(8, "little").hex() == "7376b2cbfa0ad26e"
+    assert root_hash("a").to_bytes(8, "little").hex() == "167004e8304614a8"
     assert hash_of(None, range(4), 2).to_bytes(8, "little").hex() == "097f41bd6e992f5f"
     assert hash_of("a", range(4), 2) != hash_of(None, range(4), 2)
-    assert hash_of(None, [1, 2, 3, 4], 2) != hash_of(None, [1, 2, 3, 4], 4)
-    source = "from pallas_paged.engine.kv.block_events import *; print(block_hash(5, (1, 70000)))"
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, check=True)
-    assert int(done.stdout) == block_hash(5, (1, 70000)) < 2**64
+    assert hash_of(None, range(4), 4) != hash_of(None, range(4), 2)
 
 
 def test_an_event_for_each_run_of_new_blocks() -> None:
@@ -260,7 +269,7 @@ def connect() -> Iterator[Connect]:
         assert endpoint is not None
         socket = context.socket(kind)
         sockets.append(socket)
-        socket.rcvtimeo = WAIT_MS
+        socket.rcvtimeo = 1000 * WAIT_S
         if kind == zmq.SUB:
             socket.subscribe(b"topic")
         socket.connect(endpoint.replace("0.0.0.0", "127.0.0.1"))
@@ -338,12 +347,15 @@ def test_a_router_hears_what_an_engine_caches(
     llm = make_llm(num_blocks=9)
     subscriber = connect(zmq.SUB, publisher_of(llm).endpoint)
     heard: list[list[bytes]] = []
-    first = 0
-    while not heard:  # until the subscription has arrived
-        generate(llm, first % 40)
-        first += 9
+    prompts = itertools.cycle(range(0, 40, 3))
+
+    def hears() -> bool:
+        generate(llm, next(prompts))
         if subscriber.poll(50):
             heard.append(subscriber.recv_multipart())
+        return bool(heard)
+
+    until(hears)  # the subscription has arrived
     generate(llm, 11, salt="s")  # where others are evicted
     publisher_of(llm).flush()
     num_batches = publisher_of(llm)._next_number
@@ -379,11 +391,9 @@ def test_what_changes_outside_of_steps_is_published(
     requester = connect(zmq.DEALER, publisher_of(llm).replay_endpoint)
     generate(llm, 3)
     assert llm.reset_prefix_cache()
-    batches: list[tuple[int, Any]] = []
-    while len(batches) < publisher_of(llm)._next_number or len(batches) < 2:
-        batches = replay(requester, 0)
     names = [hash_of(None, range(3, 3 + num_tokens), 4) for num_tokens in (8, 4)]
-    assert events_of(batches[-1][1]) == [BlockRemoved(names)]
+    expected: list[BlockEvent] = [BlockRemoved(names)]
+    until(lambda: [events_of(payload) for _, payload in replay(requester, 0)][-1:] == [expected])
 
 
 def test_only_the_last_batches_are_kept_for_replays(
@@ -395,10 +405,12 @@ def test_only_the_last_batches_are_kept_for_replays(
         generate(llm, first)
     last = publisher_of(llm)._next_number - 1
     assert last >= 3
-    numbers: list[int] = []
-    while numbers[-1:] != [last]:
-        numbers = [number for number, _ in replay(requester, 0)]
-    assert numbers == [last - 1, last]
+
+    def numbers() -> list[int]:
+        return [number for number, _ in replay(requester, 0)]
+
+    until(lambda: numbers()[-1:] == [last])
+    assert numbers() == [last - 1, last]
 
 
 def test_a_wrong_request_for_a_replay_is_said(
@@ -419,7 +431,7 @@ def test_batches_that_it_does_not_keep_up_with_are_dropped_and_missed(
 
     def send(publisher: KVEventPublisher, batch: Batch) -> None:
         has_begun.set()
-        assert may_send.wait(WAIT_MS / 1000)
+        assert may_send.wait(WAIT_S)
         sent.append(batch.number)
 
     monkeypatch.setattr(KVEventPublisher, "_send", send)
@@ -431,15 +443,14 @@ def test_batches_that_it_does_not_keep_up_with_are_dropped_and_missed(
         publisher.flush()
 
     change()
-    assert has_begun.wait(WAIT_MS / 1000)
+    assert has_begun.wait(WAIT_S)
     for _ in range(5):  # two wait, and three are too many
         change()
     assert publisher.num_dropped_batches == 3
     assert caplog.text.count("KV events") == 1
     assert "2 batches wait to be sent, and batch 3 is dropped" in caplog.text
     may_send.set()
-    while len(sent) < 3:
-        pass
+    until(lambda: len(sent) == 3)
     change()
     publisher.close()
     assert sent == [0, 1, 2, 6]
@@ -480,16 +491,19 @@ def test_closing_sends_what_waits_and_frees_the_port(
     llm = make_llm()
     publisher = publisher_of(llm)
     subscriber = connect(zmq.SUB, publisher.endpoint)
-    last = -1
-    while last < 0:  # until the subscription has arrived
+
+    def hears() -> bool:
         generate(llm, 3)
         llm.reset_prefix_cache()
-        if subscriber.poll(50):
-            last = number_of(subscriber.recv_multipart())
-    generate(llm, 3)
+        return bool(subscriber.poll(50))
+
+    until(hears)  # the subscription has arrived
+    for first in range(0, 40, 8):
+        generate(llm, first)
+    assert publisher._next_number >= 5
     publisher.close()
-    while last < publisher._next_number - 1:
-        last = number_of(subscriber.recv_multipart())
+    while number_of(subscriber.recv_multipart()) < publisher._next_number - 1:
+        pass
     publisher.close()
     assert publishing_threads() == []
     generate(llm, 20)  # goes on, and nothing heaps up
@@ -520,7 +534,7 @@ def test_an_engine_may_be_garbage_in_the_publishers_thread(
     publisher = KVEventPublisher(events, f"ipc://{tmp_path}/events")
     events.cleared()
     publisher.flush()
-    assert closed.wait(WAIT_MS / 1000)
+    assert closed.wait(WAIT_S)
     publisher.close()
     assert publishing_threads() == []
 
@@ -558,15 +572,19 @@ def test_a_port_that_is_taken_is_named() -> None:
 def test_it_connects_to_a_router_that_waits() -> None:
     context = zmq.Context()
     router = context.socket(zmq.SUB)
-    router.rcvtimeo = WAIT_MS
+    router.rcvtimeo = 1000 * WAIT_S
     router.subscribe(b"")
     endpoint = f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
     events = BlockEvents(4)
     publisher = KVEventPublisher(events, endpoint)
     assert publisher.endpoint == endpoint
-    while not router.poll(50):
+
+    def hears() -> bool:
         events.cleared()
         publisher.flush()
+        return bool(router.poll(50))
+
+    until(hears)
     topic, _, payload = router.recv_multipart()
     assert (topic, msgspec.msgpack.decode(payload)[1]) == (b"", [["AllBlocksCleared"]])
     publisher.close()
