@@ -175,6 +175,17 @@ def test_markers_may_be_tokens_of_their_own_or_spelled(special):
     assert not device.accepts(spelled_only, device.encode(text))
 
 
+def test_a_tag_that_is_a_token_does_not_end_reasoning_spelled_as_well():
+    device = Device(True)
+    grammar = grammar_for(
+        HERMES, TOOLS, "required", marker_ids=device.marker_ids, starts_inside=True
+    )
+    end = device.encode("</think>" + call(HERMES, "h", "{}"))
+    spelled = [token for char in "</think>" for token in device.encode(char)]
+    assert device.accepts(grammar, spelled[:-1] + end)
+    assert not device.accepts(grammar, spelled + end)
+
+
 def test_a_tag_of_its_own_may_come_in_front_of_an_object():
     device = Device(True)
     grammar = grammar_for(LLAMA3_JSON, TOOLS, "required", marker_ids=device.marker_ids)
