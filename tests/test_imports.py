@@ -22,11 +22,13 @@ LAYERS = {
 }
 ENGINE = "pallas_paged.engine"
 JAX = ("jax", "flax")
+SERVE = f"{ENGINE}.serve"
 FORBIDDEN = {
-    "kv": (*JAX, f"{ENGINE}.core", f"{ENGINE}.text", f"{ENGINE}.device"),
-    "core": (*JAX, f"{ENGINE}.text", f"{ENGINE}.device"),
-    "text": (*JAX, f"{ENGINE}.device"),
-    "device": (f"{ENGINE}.text",),
+    "kv": (*JAX, f"{ENGINE}.core", f"{ENGINE}.text", f"{ENGINE}.device", SERVE),
+    "core": (*JAX, f"{ENGINE}.text", f"{ENGINE}.device", SERVE),
+    "text": (*JAX, f"{ENGINE}.device", SERVE),
+    "device": (f"{ENGINE}.text", SERVE),
+    "serve.parsers": (*JAX, *(f"{ENGINE}.{wing}" for wing in ("kv", "core", "text", "device"))),
 }
 """What the modules in a wing of the engine must not reach, through whichever modules."""
 USE_BLOCK_TABLES = (f"{ENGINE}.kv.block_memory", f"{ENGINE}.kv.stats")
