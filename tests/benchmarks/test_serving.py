@@ -54,7 +54,7 @@ def test_a_sweep_of_texts(tmp_path: pathlib.Path) -> None:
 
 def test_servers_side_by_side(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "figures.json"
-    slow, fast = answering(Script(("a", 0.04, "b"))), answering(Script(("a", "b", "c")))
+    slow, fast = answering(Script(("a", 0.3, "b"))), answering(Script(("a", "b", "c")))
     with in_thread(slow, fast):
         done = run(
             *(f"--base_url={slow.url}", "--label=slow", f"--base_url={fast.url}", "--label=fast"),
@@ -68,7 +68,7 @@ def test_servers_side_by_side(tmp_path: pathlib.Path) -> None:
         *[("slow", 0), ("fast", 0)] * 2,
         *[("fast", 1), ("slow", 1)] * 2,
     ]
-    assert reports[0]["mean_tpot_ms"] > 10 > reports[1]["mean_tpot_ms"]
+    assert reports[0]["mean_tpot_ms"] > reports[1]["mean_tpot_ms"]
     prompts = [[tuple(body["prompt"]) for body in one.requests] for one in (slow, fast)]
     assert sorted(prompts[0]) == sorted(prompts[1])
     assert len(set(prompts[0])) == len(prompts[0]) == 2 + 4 * 3
@@ -98,7 +98,7 @@ def test_chats_of_a_data_set(tmp_path: pathlib.Path) -> None:
     ("flags", "message"),
     [
         (["--warmup_requests=0"], "100 failed: HTTP 500: no room"),
-        ([], "all warm-up requests failed: HTTP 500: no room"),
+        pytest.param([], "all warm-up requests failed: HTTP 500: no room", marks=pytest.mark.slow),
     ],
 )
 def test_when_all_fail_the_status_is_1(flags: list[str], message: str) -> None:
@@ -113,9 +113,9 @@ def test_when_all_fail_the_status_is_1(flags: list[str], message: str) -> None:
 QUICK = [
     ([], "--tokenizer=FOLDER"),
     ([*TOKENS, "--request_rate=1", "--plot=p.nothing"], "'nothing' is not supported"),
-    ([*TOKENS, "--base_url=http://127.0.0.1:1", "--ready_timeout_s=0"], "is not ready"),
 ]
 SLOW = [
+    ([*TOKENS, "--base_url=http://127.0.0.1:1", "--ready_timeout_s=0"], "is not ready"),
     ([*TOKENS, "--endpoint=/v1/chat/completions"], "which takes texts"),
     (["--vocab_size=9"], "--vocab_size is for drawn token ids"),
     ([*TOKENS, TEXT], "--vocab_size is for drawn token ids"),
@@ -140,14 +140,13 @@ def test_wrong_flags_are_refused_in_a_line(flags: list[str], message: str) -> No
     assert message in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--max_model_len=7"], "prompt_len=5 and output_len=3 are more than the 7 tokens"),
-        pytest.param(
-            ["--max_model_len=1"], "max_model_len=1 must be 2 or more", marks=pytest.mark.slow
-        ),
-        pytest.param(["--model=other"], "give --max_model_len", marks=pytest.mark.slow),
+        (["--max_model_len=1"], "max_model_len=1 must be 2 or more"),
+        (["--model=other"], "give --max_model_len"),
     ],
 )
 def test_what_a_server_does_not_have_is_refused(flags: list[str], message: str) -> None:
