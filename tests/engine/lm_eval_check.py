@@ -3,6 +3,7 @@
 It needs lm_eval, and so is not one of the tests that `make check` finds.
 """
 
+import collections
 import importlib.metadata
 import json
 import logging
@@ -14,6 +15,7 @@ from typing import Any
 
 import datasets
 import pytest
+from lm_eval.api.model import CacheHook
 
 from pallas_paged.engine.evaluation.harness import PallasPagedLM
 from tests.engine.lm_eval_cases import CASES, DATA, REFERENCE, ROOT, Answers, compare, evaluate
@@ -50,6 +52,26 @@ def test_answers_come_from_lm_evals_cache(tmp_path: Path, monkeypatch: pytest.Mo
     first = evaluate(case, model, use_cache=str(tmp_path / "answers"))
     monkeypatch.setattr(model, "llm", None)
     assert evaluate(case, model, use_cache=str(tmp_path / "answers")) == first
+
+
+def test_answers_are_kept_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation that is interrupted goes on with what its cache has."""
+    kept: dict[str, dict[Any, Any]] = collections.defaultdict(dict)
+
+    def keep(hook: CacheHook, kind: str, request: Any, answer: Any) -> None:
+        kept[kind][json.dumps(request)] = answer
+
+    monkeypatch.setattr(CacheHook, "add_partial", keep)
+    case = CASES["demo"]
+    answers = evaluate(case, PallasPagedLM(**case.model_args | ENGINE)).responses
+    words = [*answers["local_choices"], *answers["local_last_words"]]
+    assert sorted(kept["loglikelihood"].values()) == sorted(
+        tuple(answer) for document in words for answer in document
+    )
+    assert [[one] for one in kept["loglikelihood_rolling"].values()] == answers["local_texts"]
+    assert sorted(kept["generate_until"].values()) == sorted(
+        text for (text,) in answers["local_completions"]
+    )
 
 
 def test_what_is_not_used_or_left_out_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -53,11 +53,11 @@ def test_scores_are_sums_of_log_probabilities() -> None:
     for num_context, num_scored in [(1, 1), (5, 1), (5, 3), (1, 40), (62, 1), (30, 34), (90, 63)]:
         context = rng.integers(1, VOCAB_SIZE, num_context).tolist()
         scored: list[int] = []
-        for index in range(num_scored):  # half of them are greedy
+        for index in range(num_scored):  # some are greedy but for one in the middle
             last = [*context, *scored][-1]
             likely = int(TABLE[last].argmax())
             other = int(TABLE[last].argsort()[-2])
-            scored.append(likely if num_scored % 2 or index else other)
+            scored.append(other if num_scored % 2 == 0 and index == num_scored // 2 else likely)
         continuations.append(make_continuation(context, scored, max_length))
         before = [*context, *scored][-num_scored - 1 : -1]
         pairs = list(zip(before, scored, strict=True))
