@@ -86,6 +86,7 @@ sharing-mutate: $(VENV)/.test
 	@$(PY) -m tests.engine.mutate_sharing
 	@$(PY) -m tests.engine.mutate_beams
 	@$(PY) -m tests.engine.mutate_steps
+	@$(PY) -m tests.engine.mutate_grammars
 
 # What the GPU suite runs, compiled here for a machine with that JAX for CUDA 13: it loads it with
 # `python -m benchmarks.gpu_suite --out=DIR --programs=.gpu-programs`.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.engine import mutate_beams, mutate_sharing, mutate_steps
+from tests.engine import mutate_beams, mutate_grammars, mutate_sharing, mutate_steps
 from tests.kernels import (
     mutate_ampere,
     mutate_cache,
@@ -16,6 +16,7 @@ PROGRAMS = (
     mutate_sharing,
     mutate_beams,
     mutate_steps,
+    mutate_grammars,
     mutate_decode,
     mutate_prefill,
     mutate_ampere,

@@ -37,7 +37,7 @@ from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.text.grammars import Grammars
 from pallas_paged.engine.text.tokenizer import Tokenizer, load_tokenizer
 from pallas_paged.models.demo import DEMO_MODEL
-from tests.engine import small_tokenizers
+from tests.engine import mock_model, small_tokenizers
 from tests.engine.bigram_model import make_engine, run
 from tests.engine.serving import assert_idle, make_llm, nothing_compiles
 from tests.engine.test_plan import ByBytes
@@ -215,7 +215,7 @@ def test_tokens_are_guessed_of_others_alone(
     """And a grammar never lets go of the host, however little is gained by guesses."""
     proposer, draft = PROPOSERS[how]()
     other = make(proposer=proposer, draft=draft)
-    long = StructuredOutputsParams(regex="[ab]{0,40}")
+    long = StructuredOutputsParams(regex="[ab]{80}")
     asked = [
         dataclasses.replace(BASE, structured_outputs=long, max_tokens=40, seed=7),
         dataclasses.replace(PLAIN, temperature=0, max_tokens=40),
@@ -551,16 +551,49 @@ def test_equal_grammars_are_compiled_once_and_few_are_kept(tokenizer: Tokenizer)
     assert grammars.compiled.cache_info().currsize == 128
 
 
+class OneToken:
+    """A matcher behind whose first token nothing may follow."""
+
+    fault = None
+
+    def __init__(self) -> None:
+        self.num_taken = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.num_taken > 0
+
+    may_end = is_over
+
+    def take(self, token_ids: Sequence[int]) -> None:
+        self.num_taken += len(token_ids)
+
+
+def rules_of_one_token() -> Any:
+    return types.SimpleNamespace(grammar=types.SimpleNamespace(start=OneToken))
+
+
+@pytest.mark.parametrize("loses_its_row", [False, True])
+def test_the_token_that_ends_it_may_come_after_a_preemption(loses_its_row: bool) -> None:
+    scheduler = mock_model.make_engine().scheduler
+    group = SequenceGroup("whole", (1, 2), 9, logit_rules=rules_of_one_token())
+    scheduler.add(group)
+    step = scheduler.schedule()
+    assert step is not None
+    assert scheduler.schedule() is None  # it waits for the host
+    if loses_its_row:
+        scheduler._preempt(group)
+    committed = scheduler.commit(step, [5])
+    assert committed.others == group.sequences
+    assert group.is_finished
+    assert (group.sequences[0].finish_reason, group.sequences[0].stop_reason) == ("stop", None)
+    assert not scheduler.has_unfinished
+    scheduler.check_invariants()
+
+
 def test_masks_fit_into_edits_of_one_size() -> None:
     """More of them than one edit holds; rows that do not sample, or have no grammar, get none."""
-
-    class Started:
-        num_taken, fault, may_end, is_over = 0, None, False, False
-
-        def take(self, token_ids: Sequence[int]) -> None:
-            raise AssertionError("there is nothing new")
-
-    rules: Any = types.SimpleNamespace(grammar=types.SimpleNamespace(start=Started))
+    rules = rules_of_one_token()
     scheduled = []
     for number in range(3 * NUM_MASKS):
         mine = rules if number % 3 else None
