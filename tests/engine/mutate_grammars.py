@@ -72,7 +72,7 @@ MUTATIONS = {
         _GRAMMARS,
         "found[k] = 0",
         "pass",
-        f"{_FILE}::test_a_limit_that_is_met_on_the_way_ends_that_request_alone",
+        f"{_FILE}::test_a_fault_that_a_mask_brings_leaves_no_token",
     ),
     "EOS where it is text": Mutation(
         _GRAMMARS,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import llguidance
 import numpy as np
 import pytest
 from scipy import special
@@ -34,7 +35,7 @@ from pallas_paged.engine.core.speculation import (
 )
 from pallas_paged.engine.device.row_state import LogitInputs, RowState, apply_rules, edit_masks
 from pallas_paged.engine.engine import Engine
-from pallas_paged.engine.text.grammars import Grammars
+from pallas_paged.engine.text.grammars import Grammars, TokenMatcher
 from pallas_paged.engine.text.tokenizer import Tokenizer, load_tokenizer
 from pallas_paged.models.demo import DEMO_MODEL
 from tests.engine import mock_model, small_tokenizers
@@ -589,6 +590,27 @@ def test_the_token_that_ends_it_may_come_after_a_preemption(loses_its_row: bool)
     assert (group.sequences[0].finish_reason, group.sequences[0].stop_reason) == ("stop", None)
     assert not scheduler.has_unfinished
     scheduler.check_invariants()
+
+
+def test_a_fault_that_a_mask_brings_leaves_no_token(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(tokenizer, VOCAB_SIZE, EOS)
+    grammar = grammars.compile(StructuredOutputsParams(regex="[ab]c?"))
+    assert grammar is not None
+    make, limits = llguidance.LLMatcher, llguidance.LLParserLimits(step_max_items=1)
+    state = make(
+        grammars._vocabulary.tokenizer,
+        make.grammar_from_regex("[ab]c?"),
+        log_level=0,
+        limits=limits,
+    )
+    limited, refused, fine = TokenMatcher(state, frozenset(EOS)), grammar.start(), grammar.start()
+    refused.take(tokenizer.encode("x", add_special_tokens=False))
+    masks = grammars.find_masks([limited, refused, fine])
+    assert masks.any(axis=1).tolist() == [False, False, True]
+    assert limited.fault is not None
+    assert "Too many items" in limited.fault
+    assert refused.fault is not None
+    assert fine.fault is None
 
 
 def test_masks_fit_into_edits_of_one_size() -> None:
