@@ -190,10 +190,10 @@ class EngineLoop:
 
     def _put(self, change: _Change) -> None:
         with self._ending:
-            if not self._has_ended:
+            if self._has_ended:
+                change.drop()
+            else:
                 self._inbox.put(change)
-                return
-        change.drop()
 
     def _run(self) -> None:
         try:
@@ -209,10 +209,10 @@ class EngineLoop:
             self.death = error
             self._deliver(Failed(error, is_dead=True))
         finally:
-            with self._ending:
+            with self._ending:  # what is put in now is dropped behind what came before
                 self._has_ended = True
-            while not self._inbox.empty():
-                self._inbox.get().drop()
+                while not self._inbox.empty():
+                    self._inbox.get().drop()
 
     def _make_changes(self) -> None:
         """Makes the changes that have come; waits for one if there is nothing else to do."""
