@@ -14,6 +14,7 @@ from pallas_paged.engine.core.scheduler import Scheduler
 from pallas_paged.engine.device.pool_size import buckets_for
 from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
+from pallas_paged.engine.parts import EngineParts
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.text.prompts import PromptReader
 from pallas_paged.engine.text.tokenizer import Tokenizer
@@ -91,10 +92,24 @@ class House(NamedTuple):
 def build(
     tokenizer: Tokenizer, lens: list[int], max_model_len: int, room: int, first_token: int
 ) -> House:
-    """Returns an engine as `LLM` makes it, for prompts of these lengths in a single step.
+    """Returns an engine of `build_parts`."""
+    parts = build_parts(tokenizer, lens, max_model_len, room, first_token)
+    return House(Engine(parts), PromptReader(tokenizer, "none", tokenizer.vocab_size))
+
+
+def build_parts(
+    tokenizer: Tokenizer,
+    lens: list[int],
+    max_model_len: int,
+    room: int,
+    first_token: int,
+    make_device: Callable[[int, int, int, int], InstantDevice] = InstantDevice,
+) -> EngineParts:
+    """Returns an engine's parts as `LLM` makes them, for prompts of these lengths in a single step.
 
     There is a row more than there are prompts; but beside them, and `room` tokens of output for
-    each, its pool has no block for anybody else. Tokens are drawn from `first_token` on.
+    each, its pool has no block for anybody else. Tokens are drawn from `first_token` on, by what
+    `make_device` makes of the arguments of `InstantDevice`.
     """
     vocab_size = tokenizer.vocab_size
     config = EngineConfig(
@@ -115,22 +130,19 @@ def build(
         max_model_len=max_model_len,
         watermark_blocks=growth,
     )
-    device = InstantDevice(
+    device = make_device(
         config.max_num_seqs,
         vocab_size,
         first_token,
         config.max_logprobs,
     )
-    engine = Engine(
-        join(
-            scheduler,
-            memory,
-            device,
-            buckets_for(config, memory.tables.shape[1], "gpu"),
-            vocab_size=vocab_size,
-            max_model_len=max_model_len,
-            eos_token_ids=(1,),
-            tokenizer=tokenizer,
-        )
+    return join(
+        scheduler,
+        memory,
+        device,
+        buckets_for(config, memory.tables.shape[1], "gpu"),
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=(1,),
+        tokenizer=tokenizer,
     )
-    return House(engine, PromptReader(tokenizer, "none", vocab_size))

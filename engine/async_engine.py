@@ -88,7 +88,6 @@ class AsyncEngine:
         # Requests whose reader has gone, and that are not yet gone from the core. Changes are made
         # in their order: another request of the name may come, and is the one behind the last.
         self._leaving: collections.Counter[str] = collections.Counter()
-        self._num_being_added = 0
         self._is_draining = self._is_shut_down = False
         self._events: HandOver[Event] = HandOver(self._take_event)
         self._loop = EngineLoop(parts.core, self._events.put)
@@ -135,7 +134,6 @@ class AsyncEngine:
         if timeout_s is not None:
             entry.deadline = event_loop.call_later(timeout_s, self._expire, request_id, timeout_s)
         self._entries[request_id] = entry
-        self._num_being_added += 1
         self._loop.add(request_id, make_held_group)
         try:
             await entry.taken_in
@@ -204,7 +202,7 @@ class AsyncEngine:
         if self._is_draining:
             raise EngineDrainingError("the engine is shutting down and takes no new requests")
         self._bind()
-        self._limit.check(self._loop.num_waiting + self._num_being_added)
+        self._limit.check(self._loop.num_waiting)
 
     # --- the end ------------------------------------------------------------------------------
 
@@ -291,6 +289,8 @@ class AsyncEngine:
                 if not isinstance(error, Exception):
                     raise
                 logger.error("outputs were lost: %s", error, exc_info=error)
+            finally:
+                self._loop.note_taken()
         elif isinstance(event, Added):
             self._take_added(event)
         elif isinstance(event, Refused):
@@ -328,7 +328,6 @@ class AsyncEngine:
 
     def _entry_of(self, event: Added | Refused) -> _Entry | None:
         """Returns whose answer an event is; None if that one has left meanwhile."""
-        self._num_being_added -= 1
         has_left = event.request_id in self._leaving
         return None if has_left else self._entries[event.request_id]
 

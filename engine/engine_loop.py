@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
 """So many failures with no token between them end the loop."""
+MAX_BEHIND = 32
+"""The outputs of so many steps may be on their way to whoever takes them; then the loop waits."""
 
 
 class Added(NamedTuple):
@@ -87,6 +89,10 @@ class EngineLoop:
         self._ending = threading.RLock()
         self._is_stopping = False
         self._num_failures = 0  # since the last token
+        # Each of these counts is written by one thread, and read by the other.
+        self._num_asked = self._num_answered = 0  # requests that are to be added
+        self._num_delivered = self._num_taken = 0  # outputs of steps
+        self._is_held_up = False
         # A daemon: an interpreter that exits without `stop` must not wait for it.
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
 
@@ -101,8 +107,8 @@ class EngineLoop:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have been taken in and wait for blocks, as it was a moment ago."""
-        return self._core.scheduler.num_waiting
+        """Requests that wait to be taken in, or for blocks, as it was a moment ago."""
+        return self._core.scheduler.num_waiting + self._num_asked - self._num_answered
 
     def add(self, request_id: str, make_group: Callable[[], SequenceGroup]) -> None:
         """Takes a request in before the next step: `Added` or, for any `Exception`, `Refused`.
@@ -111,6 +117,7 @@ class EngineLoop:
         """
 
         def add() -> None:
+            self._num_answered += 1
             try:
                 group = make_group()
                 self._core.scheduler.check(group)
@@ -120,7 +127,12 @@ class EngineLoop:
             self._deliver(Added(request_id, group))
             self._core.add(group)
 
-        self._put(_Change(add, lambda: self._deliver(Refused(request_id, ended(self.death)))))
+        def drop() -> None:
+            self._num_answered += 1
+            self._deliver(Refused(request_id, ended(self.death)))
+
+        self._num_asked += 1
+        self._put(_Change(add, drop))
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step, in whichever state it is.
@@ -131,7 +143,7 @@ class EngineLoop:
         def abort() -> None:
             outputs = self._core.abort(request_id)
             if outputs:
-                self._deliver(CoreOutputs(outputs, NewTokens([], [], [])))
+                self._deliver_outputs(CoreOutputs(outputs, NewTokens([], [], [])))
 
         self._put(_Change(abort, lambda: None))
 
@@ -176,6 +188,16 @@ class EngineLoop:
         self._put(_Change(make, drop))
         return future
 
+    def note_taken(self) -> None:
+        """To be called when the outputs of a step have been taken in, by one and the same thread.
+
+        Where that takes longer than the steps the loop waits for it: a token that is not given out
+        is nobody's gain, and would only let the others wait behind it.
+        """
+        self._num_taken += 1
+        if self._is_held_up and not self._is_behind:
+            self._put(_Change(lambda: None, lambda: None))
+
     def stop(self, timeout_s: float | None = None) -> bool:
         """Ends the thread after the step that it is at; returns whether it has ended in time."""
 
@@ -216,16 +238,27 @@ class EngineLoop:
 
     def _make_changes(self) -> None:
         """Makes the changes that have come; waits for one if there is nothing else to do."""
-        waits = not self._core.has_unfinished
-        while not self._is_stopping and (waits or not self._inbox.empty()):
+        while not self._is_stopping and (self._must_wait() or not self._inbox.empty()):
             self._inbox.get().make()
-            waits = False
+
+    def _must_wait(self) -> bool:
+        self._is_held_up = True  # first: `note_taken` looks at it last
+        self._is_held_up = self._is_behind
+        return self._is_held_up or not self._core.has_unfinished
+
+    @property
+    def _is_behind(self) -> bool:
+        return self._num_delivered - self._num_taken >= MAX_BEHIND
 
     def _step(self) -> None:
         num_tokens = self._core.num_generated_tokens
         outputs = self._core.step()
         if self._core.num_generated_tokens > num_tokens:  # a step that is only dispatched may fail
             self._num_failures = 0
+        self._deliver_outputs(outputs)
+
+    def _deliver_outputs(self, outputs: CoreOutputs) -> None:
+        self._num_delivered += 1
         self._deliver(outputs)
 
     def _fail(self, error: Exception) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 class HandOver[T]:
     """Calls a function with each item that was put in, in order, in the thread of an event loop.
 
-    Many items may come with one wake-up of the event loop. Until it is bound to one, and while that
-    is closed, items are kept.
+    Many items may come with one wake-up of the event loop, but none that was put in after it: its
+    other callbacks have their turn first. Until it is bound to one, and while that is closed, items
+    are kept.
 
     Args:
       take: a bound method, which is called while its object lives: the thread that puts items in
@@ -51,8 +52,10 @@ class HandOver[T]:
         self._is_woken = False  # first: what is put in from here on wakes again
         take = self._take()
         try:
-            while take is not None and self._items:
-                take(self._items.popleft())
+            for _ in range(len(self._items)):
+                item = self._items.popleft()
+                if take is not None:
+                    take(item)
         finally:
-            if self._items:  # those behind one that failed
+            if self._items:  # those behind one that failed, and what is new
                 self._wake()

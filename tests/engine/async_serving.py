@@ -123,7 +123,7 @@ async def assert_idle(llm: AsyncLLM) -> None:
     assert not engine.num_open_requests
     assert not parts.processor.request_ids
     assert not engine._leaving
-    assert engine._num_being_added == 0
+    assert engine._loop.num_waiting == 0
 
 
 class Threads(NamedTuple):
