@@ -66,12 +66,13 @@ def strings(field: str, value: Any, *, single: bool = False) -> tuple[str, ...]:
     items = (value,) if single and isinstance(value, str) else value
     if items is not None and not isinstance(items, list | tuple):
         raise refusal(field, value, rule)
+    label = f"{field}={value!r:.80}"  # once: there may be many
     for item in items or ():
         if not isinstance(item, str):
             raise refusal(field, value, f"{rule}; {item!r} is not a string")
         if not item:
             raise refusal(field, value, f"{rule}, none of them empty; leave '' out")
-        check_text(f"{field}={value!r:.80}", item)
+        check_text(label, item)
     return tuple(items or ())
 
 

@@ -59,7 +59,7 @@ class EventStream(Response):
         except (ClientGoneError, TimeoutError):
             raise
         except Exception as error:
-            answer = answer_to(error)
+            answer = answer_to(error, self._exchange.names)
             if answer.status == 500:
                 logger.error("%s: %s", self._exchange.request_id, error, exc_info=error)
             self._exchange.log(answer.status, error=str(error))

@@ -5,12 +5,11 @@ import hmac
 import logging
 import re
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse
@@ -25,14 +24,16 @@ from pallas_paged.engine.serve.chat import ChatCall
 from pallas_paged.engine.serve.completions import CompletionCall
 from pallas_paged.engine.serve.exchange import ClientGoneError, Exchange, read_body, until_gone
 from pallas_paged.engine.serve.http_errors import HttpError, answer_to, error_body
+from pallas_paged.engine.serve.openapi import document
 from pallas_paged.engine.serve.prometheus import CONTENT_TYPE, EngineMetrics
 from pallas_paged.engine.serve.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    parse,
 )
+from pallas_paged.engine.serve.reading import parse
+from pallas_paged.engine.serve.responses import Health, Model, Models, Version, encode
 from pallas_paged.engine.serve.service import REQUEST_TIMEOUT_HEADER, Service
 from pallas_paged.engine.serve.tokens import detokenize, tokenize
 
@@ -49,7 +50,7 @@ def make_app(service: Service) -> FastAPI:
 
     Its `state.service` is the service. Whoever runs it shuts the engine down.
     """
-    app = FastAPI(title="pallas-paged", version=version(), docs_url=None, redoc_url=None)
+    app = FastAPI(title="pallas-paged", version=version(), openapi_url=None)
     app.state.service = service
     _add_errors(app)
     _add_generation(app, service)
@@ -135,8 +136,8 @@ def _add_errors(app: FastAPI) -> None:
         return _error_answer(error)
 
 
-def _error_answer(error: Exception) -> Response:
-    answer = answer_to(error)
+def _error_answer(error: Exception, names: Mapping[str, str] | None = None) -> Response:
+    answer = answer_to(error, names)
     if answer.status == 500:
         logger.error("%s", error, exc_info=error)
     return json_answer(answer.body, answer.status, answer.headers)
@@ -196,24 +197,14 @@ def _add_post(
             return Response(status_code=499)
         except Exception as error:
             exchange.close()
-            answer = _error_answer(error)
+            answer = _error_answer(error, exchange.names)
             exchange.log(answer.status_code, error=str(error))
             return answer
         if not isinstance(answer, EventStream):
             exchange.log(200)
         return answer
 
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    body = {"required": True, "content": {"application/json": {"schema": schema}}}
-    app.add_api_route(
-        path,
-        endpoint,
-        methods=["POST"],
-        response_model=None,
-        summary=(kind.__doc__ or "").split("\n")[0],
-        openapi_extra={"requestBody": body},
-        name=kind.__name__,
-    )
+    app.add_api_route(path, endpoint, methods=["POST"], response_model=None)
 
 
 async def _serve(
@@ -236,51 +227,55 @@ def _add_state(app: FastAPI, service: Service) -> None:
     llm, options = service.llm, service.options
     figures = EngineMetrics(llm, service.model_name, options.metrics_prefix)
 
-    @app.get("/metrics", summary="The engine's figures, for Prometheus.")
+    @app.get("/metrics")
     async def metrics() -> Response:
         try:
             return Response(await figures.text(), media_type=CONTENT_TYPE)
         except EngineError as error:
             return _error_answer(error)
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    @app.get("/", response_class=HTMLResponse)
     async def page() -> Response:
         return HTMLResponse(_PAGE.read_text())
 
-    @app.get("/health", summary="Whether requests are taken: 200, or 503 with the reason.")
-    @app.get("/ping", include_in_schema=False)
+    @app.get("/health")
+    @app.get("/ping")
     async def health() -> Response:
         try:
             llm.engine.check_accepts()
         except EngineError as error:
             return _error_answer(error)
-        return json_answer(b'{"status":"ok"}')
+        return json_answer(encode(Health("ok")))
 
-    @app.get("/version", summary="The server's version.")
+    @app.get("/version")
     async def version_of() -> Response:
-        return json_answer(msgspec.json.encode({"version": version()}))
+        return json_answer(encode(Version(version())))
 
-    @app.get("/v1/models", summary="The names of the model that is served.")
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return json_answer(encode(document(version(), has_keys=bool(options.api_keys))))
+
+    @app.get("/v1/models")
     async def models() -> Response:
         data = [_model(service, name) for name in options.served_model_names]
-        return json_answer(msgspec.json.encode({"object": "list", "data": data}))
+        return json_answer(encode(Models("list", data)))
 
-    @app.get("/v1/models/{name:path}", summary="One name of the model.")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         try:
             service.check_model(name)
         except HttpError as error:
             return _error_answer(error)
-        return json_answer(msgspec.json.encode(_model(service, name)))
+        return json_answer(encode(_model(service, name)))
 
 
-def _model(service: Service, name: str) -> dict[str, Any]:
-    return {
-        "id": name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "pallas-paged",
-        "root": service.llm.config.model,
-        "parent": None,
-        "max_model_len": service.llm.max_model_len,
-    }
+def _model(service: Service, name: str) -> Model:
+    return Model(
+        id=name,
+        object="model",
+        created=service.created,
+        owned_by="pallas-paged",
+        root=service.llm.config.model,
+        parent=None,
+        max_model_len=service.llm.max_model_len,
+    )

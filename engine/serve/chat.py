@@ -10,7 +10,7 @@ from pallas_paged.engine.serve.conversation import Answering, chat_prompt
 from pallas_paged.engine.serve.counts import Counts
 from pallas_paged.engine.serve.exchange import Exchange
 from pallas_paged.engine.serve.logprobs import chat_logprobs, prompt_logprobs
-from pallas_paged.engine.serve.params import MAX_CHOICES, chat_params
+from pallas_paged.engine.serve.params import chat_params
 from pallas_paged.engine.serve.parsers.events import (
     ArgumentsDelta,
     CallBegins,
@@ -19,7 +19,7 @@ from pallas_paged.engine.serve.parsers.events import (
     ReasoningDelta,
     fold,
 )
-from pallas_paged.engine.serve.protocol import BadRequestError, ChatRequest
+from pallas_paged.engine.serve.protocol import MAX_CHOICES, BadRequestError, ChatRequest
 from pallas_paged.engine.serve.responses import (
     DONE,
     ChatChoice,
@@ -53,6 +53,13 @@ class ChatCall:
                 "several",
                 "n",
             )
+        names = exchange.names
+        names |= {"prompt": "messages", "logprobs": "top_logprobs"}
+        if request.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        if request.structured_outputs is None:
+            is_free = request.response_format is None or request.response_format.type == "text"
+            names["structured_outputs"] = "tools" if is_free else "response_format"
         self._created = int(time.time())
         self._counts = Counts(1)
         self._answering: Answering | None = None

@@ -9,8 +9,12 @@ from pallas_paged.engine.sampling_params import BeamSearchParams
 from pallas_paged.engine.serve.counts import Counts
 from pallas_paged.engine.serve.exchange import Exchange
 from pallas_paged.engine.serve.logprobs import completion_logprobs, prompt_logprobs
-from pallas_paged.engine.serve.params import MAX_CHOICES, completion_params
-from pallas_paged.engine.serve.protocol import BadRequestError, CompletionRequest
+from pallas_paged.engine.serve.params import completion_params
+from pallas_paged.engine.serve.protocol import (
+    MAX_CHOICES,
+    BadRequestError,
+    CompletionRequest,
+)
 from pallas_paged.engine.serve.responses import (
     DONE,
     Choice,
@@ -38,13 +42,11 @@ class CompletionCall:
         self._service, self._exchange, self._request = service, exchange, request
         self._prompts = _split(request)
         self._n = 1 if request.n is None else request.n
-        num_choices = len(self._prompts) * max(self._n, request.best_of or 1)
-        if num_choices > MAX_CHOICES:
-            raise BadRequestError(
-                f"{len(self._prompts)} prompts with n={self._n} are {num_choices} completions, and "
-                f"{MAX_CHOICES} are the most of one request; send several",
-                "n",
-            )
+        self._check_num_choices()
+        if request.best_of is not None:
+            exchange.names["beam_width"] = "best_of"
+        if request.structured_outputs is None:
+            exchange.names["structured_outputs"] = "response_format"
         self._params = completion_params(request, service.defaults)
         self._is_prompt_only = request.max_tokens == 0 and bool(request.echo)
         self._created = int(time.time())
@@ -105,6 +107,17 @@ class CompletionCall:
         if has_usage:
             yield event(self._answer([], self._usage()))
         yield DONE
+
+    def _check_num_choices(self) -> None:
+        """Raises `BadRequestError` if so many completions are too many for one request."""
+        num_prompts, best_of = len(self._prompts), self._request.best_of
+        field, each = ("n", self._n) if best_of is None else ("best_of", best_of)
+        if num_prompts * each > MAX_CHOICES:
+            raise BadRequestError(
+                f"{num_prompts} prompts with {field}={each} are {num_prompts * each} completions, "
+                f"and {MAX_CHOICES} are the most of one request; send several",
+                field if each > 1 else "prompt",
+            )
 
     async def _without_special_tokens(self, prompt: Prompt) -> Prompt:
         assert isinstance(prompt, dict)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ from pallas_paged.engine.text.prompts import Params, Prompt
 logger = logging.getLogger("pallas_paged.engine.serve.requests")
 
 
+_OF_THE_REQUEST = ("structured_outputs: ", "no token is left: ")
+"""How reasons begin for which the engine ends a request whose rules cannot be followed."""
+
+
 class ClientGoneError(Exception):
     """The client has closed its connection; there is nobody to answer."""
 
@@ -32,6 +37,7 @@ class Exchange:
       request_id: the client's, or a new one; what the engine calls it begins with that.
       streams: of the engine's requests that it became.
       fields: for its line in the log.
+      names: of the request's fields, by what the engine calls them, where these differ.
     """
 
     def __init__(self, request_id: str, path: str):
@@ -39,6 +45,7 @@ class Exchange:
         self.request_id = request_id
         self.streams: list[RequestStream] = []
         self.fields: dict[str, Any] = {"request_id": request_id, "path": path}
+        self.names: dict[str, str] = {}
         self._begin = time.monotonic()
         self._is_logged = False
 
@@ -52,9 +59,9 @@ class Exchange:
         timeout_s: float | None,
     ) -> None:
         """Queues a request for each prompt: all or, if one is refused, none."""
-        names = [self.request_id]
-        if len(prompts) > 1:
-            names = [f"{self.request_id}-{index}" for index in range(len(prompts))]
+        # Two clients may choose the same id, and one may try again before its first try is over.
+        name = f"{self.request_id}-{uuid.uuid4().hex[:12]}"
+        names = [f"{name}-{index}" if index else name for index in range(len(prompts))]
         submitted = [
             llm.submit(prompt, params, name, priority=priority, timeout_s=timeout_s)
             for prompt, name in zip(prompts, names, strict=True)
@@ -180,10 +187,16 @@ async def _gone(receive: Receive) -> None:
 
 
 def _check_served(output: RequestOutput) -> None:
-    """Raises `EngineError` if the engine has ended a completion without serving it."""
+    """Raises an error if the engine has ended a completion without serving it.
+
+    A `ValueError` where it could not: what the request asks for cannot be followed.
+    """
     for one in output.outputs:
         if one.finish_reason == "abort":
-            raise EngineError(f"request {output.request_id!r} was aborted: {one.stop_reason}")
+            reason = str(one.stop_reason)
+            if reason.startswith(_OF_THE_REQUEST):
+                raise ValueError(reason)
+            raise EngineError(f"request {output.request_id!r} was aborted: {reason}")
 
 
 def _ms(seconds: float) -> float:

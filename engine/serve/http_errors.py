@@ -1,6 +1,7 @@
 """From what goes wrong to OpenAI's error bodies and status codes."""
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from pallas_paged.engine.errors import (
@@ -12,8 +13,24 @@ from pallas_paged.engine.errors import (
 )
 from pallas_paged.engine.serve.protocol import BadRequestError
 from pallas_paged.engine.serve.responses import ErrorBody, ErrorDetail, encode
+from pallas_paged.engine.structured_outputs import KINDS
 
-_FIELD = re.compile(r"(?:prompts?(?:\[\d+\])?: )?(\w+)(?:=|\[| must| holds| has| is missing)")
+_FIELD = re.compile(
+    r"(?:prompts?\[\d+\]: )?(?:request \S+ )?"
+    r"(?:a (?=prompt )|the (?=prompt )|(?:the prompt's )?\d+ (?:prompt )?(?:tokens and )?"
+    r"|.*, so (?=messages cannot )|the chat template of .* (?=messages: ))?"
+    r"(\w+)(?:=|\[|: | must| holds| has| is missing| needs?| of| is| run| cannot)"
+)
+"""Finds the field that a message of the engine is about."""
+_NAMES = {
+    "sequences": "n",
+    "prompt_token_ids": "prompt",
+    "beam_width": "n",
+    "num_return": "n",
+    **dict.fromkeys((*KINDS, "whitespace_pattern"), "structured_outputs"),
+    "disable_any_whitespace": "structured_outputs",
+}
+"""What requests call fields of the engine."""
 _RETRY_DRAINING_S = 5
 
 _TYPES = {
@@ -52,8 +69,11 @@ class ErrorAnswer(NamedTuple):
     headers: dict[str, str]
 
 
-def answer_to(error: BaseException) -> ErrorAnswer:
-    """Returns how an error is answered; one that is not known is the server's own fault."""
+def answer_to(error: BaseException, names: Mapping[str, str] | None = None) -> ErrorAnswer:
+    """Returns how an error is answered; one that is not known is the server's own fault.
+
+    `names` are those of the request for what others call otherwise; see `Exchange`.
+    """
     param, headers = None, {}
     if isinstance(error, HttpError):
         status, param = error.status, error.param
@@ -64,6 +84,8 @@ def answer_to(error: BaseException) -> ErrorAnswer:
     elif isinstance(error, ValueError):
         match = _FIELD.match(str(error))
         status, param = 400, match and match.group(1)
+        param = param and _NAMES.get(param, param)
+        param = param and (names or {}).get(param, param)
     elif isinstance(error, EngineOverloadedError):
         status, headers = 503, {"Retry-After": str(error.retry_after_s)}
     elif isinstance(error, EngineDrainingError):

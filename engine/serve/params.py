@@ -12,8 +12,6 @@ from pallas_paged.engine.serve.protocol import (
 from pallas_paged.engine.structured_outputs import StructuredOutputsParams
 from pallas_paged.engine.text.prompts import Params
 
-MAX_CHOICES = 128
-"""Completions that one request may ask for, over all its prompts."""
 _DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's
 
 _SAME = (
@@ -53,10 +51,15 @@ def completion_params(request: CompletionRequest, defaults: SamplingParams) -> P
     Raises:
       ValueError: a field is not usable; the message names it.
     """
+    _check_stream(request)
     max_tokens = request.max_tokens
     if max_tokens is None:
         max_tokens = _DEFAULT_COMPLETION_TOKENS
     elif max_tokens == 0 and request.echo:
+        if request.min_tokens:
+            raise BadRequestError(
+                f"min_tokens={request.min_tokens} must be at most max_tokens=0", "min_tokens"
+            )
         max_tokens = 1  # the prompt alone; the token is not given out
     if request.use_beam_search:
         return _beam_params(request, max_tokens, request.best_of)
@@ -96,6 +99,7 @@ def chat_params(
       grammar: in the place of what the request says of its output's form; None leaves that.
       keeps_special_tokens: whether special tokens have to be in the text, for a parser.
     """
+    _check_stream(request)
     max_tokens = request.max_completion_tokens
     if max_tokens is None:
         max_tokens = request.max_tokens
@@ -130,11 +134,16 @@ def _sampling_params(
     }
     fields |= {name: value for name in _SAME if (value := getattr(request, name)) is not None}
     if request.logit_bias is not None:
-        fields["logit_bias"] = {_token_id(key): bias for key, bias in request.logit_bias.items()}
+        fields["logit_bias"] = request.logit_bias
     if "structured_outputs" not in changes:
         fields["structured_outputs"] = structured_outputs(request)
     kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
     return SamplingParams(**fields | changes, output_kind=kind)
+
+
+def _check_stream(request: Sampling) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise BadRequestError("stream_options need stream=true", "stream_options")
 
 
 def structured_outputs(request: Sampling) -> StructuredOutputsParams | None:
@@ -186,11 +195,3 @@ def _beam_params(request: Sampling, max_tokens: int, best_of: int | None) -> Bea
     }
     width = n if best_of is None else best_of
     return BeamSearchParams(beam_width=width, max_tokens=max_tokens, num_return=n, **fields)
-
-
-def _token_id(key: str) -> int:
-    if not key.isdecimal() or len(key) > 10:
-        raise BadRequestError(
-            f"logit_bias has the key {key!r:.40}; keys are token ids", "logit_bias"
-        )
-    return int(key)

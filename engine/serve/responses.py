@@ -137,6 +137,52 @@ class ChatCompletion(msgspec.Struct, omit_defaults=True):
     prompt_token_ids: list[int] | None = None
 
 
+class Model(msgspec.Struct):
+    """A name of the model that is served."""
+
+    id: str
+    object: str
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int
+
+
+class Models(msgspec.Struct):
+    """All names of the model."""
+
+    object: str
+    data: list[Model]
+
+
+class Health(msgspec.Struct):
+    """That requests are taken."""
+
+    status: str
+
+
+class Version(msgspec.Struct):
+    """The server's version."""
+
+    version: str
+
+
+class Tokens(msgspec.Struct, omit_defaults=True):
+    """The tokens of a text."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Text(msgspec.Struct):
+    """The text of tokens."""
+
+    prompt: str
+
+
 class ErrorDetail(msgspec.Struct):
     """What is wrong with a request, or went wrong with it."""
 

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import msgspec
-
 from pallas_paged.engine.serve.conversation import chat_prompt
 from pallas_paged.engine.serve.protocol import BadRequestError, DetokenizeRequest, TokenizeRequest
+from pallas_paged.engine.serve.responses import Text, Tokens, encode
 from pallas_paged.engine.serve.service import Service
 from pallas_paged.engine.text.tokenizer import require_tokenizer
 
@@ -22,14 +21,10 @@ async def tokenize(service: Service, request: TokenizeRequest) -> bytes:
     else:
         prompt: Any = await chat_prompt(service, request)
         ids = list(prompt["prompt_token_ids"])
-    answer: dict[str, Any] = {
-        "count": len(ids),
-        "max_model_len": llm.max_model_len,
-        "tokens": ids,
-    }
+    answer = Tokens(len(ids), llm.max_model_len, ids)
     if request.return_token_strs:
-        answer["token_strs"] = [tokenizer.decode_token(token_id) for token_id in ids]
-    return msgspec.json.encode(answer)
+        answer.token_strs = [tokenizer.decode_token(token_id) for token_id in ids]
+    return encode(answer)
 
 
 def detokenize(service: Service, request: DetokenizeRequest) -> bytes:
@@ -43,4 +38,4 @@ def detokenize(service: Service, request: DetokenizeRequest) -> bytes:
                 "tokens",
             )
     text = tokenizer.decode(request.tokens, skip_special_tokens=False)
-    return msgspec.json.encode({"prompt": text})
+    return encode(Text(text))
