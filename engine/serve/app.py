@@ -125,9 +125,11 @@ def _digest(key: bytes) -> bytes:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        text = {404: f"there is nothing at {request.url.path}"}.get(
-            error.status_code, str(error.detail)
-        )
+        path, text = request.url.path, str(error.detail)
+        if error.status_code == 404:
+            text = f"there is nothing at {path}"
+        elif error.status_code == 405:
+            text = f"{path} takes no {request.method}; use {(error.headers or {}).get('Allow')}"
         body = error_body(error.status_code, text)
         return json_answer(body, error.status_code, error.headers)
 
@@ -168,7 +170,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         return json_answer(await tokenize(service, request))
 
     async def text_of(exchange: Exchange, request: DetokenizeRequest, http: Request) -> Response:
-        return json_answer(detokenize(service, request))
+        return json_answer(await detokenize(service, request))
 
     for path, kind, serve in (
         ("/v1/completions", CompletionRequest, completions),

@@ -55,6 +55,8 @@ class ChatCall:
             )
         names = exchange.names
         names |= {"prompt": "messages", "logprobs": "top_logprobs"}
+        if request.chat_template is None:
+            names["chat_template"] = "messages"  # the server's, which does not accept them
         if request.max_completion_tokens is not None:
             names["max_tokens"] = "max_completion_tokens"
         if request.structured_outputs is None:

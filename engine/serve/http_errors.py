@@ -18,7 +18,7 @@ from pallas_paged.engine.structured_outputs import KINDS
 _FIELD = re.compile(
     r"(?:prompts?\[\d+\]: )?(?:request \S+ )?"
     r"(?:a (?=prompt )|the (?=prompt )|(?:the prompt's )?\d+ (?:prompt )?(?:tokens and )?"
-    r"|.*, so (?=messages cannot )|the chat template of .* (?=messages: ))?"
+    r"|.*, so (?=messages cannot )|the .*chat template .* (?=messages(?:: | holds)))?"
     r"(\w+)(?:=|\[|: | must| holds| has| is missing| needs?| of| is| run| cannot)"
 )
 """Finds the field that a message of the engine is about."""
@@ -77,6 +77,8 @@ def answer_to(error: BaseException, names: Mapping[str, str] | None = None) -> E
     param, headers = None, {}
     if isinstance(error, HttpError):
         status, param = error.status, error.param
+        if status == 408:  # what still comes of the body is nobody's
+            headers = {"Connection": "close"}
     elif isinstance(error, BadRequestError):
         status, param = 400, error.param
     elif isinstance(error, NotImplementedError):
@@ -84,8 +86,7 @@ def answer_to(error: BaseException, names: Mapping[str, str] | None = None) -> E
     elif isinstance(error, ValueError):
         match = _FIELD.match(str(error))
         status, param = 400, match and match.group(1)
-        param = param and _NAMES.get(param, param)
-        param = param and (names or {}).get(param, param)
+        param = param and _named(param, names or {})
     elif isinstance(error, EngineOverloadedError):
         status, headers = 503, {"Retry-After": str(error.retry_after_s)}
     elif isinstance(error, EngineDrainingError):
@@ -99,6 +100,13 @@ def answer_to(error: BaseException, names: Mapping[str, str] | None = None) -> E
     is_ours = status == 500 and not isinstance(error, EngineError | HttpError)
     message = "an internal error; the server's log has it" if is_ours else str(error)
     return ErrorAnswer(status, error_body(status, message, param), headers)
+
+
+def _named(field: str, names: Mapping[str, str]) -> str:
+    if field in names:
+        return names[field]
+    general = _NAMES.get(field, field)
+    return names.get(general, general)
 
 
 def error_body(status: int, message: str, param: str | None = None) -> bytes:

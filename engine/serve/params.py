@@ -103,6 +103,12 @@ def chat_params(
     max_tokens = request.max_completion_tokens
     if max_tokens is None:
         max_tokens = request.max_tokens
+    elif request.max_tokens not in (None, max_tokens):
+        raise BadRequestError(
+            f"max_completion_tokens={max_tokens} and max_tokens={request.max_tokens} are two "
+            "names of one thing; leave one of them out",
+            "max_tokens",
+        )
     if request.use_beam_search:
         if max_tokens is None:
             raise BadRequestError("use_beam_search needs max_tokens, where it ends", "max_tokens")
@@ -110,6 +116,8 @@ def chat_params(
     logprobs = None
     if request.logprobs:
         logprobs = 0 if request.top_logprobs is None else request.top_logprobs
+        if logprobs < 0:
+            raise BadRequestError(f"top_logprobs={logprobs} must be at least 0", "top_logprobs")
     elif request.top_logprobs is not None:
         raise BadRequestError(
             f"top_logprobs={request.top_logprobs} needs logprobs=true", "top_logprobs"

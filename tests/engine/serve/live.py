@@ -4,7 +4,9 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,8 +91,21 @@ def live_server(
     thread.start()
     loop, stopping = begun.result(timeout=60)
     try:
+        _wait_until_it_listens(bound)
         yield Live(server.url_of(bound), llm, loop)
     finally:
         loop.call_soon_threadsafe(stopping.set)
         thread.join(timeout=60)
         assert not thread.is_alive(), "the server does not end"
+
+
+def _wait_until_it_listens(bound: socket.socket) -> None:
+    end = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(bound.getsockname()[:2], timeout=60).close()
+        except ConnectionRefusedError:
+            assert time.monotonic() < end, "the server does not listen"
+            time.sleep(0.01)
+        else:
+            return
