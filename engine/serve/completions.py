@@ -1,7 +1,8 @@
 """`/v1/completions`: prompts in, texts that go on with them out."""
 
+import functools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
 from pallas_paged.engine.outputs import CompletionOutput, RequestOutput
@@ -89,20 +90,21 @@ class CompletionCall:
         reasons: list[str | None] = []
         async for place, output in self._exchange.outputs():
             self._counts.note(place, output)
-            choices = []
+            if output.finished:
+                self._exchange.note(output)
             for one in output.outputs:
                 index = place * self._n + one.index
                 stream = streams.get(index)
                 if stream is None:
                     stream = streams[index] = _ChoiceStream(self, index)
-                if (choice := stream.next(output, one)) is not None:
-                    choices.append(choice)
-            if output.finished:
-                self._exchange.note(output)
-            reasons += [one.finish_reason for one in choices if one.finish_reason is not None]
-            if choices:
+                choice = stream.next(output, one)
+                if choice is None:
+                    continue
+                if choice.finish_reason is not None:
+                    reasons.append(choice.finish_reason)
                 usage = self._usage() if is_continuous else None
-                yield event(self._answer(choices, usage))
+                # One each: clients read the first choice of a piece.
+                yield event(self._answer([choice], usage))
         self._exchange.fields |= self._counts.fields(reasons)
         if has_usage:
             yield event(self._answer([], self._usage()))
@@ -174,6 +176,12 @@ class CompletionCall:
         tokenizer = self._service.llm.tokenizer
         return None if tokenizer is None else tokenizer.decode_token
 
+    @functools.cached_property
+    def special_ids(self) -> Collection[int]:
+        """The tokenizer's special tokens."""
+        tokenizer = self._service.llm.tokenizer
+        return frozenset(() if tokenizer is None else tokenizer.implementation.all_special_ids)
+
     @property
     def request(self) -> CompletionRequest:
         """What it asks for."""
@@ -212,8 +220,14 @@ class _ChoiceStream:
                 logprob_ids = [*output.prompt_token_ids, *token_ids]
         logprobs: Logprobs | None = None
         if request.logprobs is not None:
-            logprobs = completion_logprobs(logprob_ids, found, self._offset, call.decode_token)
-            self._offset += sum(map(len, logprobs.tokens))
+            logprobs, self._offset = completion_logprobs(
+                logprob_ids,
+                found,
+                self._offset,
+                call.decode_token,
+                begin + text if is_first else "",
+                call.special_ids if is_first or request.skip_special_tokens is not False else (),
+            )
         self._is_over = reason is not None
         if not (text or begin or reason or logprobs or request.return_token_ids):
             return None

@@ -4,10 +4,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from pallas_paged.engine.serve.params import structured_outputs
 from pallas_paged.engine.serve.parsers.chat_parser import ChatParser
 from pallas_paged.engine.serve.parsers.formats import ToolFormat
 from pallas_paged.engine.serve.parsers.grammar import grammar_for
 from pallas_paged.engine.serve.parsers.reasoning import ThinkParser, starts_inside
+from pallas_paged.engine.serve.parsers.thinking import after_thinking
 from pallas_paged.engine.serve.parsers.tools import ToolParser
 from pallas_paged.engine.serve.protocol import (
     BadRequestError,
@@ -63,7 +65,8 @@ class Answering:
     """How the answers to a chat request are made and read.
 
     Attributes:
-      grammar: what an answer has to be where the choice of tools says that; None where not.
+      grammar: what an answer has to be where the choice of tools says that, or where it has to end
+        its reasoning first; None where the request's own fields say it, or nothing does.
       keeps_special_tokens: whether a parser needs special tokens in the text.
     """
 
@@ -90,7 +93,7 @@ class Answering:
         needed |= {*ThinkParser.markers} if has_reasoning else set()
         self.keeps_special_tokens = not needed.isdisjoint(special)
         self._dropped = special if self.keeps_special_tokens else {}
-        self.grammar = self._grammar(service, self._format) if self._format is not None else None
+        self.grammar = self._form(service)
 
     def new_parser(self) -> ChatParser:
         """Returns what reads one answer."""
@@ -100,6 +103,16 @@ class Answering:
             names = [tool.function.name for tool in self._request.tools or ()]
             tools = ToolParser(self._format, names, parallel_tool_calls=self._parallel)
         return ChatParser(reasoning, tools, dropped_markers=tuple(self._dropped))
+
+    def _form(self, service: Service) -> StructuredOutputsParams | None:
+        """Returns the form of answers where it is another than the request's fields say."""
+        calls = None if self._format is None else self._grammar(service, self._format)
+        if calls is not None or not self._starts_inside:
+            return calls
+        given = structured_outputs(self._request)
+        if given is None:
+            return None
+        return after_thinking(given, _added_tokens(service, ThinkParser.markers))
 
     def _grammar(self, service: Service, tool_format: ToolFormat) -> StructuredOutputsParams | None:
         """Returns the form of answers that call tools, where they have to."""

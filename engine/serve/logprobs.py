@@ -1,6 +1,6 @@
 """From the engine's log-probabilities to those of OpenAI's answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from pallas_paged.engine.outputs import CompletionOutput, Logprob, RequestOutput
@@ -20,14 +20,18 @@ def completion_logprobs(
     found: Sequence[dict[int, Logprob] | None],
     offset: int,
     decode_token: Callable[[int], str] | None,
-) -> Logprobs:
-    """Returns the log-probabilities of tokens, in columns.
+    begin: str,
+    special_ids: Collection[int],
+) -> tuple[Logprobs, int]:
+    """Returns the log-probabilities of tokens, in columns, and the offset behind them.
 
     Args:
       token_ids: the tokens.
       found: of each; None for the first one of a prompt, which nothing predicts.
       offset: characters of the answer's text before the first token's.
       decode_token: gives the text of a token; None without a tokenizer.
+      begin: what is known of the answer's text from its beginning on.
+      special_ids: tokens that are in the text only where `begin` has them.
     """
     made = Logprobs([], [], [], [])
     assert made.top_logprobs is not None
@@ -44,8 +48,9 @@ def completion_logprobs(
             if likely is None
             else {one.decoded_token or "": _finite(one.logprob) for one in likely.values()}
         )
-        offset += len(text)
-    return made
+        if token_id not in special_ids or begin.startswith(text, offset):
+            offset += len(text)
+    return made, offset
 
 
 def chat_logprobs(output: CompletionOutput, num_top: int) -> ChatLogprobs | None:

@@ -33,10 +33,12 @@ class _Vocabulary(NamedTuple):
     Attributes:
       tokenizer: llguidance's, with one token more than the engine's.
       end: that one, which stands for the end of an output. No text holds it.
+      added: the tokens that the tokenizer has added, which llguidance takes for no text.
     """
 
     tokenizer: llguidance.LLTokenizer
     end: int
+    added: frozenset[int]
 
 
 class TokenMatcher:
@@ -122,7 +124,7 @@ class Grammars:
 
     def find_masks(self, matchers: Sequence[Matcher]) -> np.ndarray:
         """Returns which tokens may come next; see `pallas_paged.engine.core.grammar.FindMasks`."""
-        tokenizer, end = self._vocabulary
+        tokenizer, end, added = self._vocabulary
         mine = cast(Sequence[TokenMatcher], matchers)
         found = np.zeros((len(mine), num_words(tokenizer.vocab_size)), np.int32)
         states = [(one.state, k) for k, one in enumerate(mine) if one.fault is None]
@@ -132,6 +134,8 @@ class Grammars:
             one.find_fault()
             if one.fault is not None:
                 found[k] = 0
+            elif (token := _only_token(found[k])) in added:
+                _spell_forced_text(one.state, tokenizer, token, found[k])
         words = found.view(np.uint32)  # a shift must not bring the sign's bit with it
         may_end = (words[:, end // 32] >> np.uint32(end % 32)) & np.uint32(1)
         for token in (end, *self._eos_token_ids):
@@ -161,8 +165,9 @@ class Grammars:
         end = copy.get_vocab_size() - 1
         assert copy.id_to_token(end) == _END
         num_tokens = max(self._vocab_size, end + 1)
+        added = frozenset(copy.get_added_tokens_decoder()) - {end}
         try:
-            return _Vocabulary(llguidance.LLTokenizer(copy.to_str(), num_tokens, end), end)
+            return _Vocabulary(llguidance.LLTokenizer(copy.to_str(), num_tokens, end), end, added)
         except ValueError as error:
             raise ValueError(
                 f"structured_outputs need a tokenizer whose tokens are parts of the text, and "
@@ -226,6 +231,30 @@ def _literal(text: str) -> str:
     return "".join(
         character if character.isalnum() else f"\\x{{{ord(character):x}}}" for character in text
     )
+
+
+def _only_token(mask: np.ndarray) -> int | None:
+    """Returns the token that a mask allows; None if it allows none or several."""
+    (words,) = mask.nonzero()
+    if len(words) != 1:
+        return None
+    word = int(mask[words[0]]) & 0xFFFFFFFF
+    return int(words[0]) * 32 + word.bit_length() - 1 if word.bit_count() == 1 else None
+
+
+def _spell_forced_text(
+    state: llguidance.LLMatcher, tokenizer: llguidance.LLTokenizer, token: int, mask: np.ndarray
+) -> None:
+    """Has a mask allow what forced text can begin with, in the place of a token for no text.
+
+    Where only one text may follow, llguidance has the tokenizer split it, which may find an added
+    token in it: that is no text for llguidance, and may not follow.
+    """
+    if state.validate_tokens([token]):
+        return
+    spelled = tokenizer.greedy_tokenize(state.compute_ff_bytes().decode("utf-8", "replace"))[0]
+    mask[:] = 0
+    mask[spelled // 32] = np.uint32(1 << spelled % 32).astype(np.int32)
 
 
 def _with_deep_stack[T](function: Callable[[], T]) -> T:

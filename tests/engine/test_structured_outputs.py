@@ -417,6 +417,23 @@ def test_an_eos_token_that_came_too_early_is_a_fault(tokenizer: Tokenizer) -> No
     assert (late.is_over, late.fault, late.num_taken) == (True, None, 2)
 
 
+@pytest.mark.parametrize("text", ["<|user|>", "é<|eos|>é", "a<|user|><|assistant|>.", "b<|use"])
+def test_forced_text_may_spell_a_token_that_is_no_text(text: str) -> None:
+    tokenizer = load_tokenizer(DEMO_MODEL)
+    assert tokenizer is not None
+    grammars = Grammars(tokenizer, 2048, (1,))
+    grammar = grammars.compile(StructuredOutputsParams(choice=[text]))
+    assert grammar is not None
+    matcher, tokens = grammar.start(), []
+    while not matcher.may_end:
+        (words,) = grammars.find_masks([matcher])
+        allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+        tokens.append(int(allowed[0]))
+        matcher.take(tokens[-1:])
+        assert matcher.fault is None
+    assert tokenizer.decode(tokens) == text
+
+
 def test_a_limit_that_is_met_on_the_way_ends_that_request_alone(engine: Engine) -> None:
     many = " | ".join(f'"b{i}"' for i in range(3000))
     completion = one_output(engine, asking(grammar=f'start: "a" x\nx: {many}'))

@@ -53,16 +53,16 @@ def grammar_for(
     several = choice is None and parallel_tool_calls
     rules = [
         f"start: {_beginning(tool_format, ids, starts_inside)}call"
-        + (f" ({_lark(tool_format.between)} call)*" if several else ""),
+        + (f" ({lark(tool_format.between)} call)*" if several else ""),
         f"call: {_call(tool_format, ids, [f'tool_{i}' for i in chosen])}",
     ]
     for i in chosen:
         name = json.dumps(functions[i]["name"], ensure_ascii=False)
         prefix = f'{{"name": {name}, "{tool_format.arguments_keys[0]}": '
         schema = _schema(functions[i].get("parameters"), f"tools[{i}].function.parameters")
-        rules.append(f"tool_{i}: {_lark(prefix)} %json {schema} {_lark('}')}")
+        rules.append(f"tool_{i}: {lark(prefix)} %json {schema} {lark('}')}")
     if starts_inside:
-        rules += _reasoning_rules(ids)
+        rules += reasoning_rules(ids)
     return "\n".join(rules) + "\n"
 
 
@@ -127,7 +127,7 @@ def _beginning(tool_format: ToolFormat, ids: Mapping[str, int], starts_inside: b
 def _call(tool_format: ToolFormat, ids: Mapping[str, int], tool_rules: Sequence[str]) -> str:
     """Returns a call's right-hand side."""
     parts = [f"({' | '.join(tool_rules)})"]
-    padding = [_lark(tool_format.padding)] if tool_format.padding else []
+    padding = [lark(tool_format.padding)] if tool_format.padding else []
     if not tool_format.is_bare:
         parts = [_marker(tool_format.opening, ids), *padding, *parts]
     if tool_format.closing is not None:
@@ -136,10 +136,10 @@ def _call(tool_format: ToolFormat, ids: Mapping[str, int], tool_rules: Sequence[
 
 
 def _marker(marker: str, ids: Mapping[str, int]) -> str:
-    return f"(<[{ids[marker]}]> | {_lark(marker)})" if marker in ids else _lark(marker)
+    return f"(<[{ids[marker]}]> | {lark(marker)})" if marker in ids else lark(marker)
 
 
-def _reasoning_rules(ids: Mapping[str, int]) -> list[str]:
+def reasoning_rules(ids: Mapping[str, int]) -> list[str]:
     """Returns the rules of text up to where reasoning ends, and of the newlines behind it."""
     tag = CLOSING.replace("/", r"\/")
     if CLOSING in ids:
@@ -149,6 +149,6 @@ def _reasoning_rules(ids: Mapping[str, int]) -> list[str]:
     return [r"thinking: block /\n{0,2}/", rf"block[lazy]: /(?s:.*){tag}/"]
 
 
-def _lark(text: str) -> str:
+def lark(text: str) -> str:
     """Returns a string as Lark writes it."""
     return json.dumps(text, ensure_ascii=False)
