@@ -29,9 +29,8 @@ import numpy as np
 from absl import flags
 
 from benchmarks import tables
-from benchmarks.instant_engine import InstantDevice, build_parts
+from benchmarks.instant_engine import SleepingDevice, build_parts
 from pallas_paged.engine.async_engine import AsyncEngine
-from pallas_paged.engine.core.plan import StepPlan, StepResult
 from pallas_paged.engine.sampling_params import RequestOutputKind, SamplingParams
 from pallas_paged.engine.text.tokenizer import load_tokenizer
 from pallas_paged.models import command_line
@@ -60,27 +59,6 @@ _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file."
 _PROMPT_LEN, _FIRST_TOKEN = 64, 3
 _ROOM = 1000
 """Tokens that requests may still generate when all steps are timed: clocks may be read late."""
-
-
-class SleepingDevice(InstantDevice):
-    """Gives out its tokens as a device does that takes `step_s` for each step, in their order."""
-
-    def __init__(self, *args: int, step_s: float):
-        super().__init__(*args)
-        self._step_s = step_s
-        self._free_at = 0.0
-
-    def dispatch(self, plan: StepPlan) -> tuple[float, StepResult]:  # type: ignore[override]
-        """Begins the step when the one before has ended."""
-        self._free_at = max(time.perf_counter(), self._free_at) + self._step_s
-        return self._free_at, super().dispatch(plan)
-
-    def collect(self, in_flight: tuple[float, StepResult]) -> StepResult:  # type: ignore[override]
-        """Sleeps until the step has ended."""
-        ends_at, result = in_flight
-        if (left := ends_at - time.perf_counter()) > 0:
-            time.sleep(left)
-        return result
 
 
 class Reading(NamedTuple):

@@ -1,5 +1,6 @@
 """The real engine with a device that computes nothing: all that is left is the host's work."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -75,6 +76,27 @@ class InstantDevice:
 
     def recover(self) -> None:
         """Nothing can fail."""
+
+
+class SleepingDevice(InstantDevice):
+    """Gives out its tokens as a device does that takes `step_s` for each step, in their order."""
+
+    def __init__(self, *args: int, step_s: float):
+        super().__init__(*args)
+        self._step_s = step_s
+        self._free_at = 0.0
+
+    def dispatch(self, plan: StepPlan) -> tuple[float, StepResult]:  # type: ignore[override]
+        """Begins the step when the one before has ended."""
+        self._free_at = max(time.perf_counter(), self._free_at) + self._step_s
+        return self._free_at, super().dispatch(plan)
+
+    def collect(self, in_flight: tuple[float, StepResult]) -> StepResult:  # type: ignore[override]
+        """Sleeps until the step has ended."""
+        ends_at, result = in_flight
+        if (left := ends_at - time.perf_counter()) > 0:
+            time.sleep(left)
+        return result
 
 
 class House(NamedTuple):

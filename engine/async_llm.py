@@ -78,6 +78,15 @@ class AsyncLLM:
             built.runner.warm_up()
         self._join(config, built, max_queued_requests)
 
+    @classmethod
+    def of_built(
+        cls, config: EngineConfig, built: Built, max_queued_requests: int = MAX_QUEUED_REQUESTS
+    ) -> "AsyncLLM":
+        """Returns one over an engine that has been built, and is nobody else's."""
+        llm = cls.__new__(cls)
+        llm._join(config, built, max_queued_requests)
+        return llm
+
     def _join(self, config: EngineConfig, built: Built, max_queued_requests: int) -> None:
         """Takes an engine as its own, and starts its thread."""
         self.config = config

@@ -594,9 +594,7 @@ def make_mock_async_llm(
     *, max_queued_requests: int = 1024, tokenizer: Any = None, **options: Any
 ) -> AsyncLLM:
     """Returns an `AsyncLLM` likewise."""
-    llm = object.__new__(AsyncLLM)
-    llm._join(*_config_and_built(tokenizer, options), max_queued_requests)
-    return llm
+    return AsyncLLM.of_built(*_config_and_built(tokenizer, options), max_queued_requests)
 
 
 def _config_and_built(tokenizer: Any, options: dict[str, Any]) -> tuple[EngineConfig, Built]:
