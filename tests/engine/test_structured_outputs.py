@@ -613,10 +613,10 @@ def test_a_fault_that_a_mask_brings_leaves_no_token(tokenizer: Tokenizer) -> Non
     grammars = Grammars(tokenizer, VOCAB_SIZE, EOS)
     grammar = grammars.compile(StructuredOutputsParams(regex="[ab]c?"))
     assert grammar is not None
-    make, limits = llguidance.LLMatcher, llguidance.LLParserLimits(step_max_items=1)
+    make, limits = llguidance.LLMatcher, llguidance.LLParserLimits(max_lexer_states=3)
     state = make(
         grammars._vocabulary.tokenizer,
-        make.grammar_from_regex("[ab]c?"),
+        make.grammar_from_regex("[a-z]{3,80}x?"),
         log_level=0,
         limits=limits,
     )
@@ -625,7 +625,7 @@ def test_a_fault_that_a_mask_brings_leaves_no_token(tokenizer: Tokenizer) -> Non
     masks = grammars.find_masks([limited, refused, fine])
     assert masks.any(axis=1).tolist() == [False, False, True]
     assert limited.fault is not None
-    assert "Too many items" in limited.fault
+    assert "too many states" in limited.fault
     assert refused.fault is not None
     assert fine.fault is None
 
