@@ -7,7 +7,6 @@ import re
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -25,6 +24,7 @@ from pallas_paged.engine.serve.completions import CompletionCall
 from pallas_paged.engine.serve.exchange import ClientGoneError, Exchange, read_body, until_gone
 from pallas_paged.engine.serve.http_errors import HttpError, answer_to, error_body
 from pallas_paged.engine.serve.openapi import document
+from pallas_paged.engine.serve.page import page_answer
 from pallas_paged.engine.serve.prometheus import CONTENT_TYPE, EngineMetrics
 from pallas_paged.engine.serve.protocol import (
     ChatRequest,
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 _OPEN_PATHS = {"/", "/health", "/ping", "/version", "/metrics"}
 """What needs no API key."""
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")
-_PAGE = Path(__file__).parent / "page.html"
 
 
 def make_app(service: Service) -> FastAPI:
@@ -238,7 +237,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/", response_class=HTMLResponse)
     async def page() -> Response:
-        return HTMLResponse(_PAGE.read_text())
+        return page_answer()
 
     @app.get("/health")
     @app.get("/ping")
