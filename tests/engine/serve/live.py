@@ -80,6 +80,7 @@ def live_server(
     llm = AsyncLLM(DEMO_MODEL, **SMALL) if llm is None else llm
     app = make_app(Service(llm, ServeOptions(**{"served_model_names": (MODEL,)} | options)))
     bound = server.bound_socket("127.0.0.1", 0)
+    bound.listen()  # who connects before the server runs waits for it
     begun: concurrent.futures.Future[tuple[Any, asyncio.Event]] = concurrent.futures.Future()
 
     async def serve() -> None:
