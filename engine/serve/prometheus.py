@@ -30,6 +30,7 @@ _ALSO = {
     "kv_cache_usage_perc": "gpu_cache_usage_perc",
     "prefix_cache_queries": "gpu_prefix_cache_queries",
     "prefix_cache_hits": "gpu_prefix_cache_hits",
+    "inter_token_latency_seconds": "time_per_output_token_seconds",
 }
 """Names of the generation before, by today's."""
 _HELP = {
@@ -42,6 +43,18 @@ _HELP = {
     "prompt_tokens": "Tokens of the prompts that were taken in.",
     "generation_tokens": "Tokens that were generated.",
     "request_success": "Requests that have ended, by their reason.",
+    "spec_decode_num_draft_tokens": "Tokens that were guessed.",
+    "spec_decode_num_accepted_tokens": "Tokens that were guessed right.",
+    "time_to_first_token_seconds": "From a request's arrival to its first token.",
+    "inter_token_latency_seconds": "Between two outputs of a stream.",
+    "request_time_per_output_token_seconds": "A request's mean time per token behind the first.",
+    "e2e_request_latency_seconds": "From a request's arrival to its end.",
+    "request_queue_time_seconds": "From a request's arrival to its first step.",
+    "request_inference_time_seconds": "From a request's first step to its end.",
+    "request_prefill_time_seconds": "From a request's first step to its first token.",
+    "request_decode_time_seconds": "From a request's first token to its end.",
+    "request_prompt_tokens": "Tokens of a request's prompt.",
+    "request_generation_tokens": "Tokens that a request generated.",
 }
 
 
@@ -83,15 +96,15 @@ class EngineMetrics:
                 family = families.get(own)
                 if family is None:
                     kind = CounterMetricFamily if isinstance(figure, Counter) else GaugeMetricFamily
-                    text = _HELP.get(name, "See the documentation.")
-                    family = kind(self._named(own), text, labels=[*names, *more])
+                    family = kind(self._named(own), _HELP[name], labels=[*names, *more])
                     families[own] = family
                 family.add_metric([*values, *more.values()], figure.value)
         yield from families.values()
         for name, histogram in self._latencies.histograms.items():
-            made = HistogramMetricFamily(self._named(name), f"{name}, by request.", labels=names)
-            made.add_metric(values, histogram.buckets(), histogram.total)
-            yield made
+            for own in filter(None, (name, _ALSO.get(name))):
+                made = HistogramMetricFamily(self._named(own), _HELP[name], labels=names)
+                made.add_metric(values, histogram.buckets(), histogram.total)
+                yield made
 
     def _config(self, num_blocks: int) -> Metric:
         """Returns what routers read of the pool's shape."""

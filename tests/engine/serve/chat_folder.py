@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from pallas_paged.models.demo import DEMO_MODEL
+DEMO = Path(__file__).parents[3] / "models/demo"
 
 TEMPLATE = """\
 {{ bos_token }}
@@ -29,7 +29,7 @@ def chat_folder(folder: Path) -> Path:
 
     The tokenizer's last token becomes `</think>`, so that a bias makes the model stop to think.
     """
-    for file in Path(DEMO_MODEL).iterdir():
+    for file in DEMO.iterdir():
         if file.suffix in (".json", ".safetensors"):
             shutil.copy(file, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
