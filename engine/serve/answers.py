@@ -14,6 +14,10 @@ from pallas_paged.engine.serve.responses import DONE
 logger = logging.getLogger(__name__)
 
 
+class _ClientStalledError(Exception):
+    """The client takes nothing; no `TimeoutError`, which an engine's deadline is."""
+
+
 def json_answer(
     body: bytes, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
@@ -43,8 +47,8 @@ class EventStream(Response):
             await until_gone(receive, self._send_all(send))
         except ClientGoneError:
             status = 499
-        except TimeoutError:
-            status, error_text = 499, f"the client read nothing for {self._stalled_client_s:g} s"
+        except _ClientStalledError as error:
+            status, error_text = 499, str(error)
         finally:
             exchange.close()
             more = {} if error_text is None else {"error": error_text}
@@ -56,7 +60,7 @@ class EventStream(Response):
         try:
             async for piece in self._pieces:
                 await self._send(send, piece)
-        except (ClientGoneError, TimeoutError):
+        except (ClientGoneError, _ClientStalledError):
             raise
         except Exception as error:
             answer = answer_to(error, self._exchange.names)
@@ -67,5 +71,9 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b""})
 
     async def _send(self, send: Send, piece: bytes) -> None:
-        async with asyncio.timeout(self._stalled_client_s):
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        try:
+            async with asyncio.timeout(self._stalled_client_s):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except TimeoutError:
+            text = f"the client read nothing for {self._stalled_client_s:g} s"
+            raise _ClientStalledError(text) from None

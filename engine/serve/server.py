@@ -72,6 +72,7 @@ async def run(
             timeout_graceful_shutdown=_CLOSE_S,
         )
     )
+    _give_up_stalled(bound, app.state.service.options.stalled_client_s)
     gc.collect()
     gc.freeze()  # what has been loaded stays, and need not be walked through again
     serving = asyncio.ensure_future(server.serve([bound]))
@@ -83,6 +84,16 @@ async def run(
     await serving
     ending.cancel()
     return 1 if llm.errored else 0
+
+
+def _give_up_stalled(bound: socket.socket, timeout_s: float) -> None:
+    """Lets connections end whose client takes nothing for so long, where the system can do that.
+
+    A transport that is closed waits for what it holds to be taken, be it forever.
+    """
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        milliseconds = min(max(1, round(timeout_s * 1e3)), 2**31 - 1)
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
 def stop_at_signals(stopping: asyncio.Event) -> None:

@@ -35,11 +35,20 @@ class Live:
       url: where it is.
       llm: its engine.
       loop: the event loop of both.
+      stopping: tells it to stop.
+      status: what the program would end with, once it has.
     """
 
     url: str
     llm: AsyncLLM
     loop: asyncio.AbstractEventLoop
+    stopping: asyncio.Event
+    status: concurrent.futures.Future[int]
+
+    def stop(self) -> None:
+        """Tells it to stop, if it has not ended."""
+        with contextlib.suppress(RuntimeError):  # its event loop is closed
+            self.loop.call_soon_threadsafe(self.stopping.set)
 
     def call(self, coroutine: Any) -> Any:
         """Runs a coroutine in the server's event loop and returns its result."""
@@ -82,20 +91,21 @@ def live_server(
     bound = server.bound_socket("127.0.0.1", 0)
     bound.listen()  # who connects before the server runs waits for it
     begun: concurrent.futures.Future[tuple[Any, asyncio.Event]] = concurrent.futures.Future()
+    status: concurrent.futures.Future[int] = concurrent.futures.Future()
 
     async def serve() -> None:
         stopping = asyncio.Event()
         begun.set_result((asyncio.get_running_loop(), stopping))
-        await server.run(llm, app, bound, stopping, grace_s)
+        status.set_result(await server.run(llm, app, bound, stopping, grace_s))
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    loop, stopping = begun.result(timeout=60)
+    live = Live(server.url_of(bound), llm, *begun.result(timeout=60), status)
     try:
         _wait_until_it_listens(bound)
-        yield Live(server.url_of(bound), llm, loop)
+        yield live
     finally:
-        loop.call_soon_threadsafe(stopping.set)
+        live.stop()
         thread.join(timeout=60)
         assert not thread.is_alive(), "the server does not end"
 
