@@ -1,7 +1,7 @@
 """How many steps per second concurrent callers leave a device that takes a constant time per step.
 
   python -m benchmarks.async_cost                                    # about a minute
-  python -m benchmarks.async_cost --num_seqs=256 --kinds=deltas --profile=callers
+  python -m benchmarks.async_cost --num_seqs=256 --kinds=deltas --profile
 
 The engine is the real one, with its thread of the steps, its event loop, its text and a coroutine
 for each request; only the device's step is a sleep, during which other threads run. `share` is the
@@ -12,9 +12,9 @@ whatever the cores are, and where they would run side by side, not less than the
 
 import asyncio
 import concurrent.futures
+import contextlib
 import cProfile
 import functools
-import gc
 import json
 import multiprocessing
 import pathlib
@@ -22,7 +22,7 @@ import pstats
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from absl import flags
 
 from benchmarks import tables
 from benchmarks.instant_engine import SleepingDevice, build_parts
+from pallas_paged.engine import garbage
 from pallas_paged.engine.async_engine import AsyncEngine
 from pallas_paged.engine.sampling_params import RequestOutputKind, SamplingParams
 from pallas_paged.engine.text.tokenizer import load_tokenizer
@@ -51,9 +52,10 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of each case; the best count
 _SWITCH_MS = flags.DEFINE_float(
     "switch_ms", 1e3 * sys.getswitchinterval(), "For sys.setswitchinterval.", lower_bound=0.001
 )
-_PROFILE = flags.DEFINE_enum(
-    "profile", None, ["steps", "callers"], "Also print where the time of one thread goes."
+_GC = flags.DEFINE_enum(
+    "gc", "served", ["served", "python"], "Garbage as programs that serve have it, or as it is."
 )
+_PROFILE = flags.DEFINE_bool("profile", False, "Also print where the time goes, in all threads.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 _PROMPT_LEN, _FIRST_TOKEN = 64, 3
@@ -119,10 +121,8 @@ async def _time(engine: AsyncEngine, num_seqs: int) -> dict[str, float]:
 
     await reach(_WARM_STEPS.value)
     before, begin_s = await engine.call(read), time.thread_time()
-    profiler = await _start_profile(engine)
-    await reach(before.num_steps + _NUM_STEPS.value)
-    if profiler is not None:
-        await _stop_profile(engine, profiler)
+    with _profiled():
+        await reach(before.num_steps + _NUM_STEPS.value)
     after, end_s = await engine.call(read), time.thread_time()
     steps = after.num_steps - before.num_steps
     step_ms = 1e3 * (after.wall_s - before.wall_s) / steps
@@ -134,23 +134,14 @@ async def _time(engine: AsyncEngine, num_seqs: int) -> dict[str, float]:
     }
 
 
-async def _start_profile(engine: AsyncEngine) -> cProfile.Profile | None:
-    if _PROFILE.value is None:
-        return None
-    profiler = cProfile.Profile()
-    if _PROFILE.value == "steps":
-        await engine.call(profiler.enable)
-    else:
-        profiler.enable()
-    return profiler
-
-
-async def _stop_profile(engine: AsyncEngine, profiler: cProfile.Profile) -> None:
-    if _PROFILE.value == "steps":
-        await engine.call(profiler.disable)
-    else:
-        profiler.disable()
-    pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
+@contextlib.contextmanager
+def _profiled() -> Iterator[None]:
+    if not _PROFILE.value:
+        yield
+        return
+    with cProfile.Profile() as profile:  # of both threads
+        yield
+    pstats.Stats(profile).sort_stats("tottime").print_stats(40)
 
 
 async def _run(num_seqs: int, kind: RequestOutputKind) -> dict[str, float]:
@@ -166,7 +157,8 @@ async def _run(num_seqs: int, kind: RequestOutputKind) -> dict[str, float]:
         functools.partial(SleepingDevice, step_s=1e-3 * _DEVICE_MS.value),
     )
     engine = AsyncEngine(parts, num_seqs)
-    gc.collect()
+    if _GC.value == "served":
+        garbage.leave_to_requests()
     try:
         return await _measure(engine, num_seqs, kind)
     finally:

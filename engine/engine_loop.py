@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
 """So many failures with no token between them end the loop."""
-MAX_BEHIND = 32
+MAX_BEHIND = 16
 """The outputs of so many steps may be on their way to whoever takes them; then the loop waits."""
 
 

@@ -57,5 +57,5 @@ class HandOver[T]:
                 if take is not None:
                     take(item)
         finally:
-            if self._items:  # those behind one that failed, and what is new
+            if self._items and not self._is_woken:  # those behind one that failed
                 self._wake()

@@ -77,13 +77,17 @@ class CompletionOutput:
 
     def merged_with(self, later: "CompletionOutput") -> "CompletionOutput":
         """Returns this delta and the next one of the same completion as one delta."""
-        return dataclasses.replace(
-            later,
-            text=None if self.text is None or later.text is None else self.text + later.text,
-            token_ids=self.token_ids + later.token_ids,
-            logprobs=None
+        return CompletionOutput(  # `dataclasses.replace` takes four times as long
+            later.index,
+            None if self.text is None or later.text is None else self.text + later.text,
+            self.token_ids + later.token_ids,
+            later.cumulative_logprob,
+            None
             if self.logprobs is None or later.logprobs is None
             else self.logprobs + later.logprobs,
+            later.finish_reason,
+            later.stop_reason,
+            later.score,
         )
 
 
@@ -125,12 +129,22 @@ class RequestOutput:
         `RequestOutputKind.DELTA` alone: of the other kinds the later output holds the earlier one.
         """
         assert later.request_id == self.request_id
-        merged = {output.index: output for output in self.outputs}
-        for output in later.outputs:
-            earlier = merged.get(output.index)
-            merged[output.index] = output if earlier is None else earlier.merged_with(output)
-        return dataclasses.replace(
-            later,
-            outputs=tuple(merged[index] for index in sorted(merged)),
-            prompt_logprobs=self.prompt_logprobs or later.prompt_logprobs,
+        mine, its = self.outputs, later.outputs
+        if len(mine) == len(its) == 1 and mine[0].index == its[0].index:
+            outputs: tuple[CompletionOutput, ...] = (mine[0].merged_with(its[0]),)
+        else:
+            merged = {output.index: output for output in mine}
+            for output in its:
+                earlier = merged.get(output.index)
+                merged[output.index] = output if earlier is None else earlier.merged_with(output)
+            outputs = tuple(merged[index] for index in sorted(merged))
+        return RequestOutput(
+            later.request_id,
+            later.prompt,
+            later.prompt_token_ids,
+            outputs,
+            later.finished,
+            later.metrics,
+            later.num_cached_tokens,
+            self.prompt_logprobs or later.prompt_logprobs,
         )

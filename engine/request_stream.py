@@ -9,8 +9,8 @@ from pallas_paged.engine.outputs import RequestOutput
 class RequestStream(AsyncIterator[RequestOutput]):
     """Yields a request's outputs; the last one has `finished` set, and nothing comes behind it.
 
-    It holds one output at most, however slow its reader is: deltas that were not fetched become one
-    delta, and of all so far the latest is kept. All of it belongs to the thread of its event loop.
+    A reader that is slow finds one output at most: deltas that it has not fetched become one delta,
+    and of all so far the latest is kept. All of it belongs to the thread of its event loop.
 
     Attributes:
       request_id: the request's.
@@ -24,7 +24,9 @@ class RequestStream(AsyncIterator[RequestOutput]):
         self.error: BaseException | None = None
         self._is_delta = is_delta
         self._leave = leave
-        self._output: RequestOutput | None = None
+        # What has not been fetched, each with the number of outputs that it was made of: fewer than
+        # the one before. To put all into one at once would copy it for every token.
+        self._pending: list[tuple[int, RequestOutput]] = []
         self._is_over = False  # nothing more is put in
         self._is_read = False  # the reader has had the end, or has gone
         self._waiter: asyncio.Future[None] | None = None
@@ -38,11 +40,18 @@ class RequestStream(AsyncIterator[RequestOutput]):
         """Hands an output to the reader."""
         if self._is_over:
             return
-        if self._output is not None and self._is_delta:
-            output = self._output.merged_with(output)
-        self._output = output
         self._is_over = output.finished
-        self._wake()
+        if self._pending and not self._is_delta:
+            self._pending.clear()
+        size = 1
+        while self._pending and self._pending[-1][0] <= size:
+            earlier_size, earlier = self._pending.pop()
+            output = earlier.merged_with(output)
+            size += earlier_size
+        self._pending.append((size, output))
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def fail(self, error: BaseException) -> None:
         """Ends the request with an error."""
@@ -57,7 +66,7 @@ class RequestStream(AsyncIterator[RequestOutput]):
           EngineError: the request ended without a last output.
           RuntimeError: another coroutine waits already.
         """
-        while self._output is None:
+        while not self._pending:
             if self._is_read:
                 raise StopAsyncIteration
             if self.error is not None:
@@ -70,7 +79,9 @@ class RequestStream(AsyncIterator[RequestOutput]):
                 await self._waiter
             finally:
                 self._waiter = None
-        output, self._output = self._output, None
+        _, output = self._pending.pop()
+        while self._pending:
+            output = self._pending.pop()[1].merged_with(output)
         self._is_read |= output.finished
         return output
 
@@ -80,7 +91,8 @@ class RequestStream(AsyncIterator[RequestOutput]):
 
     def close(self) -> None:
         """Does what `aclose` does, where nothing can be awaited."""
-        is_early, self._is_read, self._output = not self._is_over, True, None
+        is_early, self._is_read = not self._is_over, True
+        self._pending.clear()
         if is_early:
             self._is_over = True
             self._leave(self.request_id)

@@ -21,6 +21,7 @@ QUICK = [
     ("block_tables", "--num_seqs=8 --num_tokens=64 --steps=4"),
     ("products", "--shapes=8x16 --rows=1,4 --dtype=bfloat16 --repeats=1 --min_mib=0"),
     ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
+    ("async_cost", "--device_ms=1 --num_seqs=4 --num_steps=3 --warm_steps=2 --repeats=1"),
     (
         "step_floor",
         "--models=tiny --dtypes=float32 --rows=1,3 --contexts=20 --rounds=1 --min_ms=0 --plot=PLOT",

@@ -2,7 +2,13 @@
 
 import pytest
 
-from tests.engine import mutate_beams, mutate_grammars, mutate_sharing, mutate_steps
+from tests.engine import (
+    mutate_async,
+    mutate_beams,
+    mutate_grammars,
+    mutate_sharing,
+    mutate_steps,
+)
 from tests.kernels import (
     mutate_ampere,
     mutate_cache,
@@ -17,6 +23,7 @@ PROGRAMS = (
     mutate_beams,
     mutate_steps,
     mutate_grammars,
+    mutate_async,
     mutate_decode,
     mutate_prefill,
     mutate_ampere,

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from pallas_paged.engine import BeamSearchParams, SamplingParams
 from pallas_paged.engine.async_llm import AsyncLLM
 from pallas_paged.engine.core.policies import PriorityOrder
 from pallas_paged.engine.core.speculation import make_proposer, speculation_settings
+from pallas_paged.engine.engine_loop import MAX_BEHIND
 from pallas_paged.engine.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -486,6 +488,17 @@ class TestSlowReaders:
                 for i, stream in enumerate(slow):
                     (only,) = await read(stream)
                     assert answer_of(only) == offline([([9, i], params(40))])[0]
+
+        run(main())
+
+    def test_an_event_loop_that_is_blocked_holds_the_steps_up(self) -> None:
+        async def main() -> None:
+            async with make() as llm:
+                stream = await llm.submit([5], LONG)
+                time.sleep(0.1)
+                assert llm.engine.parts.core.num_steps <= MAX_BEHIND + 2
+                assert answer_of(await whole(stream, DELTA)) == offline([([5], LONG)])[0]
+                await assert_idle(llm)
 
         run(main())
 

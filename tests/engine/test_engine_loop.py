@@ -179,6 +179,26 @@ class TestHandingOver:
         asyncio.run(main())
         assert (taker.taken, len(failures)) == ([0, 2, 4], 3)
 
+    def test_what_comes_while_items_are_taken_lets_others_have_their_turn(self) -> None:
+        class Endless(Taker):
+            def take(self, item: int) -> None:
+                super().take(item)
+                if item < 100:
+                    hand_over.put(item + 1)
+
+        taker, turns = Endless(), list[int]()
+        hand_over = HandOver(taker.take)
+
+        async def main() -> None:
+            hand_over.bind(asyncio.get_running_loop())
+            hand_over.put(0)
+            while len(taker.taken) < 100:
+                await asyncio.sleep(0)
+                turns.append(len(taker.taken))
+
+        asyncio.run(main())
+        assert len(turns) >= 99
+
     def test_it_keeps_nobody_alive(self) -> None:
         taker = Taker()
         hand_over, taken = HandOver(taker.take), taker.taken
