@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import weakref
 from collections.abc import Callable
 
@@ -43,10 +44,8 @@ class HandOver[T]:
         if self.event_loop is None:
             return
         self._is_woken = True
-        try:
+        with contextlib.suppress(RuntimeError):  # it is closed
             self.event_loop.call_soon_threadsafe(self._take_all)
-        except RuntimeError:  # it is closed
-            self._is_woken = False
 
     def _take_all(self) -> None:
         self._is_woken = False  # first: what is put in from here on wakes again

@@ -421,7 +421,7 @@ class TestLeaving:
                 gate = Gate(llm, "dispatch")
                 other = await llm.submit([5], params(3))
                 await gate.reached()
-                for bad in ([61], [7]):
+                for bad in ([5] * 70, [7]):
                     task = asyncio.create_task(llm.submit(bad, LONG, "a"))
                     await asyncio.sleep(0)
                     task.cancel()
