@@ -87,6 +87,7 @@ sharing-mutate: $(VENV)/.test
 	@$(PY) -m tests.engine.mutate_beams
 	@$(PY) -m tests.engine.mutate_steps
 	@$(PY) -m tests.engine.mutate_grammars
+	@$(PY) -m tests.engine.mutate_async
 
 # What the GPU suite runs, compiled here for a machine with that JAX for CUDA 13: it loads it with
 # `python -m benchmarks.gpu_suite --out=DIR --programs=.gpu-programs`.

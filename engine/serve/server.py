@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 import uvicorn
 from fastapi import FastAPI
 
+from pallas_paged.engine import garbage
 from pallas_paged.engine.async_llm import AsyncLLM
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,7 @@ async def run(
         )
     )
     _give_up_stalled(bound, app.state.service.options.stalled_client_s)
-    gc.collect()
-    gc.freeze()  # what has been loaded stays, and need not be walked through again
+    garbage.leave_to_requests()
     serving = asyncio.ensure_future(server.serve([bound]))
     ending = asyncio.ensure_future(_until_end(llm, stopping))
     await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
