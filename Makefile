@@ -7,8 +7,9 @@ OLDEST_JAX := 0.11.2
 EVAL := .venv-eval
 GPU := .venv-gpu
 GPU_JAX ?= 0.11.2
+SECONDS ?= 300
 
-.PHONY: demo test check format strict speed oldest kernels-full kernels-mutate sharing-mutate \
+.PHONY: demo test check format strict speed soak oldest kernels-full kernels-mutate sharing-mutate \
   eval-check gpu-programs dist clean
 
 demo: $(VENV)/.base
@@ -55,6 +56,10 @@ strict: $(VENV)/.test
 # machine that does nothing else.
 speed: $(VENV)/.test
 	@$(PY) -m benchmarks.step_floor
+
+# Hundreds of clients that come and go at a server with too little memory, for minutes.
+soak: $(VENV)/.test
+	@JAX_PLATFORMS=cpu $(PY) -m benchmarks.soak --seconds=$(SECONDS)
 
 # Kernels, block tables and a request from end to end on the oldest JAX we support; random operations
 # on block tables are the newest JAX's, and what kernels spill is in this JAX's table.
