@@ -5,15 +5,20 @@ PY := $(VENV)/bin/python
 OLDEST := .venv-oldest
 OLDEST_JAX := 0.11.2
 EVAL := .venv-eval
+CLIENTS := .venv-clients
 GPU := .venv-gpu
 GPU_JAX ?= 0.11.2
 SECONDS ?= 300
 
-.PHONY: demo test check format strict speed soak oldest kernels-full kernels-mutate sharing-mutate \
-  eval-check gpu-programs dist clean
+.PHONY: demo serve test check format strict speed soak oldest kernels-full kernels-mutate \
+  sharing-mutate eval-check clients gpu-programs dist clean
 
 demo: $(VENV)/.base
 	@$(PY) -m pallas_paged.engine.demo
+
+# A server over HTTP, with what ARGS says: make serve ARGS='--model=FOLDER --port=8001'
+serve: $(VENV)/.serve
+	@exec $(PY) -m pallas_paged.engine.serve $(ARGS)
 
 # Three processes keep two cores busy: tests also wait, for programs that they start. Cases of
 # interpreted kernels that are marked `tabled` are left out: the tables of `make kernels-full` hold
@@ -72,6 +77,11 @@ oldest: $(OLDEST)/.oldest
 eval-check: $(EVAL)/.eval
 	@JAX_PLATFORMS=cpu $(EVAL)/bin/python -m pytest -s tests/engine/lm_eval_check.py
 
+# A server of the demo model, asked by openai, litellm and llm as their users do, in an environment
+# that has these.
+clients: $(CLIENTS)/.clients
+	@$(CLIENTS)/bin/python -m tests.clients.check
+
 # Compile every named program of the kernels and interpret every named case with both JAX, as far as
 # the committed tables are not up to date; may be stopped and started again.
 kernels-full: $(VENV)/.test $(OLDEST)/.oldest
@@ -109,7 +119,7 @@ dist: $(VENV)/.test
 	  --prompt='def main():' --max_tokens=8 --temperature=0
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(EVAL) $(GPU) .gpu-programs dist
+	rm -rf $(VENV) $(OLDEST) $(EVAL) $(CLIENTS) $(GPU) .gpu-programs dist
 
 # --- set-up -----------------------------------------------------------------------------------
 # With --no-compile: pip would compile every file of every package, Python compiles what it imports.
@@ -119,10 +129,15 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e .
 	@touch $@
 
+$(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	@echo "Installing pallas-paged with its server into $(VENV) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[serve]'
+	@touch $(VENV)/.base $@
+
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	@echo "Installing pallas-paged with its test tools into $(VENV) ..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
-	@touch $(VENV)/.base $@
+	@touch $(VENV)/.base $(VENV)/.serve $@
 
 $(OLDEST)/.oldest: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory VENV=$(OLDEST) $(OLDEST)/.test
@@ -135,6 +150,11 @@ $(EVAL)/.eval: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory VENV=$(EVAL) $(EVAL)/bin/pip
 	@$(EVAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 	  -c constraints.txt -e '.[eval]' 'lm_eval[api]' pytest hypothesis beartype
+	@touch $@
+
+$(CLIENTS)/.clients: pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory VENV=$(CLIENTS) $(CLIENTS)/.serve
+	@$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile openai litellm llm
 	@touch $@
 
 $(GPU)/.gpu: pyproject.toml constraints.txt

@@ -12,23 +12,31 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Mapping
 
 import uvloop
 from absl import flags
 
+from pallas_paged.engine import engine_flags
 from pallas_paged.engine.async_llm import MAX_QUEUED_REQUESTS, AsyncLLM
-from pallas_paged.engine.engine_flags import engine_options
 from pallas_paged.engine.serve import server
 from pallas_paged.engine.serve.app import make_app
 from pallas_paged.engine.serve.parsers.formats import TOOL_PARSERS, choose_format
 from pallas_paged.engine.serve.parsers.reasoning import REASONING_PARSERS
 from pallas_paged.engine.serve.service import ServeOptions, Service
+from pallas_paged.engine.serve.templates import choose_template
 from pallas_paged.engine.watching_flags import watching_options
 from pallas_paged.models import command_line
 from pallas_paged.models.demo import DEMO_MODEL
 
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 is every one.")
-_PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0 is any that is free.")
+_PORT = flags.DEFINE_integer(
+    "port",
+    8000,
+    "Port to listen at; 0 is any that is free.",
+    lower_bound=0,
+    upper_bound=65535,
+)
 _SERVED_MODEL_NAME = flags.DEFINE_multi_string(
     "served_model_name",
     None,
@@ -62,7 +70,9 @@ _ALLOWED_ORIGIN = flags.DEFINE_multi_string(
     "Origin of pages whose scripts may send requests, * for all; may be repeated. None by default.",
 )
 _CHAT_TEMPLATE = flags.DEFINE_string(
-    "chat_template", None, "Jinja template of all chats, or the name of one of the folder's."
+    "chat_template",
+    None,
+    "Jinja template of all chats: a file, the template itself, or the name of one of the folder's.",
 )
 _TRUST_REQUEST_CHAT_TEMPLATE = flags.DEFINE_bool(
     "trust_request_chat_template", False, "Let requests bring templates, which are programs."
@@ -83,6 +93,7 @@ _METRICS_PREFIX = flags.DEFINE_string("metrics_prefix", "vllm", "In front of the
 _LOG_REQUESTS = flags.DEFINE_bool(
     "log_requests", True, "Print a line of JSON for each request to standard output."
 )
+flags.adopt_module_key_flags(engine_flags)  # --help has them too
 
 
 def main() -> None:
@@ -92,10 +103,12 @@ def main() -> None:
     requests.propagate = False
     if _LOG_REQUESTS.value:
         requests.addHandler(logging.StreamHandler(sys.stdout))  # nothing there but lines of JSON
+    check_limits()
     bound = server.bound_socket(_HOST.value, _PORT.value)  # first: loading takes longer
-    options = engine_options() | watching_options()
+    options = engine_flags.engine_options() | watching_options()
     llm = AsyncLLM(max_queued_requests=_MAX_QUEUED_REQUESTS.value, **options)
-    app = make_app(Service(llm, serve_options(options["model"], _template_of(llm))))
+    own = None if llm.tokenizer is None else llm.tokenizer.implementation.chat_template
+    app = make_app(Service(llm, serve_options(options["model"], own)))
     logging.getLogger("pallas_paged.engine.serve").info(
         "serving %s at %s", options["model"], server.url_of(bound)
     )
@@ -109,15 +122,22 @@ def main() -> None:
         sys.exit(status)
 
 
-def serve_options(model: str, template: str | None) -> ServeOptions:
-    """Returns what the flags say of the server of a model with this chat template.
-
-    Raises:
-      ValueError: a flag is not usable.
-    """
+def check_limits() -> None:
+    """Raises `ValueError` for a limit that is none."""
     for flag in (_REQUEST_TIMEOUT_S, _BODY_TIMEOUT_S, _STALLED_CLIENT_S, _MAX_REQUEST_BYTES):
         if flag.value is not None and not flag.value > 0:
             raise ValueError(f"--{flag.name}={flag.value} must be above 0")
+    if not _SHUTDOWN_GRACE_S.value >= 0:
+        raise ValueError(f"--shutdown_grace_s={_SHUTDOWN_GRACE_S.value} must be at least 0")
+
+
+def serve_options(model: str, own_template: str | Mapping[str, str] | None) -> ServeOptions:
+    """Returns what the flags say of the server of a model with this chat template, or these.
+
+    Raises:
+      ValueError: there is no such chat template.
+    """
+    chosen, template = choose_template(_CHAT_TEMPLATE.value, own_template)
     own = "demo" if model == str(DEMO_MODEL) else os.path.basename(os.path.normpath(model))
     keys = [*(_API_KEY.value or ()), os.environ.get("PALLAS_PAGED_API_KEY", "")]
     tool_format = TOOL_PARSERS.get(_TOOL_CALL_PARSER.value)
@@ -134,22 +154,12 @@ def serve_options(model: str, template: str | None) -> ServeOptions:
         request_timeout_s=_REQUEST_TIMEOUT_S.value,
         stalled_client_s=_STALLED_CLIENT_S.value,
         allowed_origins=tuple(_ALLOWED_ORIGIN.value or ()),
-        chat_template=_CHAT_TEMPLATE.value,
+        chat_template=chosen,
         tool_format=tool_format,
         has_reasoning=has_reasoning,
         trust_request_chat_template=_TRUST_REQUEST_CHAT_TEMPLATE.value,
         metrics_prefix=_METRICS_PREFIX.value,
     )
-
-
-def _template_of(llm: AsyncLLM) -> str | None:
-    """Returns the text of the chat template that conversations go through, as far as it is one."""
-    if _CHAT_TEMPLATE.value is not None:
-        return _CHAT_TEMPLATE.value
-    if llm.tokenizer is None:
-        return None
-    template = llm.tokenizer.implementation.chat_template
-    return "\n".join(template.values()) if isinstance(template, dict) else template
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +52,9 @@ def running_server() -> Iterator[Server]:
             text=True,
         )
         try:
-            yield Server(f"{_url(process)}/v1")
+            url = _url(process)
+            _wait_until_it_listens(url)
+            yield Server(f"{url}/v1")
         finally:
             process.send_signal(signal.SIGTERM)
             status = process.wait(timeout=60)
@@ -72,3 +77,16 @@ def _url(process: subprocess.Popen) -> str:
         if found := re.search(r"serving .* at (http://\S+)", line):
             return found.group(1)
     raise RuntimeError(f"the server does not start:\n{''.join(said)}")
+
+
+def _wait_until_it_listens(url: str) -> None:
+    """Waits for the moment between what the log says and the first answer."""
+    end = time.monotonic() + _START_S
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=_START_S).close()
+            return
+        except urllib.error.URLError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)

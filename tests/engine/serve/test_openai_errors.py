@@ -30,7 +30,7 @@ def complete(client: openai.OpenAI, **fields: Any) -> Any:
         (complete, {"logprobs": 21}, "logprobs", "max_logprobs"),
         (complete, {"best_of": 1, "n": 2}, "best_of", "best_of=1"),
         (complete, {"suffix": "b"}, "suffix", "suffix='b' is not supported"),
-        (complete, {"logit_bias": {"x": 1}}, "logit_bias", "keys are token ids"),
+        (complete, {"logit_bias": {"x": 1}}, "logit_bias", "no token id"),
         (complete, {"prompt": "a " * 600}, None, "512"),
         (complete, {"prompt": []}, "prompt", "empty"),
         (complete, {"prompt": [5000]}, None, "5000"),

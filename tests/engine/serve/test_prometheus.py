@@ -9,7 +9,9 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.engine.serve.exact import Exact
+from pallas_paged.engine import AsyncLLM
+from pallas_paged.models.demo import DEMO_MODEL
+from tests.engine.serve.exact import OPTIONS, Exact
 from tests.engine.serve.live import MODEL, Live, live_server
 
 GAUGES = ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"]
@@ -30,7 +32,7 @@ PROMPT = "def f(x):\n    return x\n\n" * 5
 @pytest.fixture(scope="module")
 def counted() -> Iterator[Live]:
     """A server that has seen no request, and names its figures in its own way."""
-    with live_server(metrics_prefix="mine") as running:
+    with live_server(AsyncLLM(DEMO_MODEL, **OPTIONS), metrics_prefix="mine") as running:
         yield running
         running.assert_idle()
 
