@@ -131,10 +131,8 @@ MUTATIONS = {
     ),
     "late changes in another order": Mutation(
         _LOOP,
-        "if self._has_ended:\n                change.drop()\n            else:\n"
-        "                self._inbox.put(change)",
-        "has_ended = self._has_ended\n            if not has_ended:\n"
-        "                self._inbox.put(change)\n        if has_ended:\n            change.drop()",
+        "                while not self._inbox.empty():\n                    self._inbox.get().drop()",
+        "            while not self._inbox.empty():\n                self._inbox.get().drop()",
         _LOOPS,
     ),
     "calls after the end": Mutation(

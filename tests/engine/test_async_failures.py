@@ -266,6 +266,10 @@ def test_a_fault_in_the_text_of_a_request_ends_that_one(
                 assert got == (tokens[: len(got)] if kind is DELTA else tokens)
                 assert answers[1:] == offline([good]) * 5
             await assert_idle(llm)
+            if kind is DELTA:  # it ends long before its last token
+                await ask(llm, (bad[0], params(50)), "a")
+                unfinished = llm.engine.parts.core.scheduler.queues.unfinished
+                assert "a" not in await llm.engine.call(lambda: list(unfinished))
 
     run(main())
 
