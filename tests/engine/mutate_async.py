@@ -22,6 +22,7 @@ _TESTS, _FAILURES, _LOOPS, _STREAMS, _STRESS = (
         "async_stress",
     )
 )
+_DROP = "                self._inbox.get().drop()"
 
 MUTATIONS = {
     "wake-up": Mutation(_OVER, "if not self._is_woken:\n            self._wake()", "pass", _LOOPS),
@@ -131,8 +132,8 @@ MUTATIONS = {
     ),
     "late changes in another order": Mutation(
         _LOOP,
-        "                while not self._inbox.empty():\n                    self._inbox.get().drop()",
-        "            while not self._inbox.empty():\n                self._inbox.get().drop()",
+        "                while not self._inbox.empty():\n    " + _DROP,
+        "            while not self._inbox.empty():\n" + _DROP,
         _LOOPS,
     ),
     "calls after the end": Mutation(
