@@ -201,6 +201,9 @@ def _add_post(
             answer = _error_answer(error, exchange.names)
             exchange.log(answer.status_code, error=str(error))
             return answer
+        except BaseException:  # the server ends
+            exchange.close()
+            raise
         if not isinstance(answer, EventStream):
             exchange.log(200)
         return answer

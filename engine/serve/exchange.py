@@ -62,14 +62,20 @@ class Exchange:
         # Two clients may choose the same id, and one may try again before its first try is over.
         name = f"{self.request_id}-{uuid.uuid4().hex[:12]}"
         names = [f"{name}-{index}" if index else name for index in range(len(prompts))]
-        submitted = [
-            llm.submit(prompt, params, name, priority=priority, timeout_s=timeout_s)
-            for prompt, name in zip(prompts, names, strict=True)
-        ]
-        results = await asyncio.gather(*submitted, return_exceptions=True)
-        self.streams = [one for one in results if isinstance(one, RequestStream)]
+        streams: dict[int, RequestStream] = {}
+
+        async def submit(index: int) -> None:
+            streams[index] = await llm.submit(
+                prompts[index], params, names[index], priority=priority, timeout_s=timeout_s
+            )
+
+        submitted = map(submit, range(len(prompts)))
+        try:
+            results = await asyncio.gather(*submitted, return_exceptions=True)
+        finally:  # also where the client has gone meanwhile
+            self.streams = [streams[index] for index in sorted(streams)]
         for index, error in enumerate(results):
-            if isinstance(error, BaseException):
+            if error is not None:
                 self.close()
                 if isinstance(error, ValueError) and len(prompts) > 1:
                     raise ValueError(f"prompt[{index}]: {error}") from error
