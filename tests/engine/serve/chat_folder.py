@@ -21,7 +21,7 @@ TEMPLATE = """\
 {% endif %}{% endif %}"""
 """The variable `think` makes an answer begin inside of reasoning."""
 END_OF_THINKING = 2047
-"""The token `</think>`."""
+"""The token `</think>`; a special one, which a parser needs in the text."""
 
 
 def chat_folder(folder: Path) -> Path:
@@ -45,8 +45,9 @@ def _replace_last_token(tokenizer: dict) -> None:
     model["vocab"][tag] = END_OF_THINKING
     *model["merges"], merge = model["merges"]
     assert "".join(merge) == last
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    tokenizer["added_tokens"].append({"id": END_OF_THINKING, "content": tag} | flags)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = {"id": END_OF_THINKING, "content": tag, "special": True}
+    tokenizer["added_tokens"].append(added | flags)
 
 
 def _change(path: Path, change) -> None:
