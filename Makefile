@@ -7,10 +7,12 @@ OLDEST_JAX := 0.11.2
 EVAL := .venv-eval
 CLIENTS := .venv-clients
 GPU := .venv-gpu
+FUZZ := .venv-fuzz
 GPU_JAX ?= 0.11.2
+SCHEMATHESIS := 4.32.5
 SECONDS ?= 300
 
-.PHONY: demo serve test check format strict speed soak oldest kernels-full kernels-mutate \
+.PHONY: demo serve test check format strict speed soak fuzz oldest kernels-full kernels-mutate \
   sharing-mutate eval-check clients gpu-programs dist clean
 
 demo: $(VENV)/.base
@@ -66,6 +68,10 @@ speed: $(VENV)/.test
 soak: $(VENV)/.test
 	@JAX_PLATFORMS=cpu $(PY) -m benchmarks.soak --seconds=$(SECONDS)
 
+# Requests that schemathesis makes from the server's /openapi.json, for some minutes.
+fuzz: $(VENV)/.test $(FUZZ)/.fuzz
+	@JAX_PLATFORMS=cpu $(PY) -m tests.engine.serve.fuzz $(FUZZ)/bin/st $(SECONDS)
+
 # Kernels, block tables and a request from end to end on the oldest JAX we support; random operations
 # on block tables are the newest JAX's, and what kernels spill is in this JAX's table.
 oldest: $(OLDEST)/.oldest
@@ -119,7 +125,7 @@ dist: $(VENV)/.test
 	  --prompt='def main():' --max_tokens=8 --temperature=0
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(EVAL) $(CLIENTS) $(GPU) .gpu-programs dist
+	rm -rf $(VENV) $(OLDEST) $(EVAL) $(CLIENTS) $(FUZZ) $(GPU) .gpu-programs dist
 
 # --- set-up -----------------------------------------------------------------------------------
 # With --no-compile: pip would compile every file of every package, Python compiles what it imports.
@@ -155,6 +161,13 @@ $(EVAL)/.eval: pyproject.toml constraints.txt
 $(CLIENTS)/.clients: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory VENV=$(CLIENTS) $(CLIENTS)/.serve
 	@$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile openai litellm llm
+	@touch $@
+
+# By itself: it only sends requests.
+$(FUZZ)/.fuzz: Makefile
+	@$(MAKE) --no-print-directory VENV=$(FUZZ) $(FUZZ)/bin/pip
+	@$(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	  schemathesis==$(SCHEMATHESIS)
 	@touch $@
 
 $(GPU)/.gpu: pyproject.toml constraints.txt

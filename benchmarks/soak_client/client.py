@@ -157,7 +157,7 @@ class Client:
         await connection.read_head()
         if connection.status == 503 and connection.retry_after_s:
             await connection.read_body()
-            await asyncio.sleep(min(connection.retry_after_s, 0.2))
+            await asyncio.sleep(min(connection.retry_after_s, 1.0))
             return "is asked to wait"
         parts = []
         async for part in connection.parts():

@@ -49,6 +49,13 @@ _HEADERS = [
         "Seconds after which the request is given up, with 504.",
     ),
 ]
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+    "description": "Each event's data is a piece of the answer as JSON, or the body of an error; "
+    "that of the last one is [DONE].",
+}
 _NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
 
 
@@ -124,11 +131,11 @@ def document(version: str, *, has_keys: bool) -> dict[str, Any]:
 
 
 def _described(operation: Operation, has_keys: bool) -> dict[str, Any]:
-    content = {"text/plain": {"schema": {"type": "string"}}}
+    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
     if operation.answer is not None:
         content = {"application/json": {"schema": _ref(operation.answer)}}
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     of_error = {"application/json": {"schema": _ref(ErrorBody)}}
     responses = {"200": {"description": "The answer.", "content": content}} | {
         str(status): {"description": _ERRORS[status], "content": of_error}

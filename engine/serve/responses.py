@@ -100,7 +100,7 @@ class ChatMessage(msgspec.Struct):
     role: str
     content: str | None
     reasoning_content: str | None
-    tool_calls: list[ToolCall] | msgspec.UnsetType
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
