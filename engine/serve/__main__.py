@@ -9,10 +9,17 @@ second one ends it at once.
 """
 
 import asyncio
+import importlib.util
 import logging
 import os
 import sys
 from collections.abc import Mapping
+
+_NEEDED = ("fastapi", "httptools", "msgspec", "prometheus_client", "uvicorn", "uvloop")
+if lacking := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+    lack = ", ".join(lacking)
+    print(f"error: the server needs {lack}: pip install 'pallas-paged[serve]'", file=sys.stderr)
+    sys.exit(2)
 
 import uvloop
 from absl import flags

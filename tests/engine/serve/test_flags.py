@@ -1,5 +1,7 @@
 """The program's flags: what is wrong is said before a model is loaded, and templates are found."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,13 @@ def test_a_template_is_a_file_a_text_or_a_name(tmp_path: Path) -> None:
     assert choose_template(None, None) == (None, None)
     with pytest.raises(ValueError, match="which has default, tool_use"):
         choose_template("other", several)
+
+
+def test_a_package_that_is_lacking_is_named() -> None:
+    code = (
+        "import runpy, sys; sys.modules['uvloop'] = None;"
+        "runpy.run_module('pallas_paged.engine.serve', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "error: the server needs uvloop: pip install 'pallas-paged[serve]'\n"
