@@ -16,6 +16,11 @@ CHARACTERS = "é😀你ßΩ€\u0301"
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
+def seeds(count: int) -> list[Any]:
+    """Returns seeds, all but the first two of which are for `make check`."""
+    return [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, count))]
+
+
 class Made(NamedTuple):
     """A completion, whole or put together of the pieces of a stream."""
 
@@ -62,7 +67,10 @@ def whole(url: str, path: str, body: dict[str, Any]) -> list[Made]:
     ]
 
 
-def streamed(url: str, path: str, body: dict[str, Any]) -> list[Made]:
+def streamed(
+    url: str, path: str, body: dict[str, Any], pieces: list[str] | None = None
+) -> list[Made]:
+    """Returns the completions of a stream; notes the texts of all pieces."""
     answer = send(url, path, body | {"return_token_ids": True, "stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
     made: dict[int, Made] = {}
@@ -71,6 +79,8 @@ def streamed(url: str, path: str, body: dict[str, Any]) -> list[Made]:
             before = made.get(choice["index"], Made("", [], None, None))
             assert before.finish_reason is None, "nothing comes behind the end"
             text = (choice["delta"].get("content") or "") if path == CHAT else choice["text"]
+            if pieces is not None:
+                pieces.append(text)
             made[choice["index"]] = Made(
                 before.text + text,
                 before.token_ids + (choice.get("token_ids") or []),
@@ -90,7 +100,7 @@ def cut(text: str, stop: list[str]) -> tuple[str, str] | None:
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_characters_are_whole(server: Live, path: str, seed: int) -> None:
     """All characters are of several tokens; no piece has half of one."""
     regex = {"regex": f"[{CHARACTERS}]{{6,15}}"}
@@ -106,7 +116,7 @@ def test_characters_are_whole(server: Live, path: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", seeds(6))
 def test_stop_strings_across_tokens(
     server: Live, biases: dict[str, float], path: str, seed: int
 ) -> None:
@@ -117,13 +127,15 @@ def test_stop_strings_across_tokens(
     if seed % 2:
         body["logit_bias"] = biases
     (free,) = whole(server.url, path, body)
-    assert streamed(server.url, path, body) == [free]
-    for _ in range(2):
-        begins = [rng.randrange(max(1, len(free.text) - 1)) for _ in range(rng.randint(1, 3))]
-        stop = [free.text[begin : begin + rng.randint(1, 9)] for begin in begins]
-        stop += rng.choice([[], ["never there"], [free.text[begins[0] : begins[0] + 2] + "\0"]])
-        if not all(stop):
-            continue
+    pieces: list[str] = []
+    assert streamed(server.url, path, body, pieces) == [free]
+    edges = [len("".join(pieces[:k])) for k in range(2, len(pieces)) if pieces[k]]
+    for turn in range(3):
+        edge = rng.choice(edges)  # a stop string of which all but a character is there before
+        stop = [free.text[max(0, edge - rng.randint(1, 9)) : edge + 1]]
+        begins = [rng.randrange(len(free.text) - 1) for _ in range(rng.randint(1, 2) * turn)]
+        stop += [free.text[begin : begin + rng.randint(1, 9)] for begin in begins]
+        stop += ["never there"][: turn // 2]
         asked = body | {"stop": stop}
         (made,) = whole(server.url, path, asked)
         expected = cut(free.text, stop)
