@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.engine.serve.wire import (
     send,
     whole,
 )
+from tests.engine.test_interrupts import Letters
 
 STEP_S = 0.004
 """A step of the mock device takes about so long: clients have to be faster."""
@@ -72,9 +74,16 @@ class Watch:
         return sum(any(name.startswith("victim") for name in held) for held in left)
 
 
+class Alphabet(Letters):
+    """A tokenizer that a server can ask for special tokens, of which it has none."""
+
+    implementation = types.SimpleNamespace(all_special_ids=(), added_tokens_decoder={})
+
+
 def engine(**options: Any) -> AsyncLLM:
     """Returns an engine over the mock device; only its advice on sampling is the demo model's."""
-    llm = make(**{"num_blocks": 1024, "max_model_len": 512} | options)
+    fixed = {"num_blocks": 1024, "max_model_len": 512, "tokenizer": Alphabet()}
+    llm = make(**fixed | options)
     llm.config = dataclasses.replace(llm.config, model=str(DEMO_MODEL))
     return llm
 
