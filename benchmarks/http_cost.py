@@ -174,6 +174,8 @@ def _figures(
             raise RuntimeError(f"a stream broke: {course.problem}")
         assert course.num_output_tokens == course.max_tokens
     steps, wall_s, steps_cpu_s, event_cpu_s = (b - a for a, b in zip(before, after, strict=True))
+    if not steps:
+        raise RuntimeError("no step was made while it was timed; use more --num_steps")
     step_ms = 1e3 * wall_s / steps
     gaps = np.concatenate([_gaps(course, window_s) for course in courses])
     host_ms = 1e3 * steps_cpu_s / steps, 1e3 * event_cpu_s / steps

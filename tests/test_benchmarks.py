@@ -48,7 +48,7 @@ SLOW = [
     ),
     ("sharing", "--wall_time --random_model=tiny --prefix_len=40 --prefix_requests=3"),
     ("throughput", f"{SMALL} --baseline=static,continuous"),
-    ("http_cost", "--num_seqs=4 --num_steps=4 --warm_steps=2 --repeats=1 --step_ms=5"),
+    ("http_cost", "--num_seqs=4 --num_steps=60 --warm_steps=4 --repeats=1 --step_ms=5"),
     ("soak", "--seconds=27 --clients=50"),
     ("structured", "--running=1,2 --prompt_len=40 --output_len=12 --rounds=1"),
     (

@@ -217,7 +217,7 @@ def test_what_cannot_be_is_refused_by_name(
 
 
 def test_bad_words_need_a_tokenizer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_tokenizer", None)
+    monkeypatch.setattr(engine, "_parts", dataclasses.replace(engine._parts, tokenizer=None))
     with pytest.raises(ValueError, match=r"bad_words=.*needs a tokenizer; .*logit_bias of -100"):
         engine.make_group([1], params_of({"bad_words": ["a"]}))
 

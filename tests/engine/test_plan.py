@@ -127,10 +127,11 @@ ABORTED = 7
 def run(llm: LLM) -> list[Any]:
     """Returns what the outputs of one run over all requests hold, times aside."""
     engine, scheduler = llm.engine, llm.engine.core.scheduler
+    intake = engine._parts.intake
     assert llm.reset_prefix_cache()
     groups = []
     for index, (ids, params) in enumerate(REQUESTS):
-        groups.append(engine._intake.make_group(ids, params, None, None, BAD_WORDS.get(index, ())))
+        groups.append(intake.make_group(ids, params, None, None, BAD_WORDS.get(index, ())))
         engine.add(groups[-1])
     swapped = {groups[i] for i in (1, 4, ABORTED)}
     scheduler._choose_recovery = lambda group: "swap" if group in swapped else "recompute"

@@ -132,7 +132,8 @@ def test_the_cpu_is_for_machines_without_a_gpu_that_is_visible(monkeypatch, stat
 
 
 def test_every_program_ends_that_way():
-    """All but one that is to run as a copy of its single file, and two that run without JAX.
+    """All but one that is to run as a copy of its single file, two that run without JAX, and
+    lm_eval's own program.
 
     And the drivers of `benchmarks.peers`, which run in environments that have nothing of ours.
     """
@@ -146,6 +147,7 @@ def test_every_program_ends_that_way():
     assert {"engine/generate.py", "models/port.py", "benchmarks/latency.py"} < programs
     others = {p for p in programs if "command_line.run(main)" not in (ROOT / p).read_text()}
     assert others == {
+        "engine/evaluation/__main__.py",
         "models/record_reference.py",
         "benchmarks/gpu_suite/check_triton_paged.py",
         "benchmarks/gpu_suite/guard.py",
