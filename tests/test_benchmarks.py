@@ -31,7 +31,7 @@ QUICK = [
 SLOW = [
     (
         "warm_traffic",
-        "--minutes=0.3 --rate=1 --max_num_seqs=4 --max_model_len=64 --num_blocks=12",
+        "--minutes=0.1 --rate=2 --max_num_seqs=4 --max_model_len=64 --num_blocks=12",
     ),
     ("startup", "--random_model=tiny --repeats=1 --bundle --max_num_seqs=2"),
     (
