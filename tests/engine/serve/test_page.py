@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -327,7 +328,15 @@ def test_events_are_read_wherever_they_are_cut(
     assert page.run(SPLIT, text, size) == ["é😀", "data: ", *last]
 
 
-def test_the_server_is_watched(page: Browser) -> None:
+def test_the_server_is_watched(page: Browser, live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = live.llm.engine.parts.core.executor
+    dispatch = device.dispatch
+
+    def dispatch_slowly(plan: Any) -> Any:
+        time.sleep(0.02)  # so that a request lasts for several of the page's looks
+        return dispatch(plan)
+
+    monkeypatch.setattr(device, "dispatch", dispatch_slowly)
     page.wait("return document.querySelector('#watching').textContent === 'live'")
     page.wait(meter("Running requests") + "return value === 0")
     fill(page, "import os\n" * 20, {"ignore_eos": True, "n": 4}, max_tokens=300)
