@@ -96,6 +96,7 @@ def _serve(case: _Case, pipe: Connection) -> None:
             profiler.enable()
         await server.run(llm, app, bound, stopping, 0.0)
 
+    bound.listen()  # whoever connects now waits, and is not refused
     pipe.send(server.url_of(bound))
     uvloop.run(run())
     if case.profiles:
