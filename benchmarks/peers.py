@@ -50,7 +50,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags
 
-from benchmarks import random_models, tables, workloads
+from benchmarks import interrupts, random_models, tables, workloads
 from benchmarks.peer_engines.comparison import OURS, REFERENCE, Column, Comparison, Engine
 from benchmarks.workloads import Request
 from pallas_paged.models import command_line
@@ -181,7 +181,7 @@ def show(columns: list[Column]) -> None:
 
 def main() -> None:
     """Prints a table per number of sequences, a column per engine."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends engines
+    interrupts.interrupt_on_sigterm(lambda *_: sys.exit(128 + signal.SIGTERM))  # ends engines
     with contextlib.ExitStack() as stack:
         jax.config.update("jax_platforms", "cpu")  # as the engines
         requests = make_requests(random_models.CONFIGS[_MODEL.value])

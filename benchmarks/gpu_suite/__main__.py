@@ -35,6 +35,7 @@ import time
 import jax
 from absl import flags
 
+from benchmarks import interrupts
 from benchmarks.gpu_suite import (
     archive,
     choose,
@@ -99,7 +100,7 @@ def main() -> None:
         raise ValueError("--rerun=failed needs --previous=DIR of the run in which they failed")
     if out is not None and not _DRY_RUN.value:
         _check_free(out)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts.interrupt_on_sigterm()
     work = pathlib.Path(tempfile.mkdtemp(prefix="gpu_suite_"))
     try:
         if _PREVIOUS.value is not None:

@@ -13,12 +13,12 @@ products are not autotuned: by default no program is made here in which one is t
 import pathlib
 import re
 import shutil
-import signal
 import tempfile
 import time
 
 from absl import flags
 
+from benchmarks import interrupts
 from benchmarks.gpu_suite import choose, conduct, plan, preparation, programs
 from benchmarks.gpu_suite.all_stages import STAGES
 from benchmarks.gpu_suite.preparation import Task
@@ -68,7 +68,7 @@ def main() -> None:
     """Fills the folder, and says what did not compile."""
     folder = pathlib.Path(_OUT.value).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts.interrupt_on_sigterm()
     work = pathlib.Path(tempfile.mkdtemp(prefix="carry_"))
     try:
         failed = _fill(folder, context_of(_TARGET.value, work))
