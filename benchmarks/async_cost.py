@@ -58,7 +58,8 @@ _GC = flags.DEFINE_enum(
 _PROFILE = flags.DEFINE_bool("profile", False, "Also print where the time goes, in all threads.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
-_PROMPT_LEN, _FIRST_TOKEN = 64, 3
+_PROMPT_LEN, _FIRST_TOKEN = 64, 260
+"""Every token is text; those before are special or bytes, of which a character may need several."""
 _ROOM = 1000
 """Tokens that requests may still generate when all steps are timed: clocks may be read late."""
 

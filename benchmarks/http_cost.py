@@ -54,7 +54,8 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "Runs of each case; the median.", 
 _PROFILE = flags.DEFINE_bool("profile", False, "Print where the time of the event loop goes.")
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
-_PROMPT_LEN, _FIRST_TOKEN, _MODEL = 64, 3, "sleeping"
+_PROMPT_LEN, _FIRST_TOKEN, _MODEL = 64, 260, "sleeping"
+"""Every token is text; those before are special or bytes, of which a character may need several."""
 
 
 class _Case(NamedTuple):
