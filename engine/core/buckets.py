@@ -4,6 +4,8 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 
+_LEAST_SHARE = 8
+"""A step is large enough when so many times what it costs by itself is spent on its tokens."""
 MIN_TABLE_WIDTH = 128
 """Blocks of the narrowest table, if any sequence may have more than twice as many."""
 
@@ -57,6 +59,7 @@ class Buckets:
       num_drafts: the most drafts of a sequence in a step.
       draft_tokens: numbers of tokens of steps with drafts.
       proposes: whether steps with drafts guess the next ones, see `Bucket`.
+      step_cost: tokens that take as long to compute as a step does whatever its size.
     """
 
     decode_seqs: tuple[int, ...]
@@ -67,6 +70,7 @@ class Buckets:
     num_drafts: int = 0
     draft_tokens: tuple[int, ...] = ()
     proposes: bool = False
+    step_cost: int = 0
 
     @classmethod
     def for_limits(
@@ -79,6 +83,7 @@ class Buckets:
         num_steps: int = 1,
         num_drafts: int = 0,
         proposes: bool = False,
+        step_cost: int = 0,
     ) -> "Buckets":
         """Returns few sizes up to the maxima; one of each kind for a deterministic engine.
 
@@ -97,7 +102,27 @@ class Buckets:
             num_drafts,
             _geometric(8, max_num_batched_tokens, 2) if num_drafts else (),
             proposes,
+            step_cost,
         )
+
+    def worth_while(self, num_tokens: int, num_fixed: int) -> int:
+        """Returns how many of `num_tokens` a step with prompts should compute.
+
+        No more than fill the smallest bucket in which little goes to the step itself, and to
+        `num_fixed` tokens of sequences that decode: prompts are done one after the other then, each
+        earlier than all at once would be, and nobody waits long for a token. And fewer than all
+        where the padding of the next larger bucket would cost more than a step for those that are
+        left; the sequences that decode have another token in that.
+        """
+        full = [size for size in self.mixed_tokens if num_fixed < size < num_tokens]
+        enough = max(_LEAST_SHARE * self.step_cost, _LEAST_SHARE // 2 * num_fixed)
+        if full and full[-1] >= enough:
+            return next(size for size in full if size >= enough)
+        if not full:
+            return num_tokens
+        later = self.step_cost + _at_least(self.mixed_tokens, num_tokens - full[-1] + num_fixed)
+        padded = _at_least(self.mixed_tokens, num_tokens)
+        return full[-1] if full[-1] + later < padded else num_tokens
 
     def pick(
         self,

@@ -21,27 +21,24 @@ def repeated_blocks(
     """
     S = block_size
     num_full = [sequence.progress.num_computed // S for sequence in placed]
-    is_told = [s.progress.num_remembered >= end for s, end in zip(placed, num_full, strict=True)]
-    first = min(
-        (s.progress.num_remembered for s, told in zip(placed, is_told, strict=True) if not told),
-        default=None,
-    )
+    num_told = [sequence.progress.num_remembered for sequence in placed]
+    new = [told for told, end in zip(num_told, num_full, strict=True) if told < end]
     kept: dict[int, int] = {}
-    if first is None or len(placed) == 1:
+    if not new or len(placed) == 1:
         return kept
     owners: dict[tuple[int, tuple[int, ...]], int] = {}
-    for index in sorted(range(len(placed)), key=lambda index: not is_told[index]):
-        sequence = placed[index]
-        blocks: list[int] = [0, *tables[sequence.row, : num_full[index]].tolist()]
-        parent = blocks[first] if first < len(blocks) else 0
-        for place in range(first, num_full[index]):
-            before, parent = parent, blocks[place + 1]
-            if parent == GIVEN_BACK or (place and before == GIVEN_BACK):
+    for place in range(min(new), max(num_full)):
+        having = [index for index in range(len(placed)) if place < num_full[index]]
+        for index in sorted(having, key=lambda index: place >= num_told[index]):
+            sequence = placed[index]
+            before = int(tables[sequence.row, place - 1]) if place else 0
+            block = int(tables[sequence.row, place])
+            if block == GIVEN_BACK or (place and before == GIVEN_BACK):
                 continue
             key = kept.get(before, before), tuple(sequence.token_ids[place * S : (place + 1) * S])
-            owner = owners.setdefault(key, parent)
-            if owner != parent:
-                kept[parent] = owner
+            owner = owners.setdefault(key, block)
+            if owner != block:
+                kept[block] = owner
     return kept
 
 

@@ -14,7 +14,7 @@ when it runs alone, and alone it fits, or `add` had refused it.
 
 import collections
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pallas_paged.engine.core.admission import Admission, Arrival, Room
 from pallas_paged.engine.core.committer import Committed, Committer, Result
@@ -34,7 +34,7 @@ from pallas_paged.engine.core.row_columns import RowColumns
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.core.speculation import Proposer, propose
 from pallas_paged.engine.core.swapping import swap_out
-from pallas_paged.engine.core.token_plan import TokenPlan, dispatch, plan, run_on, with_room
+from pallas_paged.engine.core.token_plan import TokenPlan, dispatch, plan, run_on, with_room, within
 from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
 from pallas_paged.engine.kv.interface import Memory
 from pallas_paged.engine.kv.sharing import NO_COPIES, CopyPairs, Root
@@ -60,6 +60,7 @@ class Scheduler:
         back the blocks that have left it. None: a layer sees all tokens, and rows keep theirs.
       num_scheduler_steps: the most decode steps that are scheduled at once, see `run_on`.
       proposer: guesses tokens of the groups that wait for the host; None guesses none.
+      worth_while: says how many tokens a step with prompts computes, see `Buckets.worth_while`.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Scheduler:
         sliding_window: int | None = None,
         num_scheduler_steps: int = 1,
         proposer: Proposer | None = None,
+        worth_while: Callable[[int, int], int] = lambda num_tokens, num_fixed: num_tokens,
     ) -> None:
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1),
@@ -102,6 +104,7 @@ class Scheduler:
             memory, columns, self.queues, self.host_pool, sliding_window, proposer
         )
         self._choose_recovery, self.num_scheduler_steps = choose_recovery, num_scheduler_steps
+        self._worth_while = worth_while
         self._arrivals = itertools.count()
         self._swap_outs: list[BlockMove] = []  # for the next step
         self._in_flight: collections.deque[ScheduledStep] = collections.deque()
@@ -196,6 +199,7 @@ class Scheduler:
         if arrivals:
             entering = placed_of(arrival.group for arrival in arrivals)
             planned = planned.and_then(plan(self._columns, entering, rows_of(entering), budget))
+        planned = within(self._columns, planned, self._worth_while)
         if not self.queues.are_forked:
             before, planned = planned, fork_ready(self._columns, planned, self.memory)
             if planned is not before:
@@ -308,12 +312,10 @@ class Scheduler:
     def _admit(self, budget: int) -> list[Arrival]:
         """Moves groups from the queue to the running ones, each with tokens to compute."""
         arrivals: list[Arrival] = []
-        if not budget or not self.queues.waiting:
-            return arrivals
         num_rows = self.admission.max_num_seqs - self.queues.num_rows
         num_blocks = self.memory.num_free_blocks
         for group in self.queues.waiting:
-            if group.is_in_flight:
+            if budget <= 0 or group.is_in_flight:
                 break  # what a preempted group still has in flight belongs to its earlier life
             spared = self.watermark_blocks if self.queues.running or arrivals else 0
             arrival = self.admission.arrival_of(group, Room(num_rows, num_blocks - spared))
@@ -324,8 +326,6 @@ class Scheduler:
             num_blocks -= arrival.num_blocks
             self.admission.enter(arrival)
             budget -= sum(len(s.token_ids) - s.num_shared for s in group.placed)
-            if budget <= 0:
-                break
         self.queues.run(arrival.group for arrival in arrivals)
         return arrivals
 

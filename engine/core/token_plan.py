@@ -1,7 +1,7 @@
 """How many tokens of which sequences a step computes, and what is counted when it is dispatched."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +57,11 @@ class TokenPlan(NamedTuple):
             counts=self.counts - self.drafts, steps=ones, drafts=zeros, ahead=zeros
         )
 
+    def only(self, chosen: np.ndarray) -> "TokenPlan":
+        """Returns what those sequences compute for which bool[B] `chosen` is true."""
+        sequences = list(itertools.compress(self.sequences, chosen))
+        return TokenPlan(sequences, *(column[chosen] for column in self[1:]))
+
     def and_then(self, other: "TokenPlan") -> "TokenPlan":
         """Returns what these sequences and the other ones compute."""
         arrays = zip(self[1:], other[1:], strict=True)
@@ -78,14 +83,32 @@ def plan(
     if counts.sum() > budget:
         before = counts.cumsum(dtype=np.int32) - counts
         counts = np.minimum(counts, np.maximum(budget - before, 0))
-    if not counts.all():
-        chosen = counts > 0
-        sequences = list(itertools.compress(sequences, chosen))
-        rows, starts = rows[chosen], starts[chosen]
-        counts, known = counts[chosen], known[chosen]
     drafts = np.maximum(counts - known, 0)
     ones, zeros = np.ones_like(counts), np.zeros_like(counts)
-    return TokenPlan(sequences, rows, starts, counts, ones, drafts, zeros)
+    planned = TokenPlan(sequences, rows, starts, counts, ones, drafts, zeros)
+    return planned if counts.all() else planned.only(counts > 0)
+
+
+def within(
+    columns: RowColumns, planned: TokenPlan, worth_while: Callable[[int, int], int]
+) -> TokenPlan:
+    """Returns the plan with as many of its tokens as are worth while in one step.
+
+    The last ones of prompts follow in the next step: there is room for them already, and nobody
+    reads them before those in front of them. `worth_while` is as `Buckets.worth_while`.
+    """
+    can_wait = planned.starts + planned.counts <= columns.num_reserved[planned.rows]
+    if planned.has_more or not can_wait.any():
+        return planned
+    waiting = np.where(can_wait, planned.counts, 0)
+    num_fixed = planned.num_tokens - int(waiting.sum())
+    num_left = worth_while(planned.num_tokens, num_fixed) - num_fixed
+    if num_left >= waiting.sum():
+        return planned
+    before = waiting.cumsum(dtype=np.int32) - waiting
+    fewer = np.minimum(waiting, np.maximum(num_left - before, 0))
+    planned = planned._replace(counts=np.where(can_wait, fewer, planned.counts))
+    return planned.only(planned.counts > 0)
 
 
 def with_room(columns: RowColumns, planned: TokenPlan) -> TokenPlan:

@@ -30,6 +30,12 @@ from pallas_paged.models import CausalLM
 
 logger = logging.getLogger(__name__)
 
+_STEP_COST = {"cpu": 16, "gpu": 256}
+"""Tokens that take as long to compute as reading the weights once, and the host's share of a step.
+
+On the CPU a rounded measurement, of 20 and 100 million parameters in float32; on a GPU what the
+arithmetic and the bandwidth of an H100 say, which nobody has measured."""
+
 
 class BundledPool(NamedTuple):
     """The pool that programs were compiled for; see `pallas_paged.engine.device.bundle`.
@@ -94,6 +100,7 @@ def buckets_for(config: EngineConfig, max_blocks_per_seq: int, platform: str) ->
         num_steps=resolve_num_scheduler_steps(config, platform),
         num_drafts=0 if speculation is None else speculation.num_speculative_tokens,
         proposes=isinstance(speculation, DraftModelSettings),
+        step_cost=_STEP_COST.get(platform, max(_STEP_COST.values())),
     )
 
 

@@ -61,6 +61,7 @@ def make_app(service: Service) -> FastAPI:
             allow_origins=list(service.options.allowed_origins),
             allow_methods=["*"],
             allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
         )
     return app
 

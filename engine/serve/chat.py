@@ -63,7 +63,7 @@ class ChatCall:
             is_free = request.response_format is None or request.response_format.type == "text"
             names["structured_outputs"] = "tools" if is_free else "response_format"
         self._created = int(time.time())
-        self._counts = Counts(1)
+        self._counts = exchange.counts = Counts(1)
         self._answering: Answering | None = None
 
     async def begin(self, timeout_s: float | None) -> None:
@@ -87,10 +87,8 @@ class ChatCall:
         async for _, last in self._exchange.outputs():
             output = last
         self._counts.note(0, output)
-        self._exchange.note(output)
         choices = [self._whole_choice(index, one) for index, one in enumerate(output.outputs)]
-        reasons = [choice.finish_reason for choice in choices]
-        self._exchange.fields |= self._counts.fields(reasons)
+        self._counts.finish_reasons += [choice.finish_reason for choice in choices]
         answer = self._answer("chat.completion", choices)
         answer.usage = self._counts.usage()
         answer.prompt_logprobs = prompt_logprobs(output)
@@ -103,7 +101,6 @@ class ChatCall:
         options = self._request.stream_options
         is_continuous = options is not None and bool(options.continuous_usage_stats)
         streams: dict[int, _AnswerStream] = {}
-        reasons: list[str | None] = []
         is_first = True
         async for _, output in self._exchange.outputs():
             self._counts.note(0, output)
@@ -113,9 +110,9 @@ class ChatCall:
                 if stream is None:
                     stream = streams[one.index] = self._new_stream(one.index)
                 choices += stream.next(one)
-            if output.finished:
-                self._exchange.note(output)
-            reasons += [one.finish_reason for one in choices if one.finish_reason is not None]
+            self._counts.finish_reasons += [
+                one.finish_reason for one in choices if one.finish_reason is not None
+            ]
             for choice in choices:  # one each: clients read the first choice of a piece
                 piece = self._answer("chat.completion.chunk", [choice])
                 if is_first:
@@ -126,7 +123,6 @@ class ChatCall:
                 if is_continuous:
                     piece.usage = self._counts.usage()
                 yield event(piece)
-        self._exchange.fields |= self._counts.fields(reasons)
         if options is not None and options.include_usage:
             piece = self._answer("chat.completion.chunk", [])
             piece.usage = self._counts.usage()

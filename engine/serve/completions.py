@@ -51,7 +51,7 @@ class CompletionCall:
         self._params = completion_params(request, service.defaults)
         self._is_prompt_only = request.max_tokens == 0 and bool(request.echo)
         self._created = int(time.time())
-        self._counts = Counts(len(self._prompts))
+        self._counts = exchange.counts = Counts(len(self._prompts))
 
     async def begin(self, timeout_s: float | None) -> None:
         """Queues it; raises `ValueError` or `EngineError` if that cannot be."""
@@ -75,10 +75,9 @@ class CompletionCall:
         for place in range(len(self._prompts)):
             output = outputs[place]
             self._counts.note(place, output)
-            self._exchange.note(output)
             for index, one in enumerate(self._best(output)):
                 choices.append(self._whole_choice(place * self._n + index, output, one))
-        self._exchange.fields |= self._counts.fields([choice.finish_reason for choice in choices])
+        self._counts.finish_reasons += [choice.finish_reason for choice in choices]
         return encode(self._answer(choices, self._usage()))
 
     async def pieces(self) -> AsyncIterator[bytes]:
@@ -87,11 +86,8 @@ class CompletionCall:
         has_usage = options is not None and bool(options.include_usage)
         is_continuous = options is not None and bool(options.continuous_usage_stats)
         streams: dict[int, _ChoiceStream] = {}
-        reasons: list[str | None] = []
         async for place, output in self._exchange.outputs():
             self._counts.note(place, output)
-            if output.finished:
-                self._exchange.note(output)
             for one in output.outputs:
                 index = place * self._n + one.index
                 stream = streams.get(index)
@@ -101,11 +97,10 @@ class CompletionCall:
                 if choice is None:
                     continue
                 if choice.finish_reason is not None:
-                    reasons.append(choice.finish_reason)
+                    self._counts.finish_reasons.append(choice.finish_reason)
                 usage = self._usage() if is_continuous else None
                 # One each: clients read the first choice of a piece.
                 yield event(self._answer([choice], usage))
-        self._exchange.fields |= self._counts.fields(reasons)
         if has_usage:
             yield event(self._answer([], self._usage()))
         yield DONE

@@ -16,6 +16,7 @@ from pallas_paged.engine.async_llm import AsyncLLM
 from pallas_paged.engine.errors import EngineError
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.request_stream import RequestStream
+from pallas_paged.engine.serve.counts import Counts
 from pallas_paged.engine.serve.http_errors import HttpError
 from pallas_paged.engine.text.prompts import Params, Prompt
 
@@ -36,7 +37,7 @@ class Exchange:
     Attributes:
       request_id: the client's, or a new one; what the engine calls it begins with that.
       streams: of the engine's requests that it became.
-      fields: for its line in the log.
+      counts: of its tokens, once it is known what it asks for.
       names: of the request's fields, by what the engine calls them, where these differ.
     """
 
@@ -44,8 +45,9 @@ class Exchange:
         """Begins now."""
         self.request_id = request_id
         self.streams: list[RequestStream] = []
-        self.fields: dict[str, Any] = {"request_id": request_id, "path": path}
+        self.counts: Counts | None = None
         self.names: dict[str, str] = {}
+        self._path = path
         self._begin = time.monotonic()
         self._is_logged = False
 
@@ -120,24 +122,16 @@ class Exchange:
             for future in waiting:
                 future.cancel()
 
-    def note(self, output: RequestOutput) -> None:
-        """Notes what the log says of a request that has ended."""
-        fields, metrics = self.fields, output.metrics
-        if metrics.first_token_time_s is not None and "ttft_ms" not in fields:
-            fields["ttft_ms"] = _ms(metrics.first_token_time_s - metrics.arrival_time_s)
-        if metrics.first_scheduled_time_s is not None and "queue_ms" not in fields:
-            fields["queue_ms"] = _ms(metrics.first_scheduled_time_s - metrics.arrival_time_s)
-        if metrics.num_preemptions:
-            fields["preemptions"] = fields.get("preemptions", 0) + metrics.num_preemptions
-
     def log(self, status: int, **more: Any) -> None:
         """Writes the request's line; once."""
         if self._is_logged:
             return
         self._is_logged = True
         seconds = time.monotonic() - self._begin
-        line = {"time": round(time.time(), 3)} | self.fields | {"status": status}
-        line |= {"seconds": round(seconds, 4)} | more
+        line: dict[str, Any] = {"time": round(time.time(), 3), "request_id": self.request_id}
+        line |= {"path": self._path, "status": status, "seconds": round(seconds, 4)}
+        line |= self.counts.fields() if self.counts is not None else {}
+        line |= more
         logger.info("%s", json.dumps(line, ensure_ascii=True))
 
 
@@ -203,7 +197,3 @@ def _check_served(output: RequestOutput) -> None:
             if reason.startswith(_OF_THE_REQUEST):
                 raise ValueError(reason)
             raise EngineError(f"request {output.request_id!r} was aborted: {reason}")
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1e3, 2)

@@ -71,6 +71,53 @@ def test_buckets_are_the_smallest_that_fit() -> None:
         buckets.pick(33, 1, 1, is_decode=False)
 
 
+CPU, GPU = (64, 512, 40, 16), (64, 8192, 40, 256)
+
+
+@pytest.mark.parametrize(
+    ("limits", "num_tokens", "num_fixed", "expected"),
+    [
+        (CPU, 20, 0, 20),  # no bucket is full
+        (CPU, 64, 0, 64),
+        (CPU, 70, 0, 64),  # and 6 in the bucket of 32: better than 58 of padding
+        (CPU, 100, 0, 100),  # 64 and 64 again would be more than 128
+        (CPU, 130, 2, 128),
+        (CPU, 300, 8, 128),  # one prompt after the other
+        (CPU, 512, 0, 128),
+        (CPU, 400, 60, 256),  # a step of 128 would be half of tokens that decode
+        (CPU, 512, 200, 512),
+        (CPU, 40, 33, 40),  # all 33 have to be in it
+        (GPU, 200, 8, 200),  # that costs no more than a step of its own
+        (GPU, 600, 8, 512),
+        (GPU, 1500, 8, 1500),
+        (GPU, 3000, 8, 2048),
+        (GPU, 8192, 64, 2048),
+    ],
+)
+def test_a_step_with_prompts_computes_what_is_worth_while(
+    limits: tuple[int, int, int, int], num_tokens: int, num_fixed: int, expected: int
+) -> None:
+    buckets = Buckets.for_limits(*limits[:3], step_cost=limits[3])
+    assert buckets.worth_while(num_tokens, num_fixed) == expected
+
+
+def test_what_is_worth_while_costs_no_more_than_all_at_once() -> None:
+    """But for the steps themselves, and for those that have another token in each."""
+    for limits in (CPU, GPU):
+        buckets = Buckets.for_limits(*limits[:3], step_cost=limits[3])
+        assert not Buckets.for_limits(*limits[:3], deterministic=True).worth_while(9, 3) - 9
+        for num_tokens in range(1, limits[1] + 1, 7):
+            for num_fixed in range(0, min(num_tokens, limits[0] + 1), 9):
+                left, cost, num_steps = num_tokens, 0, 0
+                while left > num_fixed or not num_steps:
+                    now = buckets.worth_while(left, num_fixed)
+                    assert num_fixed < now <= left
+                    cost += buckets.pick(now, 1, 1, is_decode=False).num_tokens
+                    num_steps, left = num_steps + 1, left - now + num_fixed
+                at_once = buckets.pick(num_tokens, 1, 1, is_decode=False).num_tokens
+                assert cost <= 1.5 * at_once + num_steps * (limits[3] + num_fixed)
+
+
 def widths(max_blocks_per_seq: int, *, deterministic: bool = False) -> tuple[int, ...]:
     buckets = Buckets.for_limits(8, 64, max_blocks_per_seq, deterministic=deterministic)
     found = {bucket.table_width for bucket in buckets.all()}

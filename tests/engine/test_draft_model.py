@@ -51,8 +51,9 @@ def proposer_of(llm: LLM) -> Proposer:
 PROMPTS = [[3], [*range(4, 30)], [9, 8, 7], [*range(5, 70)]]
 
 
-@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("block_size", [4, 16])
+@pytest.mark.parametrize(
+    ("params", "block_size"), [(GREEDY, 16), (SAMPLED, 4)], ids=["greedy", "sampled"]
+)
 def test_a_model_that_guesses_for_itself_is_always_right(
     params: SamplingParams, block_size: int
 ) -> None:
@@ -83,7 +84,6 @@ REQUESTS: list[tuple[list[int], Any]] = [
     ("name", "options"),
     [
         (MODEL, {"num_blocks": 400}),
-        (OTHER, {"num_blocks": 400}),
         (OTHER, {"num_blocks": 60, "block_size": 4}),
         (
             MODEL,
@@ -91,7 +91,7 @@ REQUESTS: list[tuple[list[int], Any]] = [
         ),
         (OTHER, {"num_blocks": 400, "max_num_batched_tokens": 16, "async_scheduling": False}),
     ],
-    ids=["itself, room", "another, room", "another, recompute", "itself, swap", "another, chunks"],
+    ids=["itself, room", "another, recompute", "itself, swap", "another, chunks"],
 )
 def test_the_same_outputs_whoever_guesses(name: str, options: dict[str, Any]) -> None:
     prompts, params = map(list, zip(*REQUESTS, strict=True))

@@ -848,3 +848,35 @@ class TestPriority:
         a, b = request("a", 3, 2, priority=1), request("b", 3, 2, priority=0)
         add(engine, a, b)
         assert order_of_admission(engine, a, b) == [a, b]
+
+
+def test_the_last_tokens_of_prompts_wait_where_fewer_are_worth_while() -> None:
+    def worth_while(num_tokens: int, num_fixed: int) -> int:
+        asked.append((num_tokens, num_fixed))
+        return min(num_tokens, 10)
+
+    asked: list[tuple[int, int]] = []
+    engine = make_engine(worth_while=worth_while)
+    a, b, c = request("a", 6), request("b", 7), request("c", 2)
+    add(engine, a, b, c)
+    assert shares(engine.scheduler.schedule()) == {"a": (0, 6), "b": (0, 4)}
+    assert asked == [(15, 0)]
+    # All have their blocks already; "a" decodes, and no less is worth while than that.
+    assert blocks_in_use(engine) == 2 + 2 + 1
+    assert shares(engine.scheduler.schedule()) == {"a": (6, 1), "b": (4, 3), "c": (0, 2)}
+    assert asked[1:] == [(6, 1)]
+
+
+def test_what_waits_is_computed_and_read_in_order() -> None:
+    """Sequences of a prompt in common fork when all of it is computed, and not before."""
+    engine = make_engine(
+        worth_while=lambda num_tokens, num_fixed: max(min(num_tokens, 3), num_fixed + 1)
+    )
+    forks = SequenceGroup("n", tuple(range(1, 9)), 5, num_seqs=2).sequences[0]
+    alone = [request("a", 5), request("b", 9)]
+    add(engine, forks, *alone)
+    while engine.scheduler.has_unfinished:
+        engine.step()
+        engine.scheduler.check_invariants()
+    engine.drain()
+    assert_as_if_alone(engine, *alone)

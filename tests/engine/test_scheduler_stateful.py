@@ -98,6 +98,7 @@ class Setting:
     urgent: bool
     num_scheduler_steps: int
     speculates: bool
+    worth_while: int  # tokens of a step with prompts
     sliding_window: int | None = None
 
     @property
@@ -118,8 +119,9 @@ SETTING: dict[str, Any] = {
     "num_host_blocks": st.sampled_from([40, 8, 0]),
     "recovery": st.sampled_from([always_recompute, always_swap, mixed_recovery]),
     "urgent": st.sampled_from([False, False, True]),
-    "num_scheduler_steps": st.sampled_from([1, 2, 8]),
+    "num_scheduler_steps": st.sampled_from([1, 3, 8, 8]),
     "speculates": st.booleans(),
+    "worth_while": st.sampled_from([64, 64, 64, 9, 3]),
 }
 SETTINGS = st.builds(Setting, **SETTING)
 WINDOW_SETTINGS = st.builds(
@@ -147,7 +149,7 @@ class Request:
 
 REQUESTS = st.builds(
     Request,
-    num_common=st.one_of(st.just(0), st.integers(1, 12)),
+    num_common=st.sampled_from([0, 0, 2, 5, 8, 11, 12, 12]),
     num_own=st.sampled_from([0, 0, 1, 2, 5]),
     max_tokens=st.integers(6, 24),
     num_seqs=st.sampled_from([1, 1, 2, 2, 3, 6]),
@@ -155,7 +157,7 @@ REQUESTS = st.builds(
     salt=st.sampled_from([None, None, None, "a"]),
     reads_cache=st.sampled_from([True, True, True, False]),
     writes_cache=st.sampled_from([True, True, True, False]),
-    num_ending=st.sampled_from([0, 0, 0, 1, 3]),
+    num_ending=st.sampled_from([0, 0, 1, 3]),
     is_bold=st.sampled_from([False, False, False, True]),
     is_held=st.sampled_from([False, True, True]),
     beams=st.one_of(
@@ -202,12 +204,18 @@ class SchedulerMachine(RuleBasedStateMachine):
             sliding_window=setting.sliding_window,
             num_scheduler_steps=setting.num_scheduler_steps,
             proposer=Guesses(setting.spare_blocks % 4) if setting.speculates else None,
+            worth_while=self.worth_while,
         )
         self.scheduler = self.engine.scheduler
         self.displace, self.scheduler._displace = self.scheduler._displace, self.displace_for_head
         self.displacer: SequenceGroup | None = None  # in the step that is being scheduled
         self.arrived: list[SequenceGroup] = []
         self.pinned: list[tuple[int, ...]] = []
+
+    def worth_while(self, num_tokens: int, num_fixed: int) -> int:
+        most = max(self.setting.worth_while, num_fixed + 1)
+        self.seen["fewer are worth while"] += most < num_tokens
+        return min(num_tokens, most)
 
     @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4), overlaps=OVERLAPS)
     def arrive(self, requests: list[Request], overlaps: list[bool]) -> None:
@@ -294,7 +302,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert group.is_finished
 
     @precondition(lambda self: self.setting.enable_prefix_caching)
-    @rule(num_blocks=st.integers(1, 3))
+    @rule(num_blocks=st.sampled_from([1, 1, 1, 2, 3]))
     def pin(self, num_blocks: int) -> None:
         tokens = PREFIX[: num_blocks * self.setting.block_size]
         with contextlib.suppress(ValueError):  # a request could not end beside it
@@ -330,8 +338,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         step = self.engine.step(overlap)
         if self.displacer is not None:
             assert step is not None
-            running = {share.sequence.group for share in step.scheduled}
-            assert self.displacer in running, "preempted for nothing"
+            assert self.displacer in step.admitted, "preempted for nothing"
             assert self.displacer not in step.preempted
         self.everything_agrees()
         if not self.setting.urgent:
@@ -372,9 +379,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         Once it is the earliest it is never preempted again. It is computed from the start at most
         once, then token by token; a turn more passes while its earlier life's step is in flight,
         and one while its last token is. Beams wait a turn for each token's candidates, as do others
-        that wait for the host.
+        that wait for the host. If fewer tokens are worth while, one of a prompt is.
         """
         budget = self.setting.max_num_batched_tokens
+        budget = 1 if self.setting.worth_while < budget else budget
         left = [group for group in self.arrived if not group.is_finished]
         return (len(left) if self.setting.urgent else 1) * sum(
             g.num_seqs * -(-(g.num_prompt_tokens + g.max_tokens) // budget)

@@ -86,6 +86,18 @@ class TestEqualBlocks:
         old, kept = tables[1 - told].tolist(), tables[told].tolist()
         assert repeated_blocks(sequences, tables, 4) == dict(zip(old[:2], kept[:2], strict=True))
 
+    @pytest.mark.parametrize("ahead", [0, 1])
+    def test_each_block_that_the_memory_knows_is_kept(self, ahead: int) -> None:
+        """Of a sequence that is ahead, which has a new one behind it, too."""
+        sequences = SequenceGroup("a", PROMPT[:13], 8, num_seqs=2).sequences
+        columns = RowColumns(2)
+        for row, sequence in enumerate(sequences):
+            progress = Progress(12, 12, 12, 2) if row == ahead else Progress(8, 8, 8, 1)
+            sequence.take_row(columns, row, progress)
+        tables = np.array([[5, 6, 1], [5, 8, 2]])
+        old, kept = tables[1 - ahead][1], tables[ahead][1]
+        assert repeated_blocks(sequences, tables, 4) == {old: kept}
+
     def test_what_is_behind_an_equal_block_is_found(self) -> None:
         """The row's own block is not cached, the one in its place is."""
         engine = make_engine(enable_prefix_caching=True)
