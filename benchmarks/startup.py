@@ -37,6 +37,9 @@ _BUNDLE = flags.DEFINE_boolean(
 _MAX_NUM_SEQS = flags.DEFINE_integer(
     "max_num_seqs", None, "Most sequences that run at once, by default the engine's.", lower_bound=1
 )
+_MAX_NUM_BATCHED_TOKENS = flags.DEFINE_integer(
+    "max_num_batched_tokens", None, "Most tokens of a step, likewise.", lower_bound=1
+)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Starts of each kind.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
@@ -45,8 +48,8 @@ import json, sys, time
 began = time.time() - float(sys.argv[1])
 from pallas_paged.engine import LLM, SamplingParams
 imported = time.time() - float(sys.argv[1])
-options = {"max_num_seqs": int(sys.argv[6])} if sys.argv[6] else {}
-llm = LLM(sys.argv[2], load_format=sys.argv[3], bundle=sys.argv[5] or None, **options)
+limits = json.loads(sys.argv[6])
+llm = LLM(sys.argv[2], load_format=sys.argv[3], bundle=sys.argv[5] or None, **limits)
 loaded = time.time() - float(sys.argv[1])
 prompt = {"prompt_token_ids": [5] * int(sys.argv[4])}
 next(llm.stream(prompt, SamplingParams(temperature=0, max_tokens=2)))
@@ -63,7 +66,7 @@ def start(model: str, load_format: str, caches: str, bundle: str = "") -> dict[s
       ValueError: the program failed; the message is its last line.
     """
     arguments = [repr(time.time()), model, load_format, str(_PROMPT_LEN.value), bundle]
-    arguments.append("" if _MAX_NUM_SEQS.value is None else str(_MAX_NUM_SEQS.value))
+    arguments.append(json.dumps(_limits()))
     text = _run(["-c", _PROGRAM, *arguments], caches)
     figures: dict[str, float] = json.loads(text.strip().splitlines()[-1])
     return figures
@@ -73,10 +76,15 @@ def make_bundle(model: str, caches: str) -> str:
     """Returns a new folder with a bundle for this machine's CPU; `ValueError` as `start`."""
     folder = f"{caches}/bundle"
     flags = [f"--model={model}", "--target=cpu", f"--output={folder}"]
-    if _MAX_NUM_SEQS.value is not None:
-        flags.append(f"--max_num_seqs={_MAX_NUM_SEQS.value}")
+    flags += [f"--{name}={value}" for name, value in _limits().items()]
     _run(["-m", "pallas_paged.engine.compile", *flags], caches)
     return folder
+
+
+def _limits() -> dict[str, int]:
+    """Returns the engine's limits that were given."""
+    given = (_MAX_NUM_SEQS, _MAX_NUM_BATCHED_TOKENS)
+    return {flag.name: flag.value for flag in given if flag.value is not None}
 
 
 def _run(arguments: list[str], caches: str) -> str:

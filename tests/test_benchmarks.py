@@ -33,7 +33,10 @@ SLOW = [
         "warm_traffic",
         "--minutes=0.1 --rate=2 --max_num_seqs=4 --max_model_len=64 --num_blocks=12",
     ),
-    ("startup", "--random_model=tiny --repeats=1 --bundle --max_num_seqs=2"),
+    (
+        "startup",
+        "--random_model=tiny --repeats=1 --bundle --max_num_seqs=2 --max_num_batched_tokens=32",
+    ),
     (
         "host_cost",
         "--num_seqs=4 --max_model_len=512 --vocab_size=1000 --kinds=plain,text,logprobs+deltas "
@@ -50,10 +53,10 @@ SLOW = [
     ("throughput", f"{SMALL} --baseline=static,continuous"),
     ("http_cost", "--num_seqs=4 --num_steps=60 --warm_steps=4 --repeats=1 --step_ms=5"),
     ("soak", "--seconds=27 --clients=50"),
-    ("structured", "--running=1,2 --prompt_len=40 --output_len=12 --rounds=1"),
+    ("structured", "--running=2 --prompt_len=40 --output_len=12 --rounds=1"),
     (
         "speculation",
-        f"--draft_model={DEMO_MODEL} --running=1,2 --prompt_len=40 --output_len=12 --rounds=1",
+        f"--draft_model={DEMO_MODEL} --running=2 --prompt_len=40 --output_len=12 --rounds=1",
     ),
 ]
 

@@ -339,7 +339,7 @@ def test_the_server_is_watched(page: Browser, live: Live, monkeypatch: pytest.Mo
     monkeypatch.setattr(device, "dispatch", dispatch_slowly)
     page.wait("return document.querySelector('#watching').textContent === 'live'")
     page.wait(meter("Running requests") + "return value === 0")
-    fill(page, "import os\n" * 20, {"ignore_eos": True, "n": 4}, max_tokens=300)
+    fill(page, "import os\n" * 20, {"ignore_eos": True, "n": 4}, max_tokens=150)
     page.click("#send")
     for label in ("KV pool in use", "Generated tokens/s", "Prompt tokens/s"):
         page.wait(meter(label) + "return found.querySelector('.line').getAttribute('d')")
