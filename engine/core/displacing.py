@@ -7,7 +7,7 @@ from pallas_paged.engine.core.admission import Admission, Room
 from pallas_paged.engine.core.policies import displaceable, next_to_admit
 from pallas_paged.engine.core.queues import Queues, placed_of, rows_of
 from pallas_paged.engine.core.request import SequenceGroup
-from pallas_paged.engine.core.token_plan import TokenPlan, plan
+from pallas_paged.engine.core.token_plan import TokenPlan, plan, with_room
 
 
 def groups_to_displace(
@@ -73,5 +73,5 @@ def _room_beside(
 
 def _plan_of(running: Sequence[SequenceGroup], admission: Admission, budget: int) -> TokenPlan:
     """Returns what running groups would compute next without the others."""
-    placed = placed_of(running)
-    return plan(admission.columns, placed, rows_of(placed), budget)
+    placed, columns = placed_of(running), admission.columns
+    return with_room(columns, plan(columns, placed, rows_of(placed), budget))

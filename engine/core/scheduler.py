@@ -16,17 +16,12 @@ import collections
 import itertools
 from collections.abc import Callable, Sequence
 
+from pallas_paged.engine.core import invariants, token_plan
 from pallas_paged.engine.core.admission import Admission, Arrival, Room
 from pallas_paged.engine.core.committer import Committed, Committer, Result
 from pallas_paged.engine.core.core_output import FinishReason
 from pallas_paged.engine.core.displacing import groups_to_displace
 from pallas_paged.engine.core.forks import fork_ready
-from pallas_paged.engine.core.invariants import (
-    check_columns,
-    check_counts,
-    check_in_flight,
-    check_queues,
-)
 from pallas_paged.engine.core.policies import ChooseRecovery, Order, always_recompute, choose_victim
 from pallas_paged.engine.core.queues import Queues, placed_of, rows_of
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
@@ -34,7 +29,7 @@ from pallas_paged.engine.core.row_columns import RowColumns
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.core.speculation import Proposer, propose
 from pallas_paged.engine.core.swapping import swap_out
-from pallas_paged.engine.core.token_plan import TokenPlan, dispatch, plan, run_on, with_room, within
+from pallas_paged.engine.core.token_plan import TokenPlan
 from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
 from pallas_paged.engine.kv.interface import Memory
 from pallas_paged.engine.kv.sharing import NO_COPIES, CopyPairs, Root
@@ -58,7 +53,7 @@ class Scheduler:
       host_pool: the host memory that groups are swapped to; None has no room.
       sliding_window: the most tokens that a query sees in any layer, itself included; rows give
         back the blocks that have left it. None: a layer sees all tokens, and rows keep theirs.
-      num_scheduler_steps: the most decode steps that are scheduled at once, see `run_on`.
+      num_scheduler_steps: the most decode steps that are scheduled at once, by `token_plan.run_on`.
       proposer: guesses tokens of the groups that wait for the host; None guesses none.
       worth_while: says how many tokens a step with prompts computes, see `Buckets.worth_while`.
     """
@@ -185,6 +180,10 @@ class Scheduler:
         the others fit; it waits at the head of the queue then, and nobody overtakes it.
         """
         assert len(self._in_flight) <= 1, "at most one step may be in flight"
+        if self._in_flight and token_plan.better_together(self._columns, self.queues.placed_rows):
+            return None
+        if self.proposer is not None:
+            propose(self.proposer, self._columns, self.queues.placed, self.queues.placed_rows)
         preempted = self._displace()
         planned = self._plan()
         while (copies := self._reserve(planned)) is None:
@@ -198,8 +197,9 @@ class Scheduler:
         swap_ins, more_copies = self.admission.give_blocks(arrivals)
         if arrivals:
             entering = placed_of(arrival.group for arrival in arrivals)
-            planned = planned.and_then(plan(self._columns, entering, rows_of(entering), budget))
-        planned = within(self._columns, planned, self._worth_while)
+            more = token_plan.plan(self._columns, entering, rows_of(entering), budget)
+            planned = planned.and_then(more)
+        planned = token_plan.within(self._columns, planned, self._worth_while)
         if not self.queues.are_forked:
             before, planned = planned, fork_ready(self._columns, planned, self.memory)
             if planned is not before:
@@ -210,7 +210,7 @@ class Scheduler:
         dropped = self.host_pool.take_dropped()
         step = ScheduledStep(
             next(self._step_ids),
-            dispatch(self._columns, planned),
+            token_plan.dispatch(self._columns, planned),
             planned.num_tokens,
             dropped,
             tuple(move for move in self._swap_outs if move.chunk.number not in dropped),
@@ -269,30 +269,30 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Asserts that the queues, the counts, the steps in flight and the memory agree."""
-        check_queues(self.queues, self.host_pool)
+        invariants.check_queues(self.queues, self.host_pool)
         for group in self.queues.unfinished.values():
-            check_in_flight(group, self._in_flight)
+            invariants.check_in_flight(group, self._in_flight)
             for sequence in group.live:
-                check_counts(sequence, self._in_flight)
+                invariants.check_counts(sequence, self._in_flight)
         assert self.queues.num_rows <= self.admission.max_num_seqs
         placed = self.queues.placed
-        check_columns(placed, self.queues.placed_rows, self._columns)
+        invariants.check_columns(placed, self.queues.placed_rows, self._columns)
         self.memory.check_invariants(
             {s.row: s.progress.num_reserved for s in placed if s.row is not None}
         )
 
     def _plan(self) -> TokenPlan:
         queues, columns, rows = self.queues, self._columns, self.queues.placed_rows
-        if self.proposer is not None:
-            propose(self.proposer, columns, queues.placed, rows)
-        budget = self.max_num_batched_tokens
-        planned = with_room(columns, plan(columns, queues.placed, rows, budget))
+        planned = token_plan.plan(columns, queues.placed, rows, self.max_num_batched_tokens)
+        planned = token_plan.with_room(columns, planned)
         if self.num_scheduler_steps == 1 or not len(planned.rows) or not queues.are_forked:
             return planned
         may_admit = queues.waiting and queues.num_rows < self.admission.max_num_seqs
         if may_admit or not columns.runs_on[rows].all():
             return planned
-        return run_on(columns, planned, self.num_scheduler_steps, keeps_all=bool(queues.waiting))
+        return token_plan.run_on(
+            columns, planned, self.num_scheduler_steps, keeps_all=bool(queues.waiting)
+        )
 
     def _reserve(self, planned: TokenPlan) -> CopyPairs | None:
         """Allocates what the planned tokens need beyond their sequences' blocks: all or nothing."""

@@ -89,6 +89,19 @@ def plan(
     return planned if counts.all() else planned.only(counts > 0)
 
 
+def better_together(columns: RowColumns, rows: np.ndarray) -> bool:
+    """Whether to commit the step in flight before another one is planned for these rows.
+
+    It would hold some of the sequences only, and the others, which wait for the host, would be in
+    the one after that: from then on each would have a token in every second step. A step of all
+    takes less than one of each half, but for the host's share.
+    """
+    if not columns.waits_for_host[rows].all():
+        return False  # those that do not wait keep the device busy meanwhile
+    num_known = columns.num_tokens[rows] - columns.num_dispatched[rows]
+    return bool((num_known <= 1).all() and 0 < num_known.sum() < len(rows))
+
+
 def within(
     columns: RowColumns, planned: TokenPlan, worth_while: Callable[[int, int], int]
 ) -> TokenPlan:

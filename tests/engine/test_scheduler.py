@@ -880,3 +880,25 @@ def test_what_waits_is_computed_and_read_in_order() -> None:
         engine.scheduler.check_invariants()
     engine.drain()
     assert_as_if_alone(engine, *alone)
+
+
+def test_those_that_wait_for_the_host_are_computed_together() -> None:
+    """Whose prompts were in different steps, too: else each would have every second step."""
+    engine = make_engine(max_num_batched_tokens=8)
+    a, b = (request(name, 8, waits_for_host=True) for name in "ab")
+    add(engine, a, b)
+    steps = []
+    while engine.scheduler.has_unfinished:
+        if (step := engine.step()) is not None:
+            steps.append(shares(step))
+    engine.drain()
+    assert [set(step) for step in steps] == [{"a"}, {"b"}, *[{"a", "b"}] * 7]
+    assert_as_if_alone(engine, a, b)
+
+
+def test_nobody_waits_for_those_that_wait_for_the_host() -> None:
+    engine = make_engine(max_num_batched_tokens=8)
+    a, b = request("a", 8, waits_for_host=True), request("b", 8)
+    add(engine, a, b)
+    steps = [shares(engine.step()) for _ in range(6)]
+    assert [set(step) for step in steps] == [{"a"}, {"b"}, *[{"a", "b"}, {"b"}] * 2]

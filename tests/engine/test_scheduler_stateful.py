@@ -335,6 +335,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def turn(self, overlap: bool) -> None:
         """Turns the engine's loop once."""
         held = self.engine.in_flight[0].scheduled if self.engine.in_flight else ()
+        self.displacer = None
         step = self.engine.step(overlap)
         if self.displacer is not None:
             assert step is not None

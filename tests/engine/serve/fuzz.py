@@ -7,6 +7,7 @@ and nothing hangs; afterwards nothing is left in the engine. Which valid values 
 document does not say, so that a 400 is always allowed.
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,12 @@ def main(program: str, seconds: str, seed: str = "0") -> int:
     options = {"chat_template": TEMPLATE, "tool_format": HERMES, "api_keys": (KEY,)}
     with live_server(**options) as live, tempfile.TemporaryDirectory() as folder:
         command = [
-            *(program, "run", f"{live.url}/openapi.json", "--phases=coverage,fuzzing"),
+            *(
+                os.path.abspath(program),
+                "run",
+                f"{live.url}/openapi.json",
+                "--phases=coverage,fuzzing",
+            ),
             *("--checks=all", f"--exclude-checks={','.join(LEFT_OUT)}", "--continue-on-failure"),
             *(f"--max-time={seconds}", "--max-examples=1000", f"--seed={seed}"),
             *("--header", f"Authorization: Bearer {KEY}", "--header", "X-Request-Timeout: 50"),
