@@ -70,8 +70,8 @@ MUTATIONS = {
     ),
     "dispatched before the result": Mutation(
         _TOKENS,
-        "chosen = counts > 0",
-        "chosen = counts >= 0",
+        "else planned.only(counts > 0)",
+        "else planned.only(counts >= 0)",
         _LIVES,
     ),
     "candidates of an earlier life": Mutation(

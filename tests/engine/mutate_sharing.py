@@ -347,8 +347,8 @@ MUTATIONS = {
     ),
     "back before its earlier life is over": Mutation(
         _SCHEDULER,
-        "if group.is_in_flight:\n                break",
-        "if False:\n                break",
+        "if budget <= 0 or group.is_in_flight:",
+        "if budget <= 0:",
         f"{_UNIT} {_LIVES}",
     ),
     "no check of the worst case": Mutation(
@@ -412,7 +412,10 @@ MUTATIONS = {
         _UNIT,
     ),
     "a new block kept instead of the cached one": Mutation(
-        _ENTRIES, "key=lambda index: not is_told[index]", "key=lambda index: is_told[index]", _UNIT
+        _ENTRIES,
+        "key=lambda index: place >= num_told[index]",
+        "key=lambda index: place < num_told[index]",
+        _UNIT,
     ),
     "a block given back that the window still touches": Mutation(
         _SHARING,
@@ -443,10 +446,16 @@ MUTATIONS = {
         "if False:",
         _WINDOW,
     ),
+    "a new block kept where its sequence has others": Mutation(
+        _ENTRIES,
+        "key=lambda index: place >= num_told[index]",
+        "key=lambda index: num_told[index] < num_full[index]",
+        _UNIT,
+    ),
     "blocks behind those that are gone taken for equal": Mutation(
         _ENTRIES,
-        "if parent == GIVEN_BACK or (place and before == GIVEN_BACK):",
-        "if parent == GIVEN_BACK:",
+        "if block == GIVEN_BACK or (place and before == GIVEN_BACK):",
+        "if block == GIVEN_BACK:",
         f"{_LIVES} {_WINDOW}",
     ),
     "shared blocks counted wrong": Mutation(

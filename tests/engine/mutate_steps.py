@@ -21,7 +21,32 @@ _DRAFTS = "tests/engine/test_speculation.py"
 _DRAFTED, _MODEL = "pallas_paged/engine/device/drafted.py", "tests/engine/test_draft_model.py"
 _LIVES = f"{_TESTS} tests/engine/test_scheduler_stateful.py"
 
+_UNIT = "tests/engine/test_scheduler.py"
+_BUCKETS, _SIZES = "pallas_paged/engine/core/buckets.py", "tests/engine/test_buckets.py"
+
 MUTATIONS = {
+    "each half by itself": Mutation(
+        _PLAN, "return bool((num_known <= 1).all() and", "return bool(False and", _UNIT
+    ),
+    "all wait": Mutation(_PLAN, "if not columns.waits_for_host[rows].all():", "if False:", _UNIT),
+    "more than is worth while": Mutation(
+        _PLAN, "np.maximum(num_left - before, 0)", "np.maximum(num_left, 0)", _UNIT
+    ),
+    "nothing is left of a prompt": Mutation(
+        _PLAN, "return planned.only(planned.counts > 0)", "return planned", _UNIT
+    ),
+    "forks before their prompt is computed": Mutation(
+        _SCHEDULER,
+        "planned = token_plan.within(self._columns, planned, self._worth_while)",
+        "trimmed, planned = token_plan.within(self._columns, planned, self._worth_while), planned",
+        _UNIT,
+    ),
+    "a step's own cost forgotten": Mutation(
+        _BUCKETS, "later = self.step_cost + _at_least(", "later = _at_least(", _SIZES
+    ),
+    "those that decode forgotten": Mutation(
+        _BUCKETS, "_LEAST_SHARE // 2 * num_fixed", "0 * num_fixed", _SIZES
+    ),
     "drafts that are all right": Mutation(_GUESSES, "return place", "pass", _DRAFTS),
     "drafts beyond the longest": Mutation(
         _GUESSES,
