@@ -8,7 +8,7 @@ import numpy as np
 from pallas_paged.engine.core import beam_groups, matching
 from pallas_paged.engine.core.beam_search import Candidates
 from pallas_paged.engine.core.core_output import FinishReason, NewTokens
-from pallas_paged.engine.core.entries import repeated_blocks
+from pallas_paged.engine.core.entries import part_from, repeated_blocks
 from pallas_paged.engine.core.queues import Queues
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
 from pallas_paged.engine.core.row_columns import RowColumns
@@ -282,6 +282,7 @@ class Committer:
         for sequence in sequences:
             sequence.finish_reason = reason
             sequence.stop_reason = stop_reason
+            part_from(sequence, self._columns)
             sequence.give_up_blocks()
             sequence.num_late = 0
         self._queues.rows_changed()

@@ -7,11 +7,11 @@ from pallas_paged.engine.core.admission import Admission, Room
 from pallas_paged.engine.core.policies import displaceable, next_to_admit
 from pallas_paged.engine.core.queues import Queues, placed_of, rows_of
 from pallas_paged.engine.core.request import SequenceGroup
-from pallas_paged.engine.core.token_plan import TokenPlan, plan, with_room
+from pallas_paged.engine.core.token_plan import StepSize, TokenPlan, plan, with_room
 
 
 def groups_to_displace(
-    queues: Queues, admission: Admission, *, max_num_tokens: int, watermark_blocks: int
+    queues: Queues, admission: Admission, size: StepSize, *, watermark_blocks: int
 ) -> list[SequenceGroup]:
     """Returns the groups to preempt, as few as let the head of the queue run in this step.
 
@@ -20,7 +20,7 @@ def groups_to_displace(
     Args:
       queues: those of the scheduler.
       admission: over the same memory.
-      max_num_tokens: the most tokens of a step.
+      size: of a step.
       watermark_blocks: see `Scheduler`.
     """
     if not queues.waiting or not queues.running:
@@ -39,7 +39,7 @@ def groups_to_displace(
             staying(num_victims),
             victims[:num_victims],
             admission,
-            max_num_tokens=max_num_tokens,
+            max_num_tokens=size.max_num_tokens,
             watermark_blocks=watermark_blocks,
         )
         return admission.arrival_of(head, room) is not None
@@ -47,7 +47,8 @@ def groups_to_displace(
     if not fits(len(victims)):
         return []
     num_needed = bisect.bisect_left(range(len(victims)), True, key=fits)
-    if _plan_of(staying(num_needed), admission, max_num_tokens).num_tokens == max_num_tokens:
+    planned = _plan_of(staying(num_needed), admission, size.max_num_tokens)
+    if size.left_beside(admission.columns, planned) <= 0:
         return []  # the others compute so much that it would not get a token
     return victims[:num_needed]
 

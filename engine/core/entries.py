@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
+from pallas_paged.engine.core.row_columns import RowColumns
 from pallas_paged.engine.kv.host_pool import DROPPED
 from pallas_paged.engine.kv.sharing import GIVEN_BACK, Branch, blocks_for, plan_tree
 
@@ -40,6 +41,22 @@ def repeated_blocks(
             if owner != block:
                 kept[block] = owner
     return kept
+
+
+def part_from(leader: TokenSequence, columns: RowColumns) -> None:
+    """Lets those who would have read what a sequence has not computed compute it themselves.
+
+    Before it gives up its row, because it alone of its group has ended.
+    """
+    if leader.row is None:
+        return
+    num_told = columns.num_remembered[leader.row]
+    done = int(columns.num_dispatched[leader.row])
+    for other in leader.group.live:
+        if other.leader is leader and other.num_shared > done:
+            columns.num_dispatched[other.row] = other.num_shared = done
+            columns.num_remembered[other.row] = min(num_told, columns.num_remembered[other.row])
+            other.leader = leader.leader
 
 
 class Entry(NamedTuple):

@@ -29,7 +29,7 @@ from pallas_paged.engine.core.row_columns import RowColumns
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.core.speculation import Proposer, propose
 from pallas_paged.engine.core.swapping import swap_out
-from pallas_paged.engine.core.token_plan import TokenPlan
+from pallas_paged.engine.core.token_plan import StepSize, TokenPlan
 from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
 from pallas_paged.engine.kv.interface import Memory
 from pallas_paged.engine.kv.sharing import NO_COPIES, CopyPairs, Root
@@ -99,7 +99,7 @@ class Scheduler:
             memory, columns, self.queues, self.host_pool, sliding_window, proposer
         )
         self._choose_recovery, self.num_scheduler_steps = choose_recovery, num_scheduler_steps
-        self._worth_while = worth_while
+        self._size = StepSize(max_num_batched_tokens, worth_while)
         self._arrivals = itertools.count()
         self._swap_outs: list[BlockMove] = []  # for the next step
         self._in_flight: collections.deque[ScheduledStep] = collections.deque()
@@ -192,14 +192,14 @@ class Scheduler:
                 continue
             preempted.append(self._preempt(choose_victim(self.queues.running)))
             planned = self._plan()
-        budget = self.max_num_batched_tokens - planned.num_tokens
+        budget = self._size.left_beside(self._columns, planned)
         arrivals = self._admit(budget)
         swap_ins, more_copies = self.admission.give_blocks(arrivals)
         if arrivals:
             entering = placed_of(arrival.group for arrival in arrivals)
             more = token_plan.plan(self._columns, entering, rows_of(entering), budget)
             planned = planned.and_then(more)
-        planned = token_plan.within(self._columns, planned, self._worth_while)
+        planned = self._size.within(self._columns, planned)
         if not self.queues.are_forked:
             before, planned = planned, fork_ready(self._columns, planned, self.memory)
             if planned is not before:
@@ -302,15 +302,12 @@ class Scheduler:
     def _displace(self) -> list[SequenceGroup]:
         """Preempts the groups that the head of the queue displaces."""
         victims = groups_to_displace(
-            self.queues,
-            self.admission,
-            max_num_tokens=self.max_num_batched_tokens,
-            watermark_blocks=self.watermark_blocks,
+            self.queues, self.admission, self._size, watermark_blocks=self.watermark_blocks
         )
         return [self._preempt(victim) for victim in victims]
 
     def _admit(self, budget: int) -> list[Arrival]:
-        """Moves groups from the queue to the running ones, each with tokens to compute."""
+        """Moves groups from the queue to the running ones, until their tokens fill the budget."""
         arrivals: list[Arrival] = []
         num_rows = self.admission.max_num_seqs - self.queues.num_rows
         num_blocks = self.memory.num_free_blocks

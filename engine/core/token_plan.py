@@ -50,6 +50,10 @@ class TokenPlan(NamedTuple):
         """Whether some sequence makes several steps, has drafts, or room for others."""
         return bool((self.steps > 1).any() or self.drafts.any() or self.ahead.any())
 
+    def can_wait(self, columns: RowColumns) -> np.ndarray:
+        """Returns bool[B], for which sequences there is room already: those with prompts."""
+        return self.starts + self.counts <= columns.num_reserved[self.rows]
+
     def least(self) -> "TokenPlan":
         """Returns the first of these steps, without drafts."""
         ones, zeros = np.ones_like(self.steps), np.zeros_like(self.steps)
@@ -98,30 +102,47 @@ def better_together(columns: RowColumns, rows: np.ndarray) -> bool:
     """
     if not columns.waits_for_host[rows].all():
         return False  # those that do not wait keep the device busy meanwhile
-    num_known = columns.num_tokens[rows] - columns.num_dispatched[rows]
-    return bool((num_known <= 1).all() and 0 < num_known.sum() < len(rows))
+    num_known = columns.num_tokens[rows] - columns.num_dispatched[rows]  # less than 0 with drafts
+    is_next = num_known == 1
+    return bool((num_known <= 1).all() and is_next.any() and not is_next.all())
 
 
-def within(
-    columns: RowColumns, planned: TokenPlan, worth_while: Callable[[int, int], int]
-) -> TokenPlan:
-    """Returns the plan with as many of its tokens as are worth while in one step.
+class StepSize(NamedTuple):
+    """How many tokens a step may have, and how many are worth while.
 
-    The last ones of prompts follow in the next step: there is room for them already, and nobody
-    reads them before those in front of them. `worth_while` is as `Buckets.worth_while`.
+    Attributes:
+      max_num_tokens: the most.
+      worth_while: of so many tokens, so many of which are of sequences that decode, how many one
+        step should compute; as `Buckets.worth_while`.
     """
-    can_wait = planned.starts + planned.counts <= columns.num_reserved[planned.rows]
-    if planned.has_more or not can_wait.any():
-        return planned
-    waiting = np.where(can_wait, planned.counts, 0)
-    num_fixed = planned.num_tokens - int(waiting.sum())
-    num_left = worth_while(planned.num_tokens, num_fixed) - num_fixed
-    if num_left >= waiting.sum():
-        return planned
-    before = waiting.cumsum(dtype=np.int32) - waiting
-    fewer = np.minimum(waiting, np.maximum(num_left - before, 0))
-    planned = planned._replace(counts=np.where(can_wait, fewer, planned.counts))
-    return planned.only(planned.counts > 0)
+
+    max_num_tokens: int
+    worth_while: Callable[[int, int], int]
+
+    def left_beside(self, columns: RowColumns, planned: TokenPlan) -> int:
+        """Returns how many tokens of others a step should hold, if there are as many as it may."""
+        num_fixed = int(planned.counts[~planned.can_wait(columns)].sum())
+        return self.worth_while(self.max_num_tokens, num_fixed) - planned.num_tokens
+
+    def within(self, columns: RowColumns, planned: TokenPlan) -> TokenPlan:
+        """Returns the plan with as many of its tokens as are worth while in one step.
+
+        The last ones of prompts follow in the next step: there is room for them already, and nobody
+        reads them before those in front of them. A step with guessed tokens has shapes of its own,
+        and keeps all.
+        """
+        can_wait = planned.can_wait(columns)
+        if planned.has_more or not can_wait.any():
+            return planned
+        waiting = np.where(can_wait, planned.counts, 0)
+        num_fixed = planned.num_tokens - int(waiting.sum())
+        num_left = self.worth_while(planned.num_tokens, num_fixed) - num_fixed
+        if num_left >= waiting.sum():
+            return planned
+        before = waiting.cumsum(dtype=np.int32) - waiting
+        fewer = np.minimum(waiting, np.maximum(num_left - before, 0))
+        planned = planned._replace(counts=np.where(can_wait, fewer, planned.counts))
+        return planned.only(planned.counts > 0)
 
 
 def with_room(columns: RowColumns, planned: TokenPlan) -> TokenPlan:

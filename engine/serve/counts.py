@@ -30,8 +30,8 @@ class Counts:
         self._prompts[place] = len(output.prompt_token_ids)
         self._cached[place] = output.num_cached_tokens
         self._num_completion += sum([len(one.token_ids) for one in output.outputs])
-        if not self._times:
-            self._times = _times(output.metrics)
+        if len(self._times) < 2:
+            self._times = _times(output.metrics) | self._times
         if output.finished:
             self._num_preemptions += output.metrics.num_preemptions
 

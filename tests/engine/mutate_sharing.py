@@ -446,6 +446,9 @@ MUTATIONS = {
         "if False:",
         _WINDOW,
     ),
+    "unwritten blocks read behind one that has ended": Mutation(
+        _ENTRIES, "if other.leader is leader and other.num_shared > done:", "if False:", _UNIT
+    ),
     "a new block kept where its sequence has others": Mutation(
         _ENTRIES,
         "key=lambda index: place >= num_told[index]",

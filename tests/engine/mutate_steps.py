@@ -25,8 +25,14 @@ _UNIT = "tests/engine/test_scheduler.py"
 _BUCKETS, _SIZES = "pallas_paged/engine/core/buckets.py", "tests/engine/test_buckets.py"
 
 MUTATIONS = {
+    "apart where one has drafts in flight": Mutation(
+        _PLAN, "is_next = num_known == 1", "is_next = num_known != 0", _UNIT
+    ),
     "each half by itself": Mutation(
-        _PLAN, "return bool((num_known <= 1).all() and", "return bool(False and", _UNIT
+        _PLAN,
+        "return bool((num_known <= 1).all() and",
+        "return bool(False and",
+        f"{_UNIT} {_LIVES}",
     ),
     "all wait": Mutation(_PLAN, "if not columns.waits_for_host[rows].all():", "if False:", _UNIT),
     "more than is worth while": Mutation(
@@ -37,8 +43,8 @@ MUTATIONS = {
     ),
     "forks before their prompt is computed": Mutation(
         _SCHEDULER,
-        "planned = token_plan.within(self._columns, planned, self._worth_while)",
-        "trimmed, planned = token_plan.within(self._columns, planned, self._worth_while), planned",
+        "planned = self._size.within(self._columns, planned)",
+        "trimmed, planned = self._size.within(self._columns, planned), planned",
         _UNIT,
     ),
     "a step's own cost forgotten": Mutation(

@@ -6,8 +6,10 @@ flight. With `overlap=False` nothing does. Blocks have 4 tokens unless a test sa
 
 from typing import Any
 
+import numpy as np
 import pytest
 
+from pallas_paged.engine.core import token_plan
 from pallas_paged.engine.core.policies import CheaperRecovery, PriorityOrder, always_swap
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
 from pallas_paged.engine.core.row_columns import Progress, RowColumns
@@ -851,20 +853,31 @@ class TestPriority:
 
 
 def test_the_last_tokens_of_prompts_wait_where_fewer_are_worth_while() -> None:
-    def worth_while(num_tokens: int, num_fixed: int) -> int:
-        asked.append((num_tokens, num_fixed))
-        return min(num_tokens, 10)
-
-    asked: list[tuple[int, int]] = []
-    engine = make_engine(worth_while=worth_while)
+    engine = make_engine(worth_while=lambda num_tokens, num_fixed: min(num_tokens, 10))
     a, b, c = request("a", 6), request("b", 7), request("c", 2)
     add(engine, a, b, c)
     assert shares(engine.scheduler.schedule()) == {"a": (0, 6), "b": (0, 4)}
-    assert asked == [(15, 0)]
-    # All have their blocks already; "a" decodes, and no less is worth while than that.
-    assert blocks_in_use(engine) == 2 + 2 + 1
+    # Each has all its blocks already, and who would get no token stays in the queue.
+    assert blocks_in_use(engine) == 2 + 2
     assert shares(engine.scheduler.schedule()) == {"a": (6, 1), "b": (4, 3), "c": (0, 2)}
-    assert asked[1:] == [(6, 1)]
+
+
+def test_those_that_decode_are_in_each_step() -> None:
+    """However few tokens are worth while; and the first prompt has one in it, too."""
+    asked: list[tuple[int, int]] = []
+
+    def worth_while(num_tokens: int, num_fixed: int) -> int:
+        asked.append((num_tokens, num_fixed))
+        return max(min(num_tokens, 4), num_fixed + 1)
+
+    engine = make_engine(worth_while=worth_while)
+    first = [request(name, 1) for name in "abcd"]
+    add(engine, *first)
+    engine.step()
+    add(engine, request("e", 3), request("f", 1))
+    expected = dict.fromkeys("abcd", (1, 1))
+    assert shares(engine.step()) == expected | {"e": (0, 1)}
+    assert (64, 4) in asked
 
 
 def test_what_waits_is_computed_and_read_in_order() -> None:
@@ -902,3 +915,36 @@ def test_nobody_waits_for_those_that_wait_for_the_host() -> None:
     add(engine, a, b)
     steps = [shares(engine.step()) for _ in range(6)]
     assert [set(step) for step in steps] == [{"a"}, {"b"}, *[{"a", "b"}, {"b"}] * 2]
+
+
+def test_nobody_waits_for_drafts_apart() -> None:
+    """Of what is in flight with guessed tokens more is dispatched than is known."""
+    columns = RowColumns(2)
+    for row, progress in enumerate((Progress(9, 5, 9, 0), Progress(5, 5, 9, 0))):
+        request(f"{row}", 6, waits_for_host=True).take_row(columns, row, progress)
+    assert token_plan.better_together(columns, np.arange(2))
+    columns.num_dispatched[0] = 5
+    assert not token_plan.better_together(columns, np.arange(2))
+
+
+@pytest.mark.parametrize("ended", [0, 1])
+def test_the_others_compute_what_one_that_has_ended_has_not(ended: int) -> None:
+    """Of a request whose completions are computed again, three that share their first blocks."""
+    engine = make_engine(max_num_batched_tokens=24, num_blocks=60)
+    group = SequenceGroup("a", tuple(range(1, 22)), 12, num_seqs=3)
+    engine.scheduler.add(group)
+    for _ in range(6):
+        engine.step()
+    engine.drain()
+    engine.scheduler._preempt(group)
+    engine.scheduler._size = token_plan.StepSize(64, lambda num_tokens, num_fixed: num_fixed + 6)
+    engine.step()
+    assert all(sequence.row is not None for sequence in group.live)
+    followers = [s for s in group.live if s.leader is not None]
+    assert any(s.num_shared > 6 for s in followers)
+    engine.scheduler.finish(group.live[ended], "stop", "a stop string")
+    while engine.scheduler.has_unfinished:
+        engine.step()
+        engine.scheduler.check_invariants()
+    engine.drain()
+    assert_as_if_alone(engine, *(s for s in group.sequences if s.stop_reason is None))

@@ -301,6 +301,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.abort(group.request_id)
         assert group.is_finished
 
+    @precondition(lambda self: self.scheduler.has_unfinished)
+    @rule(place=st.integers(0, 5))
+    def end_one(self, place: int) -> None:
+        """Ends one of several completions, as a stop string does."""
+        several = [g for g in self.arrived if len(g.live) > 1 and g.beams is None]
+        running = [g for g in several if g.is_forked]
+        for group in [g for g in running if any(s.leader for s in g.live)] or running:
+            self.seen["one of several ended"] += 1
+            self.scheduler.finish(group.live[place % len(group.live)], "abort")
+            break
+
     @precondition(lambda self: self.setting.enable_prefix_caching)
     @rule(num_blocks=st.sampled_from([1, 1, 1, 2, 3]))
     def pin(self, num_blocks: int) -> None:
