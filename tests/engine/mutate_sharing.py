@@ -271,7 +271,7 @@ MUTATIONS = {
     ),
     "preempted though the head gets no token": Mutation(
         _DISPLACING,
-        "if _plan_of(staying(num_needed), admission, max_num_tokens).num_tokens == max_num_tokens:",
+        "if size.left_beside(admission.columns, planned) <= 0:",
         "if False:",
         _UNIT,
     ),

@@ -87,7 +87,8 @@ CPU, GPU = (64, 512, 40, 16), (64, 8192, 40, 256)
         (CPU, 400, 60, 256),  # a step of 128 would be half of tokens that decode
         (CPU, 512, 200, 512),
         (CPU, 40, 33, 40),  # all 33 have to be in it
-        (GPU, 200, 8, 200),  # that costs no more than a step of its own
+        (GPU, 160, 0, 160),  # a step costs more than the padding
+        (GPU, 200, 8, 200),
         (GPU, 600, 8, 512),
         (GPU, 1500, 8, 1500),
         (GPU, 3000, 8, 2048),

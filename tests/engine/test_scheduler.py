@@ -862,6 +862,15 @@ def test_the_last_tokens_of_prompts_wait_where_fewer_are_worth_while() -> None:
     assert shares(engine.scheduler.schedule()) == {"a": (6, 1), "b": (4, 3), "c": (0, 2)}
 
 
+def test_a_prompt_in_two_steps_forks_behind_the_second() -> None:
+    engine = make_engine(worth_while=lambda num_tokens, _: 8 if num_tokens == 12 else num_tokens)
+    group = SequenceGroup("a", tuple(range(1, 13)), 3, num_seqs=2)
+    engine.scheduler.add(group)
+    steps = [engine.step(), engine.step()]
+    found = [[(s.start, s.num_tokens) for s in step.scheduled] for step in steps if step]
+    assert found == [[(0, 8)], [(8, 4), (12, 0)]]
+
+
 def test_those_that_decode_are_in_each_step() -> None:
     """However few tokens are worth while; and the first prompt has one in it, too."""
     asked: list[tuple[int, int]] = []
