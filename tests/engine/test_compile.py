@@ -11,6 +11,7 @@ from pallas_paged.models.demo import DEMO_MODEL
 from tests.programs import run_program
 
 SMALL = ["--max_num_seqs=2", "--max_num_batched_tokens=32", "--max_model_len=128"]
+SMALLEST = ["--max_num_seqs=1", "--max_num_batched_tokens=16", "--max_model_len=128"]
 COMPILE = "pallas_paged.engine.compile"
 
 
@@ -69,10 +70,10 @@ def test_a_plan_for_an_h100(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "device", "attention", "kernel"),
+    ("target", "device", "attention", "kernel", "limits"),
     [
-        ("h100", "NVIDIA H100 80GB HBM3", "mosaic_gpu", b"paged_decode"),
-        ("l4", "NVIDIA L4", "xla", b""),
+        ("h100", "NVIDIA H100 80GB HBM3", "mosaic_gpu", b"paged_decode", SMALL),
+        ("l4", "NVIDIA L4", "xla", b"", SMALLEST),
     ],
 )
 def test_a_bundle_for_a_gpu(
@@ -80,6 +81,7 @@ def test_a_bundle_for_a_gpu(
     device: str,
     attention: str,
     kernel: bytes,
+    limits: list[str],
     tmp_path: pathlib.Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -89,7 +91,7 @@ def test_a_bundle_for_a_gpu(
     """
     output = tmp_path / "bundle"
     done = run_program(
-        COMPILE, "--model=models/demo", f"--target={target}", f"--output={output}", *SMALL
+        COMPILE, "--model=models/demo", f"--target={target}", f"--output={output}", *limits
     )
     assert done.returncode == 0, done.stderr
     assert f"attention: {attention}, writes: {attention}, on {device}" in done.stdout
