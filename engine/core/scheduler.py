@@ -192,7 +192,7 @@ class Scheduler:
                 continue
             preempted.append(self._preempt(choose_victim(self.queues.running)))
             planned = self._plan()
-        budget = self._size.left_beside(self._columns, planned)
+        budget = self._size.left_beside(self._columns, planned) if self.queues.waiting else 0
         arrivals = self._admit(budget)
         swap_ins, more_copies = self.admission.give_blocks(arrivals)
         if arrivals:

@@ -132,7 +132,7 @@ class StepSize(NamedTuple):
         and keeps all.
         """
         can_wait = planned.can_wait(columns)
-        if planned.has_more or not can_wait.any():
+        if not can_wait.any() or planned.has_more:
             return planned
         waiting = np.where(can_wait, planned.counts, 0)
         num_fixed = planned.num_tokens - int(waiting.sum())
