@@ -34,6 +34,7 @@ from pallas_paged.engine.core.request import SequenceGroup
 from pallas_paged.engine.core.scheduler import Scheduler
 from pallas_paged.engine.core.step_inputs import seed_words
 from pallas_paged.engine.device.logprobs import pack
+from pallas_paged.engine.device.placement import Placement
 from pallas_paged.engine.device.row_state import LogitInputs, RowState, apply_rules, count_tokens
 from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.device.sampling import SamplingInputs, sample
@@ -112,6 +113,7 @@ def full_program(
     greedy = inputs_of(num_rows, temperature=0.0)
     state = RowState.zeros(num_rows, vocab_size)
     masks = ~state.masks  # every token may follow
+    looks = Placement().may_look
 
     def run(
         counts: jax.Array,
@@ -123,8 +125,10 @@ def full_program(
         wants_logprobs: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         counts = count_tokens(counts, jnp.where(inputs.uses_penalties == 1, rows, num_rows), last)
-        ruled = apply_rules(logits, RowState(counts, bias, masks), inputs)
-        tokens = sample(ruled, greedy)
+        ruled = apply_rules(logits, RowState(counts, bias, masks), inputs, looks=looks)
+        tokens = sample(ruled, greedy, looks=looks)
+        if not looks:
+            return counts, tokens, pack(logits, tokens, width)
         packed = jax.lax.cond(
             wants_logprobs == 1,
             lambda: pack(logits, tokens, width),
@@ -209,7 +213,8 @@ def programs(num_rows: int, vocab_size: int) -> dict[str, Callable[[], jax.Array
     values = rng.standard_normal((num_rows, vocab_size)).astype(np.float32) * _SPREAD.value
     logits = jnp.asarray(values)
     x, w = jnp.ones((64, 768)), jnp.ones((768, 16384))
-    jitted_matmul, jitted_sample = jax.jit(jnp.matmul), jax.jit(sample)
+    jitted_matmul = jax.jit(jnp.matmul)
+    jitted_sample = jax.jit(functools.partial(sample, looks=Placement().may_look))
     calls: dict[str, Callable[[], jax.Array]] = {"matmul": lambda: jitted_matmul(x, w)}
     calls["decode step"] = decode_step(num_rows, vocab_size)
     if _SORT.value:

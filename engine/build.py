@@ -41,6 +41,7 @@ from pallas_paged.engine.device.implementations import (
     compile_kernels_soon,
     register_kernels,
 )
+from pallas_paged.engine.device.kernel_check import check_kernels
 from pallas_paged.engine.device.placement import Placement
 from pallas_paged.engine.device.pool_size import (
     PoolPlan,
@@ -253,6 +254,14 @@ def _build_runner(
         table_width = blocks_for(max_model_len, config.block_size)
         unsized = unsized_programs(config, network, table_width, specs, implementation, placement)
         bundle = bundles.open_matching(config.bundle, unsized)
+    if config.verify_kernels and "mosaic_gpu" in (implementation, *writes.split(", ")):
+        check_kernels(
+            network,
+            specs,
+            dtype,
+            attention=implementation,
+            cache_implementation=config.cache_implementation,
+        )
     plan = plan_pool(
         config,
         network,

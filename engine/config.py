@@ -33,6 +33,10 @@ CPU_SCHEDULER_STEPS = 8
 
 PREEMPTION_MODES = ("recompute", "swap", "auto")
 SCHEDULING_POLICIES = ("fcfs", "priority")
+_SWITCHES = (
+    *("async_scheduling", "deterministic", "compile_ahead", "verify_kernels"),
+    "enable_prefix_caching",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +100,8 @@ class EngineConfig:
         have. Sums in another shape round differently, so that which of two tokens comes that are
         as good as equal may depend on it. None: on a CPU, unless `deterministic`; a GPU tunes
         matrix products while it compiles, and should do nothing else.
+      verify_kernels: on a GPU, whether each kernel that the model needs first runs on a small
+        problem beside XLA's program for the same; one that differs ends the start, by name.
       compilation_cache_dir: folder in which JAX keeps compiled programs, one per process; "auto"
         is the one JAX is configured with, else `~/.cache/pallas-paged`; None leaves JAX's
         configuration as it is. Another folder than the process already uses is refused; one that
@@ -149,6 +155,7 @@ class EngineConfig:
     deterministic: bool = False
     compile_ahead: bool = False
     background_compilation: bool | None = None
+    verify_kernels: bool = True
     speculative_config: dict[str, Any] | None = None
     compilation_cache_dir: str | None = "auto"
     bundle: str | None = None
@@ -198,7 +205,7 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         ok = isinstance(share, int | float) and 0 < share <= 1
         _require(ok, self, "gpu_memory_utilization", "must be in (0, 1]")
-        for name in ("async_scheduling", "deterministic", "compile_ahead", "enable_prefix_caching"):
+        for name in _SWITCHES:
             _require(isinstance(getattr(self, name), bool), self, name, "must be True or False")
         speculation = speculation_settings(self.speculative_config)
         ok = speculation is None or not self.deterministic

@@ -5,6 +5,7 @@ from typing import Any
 
 from absl import flags
 
+from pallas_paged.dispatch import KNOWN_IMPLEMENTATIONS
 from pallas_paged.engine.config import (
     DTYPES,
     KV_CACHE_DTYPES,
@@ -48,6 +49,18 @@ _FLAGS = (
     flags.DEFINE_bool("deterministic", None, "One shape of steps: the same answers in any batch."),
     flags.DEFINE_bool(
         "compile_ahead", None, "Compile all programs before the first request; off by default."
+    ),
+    flags.DEFINE_enum(
+        "attention_implementation",
+        None,
+        KNOWN_IMPLEMENTATIONS,
+        "Chosen by the device if not given.",
+    ),
+    flags.DEFINE_enum(
+        "cache_implementation", None, KNOWN_IMPLEMENTATIONS, "Of what writes and copies blocks."
+    ),
+    flags.DEFINE_bool(
+        "verify_kernels", None, "On a GPU, run each kernel beside XLA's programs first; on."
     ),
     flags.DEFINE_string(
         "bundle",

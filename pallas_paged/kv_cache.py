@@ -135,6 +135,9 @@ class AttentionMetadata:
       max_query_len: the most query tokens any sequence may have in this step; static. 1 means a
         decode step, and lets an implementation leave out what only prefill needs. A sequence with
         more query tokens than this is outside the contract.
+      min_query_len: the fewest query tokens of those that have any; static. 2 means a step of
+        prompts only, and lets an implementation leave out what only decode needs. A sequence with
+        fewer is outside the contract.
     """
 
     positions: Int32[Array, "T"]
@@ -143,6 +146,7 @@ class AttentionMetadata:
     seq_lens: Int32[Array, "B"]
     query_start_loc: Int32[Array, "B+1"]
     max_query_len: int = dataclasses.field(metadata={"static": True})
+    min_query_len: int = dataclasses.field(default=1, metadata={"static": True})
 
     @classmethod
     def for_decode(

@@ -17,6 +17,7 @@ _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 _CALLED = re.compile(r"(?:calls|body|to_apply|branch_computations)=\{?%([\w.\-]+)")
 _THUNK = re.compile(r"^( *)(\d+): k(\w+)", re.MULTILINE)
 _THUNK_NAME = re.compile(r'profile_annotation: "([^"]*)"\s+thunk_id: (\d+)')
+_ALLOCATION = "AllocateBuffer"  # a custom call that is memory and no launch
 _INDENT = 4
 
 
@@ -67,6 +68,8 @@ def launches(compiled_text: str) -> Launches:
     found: dict[str, list[str]] = {"kernels": [], "products": [], "others": [], "loops": []}
     for name, operation, line in _executed(computations, entry):
         target = _custom_call_target(line, computations)
+        if target == _ALLOCATION:
+            continue
         if operation in ("while", "conditional"):
             kind = "loops"
         elif "gemm" in name or (target is not None and target.startswith("__cublas")):

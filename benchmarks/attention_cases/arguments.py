@@ -29,6 +29,7 @@ class AttentionSpec:
       num_rows, num_tokens, max_blocks: B, T and M; None rounds what is needed up to a power of
         two, so that there is padding, as in an engine, and that programs are shared.
       max_query_len: of the metadata; None is 1 in a decode step, else T.
+      min_query_len: of the metadata.
       num_shared_blocks: leading blocks that all sequences long enough have in common.
       scale, sliding_window, logits_soft_cap, alibi, sinks: options; the last two switch on
         random slopes and sinks.
@@ -47,6 +48,7 @@ class AttentionSpec:
     num_tokens: int | None = None
     max_blocks: int | None = None
     max_query_len: int | None = None
+    min_query_len: int = 1
     num_shared_blocks: int = 0
     scale: float | None = None
     sliding_window: int | None = None
@@ -145,6 +147,7 @@ def _metadata(spec: AttentionSpec, rng: np.random.Generator) -> tuple[AttentionM
         seq_lens=jnp.asarray(lens),
         query_start_loc=jnp.asarray(np.append(0, np.cumsum(query_lens)), jnp.int32),
         max_query_len=spec.max_query_len or max_query_len,
+        min_query_len=spec.min_query_len,
     )
     return metadata, num_blocks
 

@@ -18,7 +18,9 @@ class Bucket:
     A full one also does what few requests ask for, see `pallas_paged.engine.device.step`. One with
     `num_steps` K > 1, a plain decode bucket, makes up to K decode steps one after the other. One
     with `num_drafts` D > 0, a mixed bucket, samples behind up to D + 1 tokens of a sequence; if it
-    `proposes`, a small model also guesses D tokens behind the last one.
+    `proposes`, a small model also guesses D tokens behind the last one. One without `filters` has
+    no sequence with a top-k or a top-p, and one without `has_decodes`, a mixed bucket, no sequence
+    with one token.
     """
 
     num_tokens: int
@@ -29,6 +31,8 @@ class Bucket:
     num_steps: int = 1
     num_drafts: int = 0
     proposes: bool = False
+    filters: bool = True
+    has_decodes: bool = True
 
     @property
     def num_logits(self) -> int:
@@ -42,7 +46,9 @@ class Bucket:
         steps = f", up to {self.num_steps} steps" if self.num_steps > 1 else ""
         drafts = f", up to {self.num_drafts} drafts each" if self.num_drafts else ""
         drafts += ", proposing as many" if self.proposes else ""
-        return f"{kind} {shape}{full}{steps}{drafts}"
+        without = "" if self.filters else ", without top-k and top-p"
+        without += "" if self.has_decodes else ", prompts only"
+        return f"{kind} {shape}{full}{steps}{drafts}{without}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,9 @@ class Buckets:
       draft_tokens: numbers of tokens of steps with drafts.
       proposes: whether steps with drafts guess the next ones, see `Bucket`.
       step_cost: tokens that take as long to compute as a step does whatever its size.
+      specialised: whether plain steps that do not need all of it have programs of their own: decode
+        steps without `Bucket.filters`, and steps of a few prompts without `Bucket.has_decodes`. A
+        device that can look at what a step needs, and skip the rest, has no use for them.
     """
 
     decode_seqs: tuple[int, ...]
@@ -71,6 +80,7 @@ class Buckets:
     draft_tokens: tuple[int, ...] = ()
     proposes: bool = False
     step_cost: int = 0
+    specialised: bool = False
 
     @classmethod
     def for_limits(
@@ -84,6 +94,7 @@ class Buckets:
         num_drafts: int = 0,
         proposes: bool = False,
         step_cost: int = 0,
+        specialised: bool = False,
     ) -> "Buckets":
         """Returns few sizes up to the maxima; one of each kind for a deterministic engine.
 
@@ -103,6 +114,7 @@ class Buckets:
             _geometric(8, max_num_batched_tokens, 2) if num_drafts else (),
             proposes,
             step_cost,
+            specialised,
         )
 
     def worth_while(self, num_tokens: int, num_fixed: int) -> int:
@@ -133,11 +145,14 @@ class Buckets:
         is_decode: bool,
         is_full: bool = False,
         has_drafts: bool = False,
+        filters: bool = True,
+        has_decodes: bool = True,
     ) -> Bucket:
         """Returns the smallest bucket that holds a step of `num_tokens` of `num_seqs` sequences.
 
         `table_width` is the number of blocks of the longest of them. `is_decode` tells that each
-        sequence has one token; equal numbers alone do not say so.
+        sequence has one token; equal numbers alone do not say so. `filters` and `has_decodes` as in
+        `Bucket`.
         """
         width = _at_least(self.table_widths, table_width)
         if has_drafts:
@@ -147,14 +162,12 @@ class Buckets:
         if is_decode and self.decode_seqs:
             size = _at_least(self.decode_seqs, num_seqs)
             num_steps = 1 if is_full else self.num_steps
-            return Bucket(size, size, width, True, is_full, num_steps)
-        return Bucket(
-            _at_least(self.mixed_tokens, num_tokens),
-            _at_least(self.mixed_seqs, num_seqs),
-            width,
-            is_decode=False,
-            is_full=is_full,
-        )
+            filters |= is_full or not self.specialised
+            return Bucket(size, size, width, True, is_full, num_steps, filters=filters)
+        size = _at_least(self.mixed_tokens, num_tokens)
+        seqs = _at_least(self.mixed_seqs, num_seqs)
+        has_decodes |= is_full or not self.specialised or seqs > self.mixed_seqs[0]
+        return Bucket(size, seqs, width, False, is_full, has_decodes=has_decodes)
 
     def holding(
         self,
@@ -165,6 +178,8 @@ class Buckets:
         is_decode: bool,
         is_full: bool = False,
         has_drafts: bool = False,
+        filters: bool = True,
+        has_decodes: bool = True,
     ) -> list[Bucket]:
         """Returns all buckets that hold such a step, see `pick`, smallest first.
 
@@ -179,6 +194,8 @@ class Buckets:
             and bucket.is_full == is_full
             and (bucket.num_drafts > 0) == has_drafts
             and (is_decode or not bucket.is_decode)
+            and bucket.filters >= filters
+            and bucket.has_decodes >= has_decodes
         ]
         return sorted(fits, key=lambda bucket: (not bucket.is_decode, bucket))
 
@@ -206,7 +223,19 @@ class Buckets:
             for width in self.table_widths
         ]
         plain += drafts
-        return plain + [dataclasses.replace(bucket, is_full=True, num_steps=1) for bucket in plain]
+        full = [dataclasses.replace(bucket, is_full=True, num_steps=1) for bucket in plain]
+        return plain + self._special(plain) + full
+
+    def _special(self, plain: Sequence[Bucket]) -> list[Bucket]:
+        """Returns the plain buckets that leave something out."""
+        if not self.specialised:
+            return []
+        decode = [bucket for bucket in plain if bucket.is_decode]
+        few = self.mixed_seqs[0]
+        mixed = [b for b in plain if not (b.is_decode or b.num_drafts) and b.num_seqs == few]
+        return [dataclasses.replace(bucket, filters=False) for bucket in decode] + [
+            dataclasses.replace(bucket, has_decodes=False) for bucket in mixed
+        ]
 
 
 def _geometric(first: int, last: int, ratio: int) -> tuple[int, ...]:

@@ -57,7 +57,8 @@ class StepPlan(NamedTuple):
             divmod(self.step_id, 2**31),  # a server may make more steps than that
             [bucket.num_tokens, bucket.num_seqs, bucket.table_width],
             [bucket.num_steps, bucket.num_drafts, bucket.proposes],
-            [bucket.is_decode, bucket.is_full, self.wants_logprobs],
+            [bucket.is_decode, bucket.is_full, bucket.filters, bucket.has_decodes],
+            [self.wants_logprobs],
             self.dropped_chunks,
             *self.copies,
             self.inputs,
@@ -82,7 +83,8 @@ class StepPlan(NamedTuple):
         high, low = next(parts).tolist()
         num_tokens, num_seqs, table_width = next(parts).tolist()
         num_steps, num_drafts, proposes = next(parts).tolist()
-        is_decode, is_full, wants_logprobs = map(bool, next(parts))
+        is_decode, is_full, filters, has_decodes = map(bool, next(parts))
+        wants_logprobs = bool(next(parts)[0])
         dropped = tuple(next(parts).tolist())
         copies = CopyPairs(next(parts), next(parts))
         inputs = next(parts)
@@ -105,6 +107,8 @@ class StepPlan(NamedTuple):
                 num_steps,
                 num_drafts,
                 bool(proposes),
+                filters,
+                has_decodes,
             ),
             dropped,
             moves[:num_outs],

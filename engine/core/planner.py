@@ -91,7 +91,14 @@ class Planner:
         num_steps, has_drafts = int(batch.num_steps.max()), bool(batch.num_drafts.any())
         if self._buckets.proposes:
             has_drafts |= any(sequence.group.speculates for sequence in batch.sequences)
-        kind = {"is_decode": is_decode, "is_full": is_full, "has_drafts": has_drafts}
+        filters = bool(self._columns.filters[batch.rows].any())
+        kind = {
+            "is_decode": is_decode,
+            "is_full": is_full,
+            "has_drafts": has_drafts,
+            "filters": filters,
+            "has_decodes": bool((batch.num_tokens == 1).any()),
+        }
 
         def all_that_fit() -> list[Bucket]:
             found = self._buckets.holding(step.num_tokens, B, width, **kind)
@@ -101,7 +108,9 @@ class Planner:
         bucket = self._choose(best, all_that_fit)
         likely = None
         if not is_decode and not has_drafts:
-            likely = self._buckets.pick(B, B, width, is_decode=True, is_full=samples_full)
+            likely = self._buckets.pick(
+                B, B, width, is_decode=True, is_full=samples_full, filters=filters
+            )
         elif self._buckets.proposes:
             most = min(B * (1 + self._buckets.num_drafts), self._buckets.draft_tokens[-1])
             likely = self._buckets.pick(most, B, width, is_decode=False, has_drafts=True)
@@ -182,12 +191,13 @@ class _Columns:
     Attributes:
       is_special: bool[R], whether its request asks for log-probabilities or has rules for logits,
         so that some of its steps are full.
+      filters: bool[R], whether its tokens are drawn with a top-k or a top-p.
       ending_ids: i32[R, `MAX_ENDING_IDS`], padded with -1. All of it is padding if there are more:
         the device is not told, and the host finds out.
     """
 
     def __init__(self, num_rows: int) -> None:
-        self.is_special = np.zeros(num_rows, bool)
+        self.is_special, self.filters = np.zeros((2, num_rows), bool)
         self._numbers = np.full(num_rows, -1, np.int64)  # of the sequences
         self._temperature, self._top_p, self._min_p = np.zeros((3, num_rows), np.float32)
         self._top_k, self._sample_index = np.zeros((2, num_rows), np.int32)
@@ -214,6 +224,8 @@ class _Columns:
         if len(group.ending_ids) <= MAX_ENDING_IDS:
             self.ending_ids[row, : len(group.ending_ids)] = list(group.ending_ids)
         self.is_special[row] = asks or group.logit_rules is not None
+        is_cut = params.top_k > 0 or params.top_p < 1
+        self.filters[row] = params.temperature > 0 and is_cut
 
     def fill(self, x: StepInputs[np.ndarray], rows: np.ndarray) -> None:
         """Fills a step's sampling inputs."""

@@ -6,7 +6,7 @@ happens to both. Decode steps alone leave the small model out: nothing is guesse
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from pallas_paged.cache_spec import CacheSpec
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.speculation import DraftModelSettings, speculation_settings
-from pallas_paged.engine.device.sampling import SamplingInputs, sample
+from pallas_paged.engine.device.sampling import SamplingInputs
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.models import CausalLM, ModelConfig, load_config
 from pallas_paged.models.attend import paged_attend
@@ -153,6 +153,7 @@ def propose(
     kv_caches: tuple[KVCache, ...],
     sampling: SamplingInputs,
     attend: Attend,
+    draw: Callable[[jax.Array, SamplingInputs], jax.Array],
     num_tokens: int,
 ) -> tuple[jax.Array, tuple[KVCache, ...]]:
     """Guesses the next tokens with the draft model, as it draws them with the requests' own keys.
@@ -165,6 +166,7 @@ def propose(
       kv_caches: of both models.
       sampling: of the sequences; the positions are not used.
       attend: the attention.
+      draw: see `step.Draw`.
       num_tokens: how many to guess of each.
 
     Returns:
@@ -192,7 +194,7 @@ def propose(
         )
         hidden, updated = model.draft(tokens, metadata, caches, attend=attend)
         logits = model.draft.compute_logits(hidden)
-        drawn = sample(logits, sampling._replace(positions=positions + 1))
+        drawn = draw(logits, sampling._replace(positions=positions + 1))
         drawn = jnp.where(last.is_there, jnp.clip(drawn, 0, logits.shape[-1] - 1), 0)
         return drawn, guesses.at[:, i].set(drawn), cast(tuple[KVCache, ...], updated)
 

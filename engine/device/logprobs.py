@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_paged.engine.device.sampling import first_tokens
+from pallas_paged.engine.device.prefixes import first_tokens
 
 
 def pack(logits: jax.Array, tokens: jax.Array, width: int) -> jax.Array:

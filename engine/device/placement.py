@@ -13,6 +13,16 @@ from pallas_paged.dispatch import target_device
 _WHOLE = PartitionSpec()
 
 
+def may_look(platform: str) -> bool:
+    """Whether a running program can look at its inputs to decide what to do, at no cost.
+
+    XLA's programs for GPUs have the host do that, for branches and for loops without a fixed number
+    of turns: it waits until all that the device has to do before is done. So steps in flight would
+    end, and what a step needs has to be decided before it is dispatched.
+    """
+    return platform == "cpu"
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """The devices of an engine. Everything lies whole on each of them: nothing is split yet.
@@ -35,6 +45,11 @@ class Placement:
     def device(self) -> jax.Device:
         """The device that programs are traced for, and whose memory counts: one like all others."""
         return target_device() if self.mesh is None else self.mesh.devices.flat[0]
+
+    @property
+    def may_look(self) -> bool:
+        """See the function."""
+        return may_look(self.device.platform)
 
     @property
     def inputs(self) -> Sharding:

@@ -22,7 +22,7 @@ from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.logprobs import width_for
 from pallas_paged.engine.core.speculation import DraftModelSettings, speculation_settings
 from pallas_paged.engine.device.device_memory import memory_stats, usable_bytes
-from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
+from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement, may_look
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.device.row_state import RowState
 from pallas_paged.engine.device.rows import Rows
@@ -101,6 +101,7 @@ def buckets_for(config: EngineConfig, max_blocks_per_seq: int, platform: str) ->
         num_drafts=0 if speculation is None else speculation.num_speculative_tokens,
         proposes=isinstance(speculation, DraftModelSettings),
         step_cost=_STEP_COST.get(platform, max(_STEP_COST.values())),
+        specialised=not may_look(platform),
     )
 
 

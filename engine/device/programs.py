@@ -258,7 +258,8 @@ class StepPrograms:
         if kind == "edit_rows":
             state, tokens = self._row_state(), self._input(self.max_num_seqs + 1)
             packed = self._input(edit_size(self.max_num_seqs))
-            return self._lower(jax.jit(edit_rows, donate_argnums=0), state, tokens, packed)
+            edit_state = functools.partial(edit_rows, looks=self.placement.may_look)
+            return self._lower(jax.jit(edit_state, donate_argnums=0), state, tokens, packed)
         if kind == "edit_masks":
             masks = self._row_state().masks
             edit_shape = self._input(size, 1 + masks.shape[1])
@@ -295,6 +296,7 @@ class StepPrograms:
                 implementation=self.implementation,
                 cache_implementation=self.cache_implementation,
                 deterministic=self.deterministic,
+                looks=self.placement.may_look,
             )
 
         packed = self._input(packed_size(bucket))

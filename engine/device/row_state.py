@@ -87,8 +87,13 @@ class LogitInputs(NamedTuple):
     frequency_penalty: jax.Array
 
 
-def apply_rules(logits: jax.Array, state: RowState, inputs: LogitInputs) -> jax.Array:
-    """Returns the logits f32[B, V] under the rules; rows that use none keep theirs bit for bit."""
+def apply_rules(
+    logits: jax.Array, state: RowState, inputs: LogitInputs, *, looks: bool
+) -> jax.Array:
+    """Returns the logits f32[B, V] under the rules; rows that use none keep theirs bit for bit.
+
+    What no row uses is skipped when the program runs, if it `looks`.
+    """
     uses_bias, uses_penalties = inputs.uses_bias == 1, inputs.uses_penalties == 1
     uses_mask = inputs.uses_mask == 1
 
@@ -113,6 +118,8 @@ def apply_rules(logits: jax.Array, state: RowState, inputs: LogitInputs) -> jax.
         is_left = bits.reshape(len(logits), -1)[:, : logits.shape[1]] == 1
         return jnp.where(is_left | ~uses_mask[:, None], logits, -jnp.inf)
 
+    if not looks:
+        return masked(penalised(biased(logits)))
     logits = lax.cond(jnp.any(uses_bias), biased, lambda x: x, logits)
     logits = lax.cond(jnp.any(uses_penalties), penalised, lambda x: x, logits)
     return lax.cond(jnp.any(uses_mask), masked, lambda x: x, logits)
@@ -123,11 +130,14 @@ def count_tokens(counts: jax.Array, rows: jax.Array, tokens: jax.Array) -> jax.A
     return counts.at[rows, tokens].add(OUTPUT)
 
 
-def edit_rows(state: RowState, last_tokens: jax.Array, packed: jax.Array) -> RowState:
+def edit_rows(
+    state: RowState, last_tokens: jax.Array, packed: jax.Array, *, looks: bool
+) -> RowState:
     """Returns the state, to be donated, with the rows changed as `RowEdits.next_edits` says.
 
     Clears rows, then adds what they have seen, sets values, and excludes tokens whose condition is
-    -1 or the row's last token in `last_tokens` i32[R + 1].
+    -1 or the row's last token in `last_tokens` i32[R + 1]. A program that `looks` writes only the
+    rows that it clears, any other one all of them.
     """
     x, offset = {}, 0
     for name, (size, dtype) in edit_layout(state.bias.shape[0] - 1).items():
@@ -146,7 +156,16 @@ def edit_rows(state: RowState, last_tokens: jax.Array, packed: jax.Array) -> Row
         )
         return state._replace(counts=counts, bias=bias)
 
-    counts, bias, _ = lax.fori_loop(0, x["num_cleared"][0], clear, state)
+    num_cleared = x["num_cleared"][0]
+    if looks:
+        counts, bias, _ = lax.fori_loop(0, num_cleared, clear, state)
+    else:
+        is_edit = jnp.arange(len(x["cleared_rows"]), dtype=jnp.int32) < num_cleared
+        rows = jnp.where(is_edit, x["cleared_rows"], len(state.bias))  # outside: dropped
+        is_cleared = jnp.zeros(len(state.bias), bool).at[rows].set(True, mode="drop")
+        fills = jnp.zeros(len(state.bias), jnp.float32).at[rows].set(x["fills"], mode="drop")
+        counts = jnp.where(is_cleared[:, None], 0, state.counts)
+        bias = jnp.where(is_cleared[:, None], fills[:, None], state.bias)
     seen = x["seen_rows"], x["seen_tokens"]
     # A row's prompt is written before its output, so the mark is set on zeros and ones.
     counts = counts.at[seen].max(jnp.where(x["seen_as"] == IN_PROMPT, jnp.int32(IN_PROMPT), 0))

@@ -3,10 +3,13 @@
 Every shape comes in two variants. The plain one samples and returns tokens. The full one also does
 what few requests ask for: penalties, bias and masks (`row_state`), and log-probabilities
 (`logprobs`). A step runs it only if a sequence that samples in it asks, and what none of its rows
-asked for is skipped when the program runs.
+asked for is skipped when the program runs, if it `looks`. On a GPU it does not, for the host would
+have to wait: there no step has a branch, or a loop whose turns depend on data, and what the host
+knows that a step does not need it leaves out by choosing a bucket without it.
 
 A plain decode bucket may have several steps: a loop, in which each step is what it is alone. The
-host says how many each sequence makes; one that gets a token which ends it makes no more.
+host says how many each sequence makes; one that gets a token which ends it makes no more. The loop
+ends when no sequence makes another step, if it `looks`; else after the bucket's number of steps.
 
 A mixed bucket may have drafts: tokens that somebody guessed. It samples behind each of them, and
 the host sees which were right. If it proposes, a small model guesses the next ones, behind what is
@@ -15,6 +18,7 @@ right.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -28,7 +32,7 @@ from pallas_paged.engine.device.drafted import Drafted, Last, propose
 from pallas_paged.engine.device.logprobs import pack
 from pallas_paged.engine.device.row_state import RowState, apply_rules, count_tokens
 from pallas_paged.engine.device.rows import Rows, edit_tables
-from pallas_paged.engine.device.sampling import sample
+from pallas_paged.engine.device.sampling import SamplingInputs, sample
 from pallas_paged.engine.device.unpack import (
     attention_metadata,
     logit_inputs,
@@ -44,6 +48,8 @@ from pallas_paged.models.interface import Attend
 from pallas_paged.ops.product.api import rows_in_use
 
 Caches = tuple[KVCache, ...]
+Draw = Callable[[jax.Array, SamplingInputs], jax.Array]
+"""Returns the next tokens i32[B] from logits f32[B, V], see `sample`."""
 
 NUM_PROMPT_ROWS = 64
 """Tokens whose log-probabilities one call of the program for prompts computes."""
@@ -86,6 +92,7 @@ def run_step(
     implementation: str | None,
     cache_implementation: str | None,
     deterministic: bool,
+    looks: bool,
 ) -> StepArrays:
     """Computes a step's tokens, writes their keys and values, and samples.
 
@@ -101,7 +108,9 @@ def run_step(
       implementation: of paged attention.
       cache_implementation: of the writes to the caches.
       deterministic: see `EngineConfig`.
+      looks: whether the program decides by its inputs what to skip; see `placement.may_look`.
     """
+    draw = functools.partial(sample, looks=looks, filters=bucket.filters)
     x = unpack(packed, bucket)
     rows = edit_tables(rows, x.table_places, x.table_blocks)
     model = nnx.merge(graphdef, params)
@@ -114,7 +123,7 @@ def run_step(
     )
     metadata = attention_metadata(x, rows.block_tables, bucket)
     if x.many is not None:
-        return _run_steps(x, x.many, model, attend, metadata, kv_caches, rows, bucket)
+        return _run_steps(x, x.many, model, attend, draw, metadata, kv_caches, rows, bucket, looks)
     starts = x.query_start_loc[:-1]
     on_device = jnp.where(x.input_on_device == 1, starts, bucket.num_tokens)
     input_ids = x.input_ids.at[on_device].set(rows.last_tokens[x.rows], mode="drop")
@@ -131,14 +140,14 @@ def run_step(
         of_all = model.compute_logits(hidden if wanted is not None else hidden[places])
     logits, behind = of_all, None
     if x.drafts is not None:
-        logits, behind = of_all[x.drafts.firsts], _sample_behind(of_all, x, x.drafts, bucket)
+        logits, behind = of_all[x.drafts.firsts], _sample_behind(of_all, x, x.drafts, bucket, draw)
 
     with_proposals = functools.partial(
-        _with_proposals, x, model, input_ids, metadata, attend, bucket, num_rows
+        _with_proposals, x, model, input_ids, metadata, attend, draw, bucket, num_rows
     )
     wrong = cannot_sample(logits)
     if x.full is None or row_state is None:
-        tokens = sample(logits, sampling_inputs(x))
+        tokens = draw(logits, sampling_inputs(x))
         rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(tokens))
         tokens = jnp.where(wrong, logits.shape[-1], tokens)
         tokens = _with_drafts(tokens, behind, x)
@@ -146,24 +155,27 @@ def run_step(
         return StepArrays(kv_caches, rows, tokens, None, None, None)
 
     counts = count_tokens(row_state.counts, x.full.counted_rows, input_ids[x.logits_indices])
-    ruled = apply_rules(logits, row_state._replace(counts=counts), logit_inputs(x))
+    ruled = apply_rules(logits, row_state._replace(counts=counts), logit_inputs(x), looks=looks)
     empty = jnp.all(ruled == -jnp.inf, axis=-1)
-    tokens = sample(ruled, sampling_inputs(x))
+    tokens = draw(ruled, sampling_inputs(x))
     rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(tokens))
     tokens = jnp.where(empty, logits.shape[-1] + 1, tokens)
     tokens = jnp.where(wrong, logits.shape[-1], tokens)
-    found = jax.lax.cond(
-        jnp.any(x.full.wants_logprobs == 1),
-        lambda: pack(logits, tokens, logprobs_width),
-        lambda: jnp.zeros((bucket.num_seqs, packed_width(logprobs_width)), jnp.int32),
-    )
+    find = functools.partial(pack, logits, tokens, logprobs_width)
+    nothing = jnp.zeros((bucket.num_seqs, packed_width(logprobs_width)), jnp.int32)
+    wants = jnp.any(x.full.wants_logprobs == 1)
+    found = jax.lax.cond(wants, find, lambda: nothing) if looks else find()
     kept = None if bucket.is_decode else hidden
     tokens, kv_caches = with_proposals(_with_drafts(tokens, behind, x), kv_caches)
     return StepArrays(kv_caches, rows, tokens, found, counts, kept)
 
 
 def _sample_behind(
-    logits: jax.Array, x: StepInputs[jax.Array], drafts: DraftInputs[jax.Array], bucket: Bucket
+    logits: jax.Array,
+    x: StepInputs[jax.Array],
+    drafts: DraftInputs[jax.Array],
+    bucket: Bucket,
+    draw: Draw,
 ) -> jax.Array:
     """Returns i32[B, D + 1], what is drawn behind each sequence's last known token and drafts.
 
@@ -174,7 +186,7 @@ def _sample_behind(
     owners, sampling = drafts.owners, sampling_inputs(x)
     behind = jnp.arange(bucket.num_logits) - drafts.firsts[owners]
     of_each = jax.tree.map(lambda array: array[owners], sampling)
-    drawn = sample(logits, of_each._replace(positions=of_each.positions + behind))
+    drawn = draw(logits, of_each._replace(positions=of_each.positions + behind))
     drawn = jnp.where(cannot_sample(logits), logits.shape[-1], drawn)
     found = drawn[jnp.minimum(drafts.firsts[:, None] + places, bucket.num_logits - 1)]
     return jnp.where(places <= drafts.num_drafts[:, None], found, 0)
@@ -199,6 +211,7 @@ def _with_proposals(
     input_ids: jax.Array,
     metadata: AttentionMetadata,
     attend: Attend,
+    draw: Draw,
     bucket: Bucket,
     num_rows: int,
     tokens: jax.Array,
@@ -222,7 +235,7 @@ def _with_proposals(
         x.sample_rows < num_rows,
     )
     guesses, caches = propose(
-        model, last, metadata.block_tables, kv_caches, sampling_inputs(x), attend, count
+        model, last, metadata.block_tables, kv_caches, sampling_inputs(x), attend, draw, count
     )
     return jnp.concatenate([tokens, guesses], axis=1), caches
 
@@ -232,10 +245,12 @@ def _run_steps(
     many: ManyInputs[jax.Array],
     model: CausalLM,
     attend: Attend,
+    draw: Draw,
     metadata: AttentionMetadata,
     kv_caches: Caches,
     rows: Rows,
     bucket: Bucket,
+    looks: bool,
 ) -> StepArrays:
     """Makes decode steps one after the other; the inputs and `metadata` are those of the first."""
     block_size, places = kv_caches[0].k.shape[2], jnp.arange(bucket.num_seqs)
@@ -261,7 +276,7 @@ def _run_steps(
         with rows_in_use({bucket.num_seqs: jnp.max(jnp.where(is_live, places + 1, 0))}):
             hidden, caches = model(state.input_ids, here, state.kv_caches, attend=attend)
             logits = model.compute_logits(hidden)
-        drawn = sample(logits, sampling._replace(positions=sampling.positions + step))
+        drawn = draw(logits, sampling._replace(positions=sampling.positions + step))
         wrong = cannot_sample(logits)
         found = jnp.where(is_live, jnp.where(wrong, logits.shape[-1], drawn), 0)
         return _Loop(
@@ -277,7 +292,10 @@ def _run_steps(
     tokens = jnp.zeros((bucket.num_seqs, bucket.num_steps), jnp.int32)
     # What the device sampled last may have ended the sequence, which the host did not know.
     first = _Loop(jnp.int32(0), ~(on_device & ends(input_ids)), input_ids, kv_caches, tokens)
-    last = jax.lax.while_loop(runs, body, first)
+    if looks:
+        last = jax.lax.while_loop(runs, body, first)
+    else:
+        last = jax.lax.fori_loop(0, bucket.num_steps, lambda _, state: body(state), first)
     rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(last.input_ids))
     return StepArrays(last.kv_caches, rows, last.tokens, None, None, None)
 

@@ -36,6 +36,7 @@ def attention_metadata(
         seq_lens=x.seq_lens,
         query_start_loc=x.query_start_loc,
         max_query_len=1 if bucket.is_decode else bucket.num_tokens,
+        min_query_len=1 if bucket.has_decodes else 2,
     )
 
 

@@ -61,7 +61,13 @@ def test_a_plan_for_this_cpu(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_a_plan_for_an_h100(tmp_path: pathlib.Path) -> None:
     figures = plan(tmp_path, "h100")
-    assert len(figures["steps"]) == 3
+    # Decode steps of one and of two sequences, and steps with prompts; each also without something.
+    assert len(figures["steps"]) == 6
+    without = [
+        (step["bucket"]["filters"], step["bucket"]["has_decodes"]) for step in figures["steps"]
+    ]
+    assert without.count((False, True)) == 2
+    assert without.count((True, False)) == 1
     assert all(step["launches"]["others"] for step in figures["steps"])
     assert figures["temporary_bytes"] > 0
     assert figures["num_tokens"] == 16 * (figures["num_blocks"] - 1)

@@ -20,10 +20,10 @@ def compile_step(spec, cache=None):
     """Compiles write and attention as one program that donates the cache."""
     arguments = build(spec)
     fields = dict(vars(arguments.metadata))
-    max_query_len = fields.pop("max_query_len")
+    lens = {name: fields.pop(name) for name in ("max_query_len", "min_query_len")}
 
     def step(cache, q, k, fields):
-        metadata = AttentionMetadata(**fields, max_query_len=max_query_len)
+        metadata = AttentionMetadata(**fields, **lens)
         cache = write_kv(k, k, cache, metadata.slot_mapping)
         return cache, paged_attention(q, cache.k, cache.v, metadata)
 
@@ -79,6 +79,8 @@ def _with(**changes):
         (_with(query_start_loc=jnp.ones(2, jnp.int32)), r"query_start_loc.shape=\(2,\)"),
         (_with(block_tables=jnp.ones((2, 2))), "metadata.block_tables.dtype=float32"),
         (_with(max_query_len=0), "metadata.max_query_len=0"),
+        (_with(min_query_len=0), "metadata.min_query_len=0 must be from 1 to max_query_len=1"),
+        (_with(min_query_len=2), "metadata.min_query_len=2 must be from 1 to max_query_len=1"),
         (_with(scale=float("nan")), "scale=nan"),
         (_with(sliding_window=0), "sliding_window=0"),
         (_with(logits_soft_cap=-1.0), "logits_soft_cap=-1.0"),

@@ -304,8 +304,11 @@ def _check_metadata(metadata: AttentionMetadata) -> None:
         dtype = getattr(metadata, name).dtype
         if dtype != jnp.int32:
             raise ValueError(f"metadata.{name}.dtype={dtype} must be int32")
-    if metadata.max_query_len < 1:
-        raise ValueError(f"metadata.max_query_len={metadata.max_query_len} must be at least 1")
+    least, most = metadata.min_query_len, metadata.max_query_len
+    if most < 1:
+        raise ValueError(f"metadata.max_query_len={most} must be at least 1")
+    if not 1 <= least <= most:
+        raise ValueError(f"metadata.min_query_len={least} must be from 1 to max_query_len={most}")
 
 
 @functools.partial(jax.jit, static_argnames=("num_tokens", "num_blocks", "block_size"))

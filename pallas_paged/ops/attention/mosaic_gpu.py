@@ -4,8 +4,10 @@ For sm_80 one kernel computes a whole step; see `ampere/kernel.py`.
 
 For sm_90a a step is made of parts over disjoint sequences. The decode part takes those with at most
 `max_decode_tokens` query tokens; it writes their rows and the padding's. The prefill part takes the
-others and writes into the decode part's result; a step that can have none leaves it out. Which
-sequence belongs where is read from the metadata on the device, by each part's work list.
+others and writes into the decode part's result. A step that can have none of either, by the lengths
+that its metadata promises, leaves that part out; without the first one, the second writes the
+padding's rows too. Which sequence belongs where is read from the metadata on the device, by each
+part's work list.
 """
 
 import functools
@@ -149,9 +151,11 @@ def paged_attention(
     if isinstance(problem, AmpereProblem):
         assert tuning is None, "it is for sm_90a"
         return _ampere_step(*arrays, problem=problem, config=config, num_ctas=num_ctas)
-    results = _decode_part(*arrays, problem=problem, config=config, num_ctas=num_ctas)
-    if metadata.max_query_len <= problem.max_tokens:
-        return results
+    results = None
+    if metadata.min_query_len <= problem.max_tokens:
+        results = _decode_part(*arrays, problem=problem, config=config, num_ctas=num_ctas)
+        if metadata.max_query_len <= problem.max_tokens:
+            return results
     if tuning is None:
         kind = target_device().device_kind
         tuning = prefill_tuning_for(prefill_key(problem), kind, is_interpreting())
@@ -258,12 +262,15 @@ def _prefill_part(
     metadata: AttentionMetadata,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
-    results: tuple[jax.Array, jax.Array],
+    results: tuple[jax.Array, jax.Array] | None,
     *,
     problem: DecodeProblem,
     tuning: PrefillTuning,
 ) -> tuple[jax.Array, jax.Array]:
-    """Plans and computes the sequences that the decode part leaves; `results` are its rows."""
+    """Plans and computes the sequences that the decode part leaves; `results` are its rows.
+
+    None if there is no such part: then it is all sequences, and the padding.
+    """
     plan = plan_prefill(
         metadata,
         num_tokens=q.shape[0],
@@ -271,7 +278,7 @@ def _prefill_part(
         head_dim=problem.head_dim,
         sliding_window=problem.sliding_window,
         min_query_len=problem.max_tokens + 1,
-        with_padding=False,
+        with_padding=results is None,
     )
     return prefill(
         q,

@@ -1,0 +1,152 @@
+"""The check of kernels at an engine's start, with kernels that the interpreter runs."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_paged.cache_spec import CacheSpec
+from pallas_paged.dispatch import interpret_kernels
+from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.device import kernel_check
+from pallas_paged.engine.device.kernel_check import (
+    AttentionKind,
+    KernelCheckError,
+    attention_kinds,
+    check_kernels,
+)
+from pallas_paged.models import abstract_model
+from pallas_paged.models.mistral import MistralConfig
+from tests.engine.serving import make_llm
+
+SHAPE = MistralConfig(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=64,
+    num_layers=3,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    max_position_embeddings=512,
+    sliding_windows=(None, 40, None),
+)
+# The rows of a tile without a token hold whatever shared memory held, NaN here.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+def check(dtype: str = "bfloat16", cache_dtype: str | None = None, num_layers: int = 1) -> None:
+    shape = SHAPE.first_layers(num_layers)
+    model = abstract_model(shape, dtype)
+    specs = shape.cache_specs(16, jnp.dtype(cache_dtype or dtype))
+    with interpret_kernels():
+        check_kernels(
+            model, specs, jnp.dtype(dtype), attention="mosaic_gpu", cache_implementation=None
+        )
+
+
+def test_each_kind_of_attention_once() -> None:
+    model = abstract_model(SHAPE, "bfloat16")
+    specs = SHAPE.cache_specs(16, jnp.bfloat16)
+    kinds = attention_kinds(model, specs, jnp.bfloat16)
+    assert [dict(kind.options) for kind in kinds] == [{}, {"sliding_window": 40}]
+    assert {kind.spec for kind in kinds} == set(specs)
+    assert all(kind.num_q_heads == 4 for kind in kinds)
+    assert all(kind.dtype == jnp.bfloat16 for kind in kinds)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_right_kernels_pass(cache_dtype: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", kernel_check.__name__)
+    check(cache_dtype=cache_dtype)
+    assert re.search(r"5 kernels agree with XLA on \w+; checked in \d+\.\d s", caplog.text)
+
+
+def broken(function: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Returns the function, with another result where it does not run as XLA's."""
+
+    @functools.wraps(function)
+    def run(*args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
+        result = function(*args, implementation="xla", **kwargs)
+        return result if implementation == "xla" else change(result)
+
+    return run
+
+
+def one_number_less(cache: Any) -> Any:
+    """The first number of the last block, which is a free one, is another one."""
+    return cache._replace(k=cache.k.at[-1, 0, 0, 0].set(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("write_kv", one_number_less, "write_kv on cpu: differs"),
+        ("copy_blocks", one_number_less, "copy_blocks on cpu: differs"),
+        ("gather_blocks", one_number_less, "gather_blocks on cpu: differs"),
+        ("scatter_blocks", one_number_less, "scatter_blocks on cpu: differs"),
+        ("paged_attention", lambda out: out.at[0, 0, 0].add(0.1), "paged_attention on cpu"),
+        ("paged_attention", lambda out: out.at[0, 0, 0].set(jnp.nan), "by inf times"),
+        ("paged_attention", lambda out: out.at[-1].set(1), "paged_attention on cpu"),
+    ],
+    ids=["write", "copy", "gather", "scatter", "attention", "nan", "padding"],
+)
+def test_a_wrong_kernel_is_named(
+    name: str, change: Callable[[Any], Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for function in ("write_kv", "copy_blocks", "gather_blocks", "scatter_blocks"):
+        whole = broken(getattr(kernel_check, function), lambda x: x)
+        monkeypatch.setattr(kernel_check, function, whole)
+    whole = broken(kernel_check.paged_attention, lambda x: x)
+    monkeypatch.setattr(kernel_check, "paged_attention", whole)
+    check()
+    monkeypatch.setattr(kernel_check, name, broken(getattr(kernel_check, name), change))
+    with pytest.raises(KernelCheckError) as error:
+        check()
+    text = str(error.value)
+    assert said in text
+    for part in ("4 query heads on 2 KV heads of 64, blocks of 16", f"jax {jax.__version__}"):
+        assert part in text
+    assert "attention_implementation='xla'" in text
+    assert "verify_kernels=False" in text
+
+
+def test_a_kernel_that_cannot_run_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("ptxas: no such instruction")
+
+    monkeypatch.setattr(kernel_check, "write_kv", fail)
+    with pytest.raises(KernelCheckError, match="cannot run: ptxas: no such instruction"):
+        check()
+
+
+def test_an_engine_checks_what_it_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None where XLA runs; and not where it is switched off."""
+    calls: list[Any] = []
+    monkeypatch.setattr("pallas_paged.engine.build.check_kernels", lambda *a, **k: calls.append(k))
+    make_llm("llama-mqa-linear")
+    assert calls == []
+    monkeypatch.setattr("pallas_paged.engine.build.choose_writes", lambda *args: "mosaic_gpu")
+    make_llm("llama-mqa-linear")
+    assert [call["cache_implementation"] for call in calls] == [None]
+    make_llm("llama-mqa-linear", verify_kernels=False)
+    assert len(calls) == 1
+
+
+def test_the_switch_is_a_switch() -> None:
+    with pytest.raises(ValueError, match="verify_kernels=1 must be True or False"):
+        EngineConfig("m", verify_kernels=1)  # type: ignore[arg-type]
+
+
+def test_options_that_are_arrays_are_drawn() -> None:
+    spec = CacheSpec.attention(2, 16, 64, jnp.bfloat16)
+    slopes = jax.ShapeDtypeStruct((4,), jnp.float32)
+    kind = AttentionKind(4, jnp.dtype(jnp.bfloat16), spec, (("alibi_slopes", slopes),))
+    made = kernel_check._make(kind)
+    assert made.options["alibi_slopes"].shape == (4,)
+    assert np.isnan(np.asarray(made.caches.k, np.float32)).all()
+    assert made.metadata.max_query_len == len(made.q)
