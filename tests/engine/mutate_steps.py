@@ -22,6 +22,11 @@ _DRAFTED, _MODEL = "pallas_paged/engine/device/drafted.py", "tests/engine/test_d
 _LIVES = f"{_TESTS} tests/engine/test_scheduler_stateful.py"
 
 _UNIT = "tests/engine/test_scheduler.py"
+_PREFIXES = "pallas_paged/engine/device/prefixes.py"
+_DRAW, _SAMPLING = "pallas_paged/engine/device/sampling.py", "tests/engine/test_sampling.py"
+_NO_LOOKS = "tests/engine/test_without_looking.py"
+_CHECK = "pallas_paged/engine/device/kernel_check.py"
+_CHECKS = "tests/engine/test_kernel_check.py"
 _BUCKETS, _SIZES = "pallas_paged/engine/core/buckets.py", "tests/engine/test_buckets.py"
 
 MUTATIONS = {
@@ -150,6 +155,42 @@ MUTATIONS = {
     ),
     "an end before the step not seen": Mutation(
         _STEP, "~(on_device & ends(input_ids))", "jnp.ones_like(on_device)", _TESTS
+    ),
+    "a search that goes on too far": Mutation(
+        _PREFIXES, "sums[:, 1:] < limit", "sums[:, 1:] <= limit", _SAMPLING
+    ),
+    "one of the tied too few": Mutation(
+        _PREFIXES, "jnp.ceil((limit - before)", "jnp.floor((limit - before)", _SAMPLING
+    ),
+    "top-k forgotten in fixed passes": Mutation(
+        _PREFIXES,
+        "return select(limited, found, everything)",
+        "return everything",
+        f"{_SAMPLING} {_NO_LOOKS}",
+    ),
+    "weights from before top-p": Mutation(
+        _DRAW, "weights = jnp.where(inside, weights, 0.0)", "pass", _SAMPLING
+    ),
+    "top-k left out although asked for": Mutation(
+        _PLANNER, "params.top_k > 0 or params.top_p < 1", "params.top_p < 1", _NO_LOOKS
+    ),
+    "nothing left out": Mutation(
+        _BUCKETS, "filters |= is_full or not self.specialised", "filters = True", _NO_LOOKS
+    ),
+    "decode left out where there is some": Mutation(
+        _PLANNER, "(batch.num_tokens == 1).any()", "(batch.num_tokens == 0).any()", _NO_LOOKS
+    ),
+    "a row that is not cleared": Mutation(
+        "pallas_paged/engine/device/row_state.py",
+        "counts = jnp.where(is_cleared[:, None], 0, state.counts)",
+        "counts = state.counts",
+        _NO_LOOKS,
+    ),
+    "the wrong write not seen": Mutation(
+        _CHECK, "_bits(a)[first:] != _bits(b)[first:]", "_bits(a)[:1] != _bits(b)[:1]", _CHECKS
+    ),
+    "NaN not seen": Mutation(
+        _CHECK, "jnp.where(jnp.isfinite(found), found, jnp.inf)", "jnp.nan_to_num(found)", _CHECKS
     ),
     "more steps than a sequence has": Mutation(
         _STEP,

@@ -1,0 +1,131 @@
+"""Engines whose programs never look at their inputs to decide what to skip, as on a GPU."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pallas_paged.engine import SamplingParams
+from pallas_paged.engine.core.buckets import Bucket, Buckets
+from pallas_paged.engine.device import placement, pool_size
+from tests.engine.serving import assert_idle, make_llm, nothing_compiles
+
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {},
+    "min_p": {"min_p": 0.05},
+    "top_k": {"top_k": 7},
+    "top_k and logprobs": {"top_k": 40, "logprobs": 3},
+    "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5, "prompt_logprobs": 2},
+    "bias": {"logit_bias": {5: 3.0}, "allowed_token_ids": [5, 6, 7, 9]},
+}
+
+
+def params_of(kind: str, seed: int) -> SamplingParams:
+    return SamplingParams(seed=seed, max_tokens=9, ignore_eos=True, **KINDS[kind])
+
+
+def prompts_of(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    rng = np.random.default_rng(seed)
+    return [
+        {"prompt_token_ids": rng.integers(3, 60, rng.integers(2, 40)).tolist()}
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture
+def looks_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (placement, pool_size):
+        monkeypatch.setattr(module, "may_look", lambda platform: False)
+
+
+OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "num_scheduler_steps": 4}
+
+
+def outputs(kinds: list[str]) -> list[tuple[list[int], object]]:
+    llm = make_llm("llama-mqa-linear", **OPTIONS)
+    prompts = prompts_of(len(kinds))
+    done = llm.generate(prompts, [params_of(kind, i) for i, kind in enumerate(kinds)])
+    assert_idle(llm)
+    return [(list(one.outputs[0].token_ids), one.prompt_logprobs) for one in done]
+
+
+def logprobs(found: object) -> list[float]:
+    assert isinstance(found, tuple)
+    return [entry.logprob for place in found if place for entry in place.values()]
+
+
+def test_the_same_tokens_as_with_looking(request: pytest.FixtureRequest) -> None:
+    kinds = [*KINDS, *reversed(KINDS)]
+    expected = outputs(kinds)
+    request.getfixturevalue("looks_at_nothing")
+    found = outputs(kinds)
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    for (_, ours), (_, theirs) in zip(found, expected, strict=True):
+        if theirs is not None:
+            np.testing.assert_allclose(logprobs(ours), logprobs(theirs), rtol=1e-4)
+
+
+def test_top_p_depends_on_no_company(looks_at_nothing: None) -> None:
+    prompts = prompts_of(6, seed=1)
+    params = [
+        SamplingParams(seed=i, top_p=0.7, top_k=(0, 12)[i % 2], max_tokens=9, ignore_eos=True)
+        for i in range(6)
+    ]
+    llm = make_llm("llama-mqa-linear", **OPTIONS)
+    together = [one.outputs[0].token_ids for one in llm.generate(prompts, params)]
+    alone = [
+        llm.generate(prompt, one)[0].outputs[0].token_ids
+        for prompt, one in zip(prompts, params, strict=True)
+    ]
+    assert together == alone
+
+
+def test_what_a_step_does_not_need_is_left_out(looks_at_nothing: None) -> None:
+    """By the programs that have run; and all that may are compiled ahead."""
+    llm = make_llm("llama-mqa-linear", **OPTIONS)
+    llm.warm_up()
+    ran: list[Bucket] = []
+    choose = llm.runner.choose
+    llm.engine.core._planner._choose = lambda best, fits: ran.append(best) or choose(best, fits)
+    with nothing_compiles(llm.runner):
+        llm.generate(prompts_of(1), params_of("temperature", 1))
+        assert ran
+        assert not any(bucket.has_decodes for bucket in ran if not bucket.is_decode)
+        assert not any(bucket.filters for bucket in ran if bucket.is_decode)
+        ran.clear()
+        llm.generate(prompts_of(1), params_of("top_k", 1))
+        assert all(bucket.filters for bucket in ran if bucket.is_decode)
+        ran.clear()
+        short = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+        llm.generate(prompts_of(5, seed=2), [short] * 4 + [params_of("greedy", 0)])
+        mixed = [bucket for bucket in ran if not bucket.is_decode]
+        assert {bucket.has_decodes for bucket in mixed} == {False, True}
+        for kind in KINDS:
+            llm.generate(prompts_of(3), params_of(kind, 5))
+
+
+def test_a_prompt_of_one_token_is_no_prompt_only() -> None:
+    """Its one query token is decode's, whatever it is called."""
+    buckets = Buckets.for_limits(4, 32, 8, specialised=True)
+    kind = {"is_decode": False}
+    assert not buckets.pick(9, 2, 3, **kind, has_decodes=False).has_decodes
+    assert buckets.pick(9, 2, 3, **kind, has_decodes=True).has_decodes
+    assert buckets.pick(9, 2, 3, **kind, has_decodes=False, is_full=True).has_decodes
+
+
+def test_variants_are_few_and_each_step_fits_one() -> None:
+    looking = Buckets.for_limits(256, 8192, 512)
+    others = Buckets.for_limits(256, 8192, 512, specialised=True)
+    extra = set(others.all()) - set(looking.all())
+    assert set(looking.all()) < set(others.all())
+    num_decode = sum(bucket.is_decode and not bucket.is_full for bucket in looking.all())
+    assert sum(not bucket.filters for bucket in extra) == num_decode
+    few = len(looking.mixed_tokens) * len(looking.table_widths)
+    assert sum(not bucket.has_decodes for bucket in extra) == few
+    for filters in (False, True):
+        best = others.pick(3, 3, 9, is_decode=True, filters=filters)
+        assert best in others.all()
+        fits = others.holding(3, 3, 9, is_decode=True, filters=filters)
+        assert all(bucket.filters or not filters for bucket in fits)
+        assert best in fits
