@@ -9,6 +9,8 @@ import sys
 from tests.mutations import Mutation, run
 
 _KERNEL = "pallas_paged/ops/attention/hopper/decode_kernel.py"
+_LOAD = "pallas_paged/ops/attention/hopper/decode_load.py"
+_TILE = "pallas_paged/ops/attention/hopper/decode_tile.py"
 _PARTS = "pallas_paged/ops/attention/hopper/decode_parts.py"
 _MERGE = "pallas_paged/ops/attention/hopper/decode_merge.py"
 _WORK_LIST = "pallas_paged/ops/attention/work_list.py"
@@ -26,50 +28,51 @@ _NUMBERS, _QUANTISED = f"{_FENCES}[numbers]", f"{_FENCES}[quantised]"
 
 MUTATIONS = {
     "a length one too long": Mutation(
-        _KERNEL,
-        "return jnp.minimum(token + first, length - 1)",
-        "return jnp.minimum(token + first + 1, length)",
+        _TILE,
+        "return jnp.minimum(token + item.first_position, item.length - 1)",
+        "return jnp.minimum(token + item.first_position + 1, item.length)",
         _TOKENS,
     ),
     "a query position one too far": Mutation(
-        _KERNEL, "visible = keys <= positions", "visible = keys <= positions + 1", _DECODE
+        _TILE, "visible = keys <= positions", "visible = keys <= positions + 1", _DECODE
     ),
     "a window one too wide": Mutation(
-        _KERNEL, "keys > positions - window", "keys >= positions - window", _WINDOW
+        _TILE, "keys > positions - window", "keys >= positions - window", _WINDOW
     ),
-    "values for keys": Mutation(
-        _KERNEL, "cache.k.at[block, head", "cache.v.at[block, head", _DECODE
-    ),
+    "values for keys": Mutation(_LOAD, "cache.k.at[block, head", "cache.v.at[block, head", _DECODE),
     "another head's keys": Mutation(
-        _KERNEL, "cache.k.at[block, head", "cache.k.at[block, jnp.maximum(head - 1, 0)", _DECODE
+        _LOAD, "cache.k.at[block, head", "cache.k.at[block, jnp.maximum(head - 1, 0)", _DECODE
     ),
     "no wait for the keys": Mutation(
-        _KERNEL, "plgpu.barrier_wait(barriers.k.at[slot])", "pass", _DECODE
+        _TILE, "plgpu.barrier_wait(cta.barriers.k.at[tile.slot])", "pass", _DECODE
     ),
     "no wait for the values": Mutation(
-        _KERNEL, "plgpu.barrier_wait(barriers.v.at[slot])", "pass", _DECODE
+        _TILE,
+        "plgpu.barrier_wait(cta.barriers.v.at[tile.slot])\n        _zero",
+        "_zero",
+        _DECODE,
     ),
     "a tile loaded one step early": Mutation(
         _KERNEL,
-        "lambda: load(step + stages, *place)",
-        "lambda: load(step + stages - 1, *place)",
+        "lambda: load_tile(cta, later, place)",
+        "lambda: load_tile(cta, later - 1, place)",
         _DECODE,
     ),
     "a wrong scale": Mutation(_SOFTMAX, "return scale * LOG2E if", "return scale if", _DECODE),
     "a wrong cap": Mutation(_SOFTMAX, "(2 * cap * LOG2E) / power", "(cap * LOG2E) / power", _LONG),
     "slopes of the wrong sign": Mutation(
-        _KERNEL, "logits += spread_columns(slopes", "logits -= spread_columns(slopes", _TOKENS
+        _TILE, "logits += spread_columns(slopes", "logits -= spread_columns(slopes", _TOKENS
     ),
     "no sink in the merge": Mutation(
         _MERGE,
-        "finish(problem, state, inputs.sinks, head)",
-        "finish(problem, state, None, head)",
+        "finish(problem, state, inputs.sinks, item.head)",
+        "finish(problem, state, None, item.head)",
         _LONG,
     ),
     "the sink in every part": Mutation(
         _KERNEL,
-        "finish(problem, state, None, head)\n",
-        "finish(problem, state, inputs.sinks, head)\n",
+        "finish(cta.problem, state, None, head)\n",
+        "finish(cta.problem, state, cta.inputs.sinks, head)\n",
         _LONG,
     ),
     "zeros": Mutation(
@@ -79,7 +82,7 @@ MUTATIONS = {
         _DECODE,
     ),
     "no correction": Mutation(
-        _KERNEL,
+        _TILE,
         "corrected = some * spread_columns(correction, some.shape)",
         "corrected = some",
         _DECODE,
@@ -91,35 +94,35 @@ MUTATIONS = {
         _MERGE, "num_parts = last_part - cta + 1", "num_parts = last_part - cta", _LONG
     ),
     "NaN of a tail in the values": Mutation(
-        _KERNEL, "(position + tile_size > length)", "(position > length)", _DECODE
+        _TILE, "(position + cta.config.tile > tile.length)", "(position > tile.length)", _DECODE
     ),
     "NaN of a tail beside values that stay": Mutation(_SMEM, " & (rows < end)", "", _DECODE),
     "padding not written": Mutation(
-        _KERNEL, "write_padding(problem, num_tokens[0]", "(lambda *_: 0)(0", _DECODE
+        _KERNEL, "write_padding(problem, inputs.work.num_tokens[0]", "(lambda *_: 0)(0", _DECODE
     ),
     "shares that overlap": Mutation(
         _WORK_LIST, "begin = jnp.minimum(ctas * share, total)", "begin = ctas * (share - 1)", _LONG
     ),
     "quantised: keys without their scales": Mutation(
-        _KERNEL, "logits *= spread_rows(scales, logits.shape)", "pass", _INT8
+        _TILE, "return products * spread_rows(scales, products.shape)", "return products", _INT8
     ),
     "quantised: weights without the values' scales": Mutation(
-        _KERNEL, "weights *= spread_rows(scales, weights.shape)", "pass", _INT8
+        _TILE, "return weights * spread_rows(scales, weights.shape)", "return weights", _INT8
     ),
     "quantised: float16 values without their scales": Mutation(
         _CONVERSION, "x *= plgpu.layout_cast", "plgpu.layout_cast", _FP8_HALF
     ),
     "quantised: the keys' scales for the values": Mutation(
-        _KERNEL, "cache.v_scale.at[block, head", "cache.k_scale.at[block, head", _INT8
+        _LOAD, "cache.v_scale.at[block, head", "cache.k_scale.at[block, head", _INT8
     ),
     "quantised: another head's scales": Mutation(
-        _KERNEL,
+        _LOAD,
         "cache.k_scale.at[block, head",
         "cache.k_scale.at[block, jnp.maximum(head - 1, 0)",
         _INT8,
     ),
     "quantised: another block's scales": Mutation(
-        _KERNEL, "cache.v_scale.at[block, head", "cache.v_scale.at[block - 1, head", _INT8
+        _LOAD, "cache.v_scale.at[block, head", "cache.v_scale.at[block - 1, head", _INT8
     ),
     "quantised: scales one token off": Mutation(
         _CONVERSION, "is_before = row < i * copy_rows", "is_before = row <= i * copy_rows", _INT8
@@ -131,7 +134,10 @@ MUTATIONS = {
         _INT8,
     ),
     "quantised: no wait for bytes and scales": Mutation(
-        _KERNEL, "plgpu.barrier_wait(barriers.v.at[slot])", "pass", _INT8
+        _TILE,
+        "plgpu.barrier_wait(cta.barriers.v.at[tile.slot])\n        _convert",
+        "_convert",
+        _INT8,
     ),
     "quantised: NaN of a tail's scales": Mutation(
         _CONVERSION,
@@ -143,12 +149,12 @@ MUTATIONS = {
         _CONVERSION, "x = jnp.where(is_kept, x, jnp.zeros_like(x))", "pass", _FP8
     ),
     "fences: weights and values not committed": Mutation(
-        _KERNEL, "plgpu.commit_smem()  # weights and values", "pass  # weights and values", _NUMBERS
+        _TILE, "plgpu.commit_smem()  # weights and values", "pass  # weights and values", _NUMBERS
     ),
     "fences: converted keys not committed": Mutation(
-        _KERNEL,
-        "smem.k.numbers.at[0], unroll=unroll)\n                plgpu.commit_smem()",
-        "smem.k.numbers.at[0], unroll=unroll)",
+        _TILE,
+        "plgpu.commit_smem()  # converted keys",
+        "pass  # converted keys",
         _QUANTISED,
     ),
     "fences: staged results not committed": Mutation(

@@ -13,7 +13,7 @@ from pallas_paged.ops.attention.hopper.decode_parts import (
     Outputs,
     empty,
     finish,
-    sequence_and_head,
+    read_item,
     write,
 )
 from pallas_paged.ops.attention.hopper.decode_problem import (
@@ -73,8 +73,8 @@ def _merge_kernel(
 
     @pl.when(last_part >= 0)
     def _() -> None:
-        item = ctas[cta, CtaField.FIRST_ITEM] + ctas[cta, CtaField.NUM_ITEMS] - 1
-        sequence, head = sequence_and_head(problem, item)
+        number = ctas[cta, CtaField.FIRST_ITEM] + ctas[cta, CtaField.NUM_ITEMS] - 1
+        item = read_item(problem, inputs.sequences, number)
         num_parts = last_part - cta + 1
 
         def some_parts(turn: jax.Array, state: State) -> State:
@@ -96,13 +96,6 @@ def _merge_kernel(
         turns = lax.div(num_parts + (_UNROLL - 1), jnp.int32(_UNROLL))
         state = empty(problem.value_rows, problem.value_rows, problem.columns)
         state = lax.fori_loop(0, turns, some_parts, state)
-        write(
-            problem,
-            finish(problem, state, inputs.sinks, head),
-            sequence,
-            head,
-            inputs.sequences,
-            outputs,
-            staged,
-        )
+        result = finish(problem, state, inputs.sinks, item.head)
+        write(problem, result, item, outputs, staged)
         plgpu.wait_smem_to_gmem(0)
