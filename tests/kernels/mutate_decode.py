@@ -18,6 +18,7 @@ _CONVERSION = "pallas_paged/ops/attention/hopper/quantised.py"
 _SOFTMAX = "pallas_paged/ops/attention/online_softmax.py"
 _SMEM = "pallas_paged/ops/attention/smem.py"
 _TESTS = "tests/kernels/test_mosaic_decode.py"
+_PLANS = "tests/kernels/test_work_list.py"
 _DECODE, _WINDOW, _TOKENS, _LONG = (
     f"{_TESTS}::test_equals_the_reference[{i}]" for i in (0, 1, 3, 4)
 )
@@ -98,7 +99,19 @@ MUTATIONS = {
     ),
     "NaN of a tail beside values that stay": Mutation(_SMEM, " & (rows < end)", "", _DECODE),
     "padding not written": Mutation(
-        _KERNEL, "write_padding(problem, inputs.work.num_tokens[0]", "(lambda *_: 0)(0", _DECODE
+        _KERNEL, "write_padding(problem, num_tokens", "(lambda *_: 0)(0", _DECODE
+    ),
+    "a sequence in another's place": Mutation(
+        _WORK_LIST,
+        "rank[None, :] == indices[:, None] + 1",
+        "rank[None, :] == indices[:, None]",
+        f"{_PLANS}::test_sequences_with_work_side_by_side",
+    ),
+    "shares that count sequences without work": Mutation(
+        _WORK_LIST,
+        "_sum(is_before & has_work[None, :])",
+        "_sum(is_before)",
+        f"{_PLANS}::test_every_tile_once_in_equal_shares",
     ),
     "shares that overlap": Mutation(
         _WORK_LIST, "begin = jnp.minimum(ctas * share, total)", "begin = ctas * (share - 1)", _LONG

@@ -78,7 +78,8 @@ def decode_kernel(
         return _attend_item(cta, outputs, parts, index, *carry)
 
     lax.fori_loop(0, cta.num_items, one_item, (jnp.int32(0), place))
-    write_padding(problem, inputs.work.num_tokens[0], smem.results, outputs)
+    num_tokens = inputs.query_start_loc[inputs.query_start_loc.shape[0] - 1]
+    write_padding(problem, num_tokens, smem.results, outputs)
     plgpu.wait_smem_to_gmem(0)
 
 
