@@ -23,6 +23,7 @@ _DECODE, _WINDOW, _TOKENS, _LONG = (
     f"{_TESTS}::test_equals_the_reference[{i}]" for i in (0, 1, 3, 4)
 )
 _FP8, _INT8, _FP8_HALF = (f"{_TESTS}::test_equals_the_reference[{i}]" for i in (8, 10, 11))
+_MANY = f"{_TESTS}::test_a_merge_of_many_parts"
 _FENCES = "tests/kernels/test_fences.py::test_decode"
 _NUMBERS, _QUANTISED = f"{_FENCES}[numbers]", f"{_FENCES}[quantised]"
 
@@ -93,6 +94,18 @@ MUTATIONS = {
     ),
     "a part left out of the merge": Mutation(
         _MERGE, "num_parts = last_part - cta + 1", "num_parts = last_part - cta", _LONG
+    ),
+    "parts left out of the merge that do not fill a turn": Mutation(
+        _MERGE, "lax.div(num_parts + (unroll - 1)", "lax.div(num_parts", _MANY
+    ),
+    "no correction between turns of the merge": Mutation(
+        _MERGE,
+        "numerator = numerator * spread_columns(correction, numerator.shape)",
+        "pass",
+        _MANY,
+    ),
+    "one chunk of head_dim merged for all": Mutation(
+        _MERGE, "pl.ds(chunk * _CHUNK, _CHUNK)]", "pl.ds(0, _CHUNK)]", _MANY
     ),
     "NaN of a tail in the values": Mutation(
         _TILE, "(position + cta.config.tile > tile.length)", "(position > tile.length)", _DECODE

@@ -143,17 +143,31 @@ def write(
     item: Item,
     outputs: Outputs,
     staged: Results,
+    with_lse: Any = True,
 ) -> None:
-    """Writes an item's O and lse by way of shared memory; the copies may still be in flight."""
+    """Writes an item's O and lse by way of shared memory; the copies may still be in flight.
+
+    Args:
+      problem: what the kernel is specialised for.
+      result: O^T in chunks, and lse to the base 2.
+      item: whose they are.
+      outputs: where to; of `out` as many columns as there are, at most those of the result.
+      staged: the shared memory.
+      with_lse: whether lse is written, else O alone.
+    """
     values, lse = result
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was there before has been sent
-    chunk = problem.value_rows // len(values)
     for i, value in enumerate(values):
+        chunk = value.shape[0]
         place = staged.out.at[:, pl.ds(i * chunk, chunk)].transpose((1, 0))
         store(place, plgpu.layout_cast(value.astype(problem.dtype), TILE_LAYOUT))
     store(staged.lse, as_column(lse * LN2))
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staged.lse, outputs.lse.at[item.query_row, item.head])
+
+    @pl.when(with_lse)
+    def _() -> None:
+        plgpu.copy_smem_to_gmem(staged.lse, outputs.lse.at[item.query_row, item.head])
+
     for token in range(problem.max_tokens):
         row = item.first_token + token
         send = functools.partial(_send, problem, token, row, item.head, staged, outputs)
@@ -171,7 +185,8 @@ def _send(
     """Starts the copies of the staged token number `token` to its place in the output."""
     first = token * problem.group
     out_row = row * problem.num_q_heads + head * problem.group
-    if problem.value_rows == problem.head_dim:
+    width = outputs.out.shape[1]
+    if staged.out.shape[1] == width:
         plgpu.copy_smem_to_gmem(
             staged.out.at[pl.ds(first, problem.group)],
             outputs.out.at[pl.ds(out_row, problem.group)],
@@ -179,7 +194,7 @@ def _send(
     else:  # only whole rows of shared memory can be sent together
         for i in range(problem.group):
             plgpu.copy_smem_to_gmem(
-                staged.out.at[first + i, pl.ds(0, problem.head_dim)], outputs.out.at[out_row + i]
+                staged.out.at[first + i, pl.ds(0, width)], outputs.out.at[out_row + i]
             )
 
 
