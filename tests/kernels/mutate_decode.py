@@ -161,9 +161,27 @@ MUTATIONS = {
     ),
     "quantised: no wait for bytes and scales": Mutation(
         _TILE,
-        "plgpu.barrier_wait(cta.barriers.v.at[tile.slot])\n        _convert",
-        "_convert",
+        "plgpu.barrier_wait(cta.barriers.v.at[tile.slot])\n    stored",
+        "stored",
         _INT8,
+    ),
+    "quantised: the next tile's keys not converted ahead": Mutation(
+        _TILE, "pl.when(step < cta.num_tiles)(lambda: convert_keys(cta, step))", "pass", _FP8
+    ),
+    "quantised: the first tile's keys not converted ahead": Mutation(
+        _KERNEL,
+        "pl.when(cta.num_tiles > 0)(lambda: convert_keys(cta, jnp.int32(0)))",
+        "pass",
+        _FP8,
+    ),
+    "quantised: no wait for keys that are converted": Mutation(
+        _TILE, "plgpu.barrier_wait(cta.barriers.k.at[slot])", "pass", f"{_FP8} {_INT8}"
+    ),
+    "fences: keys converted while they are multiplied": Mutation(
+        _TILE,
+        "lambda: _convert_values(cta, tile))",
+        "lambda: convert_keys(cta, tile.step))",
+        _QUANTISED,
     ),
     "quantised: NaN of a tail's scales": Mutation(
         _CONVERSION,

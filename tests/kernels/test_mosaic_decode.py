@@ -25,7 +25,7 @@ SPECS = DECODE_KERNEL_SPECS + QUANTISED_KERNEL_SPECS
 # Two CTAs in flight, so that shares begin and end within items; or as many as there is work for.
 CONFIGS = (
     DecodeConfig(num_stages=2, ctas_per_sm=1),
-    DecodeConfig(num_stages=3, ctas_per_sm=2),
+    DecodeConfig(num_stages=3, ctas_per_sm=2, converts_ahead=False),
     DecodeConfig(tile=128, num_stages=2, ctas_per_sm=2, min_tiles=2),
 )
 

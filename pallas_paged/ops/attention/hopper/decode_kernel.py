@@ -43,7 +43,7 @@ from pallas_paged.ops.attention.hopper.decode_parts import (
     write_padding,
 )
 from pallas_paged.ops.attention.hopper.decode_problem import Barriers, DecodeProblem, Smem
-from pallas_paged.ops.attention.hopper.decode_tile import add_tile, tile_of
+from pallas_paged.ops.attention.hopper.decode_tile import add_tile, convert_keys, tile_of
 from pallas_paged.ops.attention.online_softmax import State
 from pallas_paged.ops.attention.work_list import CtaField, Parts
 from pallas_paged.ops.mosaic_gpu import store
@@ -73,6 +73,8 @@ def decode_kernel(
         num_tiles=ctas[number, CtaField.NUM_TILES],
     )
     place = load_first(cta)
+    if cta.converts_ahead:
+        pl.when(cta.num_tiles > 0)(lambda: convert_keys(cta, jnp.int32(0)))
 
     def one_item(index: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         return _attend_item(cta, outputs, parts, index, *carry)

@@ -67,6 +67,11 @@ class Cta(NamedTuple):
         rows = self.problem.value_rows
         return rows if rows * self.problem.columns <= 4096 else 64
 
+    @property
+    def converts_ahead(self) -> bool:
+        """Whether something is converted while the tensor core multiplies."""
+        return self.problem.is_quantised and self.config.converts_ahead
+
     def slot(self, step: jax.Array) -> jax.Array:
         """Returns where in shared memory the share's tile number `step` is."""
         return lax.rem(step, jnp.int32(self.config.num_stages))

@@ -3,6 +3,7 @@
 How they are arranged is written in `decode_kernel.py`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -70,20 +71,21 @@ def add_tile(
       slopes: f32[N], or None.
       state: of the keys before.
     """
-    logits = _multiply_keys(cta, tile, queries)
-    logits = _finish_logits(cta.problem, logits, item, tile, slopes)
+    problem = cta.problem
+    products = _multiply_keys(cta, tile, queries)
+    logits = _finish_logits(problem, products, item, tile, slopes)
     maximum, correction = raised(state.maximum, logits.max(axis=0), as_column)  # [N]
     weights = jnp.exp2(logits - spread_columns(maximum, logits.shape))  # [T, N]
     denominator = state.denominator * correction + weights.sum(axis=0)
     # Every warp has been through the reductions since the last product read the weights.
-    if cta.problem.is_quantised:
-        plgpu.barrier_wait(cta.barriers.v.at[tile.slot])
-        _convert_values(cta, tile)
-        _write_weights(cta, _scaled(cta, tile, weights))
-    else:
+    if not problem.is_quantised:
         _write_weights(cta, weights)
         plgpu.barrier_wait(cta.barriers.v.at[tile.slot])
         _zero_values(cta, tile)
+    else:
+        if not cta.converts_ahead:
+            _convert_values(cta, tile)
+        _write_weights(cta, _scaled(cta, tile, weights))
     plgpu.commit_smem()  # weights and values, before the tensor core reads them
     return State(_add_values(cta, tile, state.numerator, correction), maximum, denominator)
 
@@ -91,12 +93,15 @@ def add_tile(
 def _multiply_keys(cta: Cta, tile: Tile, queries: Any) -> jax.Array:
     """Returns S^T [T, N], the products of keys and queries, the keys' scales included."""
     smem, config = cta.smem, cta.config
-    plgpu.barrier_wait(cta.barriers.k.at[tile.slot])
+    queries = queries.transpose((1, 0))
     if not cta.problem.is_quantised:
-        return product(smem.k.numbers.at[tile.slot], queries.transpose((1, 0)))
-    convert_tile(smem.k.stored.at[tile.slot], smem.k.numbers.at[0], unroll=_unroll(cta))
-    plgpu.commit_smem()  # converted keys
-    products = product(smem.k.numbers.at[0], queries.transpose((1, 0)))
+        plgpu.barrier_wait(cta.barriers.k.at[tile.slot])
+        return product(smem.k.numbers.at[tile.slot], queries)
+    if cta.converts_ahead:
+        products = product(smem.k.numbers.at[0], queries, lambda: _convert_values(cta, tile))
+    else:
+        convert_keys(cta, tile.step)
+        products = product(smem.k.numbers.at[0], queries)
     _, copy_rows = cta.problem.copies(config.tile)
     scales = load_scales(smem.k.scales.at[tile.slot], 0, config.tile, copy_rows, ROW_LAYOUT)
     return products * spread_rows(scales, products.shape)
@@ -134,8 +139,24 @@ def _unroll(cta: Cta) -> bool:
     return cta.problem.columns <= 16  # many columns leave few registers for conversion
 
 
+def convert_keys(cta: Cta, step: jax.Array) -> None:
+    """Waits for the keys of the share's tile number `step`, and converts them."""
+    slot = cta.slot(step)
+    plgpu.barrier_wait(cta.barriers.k.at[slot])
+    convert_tile(cta.smem.k.stored.at[slot], cta.smem.k.numbers.at[0], unroll=_unroll(cta))
+    plgpu.commit_smem()  # converted keys
+
+
+def _convert_next_keys(cta: Cta, tile: Tile, turn: int) -> None:
+    """Converts the keys of the share's next tile, in the first turn."""
+    if cta.converts_ahead and turn == 0:
+        step = tile.step + 1
+        pl.when(step < cta.num_tiles)(lambda: convert_keys(cta, step))
+
+
 def _convert_values(cta: Cta, tile: Tile) -> None:
-    """Converts a tile of values; rows that no query sees become 0, whatever they hold."""
+    """Waits for values, and converts them; rows that no query sees become 0, whatever they hold."""
+    plgpu.barrier_wait(cta.barriers.v.at[tile.slot])
     stored, numbers = cta.smem.v.stored.at[tile.slot], cta.smem.v.numbers.at[0]
     if scales_values(cta.problem.dtype):
         _, copy_rows = cta.problem.copies(cta.config.tile)
@@ -185,10 +206,12 @@ def _add_values(
 ) -> tuple[jax.Array, ...]:
     """Returns the corrected numerator with the weighted sum of a tile's values."""
     tile_slot = 0 if cta.problem.is_quantised else tile.slot
+    weights = cta.smem.weights.transpose((1, 0))
     sums = []
     for i, some in enumerate(numerator):
+        others = functools.partial(_convert_next_keys, cta, tile, i)
         values = cta.smem.v.numbers.at[tile_slot, :, pl.ds(i * cta.chunk, cta.chunk)]
-        added = product(values.transpose((1, 0)), cta.smem.weights.transpose((1, 0)))  # [D, N]
+        added = product(values.transpose((1, 0)), weights, others)  # [D, N]
         corrected = some * spread_columns(correction, some.shape)
         sums.append(corrected + added)
     return tuple(sums)
