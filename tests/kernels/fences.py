@@ -177,7 +177,7 @@ class _Walk:
 
     def wait_for_products(self, eqn: Any, roots: Roots, state: _State) -> _State:
         in_flight = eqn.params.get("wait_n", eqn.params.get("n", 0))
-        return state if in_flight else state._replace(multiplied=frozenset())
+        return state._replace(multiplied=frozenset()) if in_flight == 0 else state
 
     def copy_out(self, eqn: Any, roots: Roots, state: _State) -> _State:
         source = _of(eqn.invars[:1], roots)
@@ -201,6 +201,7 @@ _STEPS = {
     "store": _Walk.write,
     "wgmma_ref": _Walk.multiply,
     "wgmma_accumulator_deref": _Walk.wait_for_products,
+    "wgmma_accumulator_deref_p": _Walk.wait_for_products,  # its name until jax 0.12
     "wgmma_wait": _Walk.wait_for_products,
     "copy_smem_to_gmem": _Walk.copy_out,
     "copy_gmem_to_smem": _Walk.copy_in,

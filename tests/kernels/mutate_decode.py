@@ -96,7 +96,10 @@ MUTATIONS = {
         _MERGE, "num_parts = last_part - cta + 1", "num_parts = last_part - cta", _LONG
     ),
     "parts left out of the merge that do not fill a turn": Mutation(
-        _MERGE, "lax.div(num_parts + (unroll - 1)", "lax.div(num_parts", _MANY
+        _MERGE, "num_parts - few + (many - 1)", "num_parts - few", _MANY
+    ),
+    "the last few parts left out of the merge": Mutation(
+        _MERGE, "rest = turns * many < num_parts", "rest = num_parts < 0", _MANY
     ),
     "no correction between turns of the merge": Mutation(
         _MERGE,

@@ -37,6 +37,9 @@ _CHUNK = 64
 _LOADS = 128
 """Parts that are loaded at a time, times columns: 64 registers of a thread for their values."""
 
+_FEW = 4
+"""Parts that are loaded at a time where there are no more: with many sequences there are two."""
+
 
 class Inputs(NamedTuple):
     """What the kernel reads, in global memory."""
@@ -80,7 +83,8 @@ def _merge_kernel(
     cta, num_ctas = lax.axis_index("cta"), lax.axis_size("cta")
     chunk = lax.axis_index("chunk")
     last_part = ctas[cta, CtaField.LAST_PART]
-    unroll = min(16, _LOADS // problem.columns)
+    many = min(16, _LOADS // problem.columns)
+    few = min(_FEW, many)
 
     @pl.when(last_part >= 0)
     def _() -> None:
@@ -88,11 +92,11 @@ def _merge_kernel(
         item = read_item(problem, inputs.sequences, number)
         num_parts = last_part - cta + 1
 
-        def some_parts(turn: jax.Array, state: State) -> State:
+        def some_parts(first: jax.Array, count: int, state: State) -> State:
             # Loads that do not wait for each other; what is too much is the last part, weightless.
             values, lses = [], []
-            for i in range(unroll):
-                index = turn * unroll + i
+            for i in range(count):
+                index = first + i
                 part = jnp.where(index == 0, num_ctas + cta, jnp.minimum(cta + index, last_part))
                 rows = parts.values.at[part, pl.ds(chunk * _CHUNK, _CHUNK)]
                 values.append(load(rows, TILE_LAYOUT))  # [_CHUNK, N]
@@ -108,8 +112,12 @@ def _merge_kernel(
                 numerator = numerator + some * spread_columns(weight, some.shape)
             return State((numerator,), maximum, denominator)
 
-        turns = lax.div(num_parts + (unroll - 1), jnp.int32(unroll))
-        state = lax.fori_loop(0, turns, some_parts, empty(_CHUNK, _CHUNK, problem.columns))
+        # In turns of many, until few or none are left.
+        turns = lax.div(num_parts - few + (many - 1), jnp.int32(many))
+        rest = turns * many < num_parts
+        state = empty(_CHUNK, _CHUNK, problem.columns)
+        state = lax.fori_loop(0, turns, lambda i, state: some_parts(i * many, many, state), state)
+        state = lax.cond(rest, lambda: some_parts(turns * many, few, state), lambda: state)
         result = finish(problem, state, inputs.sinks, item.head)
         for columns, is_here in _columns(problem, chunk):
             out = outputs._replace(out=outputs.out.at[:, columns])
