@@ -115,7 +115,10 @@ MUTATIONS = {
     ),
     "NaN of a tail beside values that stay": Mutation(_SMEM, " & (rows < end)", "", _DECODE),
     "padding not written": Mutation(
-        _KERNEL, "write_padding(problem, num_tokens", "(lambda *_: 0)(0", _DECODE
+        _KERNEL,
+        "write_padding(problem, ctas[number, CtaField.STEP_TOKENS]",
+        "(lambda *_: 0)(0",
+        _DECODE,
     ),
     "a sequence in another's place": Mutation(
         _WORK_LIST,

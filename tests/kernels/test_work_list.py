@@ -95,6 +95,7 @@ def test_every_tile_once_in_equal_shares(name, window):
     assert [place for share in shares for place in share] == line
     sizes = [len(share) for share in shares]
     assert max(sizes) == -(-len(line) // 7)
+    assert set(work.ctas[:, CtaField.STEP_TOKENS]) == {sum(query_lens)}
 
     for cta, share in enumerate(shares):
         last = work.ctas[cta, CtaField.LAST_PART]

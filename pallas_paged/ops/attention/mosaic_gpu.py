@@ -197,6 +197,7 @@ def _ampere_step(
     runs = split_queries(metadata, num_tokens=q.shape[0], size=problem.max_tokens)
     work = divide(
         runs,
+        metadata.query_start_loc[-1:],
         num_kv_heads=problem.num_kv_heads,
         num_ctas=num_ctas,
         tile=config.tile,

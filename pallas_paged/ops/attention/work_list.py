@@ -55,7 +55,9 @@ class CtaField:
     """Tiles of the share."""
     LAST_PART = 4
     """The last CTA that works on the item which this CTA begins and does not finish; else -1."""
-    COUNT = 5
+    STEP_TOKENS = 5
+    """Query tokens of the step, the same for all; rows of q from there on are padding."""
+    COUNT = 6
 
 
 class QueryRuns(NamedTuple):
@@ -80,7 +82,7 @@ class WorkList(NamedTuple):
     Attributes:
       sequences: i32[X, 7], runs with work, in order, then zeros. Where no sequence is split into
         several runs, these are the sequences.
-      ctas: i32[C, 5], each CTA's share.
+      ctas: i32[C, 6], each CTA's share.
     """
 
     sequences: Int32[Array, "B fields"]
@@ -134,6 +136,7 @@ def make_work_list(
     )
     return divide(
         runs,
+        metadata.query_start_loc[-1:],
         num_kv_heads=num_kv_heads,
         num_ctas=num_ctas,
         tile=tile,
@@ -144,6 +147,7 @@ def make_work_list(
 
 def divide(
     runs: QueryRuns,
+    all_tokens: jax.Array,
     *,
     num_kv_heads: int,
     num_ctas: int,
@@ -151,7 +155,7 @@ def divide(
     sliding_window: int | None,
     min_tiles: int = 1,
 ) -> WorkList:
-    """Returns the shares of `num_ctas` CTAs in the runs."""
+    """Returns the shares of `num_ctas` CTAs in the runs; `all_tokens` i32[1] of the step."""
     num_tokens, lens = runs.num_tokens, runs.lens
     first_key = jnp.zeros_like(lens)
     if sliding_window is not None:
@@ -187,6 +191,7 @@ def divide(
         offset,
         size,
         jnp.where(is_begun_here, lax.div(last_end - 1, share), -1),
+        jnp.broadcast_to(all_tokens, ctas.shape),
     )
     return WorkList(sequences, jnp.stack(cta_fields, axis=1))
 

@@ -81,17 +81,7 @@ def partial_results(
         grid_names=("cta",),
         compiler_params=COMPILER_PARAMS,
         kernel_name="paged_decode",
-    )(
-        Inputs(
-            packed,
-            cache,
-            metadata.block_tables,
-            metadata.query_start_loc,
-            work,
-            alibi_slopes,
-            sinks,
-        )
-    )
+    )(Inputs(packed, cache, metadata.block_tables, work, alibi_slopes, sinks))
 
 
 def _places(

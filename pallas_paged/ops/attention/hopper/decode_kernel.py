@@ -80,8 +80,7 @@ def decode_kernel(
         return _attend_item(cta, outputs, parts, index, *carry)
 
     lax.fori_loop(0, cta.num_items, one_item, (jnp.int32(0), place))
-    num_tokens = inputs.query_start_loc[inputs.query_start_loc.shape[0] - 1]
-    write_padding(problem, num_tokens, smem.results, outputs)
+    write_padding(problem, ctas[number, CtaField.STEP_TOKENS], smem.results, outputs)
     plgpu.wait_smem_to_gmem(0)
 
 

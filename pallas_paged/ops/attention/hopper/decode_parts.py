@@ -35,7 +35,6 @@ class Inputs(NamedTuple):
     q: Any  # [R, Hk, N, D]
     cache: KVCache  # of references
     block_tables: Any  # i32[B, M]
-    query_start_loc: Any  # i32[B + 1]; rows of q from the last on are padding
     work: WorkList
     slopes: Any  # f32[Hq], or None
     sinks: Any  # f32[Hq], or None
