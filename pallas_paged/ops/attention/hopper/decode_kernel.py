@@ -16,9 +16,16 @@ the borders of items, so that short sequences stream like long ones (`decode_loa
 computed of a tile is in `decode_tile.py`. A result is written where it belongs if the CTA has seen
 all of the item's keys, else as a partial result that another kernel combines (`decode_merge.py`).
 
-What the interpreter cannot see (it takes a warpgroup for one thread) is noted where it matters:
-`commit_smem` between writes to shared memory and the tensor core or TMA that reads them, and the
-barriers of the warpgroup before a tile that all four warps have read is loaded anew.
+A quantised cache is in flight as it is stored, and converted into one more tile of keys and one of
+values (`quantised.py`). The tensor core works by itself once a product is begun, so that values are
+converted during the product with keys, and the keys of the next tile during the one with values:
+neither is what that product reads.
+
+What the interpreter cannot see (it takes a warpgroup for one thread, and products for done at once)
+is noted where it matters: `commit_smem` between writes to shared memory and the tensor core or TMA
+that reads them, and the barriers of the warpgroup before a tile that all four warps have read is
+loaded anew. A warp waits for its own rows of a product alone; that the others are done with what it
+writes next follows from Mosaic GPU's barriers of the warpgroup around each write to shared memory.
 """
 
 from typing import Any
