@@ -41,7 +41,7 @@ class KernelResources(NamedTuple):
       spill_bytes: bytes per thread that did not fit into registers, stored or loaded.
       smem_bytes: shared memory per block of threads, without its barriers; of several kernels that
         are compiled together the most that one of them takes, for they cannot be told apart.
-      warnings: what else the compiler had to say.
+      warnings: what else the compiler had to say, products that it would not overlap included.
     """
 
     name: str
@@ -181,21 +181,30 @@ def kernel_ptx(target: str, function: Callable[..., Any], *args: Any) -> str:
 
 def _parse(report: str) -> tuple[KernelResources, ...]:
     smem = re.findall(r"smem_scratch_bytes=(\d+)", report)
+    # Before it names the kernel that it compiles, and some of them as mere information.
+    remarks = re.findall(r".*(?:warning|Performance Loss).*", report, re.IGNORECASE)
     found = []
     for part in report.split("Compiling entry function '")[1:]:
         spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", part)
         registers = re.search(r"Used (\d+) registers", part)
         assert registers is not None, f"no register count in the compiler's report: {part}"
+        name = part.partition("'")[0]
         found.append(
             KernelResources(
-                name=part.partition("'")[0],
+                name=name,
                 registers=int(registers[1]),
                 spill_bytes=sum(map(int, spills)),
                 smem_bytes=max(map(int, smem)),
-                warnings=tuple(line for line in part.splitlines() if "warning" in line.lower()),
+                warnings=tuple(line for line in remarks if _is_about(line, name, part)),
             )
         )
     return tuple(found)
+
+
+def _is_about(remark: str, name: str, part: str) -> bool:
+    """Whether a line is about the kernel `name`, whose part of the report is `part`."""
+    named = re.search(r"function '(\w+)'", remark)
+    return remark in part if named is None else named[1] == name
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 Tests compile a covering few; `make kernels-full` compiles all of them.
 """
 
+import dataclasses
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ class DecodeCase(NamedTuple):
             f"dim{p.head_dim}-block{p.block_size}-tokens{p.max_tokens}",
             *(name for name, value in options.items() if value),
             f"tile{c.tile}-stages{c.num_stages}-ctas{c.ctas_per_sm}",
+            *(["behind"] if p.is_quantised and not c.converts_ahead else []),
         ]
         return "-".join(parts)
 
@@ -180,7 +182,8 @@ def decode_cases() -> list[DecodeCase]:
 def quantised_cases() -> list[DecodeCase]:
     """Returns head_dim x dtype of the cache x few or many tokens, the latter in tiles of two sizes.
 
-    Dtypes of queries, groups, block sizes and features go round.
+    Dtypes of queries, groups, block sizes and features go round. Some are there with conversion
+    before the products too.
     """
     cases = []
     groups = itertools.cycle(_GROUPS)
@@ -201,4 +204,11 @@ def quantised_cases() -> list[DecodeCase]:
         cases.append(chosen)
         large = [c for c in candidate_configs(chosen.problem) if c.tile == 128 and (i + i // 2) % 2]
         cases += [DecodeCase(chosen.problem, config) for config in large[:1]]
+        if turn % 2:
+            cases += [_behind(case) for case in cases[-1 - len(large[:1]) :]]
     return cases
+
+
+def _behind(case: DecodeCase) -> DecodeCase:
+    """Returns a case of a quantised cache whose tiles are converted before each product."""
+    return case._replace(config=dataclasses.replace(case.config, converts_ahead=False))

@@ -268,9 +268,14 @@ def prefill_candidates(key: PrefillKey, in_registers: bool = True) -> list[Prefi
 
 
 def decode_candidates(problem: DecodeProblem, rule: DecodeConfig) -> list[DecodeConfig]:
-    """Returns the configurations that fit the chip, and the one by rule with larger shares."""
-    larger = [dataclasses.replace(rule, min_tiles=least) for least in (2, 4)]
-    return [*candidate_configs(problem), *larger]
+    """Returns the configurations that fit the chip, and the one by rule with one thing changed.
+
+    With larger shares; where there is conversion, with that before the products.
+    """
+    others = [dataclasses.replace(rule, min_tiles=least) for least in (2, 4)]
+    if problem.is_quantised:
+        others.append(dataclasses.replace(rule, converts_ahead=not rule.converts_ahead))
+    return [*candidate_configs(problem), *others]
 
 
 @functools.cache

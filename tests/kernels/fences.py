@@ -5,7 +5,8 @@ through, and read it only once the copies out of it have read theirs. What order
 
 - `commit_smem` between a thread's write and a product, or a copy, of that memory, and before
   another warpgroup is told by a barrier that it may multiply or copy it;
-- `wait_smem_to_gmem` between a copy out of memory and the next write to it, and before the end.
+- `wait_smem_to_gmem` between a copy out of memory and the next write to it, and before the end;
+- the wait for a product, with which its sums are read, before what it multiplies is written.
 
 Interpret mode takes a warpgroup for one thread without proxies, and the compiler takes the program
 at its word. So this reads the kernel's jaxpr in the order of the program, follows both ways of a
@@ -37,6 +38,7 @@ class _State(NamedTuple):
     written: frozenset[Root] = frozenset()  # by threads, since the last commit_smem
     being_read: frozenset[Root] = frozenset()  # by copies to global memory
     leaving: frozenset[Root] = frozenset()  # with copies that may not have arrived
+    multiplied: frozenset[Root] = frozenset()  # by products that nobody has waited for
 
     def join(self, other: "_State") -> "_State":
         return _State(*(mine | its for mine, its in zip(self, other, strict=True)))
@@ -145,7 +147,8 @@ class _Walk:
             inside |= {var: var for var in body.invars if "smem" in str(var.aval)}
             return self.run(body, inside, state)
         assert name in _CALLS, f"what does {name} do?"
-        return self.run(body, _bind(body.invars, given, roots), state)
+        state = self.run(body, _bind(body.invars, given, roots), state)
+        return self.wait_for_products(eqn, roots, state) if name == "run_state" else state
 
     def commit(self, eqn: Any, roots: Roots, state: _State) -> _State:
         return state._replace(written=frozenset())
@@ -163,13 +166,18 @@ class _Walk:
     def write(self, eqn: Any, roots: Roots, state: _State) -> _State:
         target = _of(eqn.invars[:1], roots)
         self.need(target & state.being_read, "wait_smem_to_gmem before it is written again")
+        self.need(target & state.multiplied, "the product's end before it is written again")
         return state._replace(written=state.written | target)
 
     def multiply(self, eqn: Any, roots: Roots, state: _State) -> _State:
         operands = _of(eqn.invars[1:3], roots)
         self.asynchronous |= operands
         self.need(operands & state.written, "commit_smem before a product")
-        return state
+        return state._replace(multiplied=state.multiplied | operands)
+
+    def wait_for_products(self, eqn: Any, roots: Roots, state: _State) -> _State:
+        in_flight = eqn.params.get("wait_n", eqn.params.get("n", 0))
+        return state._replace(multiplied=frozenset()) if in_flight == 0 else state
 
     def copy_out(self, eqn: Any, roots: Roots, state: _State) -> _State:
         source = _of(eqn.invars[:1], roots)
@@ -181,6 +189,7 @@ class _Walk:
         target = _of(eqn.invars[1:2], roots)
         self.need(target & state.written, "commit_smem before a copy into it")
         self.need(target & state.being_read, "wait_smem_to_gmem before a copy into it")
+        self.need(target & state.multiplied, "the product's end before a copy into it")
         return state
 
 
@@ -191,6 +200,9 @@ _STEPS = {
     "swap": _Walk.write,
     "store": _Walk.write,
     "wgmma_ref": _Walk.multiply,
+    "wgmma_accumulator_deref": _Walk.wait_for_products,
+    "wgmma_accumulator_deref_p": _Walk.wait_for_products,  # its name until jax 0.12
+    "wgmma_wait": _Walk.wait_for_products,
     "copy_smem_to_gmem": _Walk.copy_out,
     "copy_gmem_to_smem": _Walk.copy_in,
 }

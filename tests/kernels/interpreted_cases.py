@@ -42,7 +42,13 @@ _SHAPES: dict[str, tuple[Any, ...]] = {
 _CACHES = ("same", "float8_e4m3fn", "int8")
 _SHARES = {"ctas": (1, 2), "least": (1, 2)}
 FACTORS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "decode": {**_SHAPES, **_SHARES, "cache": _CACHES, "queries": (1, 2, 8)},
+    "decode": {
+        **_SHAPES,
+        **_SHARES,
+        "cache": _CACHES,
+        "queries": (1, 2, 8),
+        "ahead": (False, True),
+    },
     "prefill": {
         **_SHAPES,
         "cache": _CACHES,
@@ -120,7 +126,8 @@ class Case(NamedTuple):
             tuning = PrefillTuning(tile, stages, in_registers=False, converted=converted)
             return {"tuning": tuning, "config": DecodeConfig(num_stages=2, ctas_per_sm=1)}
         ctas, least = self.values["ctas"], self.values["least"]
-        return {"config": DecodeConfig(tile, stages, ctas, min_tiles=least)}
+        ahead = self.values.get("ahead", True)  # of conversion, in the decode kernel
+        return {"config": DecodeConfig(tile, stages, ctas, least, ahead)}
 
 
 def _num_queries(queries: int | str, row: int, length: int) -> int:

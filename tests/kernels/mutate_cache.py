@@ -21,6 +21,13 @@ def _mutation(file: str, old: str, new: str, test: str) -> Mutation:
 
 
 MUTATIONS = {
+    "offsets of blocks in 32 bits": Mutation(
+        _SHARED,
+        "load(source.at[source_block, at], layout)",
+        "load(source.reshape(source.shape[0] * numbers)"
+        ".at[pl.ds(source_block * numbers + i * piece, piece)], layout)",
+        "tests/kernels/test_wide_offsets.py::test_operations_on_the_cache",
+    ),
     "values for keys": _mutation(
         _WRITE, "parts = zip((k_ref, v_ref),", "parts = zip((v_ref, k_ref),", "test_write"
     ),

@@ -32,6 +32,9 @@ def test_wrong_fields_are_refused():
     for fields in ({"tile": 32}, {"num_stages": 0}, {"ctas_per_sm": 0}, {"min_tiles": 0}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             DecodeConfig(**fields)
+    with pytest.raises(ValueError, match="converts_ahead needs two tiles"):
+        DecodeConfig(num_stages=1)
+    assert not DecodeConfig(num_stages=1, converts_ahead=False).converts_ahead
 
 
 def test_shared_memory():

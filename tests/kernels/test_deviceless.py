@@ -69,16 +69,24 @@ def test_spills_and_warnings_are_seen():
     report = """
 kernel attend: smem_scratch_bytes=4096
 kernel merge: smem_scratch_bytes=512
+ptxas info    : (C7511) Potential Performance Loss: serialized in the function 'attend'
 ptxas info    : Compiling entry function 'attend' for 'sm_90a'
 ptxas warning : (C7504) Potential Performance Loss
 ptxas info    : Function properties for attend
     64 bytes stack frame, 48 bytes spill stores, 16 bytes spill loads
 ptxas info    : Used 168 registers, used 2 barriers
+ptxas warning : Registers are spilled to local memory in function 'merge'
 ptxas info    : Compiling entry function 'merge' for 'sm_90a'
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 10 registers"""
     attend, merge = _parse(report)
     assert (attend.name, attend.registers, attend.spill_bytes) == ("attend", 168, 64)
-    assert attend.warnings == ("ptxas warning : (C7504) Potential Performance Loss",)
+    assert attend.warnings == (
+        "ptxas info    : (C7511) Potential Performance Loss: serialized in the function 'attend'",
+        "ptxas warning : (C7504) Potential Performance Loss",
+    )
+    assert merge.warnings == (
+        "ptxas warning : Registers are spilled to local memory in function 'merge'",
+    )
     assert (merge.name, merge.registers, merge.spill_bytes) == ("merge", 10, 0)
     assert attend.smem_bytes == merge.smem_bytes == 4096

@@ -17,6 +17,7 @@ from benchmarks.attention_cases.decode import make_case
 from pallas_paged.deviceless import kernel_ptx
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import mosaic_gpu
+from pallas_paged.ops.attention.config import DecodeConfig
 from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
 from tests.kernels.fences import missing_fences
 from tests.kernels.test_mosaic_cache_ops import operations, shapes
@@ -25,6 +26,9 @@ DECODE = {
     "numbers": make_case(4, 128, 16, 8, sliding_window=300),
     "quantised": make_case(4, 80, 128, cache_dtype="int8"),
     "quantised-scaled": make_case(4, 96, 32, dtype="float16", cache_dtype="float8_e4m3fn"),
+    "quantised-behind": make_case(
+        4, 128, 16, cache_dtype="float8_e4m3fn", config=DecodeConfig(converts_ahead=False)
+    ),
 }
 PREFILL: dict[str, dict[str, Any]] = {
     "pieces": {"head_dim": 256, "window": 300},  # of the queries and of the result
@@ -167,6 +171,32 @@ def test_products(operand):
         )
 
     assert missing_in(body, SQUARE, SQUARE) == {"commit_smem before a product"}
+
+
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("copies", [True, False])
+def test_what_a_product_is_of_stays_until_its_end(waits, copies):
+    def body(source, destination, left, right, barrier):
+        def write():
+            if copies:
+                plgpu.copy_gmem_to_smem(source, left, barrier)
+                plgpu.barrier_wait(barrier)
+            else:
+                fill(left)
+
+        def multiply(accumulator):
+            plgpu.wgmma(accumulator, left, right)
+            if waits:
+                plgpu.wgmma_wait(0)
+            write()
+            return accumulator[...]
+
+        sums = pl.run_scoped(multiply, plgpu.ACC(SQUARE, jnp.float32))
+        destination[...] = sums.astype(jnp.bfloat16)
+
+    what = "a copy into it" if copies else "it is written again"
+    missing = set() if waits else {f"the product's end before {what}"}
+    assert missing_in(body, SQUARE, SQUARE) == missing
 
 
 def test_copies_in():

@@ -9,19 +9,23 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from benchmarks.attention_cases.arguments import AttentionSpec, build
+from benchmarks.attention_cases.decode import make_case
 from benchmarks.attention_cases.specs import DECODE_KERNEL_SPECS, QUANTISED_KERNEL_SPECS
 from pallas_paged import AttentionMetadata, attention_implementation, paged_attention
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.config import DecodeConfig
-from tests.kernels.interpreting import TOLERANCES
+from pallas_paged.ops.attention.hopper.decode_merge import merge
+from pallas_paged.ops.attention.hopper.decode_parts import Outputs
+from pallas_paged.ops.attention.work_list import Parts, make_work_list
+from tests.kernels.interpreting import TOLERANCES, interpreted
 from tests.kernels.tabled import tabled_but
 
 SPECS = DECODE_KERNEL_SPECS + QUANTISED_KERNEL_SPECS
 # Two CTAs in flight, so that shares begin and end within items; or as many as there is work for.
 CONFIGS = (
     DecodeConfig(num_stages=2, ctas_per_sm=1),
-    DecodeConfig(num_stages=3, ctas_per_sm=2),
+    DecodeConfig(num_stages=3, ctas_per_sm=2, converts_ahead=False),
     DecodeConfig(tile=128, num_stages=2, ctas_per_sm=2, min_tiles=2),
 )
 
@@ -62,6 +66,44 @@ def test_equals_the_reference(index):
     spec = SPECS[index]
     arguments = build(spec)
     assert_close(run(arguments, CONFIGS[index % len(CONFIGS)]), arguments)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_a_merge_of_many_parts(head_dim):
+    """Of more than are loaded at a time, of fewer and of two; all other parts are NaN."""
+    lens, num_ctas = (19 * 64, 64, 9 * 64, 2 * 64), 31  # a tile for each CTA
+    problem = make_case(4, head_dim, 16, has_sinks=True).problem
+    problem = dataclasses.replace(problem, num_q_heads=4, num_kv_heads=1)
+    metadata = AttentionMetadata.for_decode(jnp.zeros((4, 80), jnp.int32), jnp.array(lens), 16)
+    work = make_work_list(
+        metadata, num_kv_heads=1, num_ctas=num_ctas, tile=64, sliding_window=None, max_tokens=1
+    )
+    rng = np.random.default_rng(0)
+    values = np.full((2 * num_ctas, problem.value_rows, problem.columns), np.nan, np.float32)
+    lse = np.full((2 * num_ctas, problem.columns), np.nan, np.float32)
+    sinks = rng.standard_normal(4).astype(np.float32)
+    out = rng.standard_normal((4 * 4, head_dim)).astype(jnp.bfloat16)
+    # The second sequence is not divided.
+    expected, expected_lse = [out[4:8].astype(np.float32)], [np.zeros(4)]
+    for first, last in ((0, 18), (20, 28), (29, 30)):
+        parts = [num_ctas + first, *range(first + 1, last + 1)]
+        values[parts] = rng.standard_normal((len(parts), *values.shape[1:]))
+        lse[parts] = rng.standard_normal((len(parts), lse.shape[1]))
+        lse[parts] += np.arange(len(parts))[:, None]  # so that maxima rise in every turn
+        weights = np.exp2(lse[parts, :4])
+        sums = np.einsum("pn,pdn->nd", weights, values[parts, :head_dim, :4])
+        denominator = weights.sum(axis=0) + np.exp(sinks)
+        expected.append(sums / denominator[:, None])
+        expected_lse.append(np.log(denominator))
+    with interpreted():
+        outputs = Outputs(jnp.asarray(out), jnp.zeros((4, 1, problem.columns)))
+        results = merge(outputs, Parts(values, lse), work, jnp.asarray(sinks), problem)
+        actual, actual_lse = np.asarray(results.out, np.float32), np.asarray(results.lse)
+    in_order = [1, 0, 2, 3]
+    expected = np.concatenate([expected[i] for i in in_order])
+    np.testing.assert_allclose(actual, expected, atol=2e-2, rtol=0)
+    expected_lse = [expected_lse[i] for i in in_order]
+    np.testing.assert_allclose(actual_lse[:, 0, :4], expected_lse, atol=1e-5, rtol=1e-5)
 
 
 def test_padding_only():

@@ -47,7 +47,8 @@ def test_each_outcome_is_kept_at_once_and_said(capsys):
     said = capsys.readouterr().out
     assert "block 32, group 4: left out: JaxRuntimeError: out of memory" in said
     assert said.count("  left out: some: out of something") == 2
-    assert "tile 128, num_stages 3, ctas_per_sm 2, min_tiles 1: 1000000.0, 1000000.0 us" in said
+    assert "tile 128, num_stages 3, ctas_per_sm 2, min_tiles 1, converts_ahead 1: " in said
+    assert ": 1000000.0, 1000000.0 us" in said
     assert "rule/best 3.000" in said
 
 

@@ -14,6 +14,7 @@ CASES = {
     "many short": ((1, 64, 65, 0, 128, 7, 63) * 9, (1, 1, 1, 0, 1, 1, 1) * 9),
     "without queries": ((300, 40, 70), (0, 1, 0)),
     "some tokens": ((300, 40, 70, 9), (3, 40, 2, 1)),
+    "hundreds": (tuple(i * 37 % 301 for i in range(200)), tuple(i * 7 % 6 for i in range(200))),
 }
 
 
@@ -69,6 +70,21 @@ def walk(work, cta, heads=3):
     return seen
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_sequences_with_work_side_by_side(name):
+    lens, query_lens = CASES[name]
+    starts = np.append(0, np.cumsum(query_lens))
+    sequences = plan(lens, query_lens, window=100).sequences
+    expected = []
+    for row, (length, queries) in enumerate(zip(lens, query_lens, strict=True)):
+        if length and 0 < queries <= 4:
+            first = max(length - queries - 99, 0) // 64
+            tiles = -(-length // 64) - first
+            expected.append((row, tiles, first, length, starts[row], queries, row))
+    assert list(map(tuple, sequences[: len(expected)])) == expected
+    assert not np.any(sequences[len(expected) :])
+
+
 @pytest.mark.parametrize("window", [None, 1, 100])
 @pytest.mark.parametrize("name", CASES)
 def test_every_tile_once_in_equal_shares(name, window):
@@ -79,7 +95,7 @@ def test_every_tile_once_in_equal_shares(name, window):
     assert [place for share in shares for place in share] == line
     sizes = [len(share) for share in shares]
     assert max(sizes) == -(-len(line) // 7)
-    assert work.num_tokens == sum(query_lens)
+    assert set(work.ctas[:, CtaField.STEP_TOKENS]) == {sum(query_lens)}
 
     for cta, share in enumerate(shares):
         last = work.ctas[cta, CtaField.LAST_PART]

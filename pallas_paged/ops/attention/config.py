@@ -57,18 +57,24 @@ class DecodeConfig:
       num_stages: tiles in flight per CTA.
       ctas_per_sm: CTAs that share an SM; the grid has so many for each SM of the chip.
       min_tiles: the fewest tiles of a CTA that has any; more of them, fewer partial results.
+      converts_ahead: on sm_90a, whether tiles of a quantised cache are converted while the tensor
+        core multiplies: values during the product with keys, the next tile's keys during that with
+        values. Else each right before its product. Needs two stages.
     """
 
     tile: int = 64
     num_stages: int = 3
     ctas_per_sm: int = 2
     min_tiles: int = 1
+    converts_ahead: bool = True
 
     def __post_init__(self) -> None:
         if self.tile not in (64, 128):
             raise ValueError(f"tile={self.tile} must be 64 or 128")
         if self.num_stages < 1 or self.ctas_per_sm < 1 or self.min_tiles < 1:
             raise ValueError(f"num_stages, ctas_per_sm and min_tiles must be positive: {self}")
+        if self.converts_ahead and self.num_stages < 2:
+            raise ValueError(f"converts_ahead needs two tiles, num_stages >= 2: {self}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int32
 
 from pallas_paged.kv_cache import AttentionMetadata
@@ -54,7 +55,9 @@ class CtaField:
     """Tiles of the share."""
     LAST_PART = 4
     """The last CTA that works on the item which this CTA begins and does not finish; else -1."""
-    COUNT = 5
+    STEP_TOKENS = 5
+    """Query tokens of the step, the same for all; rows of q from there on are padding."""
+    COUNT = 6
 
 
 class QueryRuns(NamedTuple):
@@ -77,15 +80,13 @@ class WorkList(NamedTuple):
     """The plan of one step; see `SequenceField` and `CtaField` for the columns.
 
     Attributes:
-      sequences: i32[X, 7], the runs, those with work first. Where no sequence is split into several
-        runs, these are the sequences.
-      ctas: i32[C, 5], each CTA's share.
-      num_tokens: i32[1], query tokens of the step; rows of q from there on are padding.
+      sequences: i32[X, 7], runs with work, in order, then zeros. Where no sequence is split into
+        several runs, these are the sequences.
+      ctas: i32[C, 6], each CTA's share.
     """
 
     sequences: Int32[Array, "B fields"]
     ctas: Int32[Array, "C fields"]
-    num_tokens: Int32[Array, "1"]
 
 
 class Parts(NamedTuple):
@@ -159,26 +160,28 @@ def divide(
     first_key = jnp.zeros_like(lens)
     if sliding_window is not None:
         first_key = jnp.maximum(lens - num_tokens - (sliding_window - 1), 0)
-    first_tile = first_key // tile
+    first_tile = lax.div(first_key, jnp.int32(tile))
     has_work = (num_tokens > 0) & (lens > 0)
-    num_tiles = jnp.where(has_work, (lens + (tile - 1)) // tile - first_tile, 0)
+    all_tiles = lax.div(lens + (tile - 1), jnp.int32(tile))
+    num_tiles = jnp.where(has_work, all_tiles - first_tile, 0)
 
+    # Four launches: running sums over all runs, those without work included; from these the runs
+    # with work, side by side; where the shares' ends lie; and what follows from that.
     indices = jnp.arange(lens.shape[0], dtype=jnp.int32)
+    ends = _running_sum(num_tiles * num_kv_heads)
+    rank = _running_sum(has_work.astype(jnp.int32))
     fields = (runs.rows, num_tiles, first_tile, lens, runs.first_tokens, num_tokens, indices)
-    sequences = jnp.stack(fields, axis=1)[_compact(has_work)]
-    # What _compact puts behind the runs with work repeats one of them.
-    is_real = indices < jnp.sum(has_work, dtype=jnp.int32)
-    tiles = jnp.where(is_real, sequences[:, SequenceField.NUM_TILES], 0)
+    is_here = has_work[None, :] & (rank[None, :] == indices[:, None] + 1)
+    sequences = _sum(jnp.where(is_here[:, None, :], jnp.stack(fields)[None], 0))
 
-    ends = _running_sum(tiles * num_kv_heads)
     total = ends[-1]
-    share = jnp.maximum((total + (num_ctas - 1)) // num_ctas, min_tiles)
+    share = jnp.maximum(lax.div(total + (num_ctas - 1), jnp.int32(num_ctas)), min_tiles)
     ctas = jnp.arange(num_ctas, dtype=jnp.int32)
     begin = jnp.minimum(ctas * share, total)
     end = jnp.minimum(begin + share, total)
     size = end - begin
-    first_item, offset, _ = _find(begin, ends, tiles, num_kv_heads)
-    last_item, last_offset, last_tiles = _find(end - 1, ends, tiles, num_kv_heads)
+    first_item, offset, _ = _find(begin, ends, has_work, num_kv_heads)
+    last_item, last_offset, last_tiles = _find(end - 1, ends, has_work, num_kv_heads)
     last_begin = end - 1 - last_offset
     last_end = last_begin + last_tiles
     is_begun_here = (size > 0) & (last_begin >= begin) & (last_end > end)
@@ -187,9 +190,10 @@ def divide(
         jnp.where(size > 0, last_item - first_item + 1, 0),
         offset,
         size,
-        jnp.where(is_begun_here, (last_end - 1) // share, -1),
+        jnp.where(is_begun_here, lax.div(last_end - 1, share), -1),
+        jnp.broadcast_to(all_tokens, ctas.shape),
     )
-    return WorkList(sequences, jnp.stack(cta_fields, axis=1), all_tokens)
+    return WorkList(sequences, jnp.stack(cta_fields, axis=1))
 
 
 def split_queries(metadata: AttentionMetadata, *, num_tokens: int, size: int) -> QueryRuns:
@@ -208,7 +212,7 @@ def split_queries(metadata: AttentionMetadata, *, num_tokens: int, size: int) ->
     ends = _running_sum(_num_runs(counts, size))
     num_runs = min(num_tokens, (num_tokens + counts.shape[0] * (size - 1)) // size)
     runs = jnp.arange(num_runs, dtype=jnp.int32)
-    rows = jnp.minimum(_count(ends[None, :] <= runs[:, None]), ends.shape[0] - 1)
+    rows = jnp.minimum(_sum(ends[None, :] <= runs[:, None]), ends.shape[0] - 1)
     offsets = (runs - ends[rows] + _num_runs(counts, size)[rows]) * size
     tokens = jnp.clip(counts[rows] - offsets, 0, size)
     lens = lens[rows] - counts[rows] + offsets + tokens
@@ -224,7 +228,7 @@ def find_tokens(
     """
     starts = metadata.query_start_loc
     tokens = jnp.minimum(jnp.arange(num_tokens, dtype=jnp.int32), starts[-1] - 1)
-    sequences = _count(starts[None, 1:-1] <= tokens[:, None])
+    sequences = _sum(starts[None, 1:-1] <= tokens[:, None])
     offsets = jnp.maximum(tokens - starts[sequences], 0)
     if metadata.max_query_len <= size:
         return sequences, offsets
@@ -237,31 +241,29 @@ def _num_runs(counts: jax.Array, size: int) -> jax.Array:
     return (counts + (size - 1)) // size
 
 
-def _compact(mask: jax.Array) -> jax.Array:
-    """Returns i32[B]: the indices where `mask` holds, in order; the last index fills the rest."""
-    rank = _running_sum(mask.astype(jnp.int32))
-    rows = jnp.arange(mask.shape[0], dtype=jnp.int32)
-    return jnp.minimum(_count(rank[None, :] <= rows[:, None]), mask.shape[0] - 1)
-
-
 def _running_sum(values: jax.Array) -> jax.Array:
     """Returns the inclusive prefix sums, in one reduction: B is small, a scan is many launches."""
     rows = jnp.arange(values.shape[0], dtype=jnp.int32)
-    is_before = rows[None, :] <= rows[:, None]
-    return jnp.sum(jnp.where(is_before, values[None, :], 0), axis=1, dtype=jnp.int32)
+    return _sum(jnp.where(rows[None, :] <= rows[:, None], values[None, :], 0))
 
 
-def _count(mask: jax.Array) -> jax.Array:
-    return jnp.sum(mask, axis=1, dtype=jnp.int32)
+def _sum(values: jax.Array) -> jax.Array:
+    return jnp.sum(values, axis=-1, dtype=jnp.int32)
 
 
 def _find(
-    position: jax.Array, ends: jax.Array, tiles: jax.Array, num_kv_heads: int
+    position: jax.Array, ends: jax.Array, has_work: jax.Array, num_kv_heads: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns, for places i32[C] in the line of tiles, (item, tile within the item, its tiles)."""
-    sequence = jnp.minimum(_count(ends[None, :] <= position[:, None]), ends.shape[0] - 1)
-    # Behind the last tile there is no item; 1 keeps the division defined.
-    num_tiles = jnp.maximum(tiles[sequence], 1)
-    begin = ends[sequence] - tiles[sequence] * num_kv_heads
-    head, tile = jnp.divmod(position - begin, num_tiles)
-    return sequence * num_kv_heads + head, tile, num_tiles
+    """Returns, for places i32[C] in the line of tiles, (item, tile within the item, its tiles).
+
+    What is asked of the runs are sums and the like over the same [C, X], which XLA computes in one
+    launch.
+    """
+    is_before = ends[None, :] <= position[:, None]
+    sequence = jnp.minimum(_sum(is_before & has_work[None, :]), ends.shape[0] - 1)
+    begin = jnp.max(jnp.where(is_before, ends[None, :], 0), axis=1)
+    end = jnp.min(jnp.where(is_before, jnp.iinfo(jnp.int32).max, ends[None, :]), axis=1)
+    # Without any work there is no item; 1 keeps the division defined.
+    num_tiles = jnp.maximum(lax.div(end - begin, jnp.int32(num_kv_heads)), 1)
+    head = lax.div(position - begin, num_tiles)
+    return sequence * num_kv_heads + head, lax.rem(position - begin, num_tiles), num_tiles

@@ -11,9 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention.config import DecodeConfig
-from pallas_paged.ops.attention.hopper.decode_kernel import Inputs, decode_kernel
+from pallas_paged.ops.attention.hopper.decode_kernel import decode_kernel
 from pallas_paged.ops.attention.hopper.decode_merge import merge
-from pallas_paged.ops.attention.hopper.decode_parts import Outputs
+from pallas_paged.ops.attention.hopper.decode_parts import Inputs, Outputs
 from pallas_paged.ops.attention.hopper.decode_problem import DecodeProblem, scratch_types
 from pallas_paged.ops.attention.online_softmax import COMPILER_PARAMS
 from pallas_paged.ops.attention.packing import pack, unpack

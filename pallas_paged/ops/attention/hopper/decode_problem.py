@@ -61,7 +61,7 @@ class Results(NamedTuple):
     """The shared memory that results leave by."""
 
     lse: Any  # f32[N]
-    out: Any  # [N, D]
+    out: Any  # [N, D], or some columns of it
 
 
 class Smem(NamedTuple):
@@ -109,7 +109,7 @@ def scratch_types(problem: DecodeProblem, config: DecodeConfig) -> dict[str, Any
             # Each of the tiles in flight may begin an item, besides the one that is computed.
             q=operand(stages + 1, columns, problem.head_dim),
             v=_tiles(problem, config, operand, problem.value_rows),
-            results=results_scratch(problem),
+            results=results_scratch(problem, problem.value_rows),
         ),
     }
 
@@ -126,9 +126,9 @@ def _tiles(problem: DecodeProblem, config: DecodeConfig, operand: Any, width: in
     )
 
 
-def results_scratch(problem: DecodeProblem) -> Results:
-    """Returns the shared memory that results leave by; the merge has no other."""
+def results_scratch(problem: DecodeProblem, width: int) -> Results:
+    """Returns the shared memory that `width` columns of results leave by."""
     return Results(
         lse=plgpu.SMEM((problem.columns,), jnp.float32),
-        out=plgpu.SMEM((problem.columns, problem.value_rows), problem.dtype),
+        out=plgpu.SMEM((problem.columns, width), problem.dtype),
     )

@@ -1,5 +1,6 @@
 """Matrices of 64 rows in the sm_90a kernels: their layouts in registers, and their products."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,11 +21,15 @@ COLUMN_LAYOUT = TILE_LAYOUT.reduce(0)
 """Of [N], one number per column."""
 
 
-def product(left: Any, right: Any) -> jax.Array:
-    """Returns the float32 product of two matrices in shared memory, after waiting for it."""
+def product(left: Any, right: Any, meanwhile: Callable[[], None] = lambda: None) -> jax.Array:
+    """Returns the float32 product of two matrices in shared memory, after waiting for it.
+
+    `meanwhile` runs before the wait, and must not write to the two.
+    """
 
     def multiply(accumulator: Any) -> jax.Array:
         plgpu.wgmma(accumulator, left, right)
+        meanwhile()
         return accumulator[...]
 
     shape = (left.shape[0], right.shape[1])
