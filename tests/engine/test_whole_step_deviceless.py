@@ -72,10 +72,12 @@ def test_what_a_layer_adds_to_a_decode_step() -> None:
     assert two.temporary_bytes < 100 << 20 < two.cache_bytes
     assert two.temporary_bytes <= 1.1 * one.temporary_bytes
     # 4 matrix products, 2 norms, 2 sums, the gate; the rotations, which leave queries, keys and
-    # values as one array, its queries again, padded, the write, the attention and its merge. What
-    # plans the attention is not among them: layers share it.
+    # values as one array, the write, the attention and its merge. The sums and the rotations also
+    # add up the parts in which XLA computes products of few rows: kernels of ours would leave that
+    # to launches of its own. What plans the attention is not among them: layers share it.
     added = two.launches.total - one.launches.total
-    assert added <= 14, (added, two.launches)
+    assert added <= 13, (added, two.launches)
+    assert one.launches.total <= 38, one.launches
     assert len(two.launches.products) - len(one.launches.products) == 4
     assert len(one.launches.kernels) == 3
     assert len(two.launches.kernels) == 6
@@ -85,13 +87,13 @@ def test_what_a_layer_adds_to_a_decode_step() -> None:
     ("name", "bucket", "kv_cache_dtype", "num_kernels", "most_launches"),
     [
         # As above.
-        pytest.param("llama-8b", UNFILTERED, "fp8", 6, 28 + 2 * 14, marks=pytest.mark.slow),
+        pytest.param("llama-8b", UNFILTERED, "fp8", 6, 25 + 2 * 13, marks=pytest.mark.slow),
         # The sums are parts of what follows them, and the attention is in two parts, of which the
         # last layer, where only last tokens attend, has one. Top-k and top-p are searched.
-        ("llama-8b", MIXED, "auto", 7, 115 + 2 * 13),
-        pytest.param("opt-13b", MIXED, "auto", 7, 112 + 2 * 13, marks=pytest.mark.slow),
+        ("llama-8b", MIXED, "auto", 7, 107 + 2 * 13),
+        pytest.param("opt-13b", MIXED, "auto", 7, 107 + 2 * 13, marks=pytest.mark.slow),
         # Without decode: two kernels less in the first layer.
-        ("llama-8b", PROMPTS, "auto", 5, 115 + 2 * 13 - 2),
+        ("llama-8b", PROMPTS, "auto", 5, 107 + 2 * 13 - 2),
     ],
     ids=["llama-decode-fp8", "llama-mixed", "opt-mixed", "llama-prompts"],
 )

@@ -29,6 +29,13 @@ _NUMBERS, _QUANTISED = f"{_FENCES}[numbers]", f"{_FENCES}[quantised]"
 
 
 MUTATIONS = {
+    "another head's columns sent": Mutation(_PARTS, " + problem.first_column(head)", "", _TESTS),
+    "another head's lse taken": Mutation(
+        "pallas_paged/ops/attention/hopper/decode.py",
+        "first[:, None] + jnp",
+        "0 * first[:, None] + jnp",
+        _TESTS,
+    ),
     "a length one too long": Mutation(
         _TILE,
         "return jnp.minimum(token + item.first_position, item.length - 1)",

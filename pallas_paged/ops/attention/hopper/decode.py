@@ -41,6 +41,10 @@ def decode(
     out, lse = merge(outputs, parts, work, sinks, problem)
     places = _places(metadata, q.shape[0], problem)
     is_real = jnp.arange(q.shape[0], dtype=jnp.int32) < metadata.query_start_loc[-1]
+    heads = jnp.arange(problem.num_kv_heads, dtype=jnp.int32)
+    first = problem.first_column(heads) + jnp.zeros_like(heads)
+    columns = first[:, None] + jnp.arange(problem.columns, dtype=jnp.int32)[None]
+    lse = jnp.take_along_axis(lse, columns[None], axis=2, mode="clip")  # each head's own in front
     return out.reshape(q.shape), unpack(lse, places, is_real, -jnp.inf, problem)
 
 
@@ -62,14 +66,18 @@ def partial_results(
     """
     num_tokens, num_q_heads, head_dim = q.shape
     num_ctas = work.ctas.shape[0]
-    packed = pack(q, metadata.query_start_loc[:-1], problem, problem.columns)
+    if problem.shares_rows:
+        rows, num_runs = q.reshape(-1, problem.columns, head_dim), num_tokens
+    else:
+        packed = pack(q, metadata.query_start_loc[:-1], problem, problem.columns)
+        rows, num_runs = packed.reshape(-1, *packed.shape[2:]), packed.shape[0]
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     return plgpu.kernel(
         functools.partial(decode_kernel, problem, config),
         out_type=(
             Outputs(
                 jax.ShapeDtypeStruct((num_tokens * num_q_heads, head_dim), q.dtype),
-                float32(packed.shape[:3]),
+                float32((num_runs, problem.num_kv_heads, problem.columns)),
             ),
             Parts(
                 float32((2 * num_ctas, problem.value_rows, problem.columns)),
@@ -81,7 +89,7 @@ def partial_results(
         grid_names=("cta",),
         compiler_params=COMPILER_PARAMS,
         kernel_name="paged_decode",
-    )(Inputs(packed, cache, metadata.block_tables, work, alibi_slopes, sinks))
+    )(Inputs(rows, cache, metadata.block_tables, work, alibi_slopes, sinks))
 
 
 def _places(

@@ -65,7 +65,7 @@ def load_tile(cta: Cta, step: jax.Array, place: Place) -> Place:
         @pl.when(is_first & (warp == WARPS - 1))
         def _() -> None:
             plgpu.copy_gmem_to_smem(
-                cta.inputs.q.at[item.query_row, item.head],
+                cta.inputs.q.at[problem.query_rows(item.query_row, item.head)],
                 cta.smem.q.at[q_slot],
                 cta.barriers.q.at[q_slot],
             )

@@ -32,7 +32,7 @@ from pallas_paged.ops.mosaic_gpu import store
 class Inputs(NamedTuple):
     """What the kernel reads, in global memory."""
 
-    q: Any  # [R, Hk, N, D]
+    q: Any  # [X, N, D], see `DecodeProblem.query_rows`
     cache: KVCache  # of references
     block_tables: Any  # i32[B, M]
     work: WorkList
@@ -187,7 +187,7 @@ def _send(
     outputs: Outputs,
 ) -> None:
     """Starts the copies of the staged token number `token` to its place in the output."""
-    first = token * problem.group
+    first = token * problem.group + problem.first_column(head)
     out_row = row * problem.num_q_heads + head * problem.group
     width = outputs.out.shape[1]
     if staged.out.shape[1] == width:

@@ -26,6 +26,26 @@ class DecodeProblem(AttentionProblem):
         return SequenceField.FIRST_TOKEN if self.max_tokens == 1 else SequenceField.ROW
 
     @property
+    def shares_rows(self) -> bool:
+        """Whether N rows of queries as they lie are those of some KV heads, and read as they are.
+
+        Else they are packed, each KV head's by themselves. What is computed of the other heads'
+        rows is in columns of its own, and nobody takes it.
+        """
+        is_whole = self.columns % self.group == 0 and self.num_q_heads % self.columns == 0
+        return self.max_tokens == 1 and is_whole
+
+    def query_rows(self, row: Any, head: Any) -> Any:
+        """Returns which N rows of queries hold those of a KV head; see `query_row` for `row`."""
+        if self.shares_rows:
+            return row * (self.num_q_heads // self.columns) + head * self.group // self.columns
+        return row * self.num_kv_heads + head
+
+    def first_column(self, head: Any) -> Any:
+        """Returns where in these N rows the KV head's own begin."""
+        return head * self.group % self.columns if self.shares_rows else 0
+
+    @property
     def value_rows(self) -> int:
         """Rows of O^T: head_dim, padded to whole tiles of 64. Those behind head_dim are garbage."""
         return -(-self.head_dim // 64) * 64
