@@ -29,7 +29,7 @@ def decode_inputs(
       context: tokens of each sequence, the new one included.
       block_size: S.
       padding_place: an entry of the device's tables that no sequence reads, see `StepInputs`.
-      temperature: of each sequence; above 0 they sample by top-p.
+      temperature: of each sequence; above 0 they sample, by top-p in buckets that filter.
     """
     packed = np.zeros(step_inputs.packed_size(bucket), np.int32)
     x = step_inputs.views(packed, bucket)
@@ -42,7 +42,7 @@ def decode_inputs(
     x.rows[:] = x.sample_rows[:] = x.logits_indices[:] = x.seeds[:, 1] = rows
     x.input_on_device[:] = 1
     x.temperature[:] = temperature
-    x.top_p[:] = 0.95
+    x.top_p[:] = 0.95 if bucket.filters else 1.0
     if x.many is not None:
         x.many.num_steps[:] = 1
         x.many.ending_ids[:] = -1

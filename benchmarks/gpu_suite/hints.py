@@ -48,7 +48,6 @@ KERNELS = {
     "prefill": "regex:^paged_(prefill|attention_sm80)_mosaic_gpu",
 }
 """The kernel of a job that is profiled, as ncu takes it."""
-LOOPS_IN_BUFFERS = "+WHILE,+CONDITIONAL"
 
 
 def sanitize(tool: str, context: Context) -> Row:
@@ -111,32 +110,30 @@ def _pages(ncu: str, report: pathlib.Path, context: Context) -> Row:
     return hints_tools.profile_figures(texts["raw.csv"]) | {"files": files}
 
 
-def dump_thunks(loops: bool, context: Context) -> None:
+def dump_thunks(context: Context) -> None:
     """Compiles the step of two layers in a process that dumps its thunks, and keeps them.
 
     Raises:
       NotImplementedError: there is neither a GPU nor what compiles without one.
       RuntimeError: the process failed.
     """
-    path = _thunks_path(loops, context)
+    path = _thunks_path(context)
     path.with_suffix(".json").unlink(missing_ok=True)
     try:
-        programs.write(path, _dumped(loops, context).encode())
+        programs.write(path, _dumped(context).encode())
     except Exception as error:
         programs.write(path.with_suffix(".json"), json.dumps(failure(error)).encode())
         raise
 
 
-def _dumped(loops: bool, context: Context) -> str:
+def _dumped(context: Context) -> str:
     """Returns the thunks of the step that another process compiles."""
-    folder = context.work / "hints" / _thunks_path(loops, context).stem
+    folder = context.work / "hints" / _thunks_path(context).stem
     shutil.rmtree(folder, ignore_errors=True)
     autotuned = context.work / "autotuned"
     autotuned.mkdir(parents=True, exist_ok=True)
     flags = [f"--xla_dump_to={folder}", f"--xla_gpu_per_fusion_autotune_cache_dir={autotuned}"]
     flags.append("--xla_gpu_experimental_autotune_cache_mode=AUTOTUNE_CACHE_MODE_UPDATE")
-    if loops:
-        flags.append(f"--xla_gpu_enable_command_buffer={LOOPS_IN_BUFFERS}")
     log = folder.with_suffix(".log")
     environment = dict(_ENVIRONMENT) | {"XLA_FLAGS": " ".join(flags)}
     ran = hints_tools.run(_child("thunks", context), log, LIMIT_S - _SPARE_S, environment)
@@ -150,23 +147,20 @@ def _dumped(loops: bool, context: Context) -> str:
     return sequence
 
 
-def count_thunks(loops: bool, context: Context) -> Row:
+def count_thunks(context: Context) -> Row:
     """Counts the thunks of the step, dumped ahead; keeps the dump."""
-    path = _thunks_path(loops, context)
+    path = _thunks_path(context)
     if path.with_suffix(".json").exists():
         return json.loads(path.with_suffix(".json").read_text())
     if not path.exists():
-        dump_thunks(loops, context)
+        dump_thunks(context)
     sequence = path.read_text()
-    name = f"thunks{'-loops-in-buffers' if loops else ''}.txt.gz"
-    kept = hints_tools.keep(context.results / "hints", name, sequence)
+    kept = hints_tools.keep(context.results / "hints", "thunks.txt.gz", sequence)
     return hints_tools.thunk_figures(sequence) | {"file": kept}
 
 
-def _thunks_path(loops: bool, context: Context) -> pathlib.Path:
-    return programs.path_of(
-        f"hints thunks{' with loops in buffers' if loops else ''}", context, ".txt"
-    )
+def _thunks_path(context: Context) -> pathlib.Path:
+    return programs.path_of("hints thunks", context, ".txt")
 
 
 def _child(
@@ -259,24 +253,21 @@ def _cases(context: Context) -> list[Case]:
             environment=_ENVIRONMENT,
         )
 
-    def thunks(loops: bool) -> Case:
-        return Case(
-            f"thunks{', loops in command buffers' if loops else ''}",
-            functools.partial(count_thunks, loops),
-            prepare=functools.partial(dump_thunks, loops),
-            limit_s=LIMIT_S,
-            run_s=0.1,
-            prepare_s=15.0 if context.on_gpu else 10.0,
-            environment=_ENVIRONMENT,
-        )
-
+    thunks = Case(
+        "thunks",
+        count_thunks,
+        prepare=dump_thunks,
+        limit_s=LIMIT_S,
+        run_s=0.1,
+        prepare_s=15.0 if context.on_gpu else 10.0,
+        environment=_ENVIRONMENT,
+    )
     cases = [
         of_tool("memcheck", functools.partial(sanitize, "memcheck"), "smallest"),
         of_tool("synccheck", functools.partial(sanitize, "synccheck"), "smallest"),
         of_tool("ncu decode", functools.partial(profile, "decode"), "decode"),
         of_tool("ncu prefill", functools.partial(profile, "prefill"), "prefill"),
-        thunks(loops=False),
-        thunks(loops=True),
+        thunks,
     ]
     return cases if context.on_gpu else cases[::2]  # one of each kind
 

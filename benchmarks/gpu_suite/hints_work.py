@@ -192,7 +192,8 @@ def compile_step(context: Context) -> None:
             implementation=implementation,
             cache_implementation=implementation,
         )
-        programs.compile([Bucket(sizes["batch"], sizes["batch"], max_blocks, is_decode=True)])
+        batch = sizes["batch"]
+        programs.compile([Bucket(batch, batch, max_blocks, is_decode=True, filters=False)])
 
 
 def dumped_sequence(folder: pathlib.Path) -> str:

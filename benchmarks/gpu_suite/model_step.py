@@ -22,17 +22,6 @@ from pallas_paged.engine.kv.sharing import blocks_for
 from pallas_paged.models import ModelConfig
 from pallas_paged.models.registry import FAMILIES, config_from_hf
 
-COMMAND_BUFFERS = {
-    "default": (),
-    "loops": (
-        (
-            "xla_gpu_enable_command_buffer",
-            "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
-        ),
-    ),
-}
-"""XLA's options by name: what it puts into command buffers; "loops" has the default, and loops."""
-
 
 class Step(NamedTuple):
     """A decode step of `batch` sequences, the new token their `context`th.
@@ -41,21 +30,21 @@ class Step(NamedTuple):
       batch: sequences.
       context: tokens of each, the new one included.
       block_size: tokens per block.
-      command_buffers: of `COMMAND_BUFFERS`.
+      filters: whether the sequences sample by top-p, else without; see `Bucket.filters`.
       model: of `random_models.CONFIGS`.
     """
 
     batch: int
     context: int
     block_size: int = 16
-    command_buffers: str = "default"
+    filters: bool = False
     model: str = "8b"
 
     @property
     def name(self) -> str:
         """How results call it."""
-        loops = "" if self.command_buffers == "default" else ", loops in command buffers"
-        return f"{self.batch} x {self.context}, block {self.block_size}{loops}"
+        top_p = ", top-p" if self.filters else ""
+        return f"{self.batch} x {self.context}, block {self.block_size}{top_p}"
 
     @property
     def config(self) -> ModelConfig:
@@ -65,7 +54,8 @@ class Step(NamedTuple):
     @property
     def bucket(self) -> Bucket:
         """The shape that the engine compiles."""
-        return Bucket(self.batch, self.batch, self.blocks_per_seq, is_decode=True)
+        blocks = self.blocks_per_seq
+        return Bucket(self.batch, self.batch, blocks, is_decode=True, filters=self.filters)
 
     @property
     def blocks_per_seq(self) -> int:
@@ -80,13 +70,11 @@ class Step(NamedTuple):
     def program(self) -> Program:
         """Returns the step: of parameters, caches, rows and the packed inputs."""
         name = f"{self.model} decode step {self.name}, {self.implementation}"
-        options = COMMAND_BUFFERS[self.command_buffers]
         return Program(
             name,
             lambda *arguments: _compiled(self)[0](*arguments),
             lambda: _compiled(self)[1],
             donate=(1, 2),
-            options=options,
         )
 
 
@@ -149,7 +137,7 @@ def floor_bytes(step: Step) -> int:
 def run(step: Step, context: Context) -> Row:
     """Times the engine's compiled step, its state donated and its tokens fed back on the device.
 
-    Many calls in a row: all rows sample by top-p, and, as `greedy_us`, none.
+    Many calls in a row; all rows draw their tokens.
     """
     begin = time.perf_counter()
     config = step.config
@@ -160,7 +148,6 @@ def run(step: Step, context: Context) -> Row:
     jax.block_until_ready((params, caches))
     row: Row = {
         "implementation": step.implementation,
-        "command_buffers": step.command_buffers,
         "temporary_bytes": program.temporary_bytes(),
         "load_s": loaded - begin,
         "draw_s": time.perf_counter() - loaded,
@@ -171,30 +158,29 @@ def run(step: Step, context: Context) -> Row:
     rng = np.random.default_rng(0)
     tokens = jax.device_put(rng.integers(0, config.vocab_size, step.batch + 1, np.int32))
     calls, repeats = (20, 5) if context.on_gpu else (2, 2)
-    for name, temperature in (("", 0.8), ("greedy_", 0.0)):
-        packed = jax.device_put(
-            decode_inputs(
-                step.bucket,
-                tables,
-                context=step.context,
-                block_size=step.block_size,
-                padding_place=tables.size,
-                temperature=temperature,
-            )
+    packed = jax.device_put(
+        decode_inputs(
+            step.bucket,
+            tables,
+            context=step.context,
+            block_size=step.block_size,
+            padding_place=tables.size,
+            temperature=0.8,
         )
-        seconds = []
-        for _ in range(1 + repeats):
-            jax.block_until_ready(tokens)
-            begin = time.perf_counter()
-            for _ in range(calls):
-                *caches, tokens, tables_there, sampled = program(
-                    params, caches, [tokens, tables_there], packed
-                )
-            jax.block_until_ready(tokens)
-            seconds.append((time.perf_counter() - begin) / calls)
-        if np.any(np.asarray(sampled) >= config.vocab_size):
-            raise ValueError("the model's logits are not finite")
-        row |= {f"{name}{key}": value for key, value in timing.figures(seconds[1:]).items()}
+    )
+    seconds = []
+    for _ in range(1 + repeats):
+        jax.block_until_ready(tokens)
+        begin = time.perf_counter()
+        for _ in range(calls):
+            *caches, tokens, tables_there, sampled = program(
+                params, caches, [tokens, tables_there], packed
+            )
+        jax.block_until_ready(tokens)
+        seconds.append((time.perf_counter() - begin) / calls)
+    if np.any(np.asarray(sampled) >= config.vocab_size):
+        raise ValueError("the model's logits are not finite")
+    row |= timing.figures(seconds[1:])
     row["tokens_per_s"] = step.batch / (row["us"] / 1e6)
     if context.on_gpu and (bandwidth := context.ceiling("copy bandwidth")):
         floor_us = 1e6 * floor_bytes(step) / bandwidth
@@ -211,7 +197,7 @@ def all_programs(step: Step) -> tuple[Program, ...]:
 def _cases(context: Context) -> list[Case]:
     steps = [
         Step(64, 2048),
-        Step(64, 2048, command_buffers="loops"),
+        Step(64, 2048, filters=True),
         Step(1, 2048),
         Step(8, 2048),
         Step(256, 512),
@@ -235,6 +221,6 @@ STAGE = Stage(
     "model",
     80,
     _cases,
-    ("us", "greedy_us", "noise", "floor_us", "us/floor", "tokens_per_s", "temporary_bytes"),
+    ("us", "noise", "floor_us", "us/floor", "tokens_per_s", "temporary_bytes"),
     aims=2,
 )

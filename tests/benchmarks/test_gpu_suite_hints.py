@@ -139,7 +139,7 @@ def prints(text: str, status: int = 0) -> str:
 def test_the_cases_are_in_order_of_importance(context):
     names = [case.name for case in hints.STAGE.cases(context)]
     assert names[:4] == ["memcheck", "synccheck", "ncu decode", "ncu prefill"]
-    assert names[4:] == ["thunks", "thunks, loops in command buffers"]
+    assert names[4:] == ["thunks"]
     toys = hints.STAGE.cases(context._replace(platform="cpu"))
     assert [case.name for case in toys] == ["memcheck", "ncu decode", "thunks"]
     assert sum(case.run_s for case in hints.STAGE.cases(context)) <= hints.STAGE.budget_s
@@ -169,7 +169,9 @@ def test_thunks_are_dumped_and_counted(context):
     row = run_case(case, context)
     assert row["status"] == "ok", row
     assert row["thunks"] > row["top_level"] > 0
-    assert min(row["command_buffers"], row["whiles"], row["conditionals"]) > 0
+    # The toy runs with XLA's attention, which has loops; what else a step had is gone.
+    assert min(row["command_buffers"], row["whiles"]) > 0
+    assert row["conditionals"] == 0
     kept = gzip.decompress((context.results / "hints" / row["file"]).read_bytes()).decode()
     assert hints_tools.thunk_figures(kept)["thunks"] == row["thunks"]
     assert row["took_s"] < 5  # it was prepared

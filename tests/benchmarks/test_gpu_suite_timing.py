@@ -409,7 +409,7 @@ def of_fewest_layers(every: list[Program]) -> list[Program]:
     return [program for _, program in fewest.values()]
 
 
-ONE_LAYER = model_step.Step(64, 2048, command_buffers="loops", model="8b one layer")
+ONE_LAYER = model_step.Step(64, 2048, filters=True, model="8b one layer")
 
 
 def test_the_floor_of_a_step_by_hand():
