@@ -10,7 +10,6 @@ from pallas_paged import paged_attention
 from pallas_paged.deviceless import compile_for, kernel_resources
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention.hopper import prefill
-from pallas_paged.ops.attention.hopper.prefill_config import prefill_tuning
 from pallas_paged.ops.attention.hopper.prefill_plan import plan_prefill
 from tests.kernels.prefill_cases import CompileCase, compile_cases
 
@@ -61,7 +60,7 @@ def program(case: CompileCase) -> tuple[Any, ...]:
             logits_soft_cap=case.logits_soft_cap,
             alibi_slopes=slopes,
             sinks=sinks,
-            tuning=prefill_tuning(case.head_dim),
+            tuning=case.tuning,
         )
 
     step = (array(rows, 64), array(rows), array(rows + 1))
