@@ -242,6 +242,12 @@ MUTATIONS = {
     "quantised: no scale of the logits": _mutation(
         _LOAD, "jnp.where(is_key, problem.logits_factor, 1.0)", "1.0", "int8"
     ),
+    "large arrays: log-sum-exps written by threads": Mutation(
+        _WRITE,
+        'plgpu.copy_smem_to_gmem(smem.lse, lse.at[lax.axis_index("tile"), tile.kv_head])',
+        'lse[lax.axis_index("tile"), tile.kv_head] = smem.lse[...]',
+        "tests/kernels/test_deviceless_prefill.py::test_arrays_of_more_than_2_to_the_31_numbers",
+    ),
     "fences: queries not committed": Mutation(
         _KERNEL,
         "layout=TILE_LAYOUT)\n        plgpu.commit_smem()",

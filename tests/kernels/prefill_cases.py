@@ -179,7 +179,8 @@ def quantised_compile_cases() -> list[CompileCase]:
                 )
             )
             if has_all:
-                cases.append(_changed(cases[-1], converters=1, converted=1, turns=False))
+                cases.append(_changed(cases[-1], turns=False, ahead=False))
+                cases.append(_changed(cases[-2], converters=1, converted=1))
     return cases
 
 

@@ -48,7 +48,7 @@ def prefill_tuning(
 
     By estimate, not by measurement. A quantised cache is converted by two warpgroups, with a step
     of numbers that are multiplied beside one that is made: one would take longer than the products.
-    They leave no registers for `ahead`; at head_dim 256 the computing ones have none to give away.
+    At head_dim 256 the computing ones have no registers to give away, and wait for one.
 
     Args:
       head_dim: D.
@@ -60,7 +60,7 @@ def prefill_tuning(
         return PrefillTuning(64, 2, in_registers, turns=False, ahead=False)
     if quantised:
         tile, stages = (128, 4) if head_dim <= 64 else (64, 4 if head_dim <= 128 else 2)
-        return PrefillTuning(tile, stages, in_registers, converted=2, converters=2, ahead=False)
+        return PrefillTuning(tile, stages, in_registers, converted=2, converters=2)
     if head_dim <= 64:
         return PrefillTuning(128, 4, in_registers)
     return PrefillTuning(128 if head_dim <= 128 else 64, 2, in_registers)

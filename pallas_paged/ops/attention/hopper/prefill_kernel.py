@@ -146,8 +146,8 @@ def _compute(
 
 def _attend(rows: _Rows, state: State) -> State:
     """Returns the state after all steps."""
-    tile = rows.tile
-    pl.when(lax.axis_index("warpgroup") != 0)(rows.pass_turn)  # the first turn is the other one's
+    tile, is_first = rows.tile, lax.axis_index("warpgroup") == 0
+    pl.when(jnp.logical_not(is_first))(rows.pass_turn)
     rows.take_turn()
     if rows.problem.tuning.ahead:
         carried = _weigh(rows, False, tile.begin, state)
@@ -162,6 +162,7 @@ def _attend(rows: _Rows, state: State) -> State:
 
         state = _over_steps(rows, tile.begin, weigh_and_add, state)
     rows.pass_turn()
+    pl.when(is_first)(rows.take_turn)  # hears the last, so that no barrier is left within a phase
     return state
 
 
