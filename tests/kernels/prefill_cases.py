@@ -179,8 +179,10 @@ def quantised_compile_cases() -> list[CompileCase]:
                 )
             )
             if has_all:
-                cases.append(_changed(cases[-1], turns=False, ahead=False))
-                cases.append(_changed(cases[-2], converters=1, converted=1))
+                case, rule = cases[-1], cases[-1].tuning
+                cases.append(_changed(case, turns=not rule.turns, ahead=not rule.ahead))
+                if rule.converters > 1:
+                    cases.append(_changed(case, converters=1, converted=1))
     return cases
 
 
