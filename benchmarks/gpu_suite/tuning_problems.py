@@ -257,13 +257,28 @@ def prefill_candidates(key: PrefillKey, in_registers: bool = True) -> list[Prefi
     """Returns the tunings that fit the chip: what may be chosen from.
 
     But none that spills registers, as found by compiling: tiles of 192 keys do for any head_dim,
-    those of 256 of a quantised cache.
+    those of 256 of a quantised cache, and `ahead` with more than 128, or than by rule beside two
+    converters. Else all are pipelined as the one by rule is, and that one is also there with
+    `turns`, `ahead` and, of a quantised cache, the number of converters the other way.
     """
-    tiles, converted = ((64, 128), (1, 2)) if is_quantised(key.dtype) else ((64, 128, 256), (1,))
+    quantised = is_quantised(key.dtype)
+    rule = prefill_tuning(key.head_dim, not in_registers, quantised)
+    tiles, converted = ((64, 128), (1, 2)) if quantised else ((64, 128, 256), (1,))
+    most_ahead = rule.tile_keys if quantised else 128
     tunings = [
-        PrefillTuning(tile, stages, in_registers, few)
-        for tile, stages, few in itertools.product(tiles, (2, 3, 4, 6), converted)
+        dataclasses.replace(
+            rule,
+            tile_keys=tile,
+            stages=stages,
+            converted=few,
+            ahead=rule.ahead and tile <= most_ahead,
+        )
+        for tile, stages, few in itertools.product(tiles, (2, 4, 6), converted)
     ]
+    tunings.append(dataclasses.replace(rule, turns=not rule.turns))
+    tunings.append(dataclasses.replace(rule, ahead=not rule.ahead))
+    if quantised:
+        tunings.append(dataclasses.replace(rule, converters=3 - rule.converters))
     return [tuning for tuning in tunings if fits(key, tuning)]
 
 
@@ -292,7 +307,8 @@ def _candidates(problem: Problem) -> tuple[Config, ...]:
 def by_rule(problem: Problem) -> Config:
     """Returns the configuration that is taken where none was measured."""
     if problem.kernel == "prefill":
-        return prefill_tuning(problem.head_dim, problem.interpreted)
+        quantised = is_quantised(problem.cache_dtype)
+        return prefill_tuning(problem.head_dim, problem.interpreted, quantised)
     return _decode_by_rule(problem.specialised(problem.groups[-1]))
 
 

@@ -54,6 +54,9 @@ FACTORS: dict[str, dict[str, tuple[Any, ...]]] = {
         "cache": _CACHES,
         "queries": ("whole", "chunk", "mixed"),
         "converted": (1, 2),
+        "converters": (1, 2),
+        "turns": (False, True),
+        "ahead": (False, True),
     },
     "ampere": {
         **_SHAPES,
@@ -122,8 +125,10 @@ class Case(NamedTuple):
         """How the kernel cuts its work, as arguments of the implementation."""
         tile, stages = self.values["tile"], self.values["stages"]
         if self.kernel == "prefill":
-            converted = self.values["converted"]
-            tuning = PrefillTuning(tile, stages, in_registers=False, converted=converted)
+            pipelined = {
+                name: self.values[name] for name in ("converted", "converters", "turns", "ahead")
+            }
+            tuning = PrefillTuning(tile, stages, in_registers=False, **pipelined)
             return {"tuning": tuning, "config": DecodeConfig(num_stages=2, ctas_per_sm=1)}
         ctas, least = self.values["ctas"], self.values["least"]
         ahead = self.values.get("ahead", True)  # of conversion, in the decode kernel

@@ -12,6 +12,8 @@ _PLAN = "pallas_paged/ops/attention/hopper/prefill_plan.py"
 _PARTS = "pallas_paged/ops/attention/hopper/prefill_parts.py"
 _WRAPPER = "pallas_paged/ops/attention/hopper/prefill.py"
 _KERNEL = "pallas_paged/ops/attention/hopper/prefill_kernel.py"
+_ROWS = "pallas_paged/ops/attention/hopper/prefill_softmax.py"
+_WRITE = "pallas_paged/ops/attention/hopper/prefill_write.py"
 _LOAD = "pallas_paged/ops/attention/hopper/prefill_load.py"
 _SOFTMAX = "pallas_paged/ops/attention/online_softmax.py"
 _PACKING = "pallas_paged/ops/attention/packing.py"
@@ -98,26 +100,52 @@ MUTATIONS = {
         _KERNEL, "plgpu.barrier_wait(barriers.q)", "pass", "group5"
     ),
     "no wait for the keys": _mutation(
-        # Where values are masked they are waited for first, and the keys have been loaded before.
         _KERNEL,
-        "plgpu.barrier_wait(barriers.tiles.filled.at[k_slot])",
-        "pass",
+        "plgpu.barrier_wait(rows.barriers.tiles.filled.at[k_slot])\n\n    def",
+        "pass\n\n    def",
+        "chunked",
+    ),
+    "no wait for the keys ahead": _mutation(
+        _KERNEL,
+        "plgpu.barrier_wait(rows.barriers.tiles.filled.at[k_slot])\n    rows.take_turn()",
+        "rows.take_turn()",
         "chunked",
     ),
     "no wait for the values": _mutation(
-        _KERNEL,
-        "if not masks_values:\n            plgpu.barrier_wait(barriers.tiles.filled.at[v_slot])",
-        "if not masks_values:\n            pass",
-        "chunked",
-    ),
-    "no wait for the values that are masked": _mutation(
-        _KERNEL,
-        "plgpu.barrier_wait(barriers.tiles.filled.at[v_slot])\n            _mask_values",
-        "_mask_values",
-        "group5",
+        _KERNEL, "plgpu.barrier_wait(rows.barriers.tiles.filled.at[v_slot])", "pass", "chunked"
     ),
     "values of another slot": _mutation(
-        _KERNEL, "weights, smem, v_slot)", "weights, smem, k_slot)", "group5"
+        _KERNEL,
+        "values = rows.smem.tiles.numbers.at[v_slot]\n    rows.take",
+        "values = rows.smem.tiles.numbers.at[v_slot - 1]\n    rows.take",
+        "group5",
+    ),
+    "ahead: values of the same step": _mutation(
+        _KERNEL, "for slot in (k_slot, v_slot)", "for slot in (k_slot, k_slot + 1)", "chunked"
+    ),
+    "ahead: the values of the last step left out": _mutation(
+        _KERNEL, "state = _add(rows, tile.end - 1, carried)", "state = carried.state", "group5"
+    ),
+    "ahead: the first step without a mask": _mutation(
+        _KERNEL,
+        "_weigh(rows, False, tile.begin, state)",
+        "_weigh(rows, True, tile.begin, state)",
+        "group5",
+    ),
+    "turns: none is taken for the values": _mutation(
+        _KERNEL,
+        "rows.take_turn()\n    if rows.problem.tuning.in",
+        "if rows.problem.tuning.in",
+        "wide",
+    ),
+    "quantised: each of two converters asks for keys and values": _mutation(
+        _LOAD, "step=problem.loaders)(request)", "step=1)(request)", "int8-cap"
+    ),
+    "a factor below 0 left to the exponent": _mutation(
+        _PARTS, "is None and self.logits_factor > 0", "is None", f"{_TESTS}::test_scales"
+    ),
+    "the largest logit without its factor": _mutation(
+        _ROWS, "largest * factor", "largest", f"{_TESTS}::test_scales"
     ),
     "NaN of a tail in the values": _mutation(
         _KERNEL, " | (begin + size > tile.key_end)", "", "group5"
@@ -126,10 +154,10 @@ MUTATIONS = {
         _KERNEL, "(begin < tile.key_begin) | ", "", _LATE
     ),
     "a query position one too far": _mutation(
-        _KERNEL, "visible = distances <= 0", "visible = distances <= 1", "group5"
+        _ROWS, "visible = distances <= 0", "visible = distances <= 1", "group5"
     ),
     "a window one too wide": _mutation(
-        _KERNEL,
+        _ROWS,
         "distances > -problem.sliding_window",
         "distances >= -problem.sliding_window",
         _LATE,
@@ -138,7 +166,7 @@ MUTATIONS = {
         _SOFTMAX, "(2 * cap * LOG2E) * (root", "(cap * LOG2E) * (root", "group5"
     ),
     "slopes of the wrong sign": _mutation(
-        _KERNEL, "logits + across(slope", "logits - across(slope", "int8"
+        _ROWS, "logits + across(slope", "logits - across(slope", "int8"
     ),
     "slopes of other rows": _mutation(
         _PACKING,
@@ -155,19 +183,19 @@ MUTATIONS = {
     ),
     "no correction": _mutation(
         _KERNEL,
-        "numerator = state.numerator * across(correction",
-        "numerator = state.numerator + 0 * across(correction",
+        "numerator * across(correction, numerator.shape)",
+        "numerator + 0 * across(correction, numerator.shape)",
         "wide",
     ),
     "zeros": _mutation(
-        _KERNEL, "* across(factor, part.shape)", "* across(factor * 0, part.shape)", "group5"
+        _WRITE, "* across(factor, part.shape)", "* across(factor * 0, part.shape)", "group5"
     ),
-    "lse in base 2": _mutation(_KERNEL, "state.maximum * LN2", "state.maximum", "group5"),
+    "lse in base 2": _mutation(_WRITE, "state.maximum * LN2", "state.maximum", "group5"),
     "a half that is not there yet": _mutation(
-        _KERNEL, "_meet(barriers.pair)  # a head's", "pass  # a head's", "group5"
+        _WRITE, "meet(barriers.pair)  # a head's", "pass  # a head's", "group5"
     ),
     "rows of others overwritten": _mutation(
-        _KERNEL, "pl.when((tile.num_tokens & size) != 0)", "pl.when(tile.num_tokens > 0)", _OTHERS
+        _WRITE, "pl.when((tile.num_tokens & size) != 0)", "pl.when(tile.num_tokens > 0)", _OTHERS
     ),
     "rows of others lost": _mutation(
         _WRAPPER, "jax.new_ref(others[0] if others else", "jax.new_ref(", _OTHERS
@@ -201,15 +229,24 @@ MUTATIONS = {
     ),
     "quantised: keys without their scales": _mutation(
         _KERNEL,
-        "logits = _times_columns(logits, smem.tiles.scales.at[k_slot])",
+        "logits = _times_columns(logits, rows.smem.tiles.scales.at[k_slot])",
         "logits = logits * problem.logits_factor",
         "int8",
     ),
     "quantised: weights without the values' scales": _mutation(
-        _KERNEL, "weights = _times_columns(weights, smem.tiles.scales.at[slot])", "pass", "int8-cap"
+        _KERNEL,
+        "weights = _times_columns(weights, rows.smem.tiles.scales.at[v_slot])",
+        "pass",
+        "int8-cap",
     ),
     "quantised: no scale of the logits": _mutation(
         _LOAD, "jnp.where(is_key, problem.logits_factor, 1.0)", "1.0", "int8"
+    ),
+    "large arrays: log-sum-exps written by threads": Mutation(
+        _WRITE,
+        'plgpu.copy_smem_to_gmem(smem.lse, lse.at[lax.axis_index("tile"), tile.kv_head])',
+        'lse[lax.axis_index("tile"), tile.kv_head] = smem.lse[...]',
+        "tests/kernels/test_deviceless_prefill.py::test_arrays_of_more_than_2_to_the_31_numbers",
     ),
     "fences: queries not committed": Mutation(
         _KERNEL,
@@ -218,22 +255,22 @@ MUTATIONS = {
         f"{_FENCES}[pieces]",
     ),
     "fences: masked values not committed": Mutation(
-        _KERNEL, "plgpu.commit_smem()\n        _meet(pair)", "_meet(pair)", f"{_FENCES}[pieces]"
+        _KERNEL, "plgpu.commit_smem()\n        meet(pair)", "meet(pair)", f"{_FENCES}[pieces]"
     ),
     "fences: weights not committed": Mutation(
         _KERNEL,
-        "buffer[...] = weights\n    plgpu.commit_smem()",
-        "buffer[...] = weights",
+        "[...] = weights\n    plgpu.commit_smem()",
+        "[...] = weights",
         f"{_FENCES}[weights]",
     ),
     "fences: staged results not committed": Mutation(
-        _KERNEL,
+        _WRITE,
         "part.astype(problem.dtype)\n        plgpu.commit_smem()",
         "part.astype(problem.dtype)",
         f"{_FENCES}[pieces]",
     ),
     "fences: results staged over others that are sent": Mutation(
-        _KERNEL, "plgpu.wait_smem_to_gmem(0)", "pass", f"{_FENCES}[pieces]"
+        _WRITE, "plgpu.wait_smem_to_gmem(0)", "pass", f"{_FENCES}[pieces]"
     ),
     "fences: converted numbers not committed": Mutation(
         _LOAD, "plgpu.commit_smem()", "pass", f"{_FENCES}[quantised]"

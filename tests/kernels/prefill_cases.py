@@ -1,9 +1,10 @@
 """Named problems of the prefill kernels, for interpret mode and for compilation."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from benchmarks.attention_cases.arguments import AttentionSpec
-from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
+from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning, prefill_tuning
 
 
 class InterpretCase(NamedTuple):
@@ -13,7 +14,18 @@ class InterpretCase(NamedTuple):
     tuning: PrefillTuning
 
 
-def _case(name, lens, queries, heads, head_dim, block_size, dtype, tile_keys=64, **options):
+def _case(
+    name,
+    lens,
+    queries,
+    heads,
+    head_dim,
+    block_size,
+    dtype,
+    tile_keys=64,
+    tuning=None,
+    **options,
+):
     spec = AttentionSpec(
         name,
         lens,
@@ -26,15 +38,21 @@ def _case(name, lens, queries, heads, head_dim, block_size, dtype, tile_keys=64,
         num_rows=len(lens),
         **options,
     )
-    return InterpretCase(spec, PrefillTuning(tile_keys, stages=2, in_registers=False))
+    return InterpretCase(spec, PrefillTuning(tile_keys, 2, in_registers=False, **(tuning or {})))
 
 
 def interpret_cases() -> list[InterpretCase]:
-    """Every head_dim, block size, dtype and feature; features pairwise; ragged lengths around S."""
+    """Every head_dim, block size, dtype and feature; features pairwise; ragged lengths around S.
+
+    Products in turns and ahead or not, with each kind of cache.
+    """
     bf16, fp16, fp8, int8 = "bfloat16", "float16", "float8_e4m3fn", "int8"
     features = {"sliding_window": 37, "logits_soft_cap": 1.5, "alibi": True, "sinks": True}
     window, cap, alibi, sinks = ({name: value} for name, value in features.items())
     narrow = {"sliding_window": 20}
+    no_turns, not_ahead = ({"tuning": {name: False}} for name in ("turns", "ahead"))
+    neither = {"tuning": {"turns": False, "ahead": False}}
+    two = {"tuning": {"converters": 2, "converted": 2}}
     # Three steps in two stages, the first without a mask; 3 tokens of padding.
     chunked = _case("chunked", (150, 0), (11, 0), (8, 2), 64, 16, bf16, num_tokens=14)
     return [
@@ -45,22 +63,49 @@ def interpret_cases() -> list[InterpretCase]:
         # More tokens than a warpgroup has rows; blocks freed left of the window.
         _case("group1", (200, 16), (70, 16), (1, 1), 128, 64, bf16, 128, **window, **sinks),
         # A step between the edges of all tokens' windows.
-        _case("wide", (300,), (3,), (1, 1), 64, 64, bf16, sliding_window=150),
+        _case("wide", (300,), (3,), (1, 1), 64, 64, bf16, sliding_window=150, **not_ahead),
         # Blocks of two steps each.
-        _case("group7", (129, 5), (3, 5), (7, 1), 128, 128, bf16, **alibi, **cap),
-        _case("group2", (66, 20), (5, 1), (4, 2), 192, 16, bf16, **window, **cap),
+        _case("group7", (129, 5), (3, 5), (7, 1), 128, 128, bf16, **alibi, **cap, **no_turns),
+        _case(
+            "group2",
+            (66, 20),
+            (5, 1),
+            (4, 2),
+            192,
+            16,
+            bf16,
+            **window,
+            **cap,
+            **neither,
+        ),
         _case("group16", (40,), (9,), (16, 1), 256, 32, fp16, **sinks, **alibi),
         # Quantised caches: blocks freed left of the window, and tails, poisoned with their scales.
-        _case("fp8", (150, 17), (11, 3), (4, 2), 64, 16, bf16, **window, **sinks, cache_dtype=fp8),
-        _case("int8", (70, 32), (9, 2), (3, 1), 80, 32, fp16, **alibi, cache_dtype=int8),
+        _case(
+            "fp8",
+            (150, 17),
+            (11, 3),
+            (4, 2),
+            64,
+            16,
+            bf16,
+            **window,
+            **sinks,
+            cache_dtype=fp8,
+            **neither,
+        ),
+        _case(
+            "int8", (70, 32), (9, 2), (3, 1), 80, 32, fp16, **alibi, cache_dtype=int8, **not_ahead
+        ),
         # More steps than are in flight.
-        _case("int8-cap", (270,), (5,), (2, 2), 128, 128, bf16, 128, **cap, cache_dtype=int8),
-        _case("fp8-long", (200, 16), (66, 16), (1, 1), 96, 16, fp16, 128, cache_dtype=fp8),
+        _case(
+            "int8-cap", (270,), (5,), (2, 2), 128, 128, bf16, 128, **cap, cache_dtype=int8, **two
+        ),
+        _case("fp8-long", (200, 16), (66, 16), (1, 1), 96, 16, fp16, 128, cache_dtype=fp8, **two),
     ]
 
 
 class CompileCase(NamedTuple):
-    """What a program for a GPU is compiled for, besides the tuning that is chosen for it."""
+    """What a program for a GPU is compiled for; the tuning is the one by rule but for `changed`."""
 
     name: str
     head_dim: int
@@ -72,6 +117,13 @@ class CompileCase(NamedTuple):
     alibi: bool = False
     sinks: bool = False
     cache_dtype: str | None = None  # None is `dtype`
+    changed: tuple[tuple[str, Any], ...] = ()  # fields of the tuning, and what they are instead
+
+    @property
+    def tuning(self) -> PrefillTuning:
+        """How the kernel cuts its work."""
+        rule = prefill_tuning(self.head_dim, quantised=self.cache_dtype is not None)
+        return dataclasses.replace(rule, **dict(self.changed))
 
 
 def compile_cases() -> list[CompileCase]:
@@ -95,9 +147,10 @@ def compile_cases() -> list[CompileCase]:
                 )
             )
         everything = (4096, 50.0, True, True)
-        cases.append(
-            CompileCase(f"dim{head_dim}-everything", head_dim, 4, 16, "bfloat16", *everything)
-        )
+        case = CompileCase(f"dim{head_dim}-everything", head_dim, 4, 16, "bfloat16", *everything)
+        cases.append(case)
+        for turns, ahead in ((False, True), (True, False), (False, False)):
+            cases.append(_changed(case, turns=turns, ahead=ahead))
     return cases + quantised_compile_cases()
 
 
@@ -125,4 +178,16 @@ def quantised_compile_cases() -> list[CompileCase]:
                     **(everything if has_all else {}),
                 )
             )
+            if has_all:
+                case, rule = cases[-1], cases[-1].tuning
+                cases.append(_changed(case, turns=not rule.turns, ahead=not rule.ahead))
+                if rule.converters > 1:
+                    cases.append(_changed(case, converters=1, converted=1))
     return cases
+
+
+def _changed(case: CompileCase, **changed: Any) -> CompileCase:
+    """Returns a case with another tuning, and its name."""
+    words = (f"{name}{int(value)}" for name, value in changed.items())
+    name = "-".join((case.name, *words))
+    return case._replace(name=name, changed=tuple(changed.items()))

@@ -1,5 +1,6 @@
 """The prefill kernels compiled for GPUs that are not here: registers, spills, shared memory."""
 
+import re
 from typing import Any
 
 import jax
@@ -7,10 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_paged import paged_attention
-from pallas_paged.deviceless import compile_for, kernel_resources
+from pallas_paged.deviceless import compile_for, kernel_ptx, kernel_resources
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention.hopper import prefill
-from pallas_paged.ops.attention.hopper.prefill_config import prefill_tuning
 from pallas_paged.ops.attention.hopper.prefill_plan import plan_prefill
 from tests.kernels.prefill_cases import CompileCase, compile_cases
 
@@ -20,13 +20,13 @@ CASES = {case.name: case for case in compile_cases()}
 FEW = ("dim128-group4-block32-float16", "dim96-int8-bfloat16-everything")
 
 
-def program(case: CompileCase) -> tuple[Any, ...]:
+def program(case: CompileCase, num_tokens: int = 256, num_blocks: int = 500) -> tuple[Any, ...]:
     """Returns the kernel of `case` and its planning, as a function and what it is called with."""
 
     def array(*shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    num_kv_heads, num_tokens, rows, num_blocks = 2, 256, 8, 500
+    num_kv_heads, rows = 2, 8
     heads = case.group * num_kv_heads
     q = array(num_tokens, heads, case.head_dim, dtype=case.dtype)
     cache = jax.eval_shape(
@@ -61,7 +61,7 @@ def program(case: CompileCase) -> tuple[Any, ...]:
             logits_soft_cap=case.logits_soft_cap,
             alibi_slopes=slopes,
             sinks=sinks,
-            tuning=prefill_tuning(case.head_dim),
+            tuning=case.tuning,
         )
 
     step = (array(rows, 64), array(rows), array(rows + 1))
@@ -74,6 +74,34 @@ def test_no_spills_and_enough_shared_memory(name):
     assert kernel.spill_bytes == 0
     assert kernel.smem_bytes <= SMEM_BYTES
     assert kernel.warnings == ()
+
+
+@pytest.mark.parametrize("name", ["dim256-group16-block128-float16", "dim128-int8-bfloat16"])
+def test_arrays_of_more_than_2_to_the_31_numbers(name):
+    """TMA takes the number of a row, or of a block and head, in each dimension, and no offset.
+
+    Threads themselves read nothing but 32-bit numbers of tables; the log-sum-exps leave by their
+    address, whose offset is made in 64 bits.
+    """
+    case = CASES[name]
+    num_tokens = 2**31 // (2 * case.group * case.head_dim) + 8
+    num_blocks = 2**31 // (2 * case.block_size * case.head_dim) + 8
+    ptx = kernel_ptx("h200", *program(case, num_tokens, num_blocks))
+    assert "st.global" not in ptx
+    loads = re.findall(r"ld\.global\.(\S+)", ptx)
+    assert loads
+    assert all(re.fullmatch(r"(v\d\.)?[bsu]32", load) for load in loads)
+    (address,) = re.findall(r"cp\.async\.bulk\.global\S+ \[(%rd\d+)\]", ptx)
+    for operation in operations_behind(ptx, address):
+        assert re.search(r"64|wide|mov\.u32", operation), f"{operation} is of 32 bits"
+
+
+def operations_behind(ptx: str, register: str) -> set[str]:
+    """Returns the operations that make what is in a register, which is written in one place."""
+    (made,) = re.findall(rf"^\t(\S+)\s+{register},(.*);$", ptx, re.MULTILINE)
+    operation, operands = made
+    others = (operations_behind(ptx, other) for other in re.findall(r"%rd?\d+", operands))
+    return {operation}.union(*others)
 
 
 def mixed_step(num_layers: int):

@@ -35,6 +35,10 @@ PREFILL: dict[str, dict[str, Any]] = {
     "quantised": {"head_dim": 128, "cache_dtype": "float8_e4m3fn"},
     "quantised-scaled": {"head_dim": 192, "cache_dtype": "int8", "dtype": "float16"},
     "weights": {"head_dim": 64, "tuning": PrefillTuning(in_registers=False)},
+    "apart": {
+        "head_dim": 64,
+        "tuning": PrefillTuning(in_registers=False, turns=False, ahead=False),
+    },
 }
 
 

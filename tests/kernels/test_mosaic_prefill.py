@@ -1,7 +1,8 @@
 """The sm_90a prefill kernel, interpreted with race detection, against the reference.
 
 Interpret mode knows no products with an operand in registers, so the kernel runs with
-`in_registers=False` here; what the compiled kernel does otherwise is in `_add_values` alone.
+`in_registers=False` here; what the compiled kernel does otherwise is in `_add` and
+`_add_and_weigh` alone.
 """
 
 import jax
@@ -110,11 +111,38 @@ def test_a_sink_of_minus_infinity_is_none():
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [4.0, 0.0, -4.0])
+def test_scales(scale):
+    """Logits far apart, and in the other order than the products of queries and keys.
+
+    With a factor above 0 they are multiplied only after the largest has been found.
+    """
+    spec = AttentionSpec(
+        "scaled",
+        (70,),
+        (9,),
+        num_q_heads=2,
+        num_kv_heads=1,
+        head_dim=64,
+        block_size=64,
+        dtype="float16",
+        num_rows=1,
+        num_tokens=9,
+        scale=scale,
+    )
+    (out, lse), (expected, expected_lse) = run(spec, PrefillTuning(64, 2, in_registers=False))
+    out, expected = (np.asarray(array, np.float32) for array in (out, expected))
+    np.testing.assert_allclose(out, expected, rtol=3e-3, atol=3e-3)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
 def test_tuning_is_checked():
     with pytest.raises(ValueError, match="tile_keys=48 must be a positive multiple of 64"):
         PrefillTuning(tile_keys=48)
     with pytest.raises(ValueError, match="stages=1 must be at least 2"):
         PrefillTuning(stages=1)
+    with pytest.raises(ValueError, match="converters=3 must be 1 or 2"):
+        PrefillTuning(converters=3)
 
 
 def test_a_mixed_step_of_the_public_function():

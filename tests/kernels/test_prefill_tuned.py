@@ -99,13 +99,17 @@ def test_nothing_is_shipped_yet_for_others():
     for head_dim in HEAD_DIMS:
         key = PrefillKey("bfloat16", head_dim, 4, 16)
         assert prefill_tuning_for(key, "no such GPU") == prefill_tuning(head_dim)
+        quantised = dataclasses.replace(key, dtype="int8")
+        rule = prefill_tuning(head_dim, quantised=True)
+        assert prefill_tuning_for(quantised, "no such GPU") == rule
 
 
 def test_what_is_chosen_by_rule_fits():
     for dtype in ("bfloat16", "float16", "int8", "float8_e4m3fn"):
         for head_dim in HEAD_DIMS:
             for block_size in BLOCK_SIZES:
-                assert fits(PrefillKey(dtype, head_dim, 4, block_size), prefill_tuning(head_dim))
+                rule = prefill_tuning(head_dim, quantised=dtype in ("int8", "float8_e4m3fn"))
+                assert fits(PrefillKey(dtype, head_dim, 4, block_size), rule)
 
 
 def test_shared_memory_and_blocks_that_do_not_fit():
@@ -114,6 +118,10 @@ def test_shared_memory_and_blocks_that_do_not_fit():
     assert not fits(KEY, PrefillTuning(64, 5))
     assert not fits(KEY, PrefillTuning(128, 3))
     assert not fits(KEY, PrefillTuning(128, 2, in_registers=False))
+    # Two converting warpgroups leave too few registers for products with 256 columns.
+    wide = PrefillKey("int8", 256, 4, 64)
+    assert fits(wide, PrefillTuning(64, 2))
+    assert not fits(wide, PrefillTuning(64, 2, converters=2))
     small = PrefillKey("bfloat16", 64, 4, 64)
     assert fits(small, PrefillTuning(192, 2))
     assert not fits(dataclasses.replace(small, block_size=128), PrefillTuning(192, 2))

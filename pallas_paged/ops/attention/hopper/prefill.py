@@ -75,7 +75,7 @@ def prefill(
         scratch_types=scratch_types(problem),
         grid=(plan.tiles.shape[0], num_kv_heads),
         grid_names=("tile", "kv_head"),
-        num_threads=COMPUTE_WARPGROUPS + 1,
+        num_threads=COMPUTE_WARPGROUPS + problem.loaders,
         thread_name="warpgroup",
         compiler_params=COMPILER_PARAMS,
         kernel_name="paged_prefill",

@@ -5,10 +5,17 @@ query heads of the group, so that a key is loaded once for all of them. The tile
 which G * n are in use, head after head (row = head * n + token): each head is one copy of n tokens
 of q, from whatever token the tile begins at. Two warpgroups compute 64 rows each; a third one keeps
 the queue of keys and values full. The softmax is online (FlashAttention, arXiv 2205.14135), in
-float32 and base 2; warp specialisation follows FlashAttention-3 (arXiv 2407.08608).
+float32 and base 2.
+
+Tensor cores multiply while others take exponents, as in FlashAttention-3 (arXiv 2407.08608), in two
+ways that `PrefillTuning` has. With `turns` one warpgroup begins its products while the other one is
+at its softmax, and tells it when they are begun. With `ahead` a warpgroup begins the product of a
+step's keys together with that of the values of the step before, whose weights wait in registers,
+and takes the softmax of the first under the second.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,9 +33,18 @@ from pallas_paged.ops.attention.hopper.prefill_parts import (
     Problem,
     Smem,
     Tile,
+    meet,
     read_tile,
 )
-from pallas_paged.ops.attention.hopper.prefill_plan import NUM_TOKENS, token_unit
+from pallas_paged.ops.attention.hopper.prefill_plan import NUM_TOKENS
+from pallas_paged.ops.attention.hopper.prefill_softmax import (
+    Softened,
+    State,
+    empty,
+    finish_logits,
+    soften,
+)
+from pallas_paged.ops.attention.hopper.prefill_write import write
 from pallas_paged.ops.attention.hopper.tiles import (
     COLUMN_LAYOUT,
     ROW_LAYOUT,
@@ -37,14 +53,7 @@ from pallas_paged.ops.attention.hopper.tiles import (
     product,
     spread_columns,
 )
-from pallas_paged.ops.attention.online_softmax import (
-    LN2,
-    LOG2E,
-    LOWEST,
-    across,
-    capped,
-    raised,
-)
+from pallas_paged.ops.attention.online_softmax import LOG2E, LOWEST, across
 from pallas_paged.ops.mosaic_gpu import load
 
 
@@ -56,7 +65,7 @@ def prefill_kernel(
 
     @pl.when(inputs.tiles[lax.axis_index("tile"), NUM_TOKENS] > 0)
     def _() -> None:
-        @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+        @pl.when(warpgroup >= COMPUTE_WARPGROUPS)
         def _() -> None:
             plgpu.set_max_registers(problem.registers[0], action="decrease")
             bring(problem, read_tile(problem, inputs.tiles), inputs, smem, barriers)
@@ -67,12 +76,40 @@ def prefill_kernel(
             _compute(problem, read_tile(problem, inputs.tiles), inputs, lse, smem, barriers)
 
 
-class _State(NamedTuple):
-    """Like `online_softmax.State`, of one warpgroup's rows, the numerator in one piece."""
+class _Rows(NamedTuple):
+    """What one warpgroup needs for its 64 rows of the tile."""
 
-    maximum: jax.Array  # f32[64]
-    denominator: jax.Array  # f32[64]
-    numerator: jax.Array  # f32[64, D]
+    problem: Problem
+    tile: Tile
+    smem: Smem
+    barriers: Barriers
+    position: jax.Array  # i32[64]
+    slope: jax.Array | None  # f32[64]
+
+    @property
+    def queries(self) -> Any:
+        """[64, D] in shared memory."""
+        return self.smem.q.at[_own_rows()]
+
+    def slots(self, step: Any) -> tuple[Any, Any]:
+        """Returns the places of a step's keys and values."""
+        k_slot = 2 * lax.rem(step - self.tile.begin, self.problem.stages)
+        return k_slot, k_slot + 1
+
+    def take_turn(self) -> None:
+        """Waits until the other warpgroup has begun its products, if they take turns."""
+        if self.problem.tuning.turns:
+            plgpu.barrier_wait(self.barriers.turns.at[lax.axis_index("warpgroup")])
+
+    def pass_turn(self) -> None:
+        """Tells the other warpgroup that it may begin its products."""
+        if self.problem.tuning.turns:
+            other = COMPUTE_WARPGROUPS - 1 - lax.axis_index("warpgroup")
+            plgpu.barrier_arrive(self.barriers.turns.at[other])
+
+
+def _own_rows() -> Any:
+    return pl.ds(lax.axis_index("warpgroup") * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
 
 def _compute(
@@ -84,14 +121,13 @@ def _compute(
     barriers: Barriers,
 ) -> None:
     """Computes one warpgroup's 64 rows of the tile and writes them."""
-    warpgroup = lax.axis_index("warpgroup")
-    rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-    row = iota((WARPGROUP_ROWS,), 0, ROW_LAYOUT) + warpgroup * WARPGROUP_ROWS
-    position = tile.first_position + lax.rem(row, jnp.int32(problem.tokens))  # [64]
+    rows = _own_rows()
+    row = iota((WARPGROUP_ROWS,), 0, ROW_LAYOUT) + lax.axis_index("warpgroup") * WARPGROUP_ROWS
+    position = tile.first_position + lax.rem(row, jnp.int32(problem.tokens))
     slope = None
     if inputs.slopes is not None:
         slope = load(inputs.slopes.at[tile.kv_head, rows], ROW_LAYOUT)
-    state = _empty(problem)
+    state = empty(problem.head_dim)
     if inputs.sinks is not None:
         # The sink is a key without a value. Padding tokens, which have no keys, have no sink.
         sink = load(inputs.sinks.at[tile.kv_head, rows], ROW_LAYOUT)
@@ -104,112 +140,177 @@ def _compute(
         plgpu.commit_smem()
         if begin + width < problem.head_dim:
             plgpu.barrier_arrive(barriers.staging_free)
-
-    def step(is_full: bool, step: Any, state: _State) -> _State:
-        k_slot = 2 * lax.rem(step - tile.begin, problem.stages)
-        v_slot = k_slot + 1
-        masks_values = not (is_full or problem.is_quantised)  # the load has masked quantised ones
-        if masks_values:
-            # Now, because the logits will need the registers that are left.
-            plgpu.barrier_wait(barriers.tiles.filled.at[v_slot])
-            _mask_values(problem, tile, step, smem.tiles.numbers.at[v_slot], barriers.pair)
-        plgpu.barrier_wait(barriers.tiles.filled.at[k_slot])
-        keys = smem.tiles.numbers.at[k_slot]
-        logits = product(smem.q.at[rows], keys.transpose((1, 0)))
-        if problem.is_quantised:
-            logits = _times_columns(logits, smem.tiles.scales.at[k_slot])
-        else:
-            logits = logits * problem.logits_factor
-        plgpu.barrier_arrive(barriers.tiles.consumed.at[k_slot])
-        distance = step * problem.tuning.tile_keys - position  # of the step's first key
-        logits = _finish_logits(problem, logits, distance, slope, is_full)
-        state, weights = _update(state, logits)
-        if not masks_values:
-            plgpu.barrier_wait(barriers.tiles.filled.at[v_slot])
-        numerator = _add_values(problem, state.numerator, weights, smem, v_slot)
-        plgpu.barrier_arrive(barriers.tiles.consumed.at[v_slot])
-        return state._replace(numerator=numerator)
-
-    if problem.sliding_window is not None:
-        state = lax.fori_loop(tile.begin, tile.full_begin, functools.partial(step, False), state)
-    state = lax.fori_loop(tile.full_begin, tile.full_end, functools.partial(step, True), state)
-    state = lax.fori_loop(tile.full_end, tile.end, functools.partial(step, False), state)
-    _write(problem, tile, state, inputs.out, lse, smem, barriers)
+    state = _attend(_Rows(problem, tile, smem, barriers, position, slope), state)
+    write(problem, tile, state, inputs.out, lse, smem, barriers)
 
 
-def _finish_logits(
-    problem: Problem,
-    logits: jax.Array,  # [64, C]
-    distance: jax.Array,  # [64]
-    slope: jax.Array | None,  # [64]
-    is_full: bool,
-) -> jax.Array:
-    """Caps, slopes and masks logits times `logits_factor`; returns them in base 2.
+def _attend(rows: _Rows, state: State) -> State:
+    """Returns the state after all steps."""
+    tile, is_first = rows.tile, lax.axis_index("warpgroup") == 0
+    pl.when(jnp.logical_not(is_first))(rows.pass_turn)
+    rows.take_turn()
+    if rows.problem.tuning.ahead:
+        carried = _weigh(rows, False, tile.begin, state)
+        carried = _over_steps(
+            rows, tile.begin + 1, functools.partial(_add_and_weigh, rows), carried
+        )
+        state = _add(rows, tile.end - 1, carried)
+    else:
 
-    `distance` is that from each row's query to the first of the C keys.
-    """
-    size = problem.tuning.tile_keys
-    cap = problem.logits_soft_cap
-    if cap is not None:
-        logits = capped(logits, cap, few_registers=True)
-    if slope is None and is_full:
-        return logits
-    # Exact as floats below 2^24 tokens, and half the registers of integers beside floats. A thread
-    # has the same columns of every 8: added in this order nothing but those is known before the
-    # loop over the steps, and kept in registers meanwhile.
-    key = iota((WARPGROUP_ROWS, size), 1)
-    within_8 = key & 7
-    shape = logits.shape
-    distances = within_8.astype(jnp.float32) + across(distance.astype(jnp.float32), shape)
-    distances = distances + (key - within_8).astype(jnp.float32)
-    if slope is not None:
-        logits = logits + across(slope * LOG2E, shape) * distances
-    if not is_full:
-        visible = distances <= 0
-        if problem.sliding_window is not None:
-            visible &= distances > -problem.sliding_window
-        logits = jnp.where(visible, logits, -jnp.inf)
-    return logits
+        def weigh_and_add(is_full: bool, step: Any, state: State) -> State:
+            return _add(rows, step, _weigh(rows, is_full, step, state))
+
+        state = _over_steps(rows, tile.begin, weigh_and_add, state)
+    rows.pass_turn()
+    pl.when(is_first)(rows.take_turn)  # hears the last, so that no barrier is left within a phase
+    return state
 
 
-def _empty(problem: Problem) -> _State:
-    """Returns the state before the first key."""
-    return _State(
-        plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), LOWEST, jnp.float32), ROW_LAYOUT),
-        plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), ROW_LAYOUT),
-        plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, problem.head_dim), jnp.float32), TILE_LAYOUT),
-    )
+def _over_steps(rows: _Rows, begin: Any, body: Callable[..., Any], carried: Any) -> Any:
+    """Runs `body(is_full, step, carried)` for each step from `begin`, the first one or the next."""
+    tile = rows.tile
+    if rows.problem.sliding_window is not None:
+        part = functools.partial(body, False)
+        carried = lax.fori_loop(begin, tile.full_begin, part, carried)
+        begin = jnp.maximum(begin, tile.full_begin)
+    carried = lax.fori_loop(begin, tile.full_end, functools.partial(body, True), carried)
+    begin = jnp.maximum(begin, tile.full_end)
+    return lax.fori_loop(begin, tile.end, functools.partial(body, False), carried)
 
 
-def _update(state: _State, logits: jax.Array) -> tuple[_State, jax.Array]:
-    """Returns the state rescaled to the new maximum, and the weights [64, C] of the new keys."""
-    maximum, correction = raised(state.maximum, logits.max(axis=1))
-    weights = jnp.exp2(logits - across(maximum, logits.shape))
-    denominator = state.denominator * correction + weights.sum(axis=1)
-    numerator = state.numerator * across(correction, state.numerator.shape)
-    return _State(maximum, denominator, numerator), weights
+class _Weighed(NamedTuple):
+    """A state to which the values of a step are still to be added."""
+
+    state: State
+    weights: Any  # [64, C] in registers; None: in shared memory
+
+
+def _weigh(rows: _Rows, is_full: bool, step: Any, state: State) -> _Weighed:
+    """Multiplies the keys of a step; it is this warpgroup's turn."""
+    k_slot, _ = rows.slots(step)
+    plgpu.barrier_wait(rows.barriers.tiles.filled.at[k_slot])
+
+    def multiply(logits: Any) -> jax.Array:
+        plgpu.wgmma(logits, rows.queries, rows.smem.tiles.numbers.at[k_slot].transpose((1, 0)))
+        rows.pass_turn()
+        return logits[...]
+
+    logits = pl.run_scoped(multiply, _logits_type(rows))
+    softened = _soften(rows, is_full, step, state, logits)
+    return _settle(rows, is_full, step, softened, state.numerator)
+
+
+def _add(rows: _Rows, step: Any, weighed: _Weighed) -> State:
+    """Multiplies the values of a step, when it is this warpgroup's turn."""
+    state, weights = weighed
+    _, v_slot = rows.slots(step)
+    values = rows.smem.tiles.numbers.at[v_slot]
+    rows.take_turn()
+    if rows.problem.tuning.in_registers:
+        add = pl.run_state(lambda numerator: plgpu.wgmma(numerator, weights, values))
+        numerator = add(plgpu.ACC.init(state.numerator))
+    else:
+        numerator = state.numerator + product(_weights_in_memory(rows), values)
+    plgpu.barrier_arrive(rows.barriers.tiles.consumed.at[v_slot])
+    return state._replace(numerator=numerator)
+
+
+def _add_and_weigh(rows: _Rows, is_full: bool, step: Any, weighed: _Weighed) -> _Weighed:
+    """Multiplies the keys of a step and the values of the one before, both at once."""
+    state, weights = weighed
+    k_slot, (_, v_slot) = rows.slots(step)[0], rows.slots(step - 1)
+    keys, values = (rows.smem.tiles.numbers.at[slot] for slot in (k_slot, v_slot))
+    plgpu.barrier_wait(rows.barriers.tiles.filled.at[k_slot])
+    rows.take_turn()
+
+    def multiply(logits: Any, numerator: Any, weights: Any) -> Softened:
+        plgpu.wgmma(logits, rows.queries, keys.transpose((1, 0)))
+        plgpu.wgmma(numerator, weights, values)
+        rows.pass_turn()
+        finished = plgpu.wgmma_accumulator_load(logits, wait_n=1)
+        softened = _soften(rows, is_full, step, state, finished)
+        # Nothing of this is to be left for when the values have been multiplied.
+        return Softened(*lax.optimization_barrier(tuple(softened)))
+
+    if rows.problem.tuning.in_registers:
+
+        def run(numerator: Any, softened: Softened) -> None:
+            result = pl.run_scoped(
+                lambda logits: multiply(logits, numerator, weights), _logits_type(rows)
+            )
+            for ref, value in zip(softened, result, strict=True):
+                ref[...] = value
+
+        nothing = jnp.zeros((WARPGROUP_ROWS, rows.problem.tuning.tile_keys), jnp.float32)
+        before = Softened(
+            state.maximum,
+            state.denominator,
+            state.denominator,
+            plgpu.layout_cast(nothing, TILE_LAYOUT),
+        )
+        numerator, softened = pl.run_state(lambda refs: run(*refs))(
+            (plgpu.ACC.init(state.numerator), before)
+        )
+    else:
+
+        def run_apart(logits: Any, added: Any) -> tuple[Softened, jax.Array]:
+            softened = multiply(logits, added, _weights_in_memory(rows))
+            return softened, state.numerator + added[...]
+
+        added = plgpu.ACC((WARPGROUP_ROWS, rows.problem.head_dim), jnp.float32)
+        softened, numerator = pl.run_scoped(run_apart, _logits_type(rows), added)
+    plgpu.barrier_arrive(rows.barriers.tiles.consumed.at[v_slot])
+    return _settle(rows, is_full, step, softened, numerator)
+
+
+def _logits_type(rows: _Rows) -> Any:
+    return plgpu.ACC((WARPGROUP_ROWS, rows.problem.tuning.tile_keys), jnp.float32)
+
+
+def _weights_in_memory(rows: _Rows) -> Any:
+    return rows.smem.weights.at[lax.axis_index("warpgroup")]
+
+
+def _soften(rows: _Rows, is_full: bool, step: Any, state: State, logits: jax.Array) -> Softened:
+    """Returns the softmax of a step's products of queries and keys, which are read no more."""
+    problem, (k_slot, _) = rows.problem, rows.slots(step)
+    factor = None
+    if problem.is_quantised:
+        logits = _times_columns(logits, rows.smem.tiles.scales.at[k_slot])
+    elif problem.folds_scale and rows.slope is None:
+        factor = problem.logits_factor
+    else:
+        logits = logits * problem.logits_factor
+    plgpu.barrier_arrive(rows.barriers.tiles.consumed.at[k_slot])
+    distance = step * problem.tuning.tile_keys - rows.position  # of the step's first key
+    logits = finish_logits(problem, logits, distance, rows.slope, is_full)
+    return soften(state.maximum, state.denominator, logits, factor)
+
+
+def _settle(
+    rows: _Rows, is_full: bool, step: Any, softened: Softened, numerator: jax.Array
+) -> _Weighed:
+    """Brings the numerator to the new maximum, and makes weights and values ready for a product."""
+    problem, (_, v_slot) = rows.problem, rows.slots(step)
+    maximum, denominator, correction, weights = softened
+    state = State(maximum, denominator, numerator * across(correction, numerator.shape))
+    plgpu.barrier_wait(rows.barriers.tiles.filled.at[v_slot])
+    if problem.is_quantised and not problem.scales_values:
+        weights = _times_columns(weights, rows.smem.tiles.scales.at[v_slot])
+    weights = weights.astype(problem.dtype)
+    if not (is_full or problem.is_quantised):  # the load has masked quantised ones
+        values = rows.smem.tiles.numbers.at[v_slot]
+        _mask_values(problem, rows.tile, step, values, rows.barriers.pair)
+    if problem.tuning.in_registers:
+        return _Weighed(state, weights)
+    _weights_in_memory(rows)[...] = weights
+    plgpu.commit_smem()
+    return _Weighed(state, None)
 
 
 def _times_columns(matrix: jax.Array, factors: Any) -> jax.Array:
     """Returns `matrix`, [64, C], times C numbers in shared memory."""
     return matrix * spread_columns(load(factors, COLUMN_LAYOUT), matrix.shape)
-
-
-def _add_values(
-    problem: Problem, numerator: jax.Array, weights: jax.Array, smem: Smem, slot: Any
-) -> jax.Array:
-    """Returns the numerator with the weighted sum of a step's values."""
-    if problem.is_quantised and not problem.scales_values:
-        weights = _times_columns(weights, smem.tiles.scales.at[slot])
-    weights = weights.astype(problem.dtype)
-    values = smem.tiles.numbers.at[slot]
-    if problem.tuning.in_registers:
-        add = pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, weights, values))
-        return add(plgpu.ACC.init(numerator))
-    buffer = smem.weights.at[lax.axis_index("warpgroup")]
-    buffer[...] = weights
-    plgpu.commit_smem()
-    return numerator + product(buffer, values)
 
 
 def _mask_values(problem: Problem, tile: Tile, step: Any, values: Any, pair: Any) -> None:
@@ -237,70 +338,4 @@ def _mask_values(problem: Problem, tile: Tile, step: Any, values: Any, pair: Any
                     some[...] = jnp.where(across(is_ours, old.shape), old, jnp.zeros_like(old))
 
         plgpu.commit_smem()
-        _meet(pair)
-
-
-def _meet(pair: Any) -> None:
-    plgpu.barrier_arrive(pair)
-    plgpu.barrier_wait(pair)
-
-
-def _write(
-    problem: Problem,
-    tile: Tile,
-    state: _State,
-    out: Any,
-    lse: Any,
-    smem: Smem,
-    barriers: Barriers,
-) -> None:
-    """Writes the tokens that the tile has, and the lse of all its rows."""
-    warpgroup = lax.axis_index("warpgroup")
-    rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-    factor = 1.0 / jnp.where(state.denominator > 0, state.denominator, 1.0)
-    smem.lse[rows] = state.maximum * LN2 + jnp.log(state.denominator)
-    for begin, width in problem.staged_columns:
-        part = state.numerator[:, begin : begin + width]
-        part = part * across(factor, part.shape)
-        smem.staging[rows] = part.astype(problem.dtype)
-        plgpu.commit_smem()
-        _meet(barriers.pair)  # a head's rows may lie in both halves
-
-        @pl.loop(warpgroup, problem.group, step=COMPUTE_WARPGROUPS)
-        def _(head: Any, begin: int = begin, width: int = width) -> None:
-            target = out.at[:, tile.kv_head * problem.group + head, pl.ds(begin, width)]
-            _write_tokens(problem, tile, smem.staging, head, target)
-
-        if begin == 0:
-
-            @pl.when(warpgroup == 0)
-            def _() -> None:
-                plgpu.copy_smem_to_gmem(smem.lse, lse.at[lax.axis_index("tile"), tile.kv_head])
-
-        plgpu.wait_smem_to_gmem(0)
-        if begin + width < problem.head_dim:
-            _meet(barriers.pair)
-
-
-def _write_tokens(problem: Problem, tile: Tile, staging: Any, head: Any, target: Any) -> None:
-    """Copies a head's rows of the tokens that the tile has to `target`, [T, width].
-
-    A copy has a fixed size: they leave in pieces of 64, 32, ... tokens, as their number is made up.
-    Every piece begins at a multiple of 128 bytes of shared memory, which it has to.
-    """
-    unit = token_unit(problem.head_dim)
-
-    def copy(token: Any, size: int) -> None:
-        plgpu.copy_smem_to_gmem(
-            staging.at[pl.ds(head * problem.tokens + token, size)],
-            target.at[pl.ds(tile.first_token + token, size)],
-        )
-
-    done = jnp.int32(0)
-    size = 1 << (problem.tokens.bit_length() - 1)
-    while size >= unit:
-        pl.when((tile.num_tokens & size) != 0)(functools.partial(copy, done, size))
-        done += tile.num_tokens & size
-        size //= 2
-    for size in range(1, unit):
-        pl.when(tile.num_tokens - done == size)(functools.partial(copy, done, size))
+        meet(pair)

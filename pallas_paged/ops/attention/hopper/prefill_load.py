@@ -1,7 +1,8 @@
-"""The warpgroup of the sm_90a prefill kernel that brings queries, keys and values.
+"""The warpgroups of the sm_90a prefill kernel that bring queries, keys and values.
 
-It keeps a queue of steps full that the computing warpgroups read. Of a quantised cache it keeps
-two: bytes that arrive, and the numbers that it makes of them.
+One keeps a queue of steps full that the computing warpgroups read. Of a quantised cache it keeps
+two: bytes that arrive, and the numbers that it makes of them. That takes a warpgroup longer than
+the products take; there may be a second one then, for the values, and the first has the keys.
 """
 
 import functools
@@ -13,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_paged.ops.attention.hopper.prefill_parts import (
+    COMPUTE_WARPGROUPS,
     Barriers,
     Inputs,
     Problem,
@@ -31,14 +33,20 @@ from pallas_paged.ops.attention.hopper.tiles import ROW_LAYOUT, WARPS
 
 
 def bring(problem: Problem, tile: Tile, inputs: Inputs, smem: Smem, barriers: Barriers) -> None:
-    """Fills shared memory with q, and stage after stage with keys and values."""
-    _load_queries(problem, tile, inputs, smem, barriers)
+    """Fills shared memory with q, and stage after stage with keys and values, or one of them."""
+    loader = lax.axis_index("warpgroup") - COMPUTE_WARPGROUPS
+    if problem.loaders > 1:
+        pl.when(loader == 0)(lambda: _load_queries(problem, tile, inputs, smem, barriers))
+    else:
+        _load_queries(problem, tile, inputs, smem, barriers)
     if problem.is_quantised:
-        _load_and_convert(problem, tile, inputs, smem.tiles, barriers.tiles)
+        _load_and_convert(problem, tile, loader, inputs, smem.tiles, barriers.tiles)
     else:
         _load_numbers(problem, tile, inputs, smem.tiles, barriers.tiles)
 
-    @pl.loop(jnp.maximum(tile.turns - 2 * problem.stages, 0), tile.turns)
+    first = jnp.maximum(tile.turns - 2 * problem.stages, 0)
+
+    @pl.loop(first + loader, tile.turns, step=problem.loaders)
     def _(turn: Any) -> None:
         """Hears all that the others say, so that no barrier is left in the middle of a phase."""
         plgpu.barrier_wait(barriers.tiles.consumed.at[lax.rem(turn, 2 * problem.stages)])
@@ -78,9 +86,17 @@ def _load_numbers(
 
 
 def _load_and_convert(
-    problem: Problem, tile: Tile, inputs: Inputs, tiles: Tiles, barriers: TilesBarriers
+    problem: Problem,
+    tile: Tile,
+    loader: Any,
+    inputs: Inputs,
+    tiles: Tiles,
+    barriers: TilesBarriers,
 ) -> None:
-    """One loop takes keys and values in turn: two sets of addresses are too many registers."""
+    """One loop takes keys and values in turn: two sets of addresses are too many registers.
+
+    Of two loaders each takes every second turn, and so the places of one kind.
+    """
     rows, slots = problem.block_rows, 2 * problem.tuning.stages
     cache = inputs.cache
 
@@ -105,9 +121,9 @@ def _load_and_convert(
                 )
             )
 
-    pl.loop(0, jnp.minimum(slots, tile.turns))(request)
+    pl.loop(loader, jnp.minimum(slots, tile.turns), step=problem.loaders)(request)
 
-    @pl.loop(0, tile.turns)
+    @pl.loop(loader, tile.turns, step=problem.loaders)
     def _(turn: Any) -> None:
         plgpu.barrier_wait(barriers.arrived.at[lax.rem(turn, slots)])
         _wait_until_consumed(problem, turn, barriers)
@@ -175,7 +191,7 @@ def _copy_blocks(
     rows = problem.block_rows
     num_pieces = problem.tuning.tile_keys // rows
     pieces_per_block = problem.block_size // rows
-    last_block = (tile.key_end - 1) // problem.block_size
+    last_block = jnp.maximum(tile.key_end - 1, 0) // problem.block_size
 
     @plgpu.warp_map
     def _(warp: Any) -> None:

@@ -60,11 +60,27 @@ class Problem:
         return logits_factor(self.scale, self.logits_soft_cap)
 
     @property
-    def registers(self) -> tuple[int, int]:
-        """Registers per thread of the loading warpgroup and of each computing one.
+    def folds_scale(self) -> bool:
+        """Whether `logits_factor` can be left to the multiply-add before `exp2`.
 
-        Together no more than the 504 that the warpgroups begin with: an increase waits for them.
+        The largest logit is looked for before that, which a factor below 0 would make the least.
         """
+        return self.logits_soft_cap is None and self.logits_factor > 0
+
+    @property
+    def loaders(self) -> int:
+        """Warpgroups that bring keys and values; two of them one kind each."""
+        return self.tuning.converters if self.is_quantised else 1
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers per thread of each loading warpgroup and of each computing one.
+
+        Together no more than the 504 that three warpgroups begin with, or the 512 of four: an
+        increase waits for them.
+        """
+        if self.loaders > 1:
+            return 72, 184
         return (56, 224) if self.is_quantised else (40, 232)
 
     @property
@@ -147,6 +163,7 @@ class Barriers(NamedTuple):
     staging_free: Any
     tiles: TilesBarriers
     pair: Any
+    turns: Any  # one for each computing warpgroup; None if they take no turns
 
 
 def scratch_types(problem: Problem) -> dict[str, Any]:
@@ -168,8 +185,15 @@ def scratch_types(problem: Problem) -> dict[str, Any]:
             staging_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
             tiles=_tiles_barriers(problem),
             pair=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+            turns=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS) if tuning.turns else None,
         ),
     }
+
+
+def meet(pair: Any) -> None:
+    """Waits until both computing warpgroups are here."""
+    plgpu.barrier_arrive(pair)
+    plgpu.barrier_wait(pair)
 
 
 def _tiles(problem: Problem) -> Tiles:
@@ -196,7 +220,7 @@ def _tiles_barriers(problem: Problem) -> TilesBarriers:
 
 
 class Tile(NamedTuple):
-    """A record of the plan, and the steps that follow from it.
+    """A record of the plan, and the steps that follow from it: at least one, even without keys.
 
     Steps [begin, full_begin) and [full_end, end) have keys that some token cannot see.
     """
@@ -225,7 +249,8 @@ def read_tile(problem: Problem, tiles: Any) -> Tile:
     size = problem.tuning.tile_keys
     key_begin, key_end = tiles[tile, KEY_BEGIN], tiles[tile, KEY_END]
     first_position = tiles[tile, FIRST_POSITION]
-    begin, end = key_begin // size, pl.cdiv(key_end, size)
+    begin = key_begin // size
+    end = jnp.maximum(pl.cdiv(key_end, size), begin + 1)
     full_begin = begin
     if problem.sliding_window is not None:
         full_begin = pl.cdiv(jnp.maximum(key_end - problem.sliding_window, 0), size)

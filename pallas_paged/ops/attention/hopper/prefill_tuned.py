@@ -67,16 +67,17 @@ def prefill_tuning_for(
         tuned = tuned_prefill(device_kind).get(key)
         if tuned is not None and fits(key, tuned):
             return tuned
-    return prefill_tuning(key.head_dim, interpreted)
+    return prefill_tuning(key.head_dim, interpreted, is_quantised(key.dtype))
 
 
 def fits(key: PrefillKey, tuning: PrefillTuning) -> bool:
     """Whether the kernel can be cut so, on the chips that it is for.
 
-    A step is of whole blocks or a block of whole steps, and the shared memory holds a thread block.
+    A step is of whole blocks or a block of whole steps, the shared memory holds a thread block, and
+    the tensor core finds its operands in the registers.
     """
     larger, smaller = sorted((tuning.tile_keys, key.block_size), reverse=True)
-    if larger % smaller:
+    if larger % smaller or (tuning.converters > 1 and key.head_dim > 192):
         return False
     problem = Problem(
         num_kv_heads=1,
