@@ -14,6 +14,7 @@ any. What the tables hold is checked by `test_full_table.py`.
 import concurrent.futures
 import csv
 import functools
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -124,7 +125,7 @@ def _prefill() -> list[Program]:
 
 def _ampere() -> list[Program]:
     return [
-        _compile(case.name, "a100-40gb", case.function, *case.arguments())
+        _compile(case.name, case.target, case.function, *case.arguments())
         for case in ampere_cases.compile_cases()
     ]
 
@@ -134,22 +135,15 @@ def _cache_operations() -> list[Program]:
     programs = []
     sizes = ((8, 16, 128), (5, 16, 64), (2, 32, 96), (40, 16, 128), (1, 128, 192), (8, 64, 256))
     dtypes = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")
-    for target in ("h100", "a100-80gb"):
-        for size in sizes:
-            for dtype in dtypes:
-                if (target, dtype) == ("a100-80gb", "float8_e4m3fn"):
-                    continue  # this chip does not convert to it
-                cache = *size, dtype
-                programs += [
-                    _compile(
-                        f"{name}-heads{size[0]}-block{size[1]}-dim{size[2]}-{dtype}",
-                        target,
-                        operation,
-                        shapes(50, *cache),
-                        *arguments,
-                    )
-                    for name, (operation, arguments) in operations(cache).items()
-                ]
+    targets = ("h100", "a100-80gb", "a10", "l4")
+    for target, size, dtype in itertools.product(targets, sizes, dtypes):
+        cache = *size, dtype
+        name = f"heads{size[0]}-block{size[1]}-dim{size[2]}-{dtype}"
+        programs += [
+            _compile(f"{kind}-{name}", target, operation, shapes(50, *cache), *arguments)
+            for kind, (operation, arguments) in operations(cache).items()
+            if (kind, dtype) != ("write_kv", "float8_e4m3fn") or target in ("h100", "l4")
+        ]
     return programs
 
 

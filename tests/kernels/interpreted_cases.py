@@ -52,6 +52,7 @@ FACTORS: dict[str, dict[str, tuple[Any, ...]]] = {
     "ampere": {
         **_SHAPES,
         **_SHARES,
+        "tile": (32, 64, 128),
         "cache": _CACHES,
         "queries": (1, 3, "chunk", "mixed"),
         "landing": ("early", "late"),

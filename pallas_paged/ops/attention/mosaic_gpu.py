@@ -1,6 +1,6 @@
 """Paged attention in Pallas Mosaic GPU: what it refuses, how it is configured, and its parts.
 
-For sm_80 one kernel computes a whole step; see `ampere/kernel.py`.
+For sm_80, sm_86 and sm_89 one kernel computes a whole step; see `ampere/kernel.py`.
 
 For sm_90a a step is made of parts over disjoint sequences. The decode part takes those with at most
 `max_decode_tokens` query tokens; it writes their rows and the padding's. The prefill part takes the
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from pallas_paged.dispatch import (
     compute_capability,
     is_interpreting,
+    kernel_family,
     target_device,
     unsupported_target,
 )
@@ -23,7 +24,7 @@ from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention.ampere import problem as ampere_problem
 from pallas_paged.ops.attention.ampere.attend import attend
 from pallas_paged.ops.attention.ampere.problem import AmpereProblem
-from pallas_paged.ops.attention.config import SM80, SM90, DecodeConfig, DecodeKey, decode_config
+from pallas_paged.ops.attention.config import GPU_LIMITS, DecodeConfig, DecodeKey, decode_config
 from pallas_paged.ops.attention.hopper import decode_problem
 from pallas_paged.ops.attention.hopper.decode import decode
 from pallas_paged.ops.attention.hopper.decode_problem import DecodeProblem
@@ -34,7 +35,6 @@ from pallas_paged.ops.attention.hopper.prefill_tuned import prefill_key, prefill
 from pallas_paged.ops.attention.work_list import divide, make_work_list, split_queries
 from pallas_paged.quantisation import LARGEST, is_quantised
 
-_AMPERE, _HOPPER = (8, 0), (9, 0)
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_GROUP = 16
@@ -62,7 +62,7 @@ def unsupported(
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_q_heads // num_kv_heads
-    if (reason := unsupported_target([_AMPERE, _HOPPER])) is not None:
+    if (reason := unsupported_target()) is not None:
         return reason
     if deterministic:
         return "deterministic=True, and the work is divided by what else is in the step"
@@ -117,14 +117,14 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out, lse); see `api.paged_attention`.
 
-    `config` and `tuning` None look one up; sm_80 has no `tuning`.
+    `config` and `tuning` None look one up; only sm_90a has a `tuning`.
     """
     assert not deterministic, "unsupported() refuses it"
     cache = KVCache(k_cache, v_cache, k_scale, v_scale)
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_q_heads // num_kv_heads
-    is_ampere = compute_capability() == _AMPERE
+    is_ampere = kernel_family() == "ampere"
     most_tokens = ampere_problem.tokens_per_run
     if not is_ampere:
         most_tokens = functools.partial(max_decode_tokens, quantised=is_quantised(k_cache.dtype))
@@ -160,10 +160,11 @@ def paged_attention(
 
 def config_for(problem: DecodeProblem | AmpereProblem) -> DecodeConfig:
     """Returns the configuration that a kernel for `problem` takes on the target device."""
-    chosen = functools.partial(decode_config, decode_key(problem), target_device().device_kind)
+    key, kind = decode_key(problem), target_device().device_kind
+    chosen = functools.partial(decode_config, key, kind, limits=GPU_LIMITS[compute_capability()])
     if isinstance(problem, AmpereProblem):
-        return chosen(functools.partial(ampere_problem.scratch_types, problem), SM80)
-    return chosen(functools.partial(decode_problem.scratch_types, problem), SM90)
+        return chosen(functools.partial(ampere_problem.scratch_types, problem))
+    return chosen(functools.partial(decode_problem.scratch_types, problem))
 
 
 def decode_key(problem: DecodeProblem | AmpereProblem) -> DecodeKey:
@@ -193,7 +194,7 @@ def _ampere_step(
     config: DecodeConfig,
     num_ctas: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Plans and computes all sequences on sm_80."""
+    """Plans and computes all sequences in one kernel."""
     runs = split_queries(metadata, num_tokens=q.shape[0], size=problem.max_tokens)
     work = divide(
         runs,

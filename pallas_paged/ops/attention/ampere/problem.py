@@ -17,7 +17,7 @@ PIECE_KEYS = 32
 FLAT_ROW = 256
 """Bytes of a row in what is copied flat; see `AmpereProblem.is_flat`."""
 
-_SMALLEST_TILE = 64
+_SMALLEST_TILE = 32
 
 
 class AmpereProblem(AttentionProblem):

@@ -2,9 +2,10 @@
 
 Stored bytes arrive by cp.async, so that a quantised cache moves half the bytes. In registers they
 turn into numbers, and these go to a tile in shared memory, from where the tensor cores take them
-like those of any other cache. This chip converts neither int8 nor float8_e4m3fn to 16 bits at a
-useful rate, so integer operations put the bits where they belong. What comes out is exact, and what
-is stored times `unit`: float16 then needs no further operation, and the scales absorb it.
+like those of any other cache. These chips do not convert int8 to 16 bits at a useful rate, and
+float8_e4m3fn only from sm_89 on, so integer operations put the bits where they belong. What comes
+out is exact, and what is stored times `unit`: float16 then needs no further operation, and the
+scales absorb it.
 
 No code of a byte becomes NaN or infinite: what is not used is harmless as soon as its weight is 0.
 NaN in what is used has an infinite scale (`quantisation.py`).
@@ -34,11 +35,13 @@ def convert_tile(problem: AmpereProblem, stored: Any, numbers: Any) -> None:
 
     Both are in shared memory. In the layout of copies to the latter, which writes whole lines.
     """
-    for first in range(0, stored.shape[0], _PIECE_ROWS):
+    tile_rows = stored.shape[0]
+    rows = min(_PIECE_ROWS, tile_rows)
+    for first in range(0, tile_rows, rows):
         for chunk in problem.chunks:
-            piece = pl.ds(first, _PIECE_ROWS), chunk
+            piece = pl.ds(first, rows), chunk
             layout = plgpu.Layout.SMEM_GMEM_COPY(
-                (_PIECE_ROWS, chunk.size), jnp.dtype(problem.dtype), problem.number_swizzle
+                (rows, chunk.size), jnp.dtype(problem.dtype), problem.number_swizzle
             )
             x = load(stored.at[piece], layout)
             numbers[piece] = to_numbers(x, problem.dtype)
