@@ -29,7 +29,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from pallas_paged.launches import Schedule, schedule
 
 TARGETS = (
-    *("a10", "a100-40gb", "a100-80gb", "h100", "h200"),
+    *("a10", "a100-40gb", "a100-80gb", "b200", "h100", "h200"),
     *("l4", "l40s", "rtx3090", "rtx4090"),
 )
 """The GPUs whose descriptions come with the package."""

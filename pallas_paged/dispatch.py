@@ -19,11 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 KNOWN_IMPLEMENTATIONS = ("mosaic_gpu", "numba", "xla", "reference")
 """Every name that may be asked for; an operation offers some of them."""
 
-KERNEL_FAMILIES = {"ampere": ((8, 0), (8, 6), (8, 9)), "hopper": ((9, 0),)}
+KERNEL_FAMILIES = {"ampere": ((8, 0), (8, 6), (8, 9)), "hopper": ((9, 0),), "blackwell": ((10, 0),)}
 """CUDA compute capabilities by the family of Mosaic GPU kernels that serves them.
 
 Those that the tests compile for. "ampere" has copies by cp.async and products by mma.sync, "hopper"
-those of tensor memory accelerators and warpgroups."""
+those of tensor memory accelerators and warpgroups, "blackwell" products in tensor memory."""
 
 _logger = logging.getLogger(__name__)
 # The compute capability of the GPU that is simulated; None where kernels are not interpreted.
@@ -142,7 +142,7 @@ def unsupported_target(*families: str) -> str | None:
 def kernel_family() -> str:
     """Returns which of `KERNEL_FAMILIES` serves the target device, or the one simulated.
 
-    Where `unsupported_target()` refuses neither of them.
+    Where `unsupported_target()` has no reason.
     """
     capability = compute_capability()
     return next(name for name, served in KERNEL_FAMILIES.items() if capability in served)

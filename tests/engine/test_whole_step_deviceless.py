@@ -125,10 +125,12 @@ def report_small(target: str, bucket: Bucket, kv_cache_dtype: str) -> StepReport
         # The write, into float8, is XLA's.
         pytest.param("a10", DECODE, "fp8", 2, marks=pytest.mark.slow),
         pytest.param("a10", MIXED, "int8", 3, marks=pytest.mark.slow),
+        pytest.param("b200", DECODE, "auto", 3, marks=pytest.mark.slow),
+        pytest.param("b200", MIXED, "fp8", 3, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_a_step_on_older_chips(
+def test_a_step_of_one_kernel(
     in_process_for: Callable[..., StepReport],
     target: str,
     bucket: Bucket,
@@ -152,6 +154,7 @@ def test_a_step_on_older_chips(
         ("l4", "fp8", "mosaic_gpu"),
         ("l40s", "auto", "mosaic_gpu"),
         ("rtx4090", "int8", "mosaic_gpu"),
+        ("b200", "fp8", "mosaic_gpu"),
     ],
 )
 def test_what_runs_where_nobody_names_it(target: str, kv_cache_dtype: str, writes: str) -> None:

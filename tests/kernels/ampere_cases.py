@@ -1,4 +1,7 @@
-"""Named programs of the attention kernels for sm_80, sm_86 and sm_89, compiled without a GPU."""
+"""Named programs of the attention kernels that compute whole steps, compiled without a GPU.
+
+Those for sm_80, sm_86 and sm_89, and those for sm_100a.
+"""
 
 import functools
 import itertools
@@ -12,12 +15,16 @@ from pallas_paged.deviceless import target_device
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.ampere.problem import AmpereProblem, scratch_types, tokens_per_run
+from pallas_paged.ops.attention.blackwell import problem as blackwell_problem
+from pallas_paged.ops.attention.blackwell.problem import BlackwellProblem
 from pallas_paged.ops.attention.config import SM80, DecodeConfig, fits
 from pallas_paged.quantisation import LARGEST
 
 NUM_KV_HEADS = 2
 SMALL_TARGETS = ("a10", "l4")
 """Of compute capability 8.6 and of 8.9."""
+
+BLACKWELL_TARGET = "b200"
 
 FEATURES: tuple[dict[str, Any], ...] = (
     {},
@@ -62,16 +69,19 @@ class CompileCase(NamedTuple):
         )
 
     @property
-    def problem(self) -> AmpereProblem:
+    def problem(self) -> AmpereProblem | BlackwellProblem:
         """What the kernel is specialised for."""
-        return AmpereProblem(
+        is_ampere = self.target != BLACKWELL_TARGET
+        return (AmpereProblem if is_ampere else BlackwellProblem)(
             num_q_heads=NUM_KV_HEADS * self.group,
             num_kv_heads=NUM_KV_HEADS,
             head_dim=self.head_dim,
             block_size=self.block_size,
             dtype=jnp.dtype(self.dtype),
             cache_dtype=jnp.dtype(self.cache_dtype or self.dtype),
-            max_tokens=tokens_per_run(self.group, self.head_dim, self.max_query_len),
+            max_tokens=tokens_per_run(self.group, self.head_dim, self.max_query_len)
+            if is_ampere
+            else blackwell_problem.tokens_per_run(self.group, self.max_query_len),
             scale=self.head_dim**-0.5,
             sliding_window=self.sliding_window,
             logits_soft_cap=self.logits_soft_cap,
@@ -158,11 +168,23 @@ def compile_cases() -> list[CompileCase]:
         max_query_len = (1, 256)[index % 2]
         case = CompileCase(next(groups), head_dim, 16, max_query_len, **FEATURES[3])
         cases += [case._replace(config=c) for c in candidate_configs(case.problem)]
-    return cases + _quantised_cases(groups) + _cases_of_small_chips()
+    small = (case._replace(target=t) for case in every_kind_of_cache() for t in SMALL_TARGETS)
+    return [*cases, *_quantised_cases(groups), *small]
 
 
-def _cases_of_small_chips() -> list[CompileCase]:
-    """With 99 KiB of shared memory: what is chosen for every head_dim and kind of cache.
+def blackwell_cases() -> list[CompileCase]:
+    """Returns what is chosen on sm_100a for every kind of cache, and for every block size."""
+    cases = every_kind_of_cache()
+    for index, (head_dim, block_size) in enumerate(
+        itertools.product(mosaic_gpu.HEAD_DIMS, mosaic_gpu.BLOCK_SIZES)
+    ):
+        group, queries = (4, 1, 7, 16)[index % 4], (1, 256, 3)[index % 3]
+        cases.append(CompileCase(group, head_dim, block_size, queries, **FEATURES[index % 3]))
+    return [case._replace(target=BLACKWELL_TARGET) for case in cases]
+
+
+def every_kind_of_cache() -> list[CompileCase]:
+    """Returns cases of every head_dim and kind of cache, whatever the target.
 
     With all options, which take the most registers. What else differs goes round.
     """
@@ -175,7 +197,7 @@ def _cases_of_small_chips() -> list[CompileCase]:
         case = CompileCase(
             next(groups), head_dim, block_size, max_query_len, dtype, cache_dtype, **FEATURES[3]
         )
-        cases += [case._replace(target=target) for target in SMALL_TARGETS]
+        cases.append(case)
     return cases
 
 

@@ -1,6 +1,6 @@
-"""The attention kernels' machine code for sm_80, sm_86 and sm_89: what it takes and launches.
+"""The attention kernels' machine code where one computes a whole step: what it takes and launches.
 
-No spills, no warnings; how it waits for copies.
+For sm_80, sm_86, sm_89 and sm_100a. No spills, no warnings; how it waits for copies.
 """
 
 import collections
@@ -36,6 +36,20 @@ def resources(case: CompileCase) -> tuple[KernelResources, ...]:
 def ptx(case: CompileCase) -> str:
     """Returns the kernels of `case`."""
     return kernel_ptx(case.target, case.function, *case.arguments())
+
+
+def test_sm100_computes_in_tensor_memory_without_spills(in_process_for):
+    case = CompileCase(4, 128, 16, 256, **ALL, target="b200")
+    kernels = in_process_for(case.target, resources, case)
+    assert [kernel.name for kernel in kernels] == [
+        "paged_attention_sm100_mosaic_gpu_kernel",
+        "paged_attention_sm100_merge_mosaic_gpu_kernel",
+    ]
+    assert all(kernel.spill_bytes == 0 and kernel.warnings == () for kernel in kernels)
+    program = in_process_for(case.target, ptx, case._replace(group=7))
+    # 8 products of 16 numbers of head_dim, and 4 of 16 keys.
+    assert program.count("tcgen05.mma.cta_group::1") == 8 + 4
+    assert "mma.sync" not in program
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.target}-{case.name}")

@@ -61,7 +61,9 @@ def test_if_none_can_all_reasons_are_given():
 
 def test_the_target_is_the_default_device():
     reason = unsupported_target()
-    assert reason == "it needs an NVIDIA GPU of compute capability 8.0, 8.6, 8.9 or 9.0, not cpu"
+    assert (
+        reason == "it needs an NVIDIA GPU of compute capability 8.0, 8.6, 8.9, 9.0 or 10.0, not cpu"
+    )
     with jax.default_device("cpu"):
         assert unsupported_target("hopper") is not None
     with jax.default_device(target_device("h200")):
@@ -76,17 +78,16 @@ def test_the_target_is_the_default_device():
 def test_every_target_has_a_family_of_kernels(target):
     with jax.default_device(target_device(target)):
         assert unsupported_target() is None
-        assert kernel_family() == ("hopper" if target in ("h100", "h200") else "ampere")
+        families = {"h100": "hopper", "h200": "hopper", "b200": "blackwell"}
+        assert kernel_family() == families.get(target, "ampere")
 
 
-@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 7), (10, 0), (12, 0)])
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 7), (10, 3), (12, 0)])
 def test_other_chips_are_refused(capability):
     with interpret_kernels(compute_capability=capability):
         reason = unsupported_target()
-    has = f"has {capability[0]}.{capability[1]}"
-    assert (
-        reason == f"it needs compute capability 8.0, 8.6, 8.9 or 9.0, and what is interpreted {has}"
-    )
+    has = f"what is interpreted has {capability[0]}.{capability[1]}"
+    assert reason == f"it needs compute capability 8.0, 8.6, 8.9, 9.0 or 10.0, and {has}"
 
 
 def test_interpreted_kernels_run_anywhere():

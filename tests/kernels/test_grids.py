@@ -36,6 +36,8 @@ FILES = {
     "paged_prefill": "attention/hopper/prefill.py",
     "paged_attention_sm80": "attention/ampere/attend.py",
     "paged_attention_sm80_merge": "attention/ampere/attend.py",
+    "paged_attention_sm100": "attention/blackwell/attend.py",
+    "paged_attention_sm100_merge": "attention/blackwell/attend.py",
 }
 
 
@@ -126,6 +128,8 @@ def test_many_sequences_are_decoded(grids, target):
     assert attend(target, MANY, MANY, 1) == ("mosaic_gpu", None)
     if target in ("h100", "h200"):
         check(grids, "paged_decode", "paged_decode_merge")
+    elif target == "b200":
+        check(grids, "paged_attention_sm100", "paged_attention_sm100_merge")
     else:
         check(grids, "paged_attention_sm80", "paged_attention_sm80_merge")
     num_sms = target_device(target).core_count

@@ -192,6 +192,7 @@ def check_one_launch_in_place_without_spills(target, sizes):
         ("a100-40gb", (2, 16, 96, "int8")),
         ("a10", (8, 16, 128, "bfloat16")),
         ("l4", (8, 16, 128, "float8_e4m3fn")),
+        ("b200", (8, 16, 128, "float8_e4m3fn")),
     ],
     ids=str,
 )
@@ -250,7 +251,9 @@ def test_what_the_kernels_refuse():
         copy_blocks(
             cache, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), implementation="mosaic_gpu"
         )
-    with pytest.raises(NotImplementedError, match=r"needs an NVIDIA GPU of .* 8.9 or 9.0, not cpu"):
+    with pytest.raises(
+        NotImplementedError, match=r"needs an NVIDIA GPU of .* 9.0 or 10.0, not cpu"
+    ):
         gather_blocks(
             KVCache.zeros(4, 1, 8, 32, jnp.float32),
             jnp.zeros(1, jnp.int32),

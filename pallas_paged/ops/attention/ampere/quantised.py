@@ -24,13 +24,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_paged.ops.attention.ampere.problem import AmpereProblem
+from pallas_paged.ops.attention.problem import StepProblem
 from pallas_paged.ops.mosaic_gpu import load
 
 _PIECE_ROWS = 64
 
 
-def convert_tile(problem: AmpereProblem, stored: Any, numbers: Any) -> None:
+def convert_tile(problem: StepProblem, stored: Any, numbers: Any) -> None:
     """Writes the numbers of a tile `stored` [T, D], times `problem.unit`, to `numbers` [T, D].
 
     Both are in shared memory. In the layout of copies to the latter, which writes whole lines.
@@ -69,7 +69,7 @@ def to_numbers(stored: jax.Array, dtype: Any) -> jax.Array:
     return lax.bitcast_convert_type(moved, jnp.bfloat16) * jnp.bfloat16(2.0**120)
 
 
-def load_scales(problem: AmpereProblem, scales: Any, first: Any) -> jax.Array:
+def load_scales(problem: StepProblem, scales: Any, first: Any) -> jax.Array:
     """Returns the scales of a piece's keys, one for each column of a product.
 
     Args:
@@ -81,7 +81,7 @@ def load_scales(problem: AmpereProblem, scales: Any, first: Any) -> jax.Array:
 
 
 def value_factors(
-    problem: AmpereProblem, scales: jax.Array, first: Any, valid: tuple[jax.Array, jax.Array]
+    problem: StepProblem, scales: jax.Array, first: Any, valid: tuple[jax.Array, jax.Array]
 ) -> jax.Array:
     """Returns what to multiply the weights of a piece's values by, one number for each column.
 
