@@ -100,6 +100,7 @@ kernels-mutate: $(VENV)/.test
 	@$(PY) -m tests.kernels.mutate_decode
 	@$(PY) -m tests.kernels.mutate_prefill
 	@$(PY) -m tests.kernels.mutate_ampere
+	@$(PY) -m tests.kernels.mutate_blackwell
 	@$(PY) -m tests.kernels.mutate_cache
 	@$(PY) -m tests.kernels.mutate_cpu
 

@@ -8,7 +8,7 @@ toolkit, whichever plugin compiles: without versions XLA records no custom call 
 and its dumps show other launches than those of a machine with a recent driver.
 
 JAX assembles all Mosaic GPU kernels of a process for the architecture of the first one: a process
-that looks at their machine code should compile for A100s only, or for H100s and H200s only.
+that looks at their machine code should compile for one compute capability only.
 """
 
 import contextlib
@@ -28,7 +28,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from pallas_paged.launches import Schedule, schedule
 
-TARGETS = ("a100-40gb", "a100-80gb", "h100", "h200", "l4")
+TARGETS = (
+    *("a10", "a100-40gb", "a100-80gb", "b200", "h100", "h200"),
+    *("l4", "l40s", "rtx3090", "rtx4090"),
+)
 """The GPUs whose descriptions come with the package."""
 
 

@@ -10,7 +10,7 @@ import contextvars
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 KNOWN_IMPLEMENTATIONS = ("mosaic_gpu", "numba", "xla", "reference")
 """Every name that may be asked for; an operation offers some of them."""
+
+KERNEL_FAMILIES = {"ampere": ((8, 0), (8, 6), (8, 9)), "hopper": ((9, 0),), "blackwell": ((10, 0),)}
+"""CUDA compute capabilities by the family of Mosaic GPU kernels that serves them.
+
+Those that the tests compile for. "ampere" has copies by cp.async and products by mma.sync, "hopper"
+those of tensor memory accelerators and warpgroups, "blackwell" products in tensor memory."""
 
 _logger = logging.getLogger(__name__)
 # The compute capability of the GPU that is simulated; None where kernels are not interpreted.
@@ -112,14 +118,16 @@ def is_interpreting() -> bool:
     return _interpreting.get() is not None
 
 
-def unsupported_target(capabilities: Collection[tuple[int, int]]) -> str | None:
+def unsupported_target(*families: str) -> str | None:
     """Returns why Mosaic GPU kernels cannot run on the target device, or None where they can.
 
     Args:
-      capabilities: the CUDA compute capabilities that they are written for.
+      *families: those of `KERNEL_FAMILIES` that there are; none stands for all.
     """
     device = target_device()
-    wanted = " or ".join(f"{major}.{minor}" for major, minor in sorted(capabilities))
+    capabilities = sorted(c for name in families or KERNEL_FAMILIES for c in KERNEL_FAMILIES[name])
+    *others, last = (f"{major}.{minor}" for major, minor in capabilities)
+    wanted = f"{', '.join(others)} or {last}" if others else last
     if not is_interpreting() and device.platform != "gpu":
         return f"it needs an NVIDIA GPU of compute capability {wanted}, not {device.device_kind}"
     capability = compute_capability()
@@ -129,6 +137,15 @@ def unsupported_target(capabilities: Collection[tuple[int, int]]) -> str | None:
             f"it needs compute capability {wanted}, and {kind} has {capability[0]}.{capability[1]}"
         )
     return None
+
+
+def kernel_family() -> str:
+    """Returns which of `KERNEL_FAMILIES` serves the target device, or the one simulated.
+
+    Where `unsupported_target()` has no reason.
+    """
+    capability = compute_capability()
+    return next(name for name, served in KERNEL_FAMILIES.items() if capability in served)
 
 
 def compute_capability() -> tuple[int, int]:
@@ -151,7 +168,8 @@ def interpret_kernels(
 
     Args:
       detect_races: also look for races between threads, which JAX reports on standard output.
-      compute_capability: of that GPU. JAX interprets neither products nor copies as 8.0 has them.
+      compute_capability: of that GPU. JAX interprets neither products nor copies as those before
+        9.0 have them.
     """
     token = _interpreting.set(compute_capability)
     try:

@@ -57,6 +57,8 @@ def moves(compiled_text: str, arrays: Iterable[jax.Array | jax.ShapeDtypeStruct]
         for each in bodies[name].values():
             if each.operation == "fusion":
                 made = _made_by(bodies[_FUSED.findall(each.rest)[-1]])
+            elif each.operation == "bitcast":
+                made = []  # whatever it is of
             else:
                 made = _anew(each, bodies[name])
             if any(size in num_elements for size in made):

@@ -2,6 +2,7 @@
 
 import atexit
 import concurrent.futures
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -82,11 +83,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def in_sm80_process():
-    """Calls a function in a process that compiles kernels for sm_80 alone; see `deviceless`.
+def in_process_for():
+    """Calls a function in a process that compiles kernels for one target alone; see `deviceless`.
 
-    The function and its arguments must be picklable.
+    The target, by name, comes first. The function and its arguments must be picklable.
     """
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        yield lambda function, *args: pool.submit(function, *args).result()
+    pools = {}
+    with contextlib.ExitStack() as stack:
+
+        def call(target, function, *args):
+            if target not in pools:
+                pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn)
+                pools[target] = stack.enter_context(pool)
+            return pools[target].submit(function, *args).result()
+
+        yield call

@@ -11,6 +11,7 @@ from tests.engine import (
 )
 from tests.kernels import (
     mutate_ampere,
+    mutate_blackwell,
     mutate_cache,
     mutate_cpu,
     mutate_decode,
@@ -27,6 +28,7 @@ PROGRAMS = (
     mutate_decode,
     mutate_prefill,
     mutate_ampere,
+    mutate_blackwell,
     mutate_cache,
     mutate_cpu,
 )

@@ -44,8 +44,8 @@ _PAGES = {
 }
 """What of ncu's report is kept as text, by the end of the file's name."""
 KERNELS = {
-    "decode": "regex:^paged_(decode|attention_sm80)_mosaic_gpu",
-    "prefill": "regex:^paged_(prefill|attention_sm80)_mosaic_gpu",
+    "decode": "regex:^paged_(decode|attention_sm80|attention_sm100)_mosaic_gpu",
+    "prefill": "regex:^paged_(prefill|attention_sm80|attention_sm100)_mosaic_gpu",
 }
 """The kernel of a job that is profiled, as ncu takes it."""
 

@@ -2,7 +2,7 @@
 
 None of them computes more than a rounding, so each is bound by memory: data goes through registers
 in contiguous vectors of up to 16 bytes per thread, many small thread blocks hide the latency, and
-nothing is staged in shared memory. The same code compiles for compute capability 8.0 and 9.0.
+nothing is staged in shared memory. The same code compiles for every family of kernels.
 
 `load` and `store` are the attention kernels' too.
 """
@@ -10,14 +10,12 @@ nothing is staged in shared memory. The same code compiles for compute capabilit
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_paged.dispatch import unsupported_target
+from pallas_paged.dispatch import compute_capability, unsupported_target
 from pallas_paged.kv_cache import KVCache
-
-CAPABILITIES = ((8, 0), (9, 0))
-"""Compute capabilities that the kernels are compiled for in the tests."""
 
 Ref = Any
 """A reference to an array inside a kernel, or to a part of one."""
@@ -61,7 +59,19 @@ def unsupported_cache(kv_cache: KVCache) -> str | None:
     numbers = kv_cache.k.size // kv_cache.k.shape[0]
     if numbers % _THREADS:
         return f"a block holds {numbers} numbers per array, not a multiple of {_THREADS}"
-    return unsupported_target(CAPABILITIES)
+    return unsupported_target()
+
+
+def unsupported_cast(dtype: Any) -> str | None:
+    """Returns why kernels cannot round to `dtype` on the target device, or None if they can.
+
+    Of a device for which `unsupported_target` has no reason.
+    """
+    capability = compute_capability()
+    if dtype != jnp.float8_e4m3fn or capability >= (8, 9):
+        return None
+    major, minor = capability
+    return f"compute capability {major}.{minor} has no instruction that rounds to {dtype}"
 
 
 def flat(kv_cache: KVCache) -> list[jax.Array]:

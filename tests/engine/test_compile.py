@@ -76,16 +76,15 @@ def test_a_plan_for_an_h100(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "device", "attention", "kernel", "limits"),
+    ("target", "device", "kernel", "limits"),
     [
-        ("h100", "NVIDIA H100 80GB HBM3", "mosaic_gpu", b"paged_decode", SMALL),
-        ("l4", "NVIDIA L4", "xla", b"", SMALLEST),
+        ("h100", "NVIDIA H100 80GB HBM3", b"paged_decode", SMALL),
+        ("l4", "NVIDIA L4", b"paged_attention_sm80", SMALLEST),
     ],
 )
 def test_a_bundle_for_a_gpu(
     target: str,
     device: str,
-    attention: str,
     kernel: bytes,
     limits: list[str],
     tmp_path: pathlib.Path,
@@ -100,9 +99,8 @@ def test_a_bundle_for_a_gpu(
         COMPILE, "--model=models/demo", f"--target={target}", f"--output={output}", *limits
     )
     assert done.returncode == 0, done.stderr
-    assert f"attention: {attention}, writes: {attention}, on {device}" in done.stdout
-    refusal = "not 'mosaic_gpu': it needs compute capability 8.0 or 9.0, and NVIDIA L4 has 8.9"
-    assert (refusal in done.stderr) == (attention == "xla")
+    assert f"attention: mosaic_gpu, writes: mosaic_gpu, on {device}" in done.stdout
+    assert f"runs as 'mosaic_gpu' on {device} by automatic choice" in done.stderr
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["fingerprint"]["device"] == device
     for entry in manifest["programs"]:
@@ -112,7 +110,7 @@ def test_a_bundle_for_a_gpu(
     with caplog.at_level(logging.WARNING):
         LLM(DEMO_MODEL, bundle=output, compilation_cache_dir=None)
     assert f"device: {device} in the bundle, cpu in this engine" in caplog.text
-    assert f"implementation: {attention} in the bundle, numba in this engine" in caplog.text
+    assert "implementation: mosaic_gpu in the bundle, numba in this engine" in caplog.text
 
 
 def plan(folder: pathlib.Path, target: str, *flags: str) -> dict:

@@ -16,9 +16,10 @@ from pallas_paged.deviceless import (
     target_memory_bytes,
     without_compilation_cache,
 )
-from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.grammar import NUM_MASKS
+from pallas_paged.engine.device.implementations import choose_attention, choose_writes
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.device.step_report import SHAPES, StepReport, compile_step
 from pallas_paged.models import abstract_model
@@ -146,14 +147,60 @@ def test_no_program_for_a_gpu_waits_for_the_host(num_drafts: int) -> None:
     assert all('"known_trip_count":{"n":"4"' in line for line in loops), loops
 
 
-@pytest.mark.slow
-def test_a_mixed_step_on_an_a100(in_sm80_process: Callable[..., StepReport]) -> None:
+def report_small(target: str, bucket: Bucket, kv_cache_dtype: str) -> StepReport:
+    """Of one layer."""
+    options = {"vocab_size": 1152, "kv_cache_dtype": kv_cache_dtype}
+    return report("llama-8b", 1, bucket, target, **options)
+
+
+@pytest.mark.parametrize(
+    ("target", "bucket", "kv_cache_dtype", "num_kernels"),
+    [
+        pytest.param("a100-40gb", MIXED, "auto", 3, marks=pytest.mark.slow),
+        ("l4", DECODE, "fp8", 3),
+        pytest.param("l4", MIXED, "auto", 3, marks=pytest.mark.slow),
+        # The write, into float8, is XLA's.
+        pytest.param("a10", DECODE, "fp8", 2, marks=pytest.mark.slow),
+        pytest.param("a10", MIXED, "int8", 3, marks=pytest.mark.slow),
+        pytest.param("b200", DECODE, "auto", 3, marks=pytest.mark.slow),
+        pytest.param("b200", MIXED, "fp8", 3, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_step_of_one_kernel(
+    in_process_for: Callable[..., StepReport],
+    target: str,
+    bucket: Bucket,
+    kv_cache_dtype: str,
+    num_kernels: int,
+) -> None:
     """In its layer the write, the attention of all sequences in one launch, and its merge."""
-    step = in_sm80_process(report, "llama-8b", 1, MIXED, "a100-40gb")
+    step = in_process_for(target, report_small, target, bucket, kv_cache_dtype)
     check_in_place(step)
     check_one_command_buffer(step)
-    assert step.temporary_bytes < 150 << 20 < step.cache_bytes
-    assert len(step.launches.kernels) == 3, step.launches.kernels
+    assert step.temporary_bytes < 100 << 20 < step.cache_bytes
+    assert len(step.launches.kernels) == num_kernels, step.launches.kernels
+
+
+@pytest.mark.parametrize(
+    ("target", "kv_cache_dtype", "writes"),
+    [
+        ("a10", "auto", "mosaic_gpu"),
+        ("rtx3090", "fp8", "xla"),
+        ("rtx3090", "int8", "mosaic_gpu"),
+        ("l4", "fp8", "mosaic_gpu"),
+        ("l40s", "auto", "mosaic_gpu"),
+        ("rtx4090", "int8", "mosaic_gpu"),
+        ("b200", "fp8", "mosaic_gpu"),
+    ],
+)
+def test_what_runs_where_nobody_names_it(target: str, kv_cache_dtype: str, writes: str) -> None:
+    shape, dtype = SHAPES["llama-8b"], jnp.dtype("bfloat16")
+    config = EngineConfig("llama-8b", kv_cache_dtype=kv_cache_dtype)
+    specs = shape.cache_specs(config.block_size, resolve_kv_cache_dtype(config, dtype))
+    with jax.default_device(target_device(target)):
+        assert choose_attention(config, shape, dtype, specs) == "mosaic_gpu"
+        assert choose_writes(config, dtype, specs) == writes
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""Named programs of the sm_80 attention kernels, to compile without a GPU."""
+"""Named programs of the attention kernels that compute whole steps, compiled without a GPU.
+
+Those for sm_80, sm_86 and sm_89, and those for sm_100a.
+"""
 
 import functools
 import itertools
@@ -8,13 +11,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_paged.deviceless import target_device
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.ampere.problem import AmpereProblem, scratch_types, tokens_per_run
-from pallas_paged.ops.attention.config import SM80, DecodeConfig, fits, heuristic
+from pallas_paged.ops.attention.blackwell import problem as blackwell_problem
+from pallas_paged.ops.attention.blackwell.problem import BlackwellProblem
+from pallas_paged.ops.attention.config import SM80, DecodeConfig, fits
 from pallas_paged.quantisation import LARGEST
 
 NUM_KV_HEADS = 2
+SMALL_TARGETS = ("a10", "l4")
+"""Of compute capability 8.6 and of 8.9."""
+
+BLACKWELL_TARGET = "b200"
+
 FEATURES: tuple[dict[str, Any], ...] = (
     {},
     {"sliding_window": 300, "sinks": True},
@@ -26,7 +37,7 @@ FEATURES: tuple[dict[str, Any], ...] = (
 class CompileCase(NamedTuple):
     """A program: `max_query_len` 1 is a decode step, few speculation, many a mixed step.
 
-    Without a `config`, it has the one that is chosen for an A100.
+    Without a `config`, it has the one that is chosen for `target`.
     """
 
     group: int
@@ -40,10 +51,11 @@ class CompileCase(NamedTuple):
     alibi: bool = False
     sinks: bool = False
     config: DecodeConfig | None = None
+    target: str = "a100-40gb"
 
     @property
     def name(self) -> str:
-        """What tables call it; every field that can differ between cases is in it."""
+        """What tables call it; every field that can differ between cases of a target is in it."""
         options = ("sliding_window", "logits_soft_cap", "alibi", "sinks")
         chosen = self.config
         return "-".join(
@@ -57,16 +69,19 @@ class CompileCase(NamedTuple):
         )
 
     @property
-    def problem(self) -> AmpereProblem:
+    def problem(self) -> AmpereProblem | BlackwellProblem:
         """What the kernel is specialised for."""
-        return AmpereProblem(
+        is_ampere = self.target != BLACKWELL_TARGET
+        return (AmpereProblem if is_ampere else BlackwellProblem)(
             num_q_heads=NUM_KV_HEADS * self.group,
             num_kv_heads=NUM_KV_HEADS,
             head_dim=self.head_dim,
             block_size=self.block_size,
             dtype=jnp.dtype(self.dtype),
             cache_dtype=jnp.dtype(self.cache_dtype or self.dtype),
-            max_tokens=tokens_per_run(self.group, self.head_dim, self.max_query_len),
+            max_tokens=tokens_per_run(self.group, self.head_dim, self.max_query_len)
+            if is_ampere
+            else blackwell_problem.tokens_per_run(self.group, self.max_query_len),
             scale=self.head_dim**-0.5,
             sliding_window=self.sliding_window,
             logits_soft_cap=self.logits_soft_cap,
@@ -76,10 +91,9 @@ class CompileCase(NamedTuple):
 
     @property
     def chosen_config(self) -> DecodeConfig:
-        """The configuration given, or what the rule says for an A100."""
-        problem = self.problem
-        scratch = functools.partial(scratch_types, problem)
-        return self.config or heuristic(mosaic_gpu.decode_key(problem), scratch, SM80)
+        """The configuration given, or the one that is chosen."""
+        with jax.default_device(target_device(self.target)):
+            return self.config or mosaic_gpu.config_for(self.problem)
 
     def function(self, *arrays: Any) -> tuple[jax.Array, jax.Array]:
         """The kernels and their planning, of arrays like `arguments`."""
@@ -123,7 +137,7 @@ class CompileCase(NamedTuple):
 
 
 def candidate_configs(problem: AmpereProblem) -> list[DecodeConfig]:
-    """Returns the configurations that fit the chip: tiles and stages.
+    """Returns the configurations that fit an A100: tiles and stages.
 
     With more logits in registers than this, some spill; scales take some too.
     """
@@ -154,7 +168,37 @@ def compile_cases() -> list[CompileCase]:
         max_query_len = (1, 256)[index % 2]
         case = CompileCase(next(groups), head_dim, 16, max_query_len, **FEATURES[3])
         cases += [case._replace(config=c) for c in candidate_configs(case.problem)]
-    return cases + _quantised_cases(groups)
+    small = (case._replace(target=t) for case in every_kind_of_cache() for t in SMALL_TARGETS)
+    return [*cases, *_quantised_cases(groups), *small]
+
+
+def blackwell_cases() -> list[CompileCase]:
+    """Returns what is chosen on sm_100a for every kind of cache, and for every block size."""
+    cases = every_kind_of_cache()
+    for index, (head_dim, block_size) in enumerate(
+        itertools.product(mosaic_gpu.HEAD_DIMS, mosaic_gpu.BLOCK_SIZES)
+    ):
+        group, queries = (4, 1, 7, 16)[index % 4], (1, 256, 3)[index % 3]
+        cases.append(CompileCase(group, head_dim, block_size, queries, **FEATURES[index % 3]))
+    return [case._replace(target=BLACKWELL_TARGET) for case in cases]
+
+
+def every_kind_of_cache() -> list[CompileCase]:
+    """Returns cases of every head_dim and kind of cache, whatever the target.
+
+    With all options, which take the most registers. What else differs goes round.
+    """
+    groups = itertools.cycle((4, 1, 7, 8, 3, 16, 5))
+    kinds = itertools.product(mosaic_gpu.HEAD_DIMS, (None, *map(str, LARGEST)), (1, 256))
+    cases = []
+    for index, (head_dim, cache_dtype, max_query_len) in enumerate(kinds):
+        block_size = mosaic_gpu.BLOCK_SIZES[(index // 2 + index // 8) % 4]
+        dtype = mosaic_gpu.DTYPES[(index // 2 + index // 4) % 2]
+        case = CompileCase(
+            next(groups), head_dim, block_size, max_query_len, dtype, cache_dtype, **FEATURES[3]
+        )
+        cases.append(case)
+    return cases
 
 
 def _quantised_cases(groups: Iterator[int]) -> list[CompileCase]:

@@ -1,6 +1,6 @@
-"""Whether an sm_90a kernel fences what it writes to shared memory: a walk along its operations.
+"""Whether a kernel for sm_90a or sm_100a fences what it writes to shared memory: a walk along it.
 
-Threads write shared memory through another proxy than the tensor cores (wgmma) and TMA read it
+Threads write shared memory through another proxy than the tensor cores and TMA read it
 through, and read it only once the copies out of it have read theirs. What orders them:
 
 - `commit_smem` between a thread's write and a product, or a copy, of that memory, and before
@@ -44,14 +44,17 @@ class _State(NamedTuple):
         return _State(*(mine | its for mine, its in zip(self, other, strict=True)))
 
 
-def missing_fences(function: Callable[..., Any], *args: Any) -> dict[str, set[str]]:
+def missing_fences(
+    function: Callable[..., Any], *args: Any, target: str = "h100"
+) -> dict[str, set[str]]:
     """Returns what is missing in each Mosaic GPU kernel in `function`, by the kernel's name.
 
     Args:
-      function: of arrays; it is traced for an H100, and nothing is compiled.
+      function: of arrays; it is traced for the target, and nothing is compiled.
       *args: its arguments, or `jax.ShapeDtypeStruct`s in their place.
+      target: as in `pallas_paged.deviceless`.
     """
-    with jax.default_device(target_device("h100")):
+    with jax.default_device(target_device(target)):
         program = jax.make_jaxpr(function)(*args)
     found = {}
     for name, body in _kernels(program.jaxpr):
@@ -203,6 +206,7 @@ _STEPS = {
     "wgmma_accumulator_deref": _Walk.wait_for_products,
     "wgmma_accumulator_deref_p": _Walk.wait_for_products,  # its name until jax 0.12
     "wgmma_wait": _Walk.wait_for_products,
+    "tcgen05_mma": _Walk.multiply,
     "copy_smem_to_gmem": _Walk.copy_out,
     "copy_gmem_to_smem": _Walk.copy_in,
 }

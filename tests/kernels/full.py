@@ -14,6 +14,7 @@ any. What the tables hold is checked by `test_full_table.py`.
 import concurrent.futures
 import csv
 import functools
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -124,8 +125,15 @@ def _prefill() -> list[Program]:
 
 def _ampere() -> list[Program]:
     return [
-        _compile(case.name, "a100-40gb", case.function, *case.arguments())
+        _compile(case.name, case.target, case.function, *case.arguments())
         for case in ampere_cases.compile_cases()
+    ]
+
+
+def _blackwell() -> list[Program]:
+    return [
+        _compile(case.name, case.target, case.function, *case.arguments())
+        for case in ampere_cases.blackwell_cases()
     ]
 
 
@@ -134,22 +142,15 @@ def _cache_operations() -> list[Program]:
     programs = []
     sizes = ((8, 16, 128), (5, 16, 64), (2, 32, 96), (40, 16, 128), (1, 128, 192), (8, 64, 256))
     dtypes = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")
-    for target in ("h100", "a100-80gb"):
-        for size in sizes:
-            for dtype in dtypes:
-                if (target, dtype) == ("a100-80gb", "float8_e4m3fn"):
-                    continue  # this chip does not convert to it
-                cache = *size, dtype
-                programs += [
-                    _compile(
-                        f"{name}-heads{size[0]}-block{size[1]}-dim{size[2]}-{dtype}",
-                        target,
-                        operation,
-                        shapes(50, *cache),
-                        *arguments,
-                    )
-                    for name, (operation, arguments) in operations(cache).items()
-                ]
+    targets = ("h100", "a100-80gb", "a10", "l4", "b200")
+    for target, size, dtype in itertools.product(targets, sizes, dtypes):
+        cache = *size, dtype
+        name = f"heads{size[0]}-block{size[1]}-dim{size[2]}-{dtype}"
+        programs += [
+            _compile(f"{kind}-{name}", target, operation, shapes(50, *cache), *arguments)
+            for kind, (operation, arguments) in operations(cache).items()
+            if (kind, dtype) != ("write_kv", "float8_e4m3fn") or target not in ("a100-80gb", "a10")
+        ]
     return programs
 
 
@@ -171,6 +172,7 @@ _KERNELS = {
     "decode": (f"{_ATTENTION}.hopper.decode",),
     "prefill": (f"{_ATTENTION}.hopper.prefill",),
     "ampere": (f"{_ATTENTION}.ampere.attend",),
+    "blackwell": (f"{_ATTENTION}.blackwell.attend",),
 }
 _CHECKS = (
     f"{_ATTENTION}.mosaic_gpu",
@@ -182,6 +184,7 @@ FAMILIES = {
     "decode": Family("compiled", _KERNELS["decode"], _decode),
     "prefill": Family("compiled", _KERNELS["prefill"], _prefill),
     "ampere": Family("compiled", _KERNELS["ampere"], _ampere),
+    "blackwell": Family("compiled", _KERNELS["blackwell"], _blackwell),
     "cache": Family(
         "compiled",
         tuple(f"{_OPS}.{op}.mosaic_gpu" for op in ("kv_write", "block_copy", "block_transfer")),
@@ -204,6 +207,12 @@ FAMILIES = {
         _KERNELS["ampere"],
         functools.partial(_interpreted, "ampere"),
         (*_CHECKS, "tests.kernels.interpret_sm80"),
+    ),
+    "interpreted-blackwell": Family(
+        "interpreted",
+        _KERNELS["blackwell"],
+        functools.partial(_interpreted, "blackwell"),
+        _CHECKS,
     ),
 }
 

@@ -85,8 +85,13 @@ def _accesses(memory: Any, keys: list[Any], places: list[Any]) -> list[tuple[Any
 
 
 @contextlib.contextmanager
-def interpret_sm80(landing: Literal["early", "late"]) -> Iterator[None]:
-    """Interprets kernels as on sm_80; fails if their threads race or a copy is never waited for."""
+def interpret_sm80(
+    landing: Literal["early", "late"], compute_capability: tuple[int, int] = (8, 0)
+) -> Iterator[None]:
+    """Interprets kernels as on sm_80; fails if their threads race or a copy is never waited for.
+
+    Kernels and configurations are those that are chosen for the compute capability.
+    """
     copies = _Copies(landing)
 
     def name_of(mesh_location):
@@ -137,7 +142,7 @@ def interpret_sm80(landing: Literal["early", "late"]) -> Iterator[None]:
             mock.patch.multiple(JaxprInterpreter, **methods),
             # The interpreter knows the wait for copies out of shared memory, which sm_80 lacks.
             mock.patch.object(primitives, "wait_smem_to_gmem_p", primitives.wait_gmem_to_smem_p),
-            interpret_kernels(detect_races=True, compute_capability=(8, 0)),
+            interpret_kernels(detect_races=True, compute_capability=compute_capability),
         ):
             yield
         assert not interpret_pallas_call.get_races().races_found

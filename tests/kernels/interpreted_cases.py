@@ -61,9 +61,17 @@ FACTORS: dict[str, dict[str, tuple[Any, ...]]] = {
     "ampere": {
         **_SHAPES,
         **_SHARES,
+        "tile": (32, 64, 128),
         "cache": _CACHES,
         "queries": (1, 3, "chunk", "mixed"),
         "landing": ("early", "late"),
+    },
+    "blackwell": {
+        **_SHAPES,
+        **_SHARES,
+        "cache": _CACHES,
+        "queries": (1, 3, "chunk", "mixed"),
+        "tile": (64,),
     },
 }
 """The values that meet pairwise, by kernel."""
@@ -182,7 +190,7 @@ def check(case: Case) -> float:
 def _interpreted(case: Case) -> contextlib.AbstractContextManager[None]:
     if case.kernel == "ampere":
         return interpret_sm80(case.values["landing"])
-    return interpreted()
+    return interpreted((10, 0) if case.kernel == "blackwell" else (9, 0))
 
 
 def _relative_error(actual: jax.Array, expected: jax.Array, atol: float, rtol: float) -> float:

@@ -44,10 +44,10 @@ def build_poisoned(spec):
 
 
 @contextlib.contextmanager
-def interpreted():
+def interpreted(compute_capability=(9, 0)):
     """Interprets kernels; fails if their threads race, and leaves nothing behind if they fail."""
     try:
-        with interpret_kernels(detect_races=True):
+        with interpret_kernels(detect_races=True, compute_capability=compute_capability):
             yield
         assert not interpret_pallas_call.get_races().races_found
     finally:

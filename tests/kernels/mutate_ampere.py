@@ -1,4 +1,4 @@
-"""Breaks the sm_80 attention kernels on purpose, one way at a time; see `tests.mutations`.
+"""Breaks the attention kernels for sm_80, sm_86 and sm_89 on purpose; see `tests.mutations`.
 
 python -m tests.kernels.mutate_ampere            # all of them, about half a minute each
 python -m tests.kernels.mutate_ampere zeros ...  # some, by name
@@ -14,11 +14,16 @@ _QUANTISED = "pallas_paged/ops/attention/ampere/quantised.py"
 _WORK_LIST = "pallas_paged/ops/attention/work_list.py"
 _SOFTMAX = "pallas_paged/ops/attention/online_softmax.py"
 _PACKING = "pallas_paged/ops/attention/packing.py"
+_CONFIG = "pallas_paged/ops/attention/config.py"
 _TESTS = "tests/kernels/test_mosaic_ampere.py"
 
 
 def _mutation(old: str, new: str, test: str, file: str = _KERNEL) -> Mutation:
     return Mutation(file, old, new, f"{_TESTS}::test_equals_the_reference[{test}]")
+
+
+def _mutated_choice(old: str, new: str, test: str, file: str = _CONFIG) -> Mutation:
+    return Mutation(file, old, new, f"tests/kernels/test_{test}")
 
 
 MUTATIONS = {
@@ -176,6 +181,30 @@ MUTATIONS = {
     ),
     "a wait for half of the flat copies": _mutation(
         "wait(step, copies_of_tile)", "wait(step, copies_of_tile + num_copies)", "flat-late"
+    ),
+    "rows behind half a tile zeroed": _mutation(
+        "size = min(_ZEROED_ROWS, tile.shape[0])",
+        "size = _ZEROED_ROWS",
+        "small-late",
+        "pallas_paged/ops/attention/smem.py",
+    ),
+    "another family's kernels": _mutation(
+        'kernel_family() == "ampere"',
+        "compute_capability() == (8, 0)",
+        "small-late",
+        "pallas_paged/ops/attention/mosaic_gpu.py",
+    ),
+    "an A100's shared memory for all": _mutated_choice(
+        "(8, 9): SM86", "(8, 9): SM80", "decode_config.py"
+    ),
+    "a tile that the chip is not asked for": _mutated_choice(
+        "is_room and config.tile >= limits.smallest_tile", "is_room", "decode_config.py"
+    ),
+    "whole tiles alone": _mutated_choice(
+        "product((64, 32), ", "product((64,), ", "decode_config.py"
+    ),
+    "a chip without a family": _mutated_choice(
+        "(8, 6), (8, 9)),", "(8, 9)),", "dispatch.py", "pallas_paged/dispatch.py"
     ),
 }
 

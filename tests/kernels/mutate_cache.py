@@ -96,6 +96,12 @@ MUTATIONS = {
         "at = pl.ds(0 * i, piece)",
         "test_copy_gather_and_scatter",
     ),
+    "float8 on a chip that does not round to it": _mutation(
+        _SHARED, "capability >= (8, 9)", "capability >= (8, 6)", "test_what_the_kernels_refuse"
+    ),
+    "no float8 on one that does": _mutation(
+        _SHARED, "capability >= (8, 9)", "capability >= (9, 0)", "test_what_the_kernels_refuse"
+    ),
 }
 
 

@@ -8,7 +8,10 @@ import pytest
 
 from benchmarks.attention_cases.decode import candidate_configs, decode_cases, make_case
 from pallas_paged.ops.attention import config as configs
+from pallas_paged.ops.attention.ampere import problem as ampere_problem
 from pallas_paged.ops.attention.config import (
+    SM80,
+    SM86,
     SM90,
     DecodeConfig,
     DecodeKey,
@@ -22,6 +25,7 @@ from pallas_paged.ops.attention.config import (
 )
 from pallas_paged.ops.attention.hopper.decode_problem import scratch_types
 from pallas_paged.ops.attention.mosaic_gpu import HEAD_DIMS, decode_key
+from tests.kernels.ampere_cases import CompileCase
 
 CASE = make_case(4, 128, 16)
 SCRATCH = functools.partial(scratch_types, CASE.problem)
@@ -29,7 +33,7 @@ KEY = DecodeKey("bfloat16", 128, 8, 16)
 
 
 def test_wrong_fields_are_refused():
-    for fields in ({"tile": 32}, {"num_stages": 0}, {"ctas_per_sm": 0}, {"min_tiles": 0}):
+    for fields in ({"tile": 16}, {"num_stages": 0}, {"ctas_per_sm": 0}, {"min_tiles": 0}):
         with pytest.raises(ValueError, match=next(iter(fields))):
             DecodeConfig(**fields)
     with pytest.raises(ValueError, match="converts_ahead needs two tiles"):
@@ -43,7 +47,7 @@ def test_shared_memory():
     expected = 3 * 2 * 64 * 256 + 4 * 8 * 256 + 1024 + 8 * 256 + 1024 + 2048 + 10 * 8
     assert shared_memory_bytes(SCRATCH(DecodeConfig())) == expected
     assert fits(DecodeConfig(), SCRATCH(DecodeConfig()), SM90)
-    for config in (DecodeConfig(ctas_per_sm=3), DecodeConfig(num_stages=8)):
+    for config in (DecodeConfig(ctas_per_sm=3), DecodeConfig(num_stages=8), DecodeConfig(tile=32)):
         assert not fits(config, SCRATCH(config), SM90)
 
 
@@ -57,6 +61,26 @@ def test_the_rule_finds_one_for_every_case():
         assert fits(config, scratch(config), SM90)
         assert config.num_stages >= 2
     assert CASE.config == DecodeConfig(num_stages=3, ctas_per_sm=2)
+
+
+@pytest.mark.parametrize("target", ["a100-40gb", "a10", "l4"])
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_the_rule_finds_one_for_every_case_of_an_older_chip(target, cache_dtype):
+    """Two tiles in flight at least; with 99 KiB, and so smaller tiles where keys are long."""
+    limits = SM80 if target == "a100-40gb" else SM86
+    tiles = set()
+    for head_dim, block_size, group, max_query_len in itertools.product(
+        HEAD_DIMS, (16, 128), (1, 4, 16), (1, 8, 256)
+    ):
+        case = CompileCase(
+            group, head_dim, block_size, max_query_len, cache_dtype=cache_dtype, target=target
+        )
+        config = case.chosen_config
+        assert fits(config, ampere_problem.scratch_types(case.problem, config), limits)
+        assert config.num_stages >= 2
+        tiles.add(config.tile)
+    assert tiles == ({64} if limits == SM80 else {32, 64})
+    assert CompileCase(4, 256, 16, 1, target="l4").chosen_config == DecodeConfig(32, 3, 1)
 
 
 def test_the_measured_one_wins_where_it_fits(monkeypatch):

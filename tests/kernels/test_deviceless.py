@@ -37,7 +37,7 @@ def test_the_compilation_cache_is_left_alone(tmp_path):
 
 
 def test_unknown_target():
-    with pytest.raises(ValueError, match="'v100' is unknown; use one of a100-40gb, "):
+    with pytest.raises(ValueError, match="'v100' is unknown; use one of a10, a100-40gb, "):
         target_device("v100")
 
 

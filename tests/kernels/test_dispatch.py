@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_paged import attention_implementation
-from pallas_paged.deviceless import target_device
+from pallas_paged.deviceless import TARGETS, target_device
 from pallas_paged.dispatch import (
     Implementation,
     _log_choice,
     choose_implementation,
     compute_capability,
     interpret_kernels,
+    kernel_family,
     unsupported_target,
 )
 
@@ -59,23 +60,41 @@ def test_if_none_can_all_reasons_are_given():
 
 
 def test_the_target_is_the_default_device():
-    reason = unsupported_target([(9, 0), (8, 0)])
-    assert reason == "it needs an NVIDIA GPU of compute capability 8.0 or 9.0, not cpu"
+    reason = unsupported_target()
+    assert (
+        reason == "it needs an NVIDIA GPU of compute capability 8.0, 8.6, 8.9, 9.0 or 10.0, not cpu"
+    )
     with jax.default_device("cpu"):
-        assert unsupported_target([(9, 0)]) is not None
+        assert unsupported_target("hopper") is not None
     with jax.default_device(target_device("h200")):
         assert compute_capability() == (9, 0)
-        assert unsupported_target([(9, 0)]) is None
+        assert unsupported_target("hopper") is None
     with jax.default_device(target_device("a100-80gb")):
-        reason = unsupported_target([(9, 0)])
+        reason = unsupported_target("hopper")
         assert reason == "it needs compute capability 9.0, and NVIDIA A100-SXM4-80GB has 8.0"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_has_a_family_of_kernels(target):
+    with jax.default_device(target_device(target)):
+        assert unsupported_target() is None
+        families = {"h100": "hopper", "h200": "hopper", "b200": "blackwell"}
+        assert kernel_family() == families.get(target, "ampere")
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 7), (10, 3), (12, 0)])
+def test_other_chips_are_refused(capability):
+    with interpret_kernels(compute_capability=capability):
+        reason = unsupported_target()
+    has = f"what is interpreted has {capability[0]}.{capability[1]}"
+    assert reason == f"it needs compute capability 8.0, 8.6, 8.9, 9.0 or 10.0, and {has}"
 
 
 def test_interpreted_kernels_run_anywhere():
     with interpret_kernels():
-        assert unsupported_target([(9, 0)]) is None
+        assert unsupported_target("hopper") is None
         assert compute_capability() == (9, 0)
-    assert unsupported_target([(9, 0)]) is not None
+    assert unsupported_target("hopper") is not None
 
 
 def test_attention_tells_the_engine_what_it_runs():

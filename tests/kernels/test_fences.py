@@ -1,4 +1,4 @@
-"""The sm_90a kernels fence what they write to shared memory, which no other test can see.
+"""Kernels for sm_90a and sm_100a fence what they write to shared memory: no other test can see it.
 
 `fences` says what is owed; that it sees what is missing is tried on small kernels here, and on the
 kernels themselves by `mutate_decode` and its like.
@@ -19,6 +19,7 @@ from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.config import DecodeConfig
 from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
+from tests.kernels.ampere_cases import CompileCase
 from tests.kernels.fences import missing_fences
 from tests.kernels.test_mosaic_cache_ops import operations, shapes
 
@@ -48,6 +49,15 @@ def test_decode(name):
     assert missing_fences(case.function, *case.arguments()) == {
         "paged_decode": set(),
         "paged_decode_merge": set(),
+    }
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn"])
+def test_whole_steps(cache_dtype):
+    case = CompileCase(4, 80, 16, 256, cache_dtype=cache_dtype, target="b200", sliding_window=300)
+    assert missing_fences(case.function, *case.arguments(), target="b200") == {
+        "paged_attention_sm100": set(),
+        "paged_attention_sm100_merge": set(),
     }
 
 

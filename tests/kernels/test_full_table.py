@@ -14,7 +14,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from benchmarks.attention_cases.decode import decode_cases
 from pallas_paged.deviceless import KernelResources
 from pallas_paged.ops.attention.ampere import problem as ampere_problem
-from pallas_paged.ops.attention.config import SM80, SM90, shared_memory_bytes
+from pallas_paged.ops.attention.blackwell import problem as blackwell_problem
+from pallas_paged.ops.attention.blackwell.problem import SM100
+from pallas_paged.ops.attention.config import SM80, SM86, SM90, shared_memory_bytes
 from pallas_paged.ops.attention.hopper import decode_problem
 from tests.kernels import ampere_cases, full, interpreted_cases
 from tests.kernels.covering import covering, pairs
@@ -25,6 +27,9 @@ MOST_SMEM_BYTES = {
     "h100": SM90.smem_per_cta_bytes,
     "a100-40gb": SM80.smem_per_cta_bytes,
     "a100-80gb": SM80.smem_per_cta_bytes,
+    "a10": SM86.smem_per_cta_bytes,
+    "l4": SM86.smem_per_cta_bytes,
+    "b200": SM100.smem_per_cta_bytes,
 }
 
 each_version = pytest.mark.parametrize("version", JAX_VERSIONS)
@@ -61,19 +66,25 @@ def test_nothing_spills_and_everything_fits(version):
 
 @each_version
 def test_attention_takes_the_shared_memory_that_was_computed(version):
-    """By which a configuration is checked; in sm_90a's code the compiler leaves out the barriers.
+    """By which a configuration is checked; sm_90a's and sm_100a's code has barriers elsewhere.
 
     And the registers of an SM are enough for its CTAs, given out by 8 a thread.
     """
-    rows = {row[:2]: row for row in full.read_table("compiled", version)}
+    rows = {full.key_of(row): row for row in full.read_table("compiled", version)}
     for case in decode_cases():
         computed = shared_memory_bytes(decode_problem.scratch_types(case.problem, case.config))
         barriers = 8 * (3 * case.config.num_stages + 1)
-        assert rows["decode", case.name].smem_bytes == computed - barriers, case.name
+        assert rows["decode", case.name, "h100"].smem_bytes == computed - barriers, case.name
     for case in ampere_cases.compile_cases():
-        config, row = case.chosen_config, rows["ampere", case.name]
+        config, row = case.chosen_config, rows["ampere", case.name, case.target]
         computed = shared_memory_bytes(ampere_problem.scratch_types(case.problem, config))
         assert row.smem_bytes == computed, case.name
+        assert config.ctas_per_sm * -(-row.registers // 8) * 8 * 128 <= 65536, case.name
+    for case in ampere_cases.blackwell_cases():
+        config, row = case.chosen_config, rows["blackwell", case.name, case.target]
+        computed = shared_memory_bytes(blackwell_problem.shared_types(case.problem, config))
+        barriers = 8 * (2 * config.num_stages + 3)
+        assert row.smem_bytes == computed - barriers, case.name
         assert config.ctas_per_sm * -(-row.registers // 8) * 8 * 128 <= 65536, case.name
 
 

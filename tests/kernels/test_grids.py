@@ -36,6 +36,8 @@ FILES = {
     "paged_prefill": "attention/hopper/prefill.py",
     "paged_attention_sm80": "attention/ampere/attend.py",
     "paged_attention_sm80_merge": "attention/ampere/attend.py",
+    "paged_attention_sm100": "attention/blackwell/attend.py",
+    "paged_attention_sm100_merge": "attention/blackwell/attend.py",
 }
 
 
@@ -123,16 +125,13 @@ def attend(target, num_tokens, num_seqs, max_query_len):
 @pytest.mark.parametrize("target", TARGETS)
 def test_many_sequences_are_decoded(grids, target):
     """By as many thread blocks as the GPU holds, whatever the step is."""
-    if target == "l4":
-        chosen, reason = attend(target, MANY, MANY, 1)
-        assert chosen == "xla"
-        assert "needs compute capability 8.0 or 9.0, and NVIDIA L4 has 8.9" in reason
-        return
     assert attend(target, MANY, MANY, 1) == ("mosaic_gpu", None)
-    if target.startswith("a100"):
-        check(grids, "paged_attention_sm80", "paged_attention_sm80_merge")
-    else:
+    if target in ("h100", "h200"):
         check(grids, "paged_decode", "paged_decode_merge")
+    elif target == "b200":
+        check(grids, "paged_attention_sm100", "paged_attention_sm100_merge")
+    else:
+        check(grids, "paged_attention_sm80", "paged_attention_sm80_merge")
     num_sms = target_device(target).core_count
     assert all(x % num_sms == 0 and x <= 4 * num_sms for x, *_ in grids.values())
 

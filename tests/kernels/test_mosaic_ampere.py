@@ -1,5 +1,9 @@
-"""Attention for sm_80, interpreted, against the reference; see `interpret_sm80` for how."""
+"""Attention for sm_80, sm_86 and sm_89, interpreted, against the reference.
 
+See `interpret_sm80` for how.
+"""
+
+import dataclasses
 import itertools
 
 import jax
@@ -10,7 +14,7 @@ import pytest
 from benchmarks.attention_cases.arguments import AttentionSpec
 from benchmarks.attention_cases.specs import DECODE_KERNEL_SPECS, QUANTISED_KERNEL_SPECS
 from pallas_paged import attention_implementation, paged_attention
-from pallas_paged.dispatch import interpret_kernels
+from pallas_paged.dispatch import KERNEL_FAMILIES, interpret_kernels, kernel_family
 from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.ampere.problem import AmpereProblem
 from pallas_paged.ops.attention.ampere.quantised import to_numbers
@@ -50,6 +54,8 @@ FLAT = AttentionSpec(
     alibi=True,
     sinks=True,
 )
+# Of an L4, where a tile of this has 32 keys.
+SMALL = dataclasses.replace(MIXED, name="small", head_dim=128, sliding_window=25, sinks=True)
 PREFILL_SPECS = {case.spec.name: case.spec for case in interpret_cases()}
 # Every head_dim, block size, dtype, option and number of rows, and shares that divide items.
 CASES = {
@@ -64,22 +70,24 @@ CASES = {
     "shared": (QUANTISED_KERNEL_SPECS[2], FEW),
     "wide": (QUANTISED_KERNEL_SPECS[3], FEW),
     "flat": (FLAT, FEW),
+    "small": (SMALL, None),
 }
 LANDINGS = ("decode-early", "decode-late", "tokens-early", "split-late")
 LANDINGS += ("prefill-early", "blocks-late", "mixed-late")
-LANDINGS += ("fp8-late", "int8-early", "shared-early", "wide-late", "flat-late")
+LANDINGS += ("fp8-late", "int8-early", "shared-early", "wide-late", "flat-late", "small-late")
 # `make test` runs each option, kind of cache, configuration and way to copy.
 MADE = ("decode-early", "split-late", "prefill-early", "mixed-late", "int8-early", "flat-late")
+MADE += ("small-late",)
 
 
 def run(spec, arguments, config, landing):
-    """Returns (out, lse) of the interpreted kernels."""
+    """Returns (out, lse) of the interpreted kernels; without `config`, in that of an L4."""
     options = complete(spec, arguments.options)
 
     def attention(*arrays):
         return mosaic_gpu.paged_attention(*arrays, **options, config=config)
 
-    with interpret_sm80(landing):
+    with interpret_sm80(landing, (8, 9) if config is None else (8, 0)):
         return jax.block_until_ready(jax.jit(attention)(*arguments.arrays))
 
 
@@ -98,20 +106,21 @@ def test_equals_the_reference(name):
     np.testing.assert_allclose(lse, expected_lse, atol=1e-5, rtol=1e-5)
 
 
-def test_the_public_function_runs_it():
+@pytest.mark.parametrize("capability", KERNEL_FAMILIES["ampere"])
+def test_the_public_function_runs_it(capability):
     """And not the kernels for sm_90a, which need barriers that this chip's copies do not know."""
     shape = jax.ShapeDtypeStruct
     q, cache = shape((4, 4, 64), jnp.bfloat16), shape((9, 2, 16, 64), jnp.bfloat16)
-    with interpret_kernels(compute_capability=(8, 0)):
+    with interpret_kernels(compute_capability=capability):
         assert attention_implementation(None, q, cache) == "mosaic_gpu"
+        assert kernel_family() == "ampere"
 
 
-@pytest.mark.parametrize("capability", [(8, 6), (8, 9), (10, 0)])
-def test_other_chips_are_refused(capability):
+def test_other_chips_are_refused():
     shape = jax.ShapeDtypeStruct
     q, cache = shape((4, 4, 64), jnp.bfloat16), shape((9, 2, 16, 64), jnp.bfloat16)
-    reason = rf"needs compute capability 8\.0 or 9\.0, .* has {capability[0]}\.{capability[1]}"
-    with interpret_kernels(compute_capability=capability):
+    reason = r"needs compute capability 8\.0, 8\.6, 8\.9, 9\.0 or 10\.0, .* has 12\.0"
+    with interpret_kernels(compute_capability=(12, 0)):
         with pytest.raises(NotImplementedError, match=reason):
             attention_implementation("mosaic_gpu", q, cache)
         assert attention_implementation(None, q, cache) == "numba"

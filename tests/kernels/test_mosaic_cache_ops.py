@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_paged import KVCache, copy_blocks, gather_blocks, scatter_blocks, write_kv
-from pallas_paged.deviceless import compile_for, kernel_resources, target_device
+from pallas_paged.deviceless import compile_for, kernel_ptx, kernel_resources, target_device
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.ops.kv_write import mosaic_gpu as kv_write
 
@@ -188,17 +188,30 @@ def check_one_launch_in_place_without_spills(target, sizes):
         ("h100", (8, 16, 128, "bfloat16")),
         ("h100", (8, 16, 128, "float8_e4m3fn")),
         ("h200", (5, 16, 64, "int8")),
-        ("a100-80gb", (40, 16, 128, "float16")),
+        ("a100-40gb", (40, 16, 128, "float16")),
         ("a100-40gb", (2, 16, 96, "int8")),
+        ("a10", (8, 16, 128, "bfloat16")),
+        ("l4", (8, 16, 128, "float8_e4m3fn")),
+        ("b200", (8, 16, 128, "float8_e4m3fn")),
     ],
     ids=str,
 )
-def test_one_launch_in_place_without_spills(target, sizes, in_sm80_process):
+def test_one_launch_in_place_without_spills(target, sizes, in_process_for):
     """By automatic choice: one custom call and nothing else but views, on the cache's buffers."""
-    if target.startswith("a100"):
-        in_sm80_process(check_one_launch_in_place_without_spills, target, sizes)
-    else:
+    if target.startswith("h"):
         check_one_launch_in_place_without_spills(target, sizes)
+    else:
+        in_process_for(target, check_one_launch_in_place_without_spills, target, sizes)
+
+
+def ptx_of_a_write(target, sizes):
+    operation, args = operations(sizes)["write_kv"]
+    return kernel_ptx(target, operation, shapes(52, *sizes), *args)
+
+
+def test_float8_is_rounded_by_the_hardware_where_it_can(in_process_for):
+    program = in_process_for("l4", ptx_of_a_write, "l4", (8, 32, 128, "float8_e4m3fn"))
+    assert "cvt.rn.satfinite.e4m3x2" in program
 
 
 def test_every_other_head_dim_compiles():
@@ -222,15 +235,25 @@ def test_what_the_kernels_refuse():
         reason = kv_write.unsupported(rows, shapes(4, 8, 16, 80, "int8"))
         assert reason == "head_dim=80 of int8 is not a multiple of 32"
         assert "head_dim=80" in kv_write.unsupported(one_head, shapes(4, 1, 16, 80, "bfloat16"))
-    with jax.default_device(target_device("a100-80gb")):
-        reason = kv_write.unsupported(rows, shapes(4, 8, 16, 64, "float8_e4m3fn"))
-        assert reason is not None
+    rows = jax.ShapeDtypeStruct((6, 8, 64), jnp.bfloat16)
+    in_float8 = rows, shapes(4, 8, 16, 64, "float8_e4m3fn")
+    for target, capability in (("a100-80gb", "8.0"), ("rtx3090", "8.6")):
+        with jax.default_device(target_device(target)):
+            reason = kv_write.unsupported(*in_float8)
+            expected = f"compute capability {capability} has no instruction that rounds to "
+            assert reason == expected + "float8_e4m3fn"
+            assert kv_write.unsupported(rows, shapes(4, 8, 16, 64, "int8")) is None
+    for target in ("rtx4090", "l40s", "h200"):
+        with jax.default_device(target_device(target)):
+            assert kv_write.unsupported(*in_float8) is None
     cache = KVCache.zeros(4, 1, 1, 80, jnp.float32)
     with pytest.raises(NotImplementedError, match="a block holds 80 numbers per array, not a mult"):
         copy_blocks(
             cache, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), implementation="mosaic_gpu"
         )
-    with pytest.raises(NotImplementedError, match=r"needs an NVIDIA GPU of .* 8.0 or 9.0, not cpu"):
+    with pytest.raises(
+        NotImplementedError, match=r"needs an NVIDIA GPU of .* 9.0 or 10.0, not cpu"
+    ):
         gather_blocks(
             KVCache.zeros(4, 1, 8, 32, jnp.float32),
             jnp.zeros(1, jnp.int32),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from pallas_paged.dispatch import Implementation, choose_implementation, compute_capability
+from pallas_paged.dispatch import Implementation, choose_implementation, kernel_family
 from pallas_paged.kv_cache import (
     AttentionMetadata,
     CacheArray,
@@ -40,7 +40,7 @@ def _kernels_unsupported(
     reason = mosaic_gpu.unsupported(q, k_cache, deterministic=deterministic)
     if reason is not None or metadata is None or q.shape[0] <= _MAX_TILES:
         return reason
-    if compute_capability() < (9, 0):
+    if kernel_family() != "hopper":
         return None  # one kernel for all, with as many thread blocks as the GPU holds
     group, head_dim, queries = q.shape[1] // k_cache.shape[1], q.shape[2], metadata.max_query_len
     decoded = mosaic_gpu.max_decode_tokens(group, head_dim, queries, is_quantised(k_cache.dtype))
@@ -176,8 +176,9 @@ def paged_attention(
       deterministic: treat decode and prefill alike, so that a token's result does not depend, bit
         for bit, on the sequences and tokens beside it in a call of the same shapes. Decoding costs
         more then.
-      implementation: "mosaic_gpu" (GPUs of compute capability 8.0 or 9.0), "numba" (CPUs), "xla"
-        (any platform), "reference" (slow, any platform), or None for the first that can do it.
+      implementation: "mosaic_gpu" (GPUs of compute capability 8.0, 8.6, 8.9, 9.0 or 10.0),
+        "numba" (CPUs), "xla" (any platform), "reference" (slow, any platform), or None for the
+        first that can do it.
       promise_in_bounds: the caller's word that the metadata leads nowhere outside, so that nothing
         looks: a launch or two less on a GPU. What happens if it is not true is undefined.
 

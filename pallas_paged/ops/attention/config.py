@@ -6,6 +6,7 @@ A configuration changes no result, only time. The one given wins, then the one t
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -33,12 +34,14 @@ class GpuLimits:
       smem_reserved_bytes: what each CTA takes of it besides its own.
       shared_stages: the tiles in flight per CTA, most first, that the rule tries for CTAs which
         share an SM.
+      smallest_tile: the fewest keys per step of what is worth while there.
     """
 
     smem_per_cta_bytes: int
     smem_per_sm_bytes: int
     smem_reserved_bytes: int
     shared_stages: tuple[int, ...]
+    smallest_tile: int = 64
 
 
 SM90 = GpuLimits(227 * 1024, 228 * 1024, 1024, shared_stages=(4, 3))
@@ -47,13 +50,19 @@ SM90 = GpuLimits(227 * 1024, 228 * 1024, 1024, shared_stages=(4, 3))
 SM80 = GpuLimits(163 * 1024, 164 * 1024, 1024, shared_stages=(4, 3, 2))
 """A100: compute capability 8.0."""
 
+SM86 = GpuLimits(99 * 1024, 100 * 1024, 1024, shared_stages=(4, 3, 2), smallest_tile=32)
+"""A10, RTX 3090, L4, L40S, RTX 4090: compute capabilities 8.6 and 8.9."""
+
+GPU_LIMITS = {(8, 0): SM80, (8, 6): SM86, (8, 9): SM86, (9, 0): SM90}
+"""By compute capability."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """How the decode kernel cuts its work.
 
     Attributes:
-      tile: keys per step, 64 or 128.
+      tile: keys per step, 64 or 128; where `GpuLimits.smallest_tile` allows it 32.
       num_stages: tiles in flight per CTA.
       ctas_per_sm: CTAs that share an SM; the grid has so many for each SM of the chip.
       min_tiles: the fewest tiles of a CTA that has any; more of them, fewer partial results.
@@ -69,8 +78,8 @@ class DecodeConfig:
     converts_ahead: bool = True
 
     def __post_init__(self) -> None:
-        if self.tile not in (64, 128):
-            raise ValueError(f"tile={self.tile} must be 64 or 128")
+        if self.tile not in (32, 64, 128):
+            raise ValueError(f"tile={self.tile} must be 32, 64 or 128")
         if self.num_stages < 1 or self.ctas_per_sm < 1 or self.min_tiles < 1:
             raise ValueError(f"num_stages, ctas_per_sm and min_tiles must be positive: {self}")
         if self.converts_ahead and self.num_stages < 2:
@@ -107,10 +116,11 @@ def shared_memory_bytes(scratch: Any) -> int:
 
 
 def fits(config: DecodeConfig, scratch: Any, limits: GpuLimits) -> bool:
-    """Whether `config.ctas_per_sm` CTAs with these scratch types share an SM."""
+    """Whether `config.ctas_per_sm` CTAs with these scratch types share an SM, in tiles it has."""
     smem_bytes = shared_memory_bytes(scratch)
     per_sm = config.ctas_per_sm * (smem_bytes + limits.smem_reserved_bytes)
-    return smem_bytes <= limits.smem_per_cta_bytes and per_sm <= limits.smem_per_sm_bytes
+    is_room = smem_bytes <= limits.smem_per_cta_bytes and per_sm <= limits.smem_per_sm_bytes
+    return is_room and config.tile >= limits.smallest_tile
 
 
 def decode_config(
@@ -142,12 +152,13 @@ def heuristic(
 
     Reasoned, not measured. One CTA's chain of dependent steps per tile is about half as long as the
     tile's time on the memory bus, so two CTAs per SM keep the bus busy, and three for small heads.
+    For the sake of the second CTA a tile is halved where the chip has such tiles.
     """
     shared = limits.shared_stages
     many = 3 if key.head_dim <= 64 and key.columns <= 16 else 2
     for ctas_per_sm, stages in ((many, shared), (2, shared), (1, (4, 3, 2))):
-        for num_stages in stages:
-            config = DecodeConfig(num_stages=num_stages, ctas_per_sm=ctas_per_sm)
+        for tile, num_stages in itertools.product((64, 32), stages):
+            config = DecodeConfig(tile, num_stages, ctas_per_sm)
             if fits(config, scratch_types(config), limits):
                 return config
     raise AssertionError(f"no configuration fits the shared memory for {key}")

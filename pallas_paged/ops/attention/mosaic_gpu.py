@@ -1,6 +1,7 @@
 """Paged attention in Pallas Mosaic GPU: what it refuses, how it is configured, and its parts.
 
-For sm_80 one kernel computes a whole step; see `ampere/kernel.py`.
+For sm_80, sm_86 and sm_89 one kernel computes a whole step, and for sm_100a another one; see
+`ampere/kernel.py` and `blackwell/kernel.py`.
 
 For sm_90a a step is made of parts over disjoint sequences. The decode part takes those with at most
 `max_decode_tokens` query tokens; it writes their rows and the padding's. The prefill part takes the
@@ -11,6 +12,7 @@ part's work list.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +20,18 @@ import jax.numpy as jnp
 from pallas_paged.dispatch import (
     compute_capability,
     is_interpreting,
+    kernel_family,
     target_device,
     unsupported_target,
 )
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
+from pallas_paged.ops.attention.ampere import attend as ampere
 from pallas_paged.ops.attention.ampere import problem as ampere_problem
-from pallas_paged.ops.attention.ampere.attend import attend
 from pallas_paged.ops.attention.ampere.problem import AmpereProblem
-from pallas_paged.ops.attention.config import SM80, SM90, DecodeConfig, DecodeKey, decode_config
+from pallas_paged.ops.attention.blackwell import attend as blackwell
+from pallas_paged.ops.attention.blackwell import problem as blackwell_problem
+from pallas_paged.ops.attention.blackwell.problem import BlackwellProblem
+from pallas_paged.ops.attention.config import GPU_LIMITS, DecodeConfig, DecodeKey, decode_config
 from pallas_paged.ops.attention.hopper import decode_problem
 from pallas_paged.ops.attention.hopper.decode import decode
 from pallas_paged.ops.attention.hopper.decode_problem import DecodeProblem
@@ -36,7 +42,6 @@ from pallas_paged.ops.attention.hopper.prefill_tuned import prefill_key, prefill
 from pallas_paged.ops.attention.work_list import divide, make_work_list, split_queries
 from pallas_paged.quantisation import LARGEST, is_quantised
 
-_AMPERE, _HOPPER = (8, 0), (9, 0)
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_GROUP = 16
@@ -46,6 +51,13 @@ _MAX_DECODE_TOKENS = 8
 _MAX_COLUMNS = {64: 48, 128: 32, 192: 32, 256: 24}
 _MAX_COLUMNS_QUANTISED = {64: 32, 128: 24, 192: 16, 256: 16}
 _INTERPRETED_SMS = 2
+
+Problem = AmpereProblem | BlackwellProblem | DecodeProblem
+_PROBLEMS: dict[str, type[Problem]] = {
+    "ampere": AmpereProblem,
+    "hopper": DecodeProblem,
+    "blackwell": BlackwellProblem,
+}
 
 
 def unsupported(
@@ -64,7 +76,7 @@ def unsupported(
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_q_heads // num_kv_heads
-    if (reason := unsupported_target([_AMPERE, _HOPPER])) is not None:
+    if (reason := unsupported_target()) is not None:
         return reason
     if deterministic:
         return "deterministic=True, and the work is divided by what else is in the step"
@@ -119,25 +131,21 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out, lse); see `api.paged_attention`.
 
-    `config` and `tuning` None look one up; sm_80 has no `tuning`.
+    `config` and `tuning` None look one up; only sm_90a has a `tuning`.
     """
     assert not deterministic, "unsupported() refuses it"
     cache = KVCache(k_cache, v_cache, k_scale, v_scale)
     _, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_q_heads // num_kv_heads
-    is_ampere = compute_capability() == _AMPERE
-    most_tokens = ampere_problem.tokens_per_run
-    if not is_ampere:
-        most_tokens = functools.partial(max_decode_tokens, quantised=is_quantised(k_cache.dtype))
-    problem = (AmpereProblem if is_ampere else DecodeProblem)(
+    problem = _PROBLEMS[kernel_family()](
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         block_size=block_size,
         dtype=q.dtype,
         cache_dtype=k_cache.dtype,
-        max_tokens=most_tokens(group, head_dim, metadata.max_query_len),
+        max_tokens=_tokens_at_a_time(group, head_dim, metadata.max_query_len, k_cache.dtype),
         scale=scale,
         sliding_window=sliding_window,
         logits_soft_cap=logits_soft_cap,
@@ -148,9 +156,9 @@ def paged_attention(
         config = config_for(problem)
     arrays = (q, cache, metadata, alibi_slopes, sinks)
     num_ctas = num_sms() * config.ctas_per_sm
-    if isinstance(problem, AmpereProblem):
+    if not isinstance(problem, DecodeProblem):
         assert tuning is None, "it is for sm_90a"
-        return _ampere_step(*arrays, problem=problem, config=config, num_ctas=num_ctas)
+        return _whole_step(*arrays, problem=problem, config=config, num_ctas=num_ctas)
     results = None
     if metadata.min_query_len <= problem.max_tokens:
         results = _decode_part(*arrays, problem=problem, config=config, num_ctas=num_ctas)
@@ -162,15 +170,27 @@ def paged_attention(
     return _prefill_part(*arrays, results, problem=problem, tuning=tuning)
 
 
-def config_for(problem: DecodeProblem | AmpereProblem) -> DecodeConfig:
+def _tokens_at_a_time(group: int, head_dim: int, max_query_len: int, cache_dtype: Any) -> int:
+    """Returns the most query tokens of a sequence that a step's first kernel takes at a time."""
+    if kernel_family() == "ampere":
+        return ampere_problem.tokens_per_run(group, head_dim, max_query_len)
+    if kernel_family() == "blackwell":
+        return blackwell_problem.tokens_per_run(group, max_query_len)
+    return max_decode_tokens(group, head_dim, max_query_len, is_quantised(cache_dtype))
+
+
+def config_for(problem: Problem) -> DecodeConfig:
     """Returns the configuration that a kernel for `problem` takes on the target device."""
-    chosen = functools.partial(decode_config, decode_key(problem), target_device().device_kind)
+    if isinstance(problem, BlackwellProblem):
+        return blackwell_problem.chosen_config(problem)
+    key, kind = decode_key(problem), target_device().device_kind
+    chosen = functools.partial(decode_config, key, kind, limits=GPU_LIMITS[compute_capability()])
     if isinstance(problem, AmpereProblem):
-        return chosen(functools.partial(ampere_problem.scratch_types, problem), SM80)
-    return chosen(functools.partial(decode_problem.scratch_types, problem), SM90)
+        return chosen(functools.partial(ampere_problem.scratch_types, problem))
+    return chosen(functools.partial(decode_problem.scratch_types, problem))
 
 
-def decode_key(problem: DecodeProblem | AmpereProblem) -> DecodeKey:
+def decode_key(problem: Problem) -> DecodeKey:
     """Returns what a measured configuration for `problem` is looked up by."""
     return DecodeKey(
         dtype=jnp.dtype(problem.cache_dtype).name,
@@ -186,18 +206,18 @@ def num_sms() -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "config", "num_ctas"))
-def _ampere_step(
+def _whole_step(
     q: jax.Array,
     cache: KVCache,
     metadata: AttentionMetadata,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
     *,
-    problem: AmpereProblem,
+    problem: AmpereProblem | BlackwellProblem,
     config: DecodeConfig,
     num_ctas: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Plans and computes all sequences on sm_80."""
+    """Plans and computes all sequences in one kernel."""
     runs = split_queries(metadata, num_tokens=q.shape[0], size=problem.max_tokens)
     work = divide(
         runs,
@@ -208,17 +228,10 @@ def _ampere_step(
         sliding_window=problem.sliding_window,
         min_tiles=config.min_tiles,
     )
-    return attend(
-        q,
-        cache,
-        metadata,
-        runs,
-        work,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        problem=problem,
-        config=config,
-    )
+    arrays = (q, cache, metadata, runs, work, alibi_slopes, sinks)
+    if isinstance(problem, BlackwellProblem):
+        return blackwell.attend(*arrays, problem=problem, config=config)
+    return ampere.attend(*arrays, problem=problem, config=config)
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "config", "num_ctas"))

@@ -53,9 +53,10 @@ def zero_rows(
       columns: slices of D, one piece each.
       layout_of: the layout in registers of a piece of some shape.
     """
-    for row in range(0, tile.shape[0], _ZEROED_ROWS):
+    size = min(_ZEROED_ROWS, tile.shape[0])
+    for row in range(0, tile.shape[0], size):
         for some in columns:
-            piece = tile.at[pl.ds(row, _ZEROED_ROWS), some]
+            piece = tile.at[pl.ds(row, size), some]
             layout = layout_of(piece.shape)
             old = plgpu.load(piece, layout=layout)
             rows = plgpu.broadcasted_iota(jnp.int32, old.shape, 0, layout=layout) + row

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_paged.dispatch import compute_capability, unsupported_target
+from pallas_paged.dispatch import unsupported_target
 from pallas_paged.kv_cache import NULL_BLOCK, KVCache
-from pallas_paged.ops.mosaic_gpu import CAPABILITIES, Ref, layout_of_rows, load, store
+from pallas_paged.ops.mosaic_gpu import Ref, layout_of_rows, load, store, unsupported_cast
 from pallas_paged.quantisation import is_quantised, quantise
 
 
@@ -24,10 +24,8 @@ def unsupported(k: jax.Array | jax.ShapeDtypeStruct, kv_cache: KVCache) -> str |
     is_strided = num_kv_heads * head_dim % 128 == 0 and not is_quantised(kv_cache.k.dtype)
     if head_dim % 32 and not is_strided:
         return f"head_dim={head_dim} of {kv_cache.k.dtype} is not a multiple of 32"
-    reason = unsupported_target(CAPABILITIES)
-    if reason is None and kv_cache.k.dtype == jnp.float8_e4m3fn and compute_capability() < (9, 0):
-        return "compute capability 8.0 has no instruction that rounds to float8_e4m3fn"
-    return reason
+    reason = unsupported_target()
+    return unsupported_cast(kv_cache.k.dtype) if reason is None else reason
 
 
 @functools.partial(jax.jit, donate_argnames="kv_cache")

@@ -24,9 +24,9 @@ def attend(
     metadata: AttentionMetadata,
     runs: QueryRuns,
     work: WorkList,
-    *,
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
+    *,
     problem: AmpereProblem,
     config: DecodeConfig,
 ) -> tuple[jax.Array, jax.Array]:

@@ -21,6 +21,7 @@ from pallas_paged.ops.attention.online_softmax import (
     logits_factor,
     raised,
 )
+from pallas_paged.ops.attention.problem import StepProblem
 from pallas_paged.ops.attention.work_list import SequenceField
 from pallas_paged.ops.mosaic_gpu import store
 
@@ -37,7 +38,7 @@ class Item(NamedTuple):
     num_tokens: jax.Array
 
 
-def read_item(problem: AmpereProblem, sequences: Any, item: jax.Array) -> Item:
+def read_item(problem: StepProblem, sequences: Any, item: jax.Array) -> Item:
     """Returns item number `item`."""
     heads = jnp.int32(problem.num_kv_heads)
     index = lax.div(item, heads)
@@ -53,7 +54,7 @@ def read_item(problem: AmpereProblem, sequences: Any, item: jax.Array) -> Item:
 
 
 def finish_logits(
-    problem: AmpereProblem,
+    problem: StepProblem,
     products: jax.Array,
     scales: jax.Array | None,
     last_key: jax.Array,

@@ -3,13 +3,11 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_paged.ops.attention.config import DecodeConfig
-from pallas_paged.ops.attention.problem import AttentionProblem
+from pallas_paged.ops.attention.problem import StepProblem
 from pallas_paged.ops.attention.smem import swizzled
-from pallas_paged.ops.attention.work_list import SequenceField
 
 PIECE_KEYS = 32
 """Keys of a tile that are multiplied at a time; with more of them registers spill."""
@@ -17,10 +15,10 @@ PIECE_KEYS = 32
 FLAT_ROW = 256
 """Bytes of a row in what is copied flat; see `AmpereProblem.is_flat`."""
 
-_SMALLEST_TILE = 64
+_SMALLEST_TILE = 32
 
 
-class AmpereProblem(AttentionProblem):
+class AmpereProblem(StepProblem):
     """What the kernel is specialised for; `max_tokens` are the tokens of a run."""
 
     @property
@@ -30,35 +28,9 @@ class AmpereProblem(AttentionProblem):
         return max(fewest, 1 << (self.group * self.max_tokens - 1).bit_length())
 
     @property
-    def columns(self) -> int:
-        """What configurations are looked up by, as for other chips: the same as `rows`."""
-        return self.rows
-
-    @property
     def piece_keys(self) -> int:
         """Keys that are multiplied at a time. Those that have scales are in one block."""
         return min(PIECE_KEYS, self.block_size) if self.is_quantised else PIECE_KEYS
-
-    @property
-    def unit(self) -> float:
-        """What stored numbers are multiplied by as they are converted; the scales make up for it.
-
-        A power of two. Such products are float16 numbers without any operation of their own.
-        """
-        if not self.is_quantised or jnp.dtype(self.dtype) != jnp.float16:
-            return 1.0
-        return 2.0**-6 if jnp.dtype(self.cache_dtype) == jnp.int8 else 2.0**-8
-
-    @property
-    def chunks(self) -> tuple[Any, ...]:
-        """Slices of head_dim: what is loaded and multiplied at a time, to need few registers."""
-        width = next(w for w in (64, 32, 16) if self.head_dim % w == 0)
-        return tuple(pl.ds(begin, width) for begin in range(0, self.head_dim, width))
-
-    @property
-    def number_swizzle(self) -> int:
-        """Bytes of a row of the tiles in which converted numbers lie: a chunk's."""
-        return int(self.chunks[0].size) * jnp.dtype(self.dtype).itemsize
 
     @property
     def is_flat(self) -> bool:
@@ -68,20 +40,10 @@ class AmpereProblem(AttentionProblem):
         """
         return _swizzle_bytes(self, self.copies(_SMALLEST_TILE)[1]) is None
 
-    @property
-    def query_field(self) -> int:
-        """The column of `WorkList.sequences` that says where a run's packed queries are."""
-        return SequenceField.FIRST_TOKEN if self.max_tokens == 1 else SequenceField.RUN
-
     def layout(self, kind: str) -> Any:
         """Returns the layout "ACC", "LHS" or "RHS" of the products' operands in registers."""
         layout = getattr(plgpu.Layout, f"MMA_{kind}")
         return layout(jnp.dtype(self.dtype), m_warps=self.rows // 16)
-
-    @property
-    def row_layout(self) -> Any:
-        """The layout of one number per row."""
-        return self.layout("ACC").reduce(1)
 
 
 def tokens_per_run(group: int, head_dim: int, max_query_len: int) -> int:

@@ -2,9 +2,10 @@
 
 Stored bytes arrive by cp.async, so that a quantised cache moves half the bytes. In registers they
 turn into numbers, and these go to a tile in shared memory, from where the tensor cores take them
-like those of any other cache. This chip converts neither int8 nor float8_e4m3fn to 16 bits at a
-useful rate, so integer operations put the bits where they belong. What comes out is exact, and what
-is stored times `unit`: float16 then needs no further operation, and the scales absorb it.
+like those of any other cache. These chips do not convert int8 to 16 bits at a useful rate, and
+float8_e4m3fn only from sm_89 on, so integer operations put the bits where they belong. What comes
+out is exact, and what is stored times `unit`: float16 then needs no further operation, and the
+scales absorb it.
 
 No code of a byte becomes NaN or infinite: what is not used is harmless as soon as its weight is 0.
 NaN in what is used has an infinite scale (`quantisation.py`).
@@ -23,22 +24,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_paged.ops.attention.ampere.problem import AmpereProblem
+from pallas_paged.ops.attention.problem import StepProblem
 from pallas_paged.ops.mosaic_gpu import load
 
 _PIECE_ROWS = 64
 
 
-def convert_tile(problem: AmpereProblem, stored: Any, numbers: Any) -> None:
+def convert_tile(problem: StepProblem, stored: Any, numbers: Any) -> None:
     """Writes the numbers of a tile `stored` [T, D], times `problem.unit`, to `numbers` [T, D].
 
     Both are in shared memory. In the layout of copies to the latter, which writes whole lines.
     """
-    for first in range(0, stored.shape[0], _PIECE_ROWS):
+    tile_rows = stored.shape[0]
+    rows = min(_PIECE_ROWS, tile_rows)
+    for first in range(0, tile_rows, rows):
         for chunk in problem.chunks:
-            piece = pl.ds(first, _PIECE_ROWS), chunk
+            piece = pl.ds(first, rows), chunk
             layout = plgpu.Layout.SMEM_GMEM_COPY(
-                (_PIECE_ROWS, chunk.size), jnp.dtype(problem.dtype), problem.number_swizzle
+                (rows, chunk.size), jnp.dtype(problem.dtype), problem.number_swizzle
             )
             x = load(stored.at[piece], layout)
             numbers[piece] = to_numbers(x, problem.dtype)
@@ -66,7 +69,7 @@ def to_numbers(stored: jax.Array, dtype: Any) -> jax.Array:
     return lax.bitcast_convert_type(moved, jnp.bfloat16) * jnp.bfloat16(2.0**120)
 
 
-def load_scales(problem: AmpereProblem, scales: Any, first: Any) -> jax.Array:
+def load_scales(problem: StepProblem, scales: Any, first: Any) -> jax.Array:
     """Returns the scales of a piece's keys, one for each column of a product.
 
     Args:
@@ -78,7 +81,7 @@ def load_scales(problem: AmpereProblem, scales: Any, first: Any) -> jax.Array:
 
 
 def value_factors(
-    problem: AmpereProblem, scales: jax.Array, first: Any, valid: tuple[jax.Array, jax.Array]
+    problem: StepProblem, scales: jax.Array, first: Any, valid: tuple[jax.Array, jax.Array]
 ) -> jax.Array:
     """Returns what to multiply the weights of a piece's values by, one number for each column.
 
