@@ -100,12 +100,14 @@ class Buckets:
 
         Sequences of decode steps grow twofold up to 8 and by halves of that from there on, tokens
         of mixed steps twofold up to 512 and fourfold from there on, tables eightfold. What a step
-        is padded with costs as much as what it computes.
+        is padded with costs as much as what it computes. Where steps are `specialised` there are
+        two programs for each, and on a GPU few sequences cost no less than 64: they grow twofold up
+        to there.
         """
         if deterministic:
             return cls((), (max_num_batched_tokens,), (max_num_seqs,), (max_blocks_per_seq,))
         return cls(
-            _decode_sizes(max_num_seqs),
+            _decode_sizes(max_num_seqs, 64 if specialised else 8),
             _mixed_sizes(max_num_batched_tokens),
             _geometric(8, max_num_seqs, 8),
             _table_widths(max_blocks_per_seq),
@@ -246,8 +248,8 @@ def _geometric(first: int, last: int, ratio: int) -> tuple[int, ...]:
     return (*sizes, last)
 
 
-def _decode_sizes(last: int) -> tuple[int, ...]:
-    sizes = {*_geometric(1, last, 2), *_geometric(12, last, 2)}
+def _decode_sizes(last: int, twofold_to: int) -> tuple[int, ...]:
+    sizes = {*_geometric(1, last, 2), *_geometric(twofold_to * 3 // 2, last, 2)}
     return tuple(sorted(size for size in sizes if size <= last))
 
 
