@@ -187,3 +187,30 @@ def test_rows_that_grow_into_a_wider_table_get_the_same_tokens(
     grown = steps.index(24)
     assert 0 < grown < len(steps) - 1
     assert steps == [8] * grown + [24] * (len(steps) - grown)
+
+
+def test_a_prompt_of_one_token_is_no_prompt_only() -> None:
+    """Its one query token is decode's, whatever it is called."""
+    buckets = Buckets.for_limits(4, 32, 8, specialised=True)
+    kind = {"is_decode": False}
+    assert not buckets.pick(9, 2, 3, **kind, has_decodes=False).has_decodes
+    assert buckets.pick(9, 2, 3, **kind, has_decodes=True).has_decodes
+    assert buckets.pick(9, 2, 3, **kind, has_decodes=False, is_full=True).has_decodes
+
+
+def test_variants_are_few_and_each_step_fits_one() -> None:
+    looking = Buckets.for_limits(256, 8192, 512)
+    others = Buckets.for_limits(256, 8192, 512, specialised=True)
+    assert others.decode_seqs == (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
+    assert len(others.all()) < 1.2 * len(looking.all())
+    extra = set(others.all()) - set(looking.all())
+    num_decode = len(others.decode_seqs) * len(others.table_widths)
+    assert sum(not bucket.filters for bucket in extra) == num_decode
+    few = len(looking.mixed_tokens) * len(looking.table_widths)
+    assert sum(not bucket.has_decodes for bucket in extra) == few
+    for filters in (False, True):
+        best = others.pick(3, 3, 9, is_decode=True, filters=filters)
+        assert best in others.all()
+        fits = others.holding(3, 3, 9, is_decode=True, filters=filters)
+        assert all(bucket.filters or not filters for bucket in fits)
+        assert best in fits

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine import SamplingParams
-from pallas_paged.engine.core.buckets import Bucket, Buckets
+from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.device import placement, pool_size
 from tests.engine.serving import assert_idle, make_llm, nothing_compiles
 
@@ -103,30 +103,3 @@ def test_what_a_step_does_not_need_is_left_out(looks_at_nothing: None) -> None:
         assert {bucket.has_decodes for bucket in mixed} == {False, True}
         for kind in KINDS:
             llm.generate(prompts_of(3), params_of(kind, 5))
-
-
-def test_a_prompt_of_one_token_is_no_prompt_only() -> None:
-    """Its one query token is decode's, whatever it is called."""
-    buckets = Buckets.for_limits(4, 32, 8, specialised=True)
-    kind = {"is_decode": False}
-    assert not buckets.pick(9, 2, 3, **kind, has_decodes=False).has_decodes
-    assert buckets.pick(9, 2, 3, **kind, has_decodes=True).has_decodes
-    assert buckets.pick(9, 2, 3, **kind, has_decodes=False, is_full=True).has_decodes
-
-
-def test_variants_are_few_and_each_step_fits_one() -> None:
-    looking = Buckets.for_limits(256, 8192, 512)
-    others = Buckets.for_limits(256, 8192, 512, specialised=True)
-    assert others.decode_seqs == (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
-    assert len(others.all()) < 1.2 * len(looking.all())
-    extra = set(others.all()) - set(looking.all())
-    num_decode = len(others.decode_seqs) * len(others.table_widths)
-    assert sum(not bucket.filters for bucket in extra) == num_decode
-    few = len(looking.mixed_tokens) * len(looking.table_widths)
-    assert sum(not bucket.has_decodes for bucket in extra) == few
-    for filters in (False, True):
-        best = others.pick(3, 3, 9, is_decode=True, filters=filters)
-        assert best in others.all()
-        fits = others.holding(3, 3, 9, is_decode=True, filters=filters)
-        assert all(bucket.filters or not filters for bucket in fits)
-        assert best in fits
