@@ -258,8 +258,9 @@ def prefill_candidates(key: PrefillKey, in_registers: bool = True) -> list[Prefi
 
     But none that spills registers, as found by compiling: tiles of 192 keys do for any head_dim,
     those of 256 of a quantised cache, and `ahead` with more than 128, or than by rule beside two
-    converters. Else all are pipelined as the one by rule is, and that one is also there with
-    `turns`, `ahead` and, of a quantised cache, the number of converters the other way.
+    converters, or of a quantised cache at head_dim 256. Else all are pipelined as the one by rule
+    is, and that one is also there without `ahead`, and with `turns` and, of a quantised cache, the
+    number of converters the other way.
     """
     quantised = is_quantised(key.dtype)
     rule = prefill_tuning(key.head_dim, not in_registers, quantised)
@@ -276,7 +277,8 @@ def prefill_candidates(key: PrefillKey, in_registers: bool = True) -> list[Prefi
         for tile, stages, few in itertools.product(tiles, (2, 4, 6), converted)
     ]
     tunings.append(dataclasses.replace(rule, turns=not rule.turns))
-    tunings.append(dataclasses.replace(rule, ahead=not rule.ahead))
+    if rule.ahead:
+        tunings.append(dataclasses.replace(rule, ahead=False))
     if quantised:
         tunings.append(dataclasses.replace(rule, converters=3 - rule.converters))
     return [tuning for tuning in tunings if fits(key, tuning)]

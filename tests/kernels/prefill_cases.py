@@ -180,7 +180,7 @@ def quantised_compile_cases() -> list[CompileCase]:
             )
             if has_all:
                 case, rule = cases[-1], cases[-1].tuning
-                cases.append(_changed(case, turns=not rule.turns, ahead=not rule.ahead))
+                cases.append(_changed(case, turns=not rule.turns, ahead=False))
                 if rule.converters > 1:
                     cases.append(_changed(case, converters=1, converted=1))
     return cases
