@@ -173,10 +173,19 @@ class _Walk:
         return state._replace(written=state.written | target)
 
     def multiply(self, eqn: Any, roots: Roots, state: _State) -> _State:
+        operands = self.read_by_product(eqn, roots, state)
+        return state._replace(multiplied=state.multiplied | operands)
+
+    def multiply_for_barrier(self, eqn: Any, roots: Roots, state: _State) -> _State:
+        """A barrier says when it has ended: who does not wait for that, the interpreter sees."""
+        self.read_by_product(eqn, roots, state)
+        return state
+
+    def read_by_product(self, eqn: Any, roots: Roots, state: _State) -> frozenset[Root]:
         operands = _of(eqn.invars[1:3], roots)
         self.asynchronous |= operands
         self.need(operands & state.written, "commit_smem before a product")
-        return state._replace(multiplied=state.multiplied | operands)
+        return operands
 
     def wait_for_products(self, eqn: Any, roots: Roots, state: _State) -> _State:
         in_flight = eqn.params.get("wait_n", eqn.params.get("n", 0))
@@ -206,7 +215,7 @@ _STEPS = {
     "wgmma_accumulator_deref": _Walk.wait_for_products,
     "wgmma_accumulator_deref_p": _Walk.wait_for_products,  # its name until jax 0.12
     "wgmma_wait": _Walk.wait_for_products,
-    "tcgen05_mma": _Walk.multiply,
+    "tcgen05_mma": _Walk.multiply_for_barrier,
     "copy_smem_to_gmem": _Walk.copy_out,
     "copy_gmem_to_smem": _Walk.copy_in,
 }
