@@ -665,8 +665,8 @@ def test_masks_on_the_device() -> None:
     ones, floats = jnp.ones(B, jnp.int32), jnp.full(B, 1.5, jnp.float32)
     inputs = LogitInputs(jnp.asarray(rows), ones, ones, jnp.asarray(used), floats, floats, floats)
     none = inputs._replace(uses_mask=0 * ones)
-    bare = np.asarray(apply_rules(jnp.asarray(logits), state, none))
-    found = np.asarray(apply_rules(jnp.asarray(logits), state, inputs))
+    bare = np.asarray(apply_rules(jnp.asarray(logits), state, none, looks=True))
+    found = np.asarray(apply_rules(jnp.asarray(logits), state, inputs, looks=True))
     expected = np.where(is_left[rows, :V] | (used == 0)[:, None], bare, -np.inf)
     np.testing.assert_array_equal(found, expected)
 
