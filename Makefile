@@ -109,6 +109,7 @@ sharing-mutate: $(VENV)/.test
 	@$(PY) -m tests.engine.mutate_sharing
 	@$(PY) -m tests.engine.mutate_beams
 	@$(PY) -m tests.engine.mutate_steps
+	@$(PY) -m tests.engine.mutate_cascade
 	@$(PY) -m tests.engine.mutate_grammars
 	@$(PY) -m tests.engine.mutate_async
 

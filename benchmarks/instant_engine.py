@@ -162,7 +162,7 @@ def build_parts(
         scheduler,
         memory,
         device,
-        buckets_for(config, memory.tables.shape[1], "gpu"),
+        buckets_for(config, memory.tables.shape[1], "gpu", ()),
         vocab_size=vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=(1,),

@@ -47,6 +47,7 @@ from pallas_paged.engine.device.pool_size import (
     PoolPlan,
     buckets_for,
     plan_pool,
+    shares_prefixes,
     unsized_programs,
 )
 from pallas_paged.engine.device.runner import ModelRunner
@@ -261,6 +262,7 @@ def _build_runner(
             dtype,
             attention=implementation,
             cache_implementation=config.cache_implementation,
+            shares_prefix=shares_prefixes(config, placement.device.platform, specs),
         )
     plan = plan_pool(
         config,
@@ -288,7 +290,7 @@ def _build_runner(
         block_size=config.block_size,
         kv_cache_dtype=cache_dtype,
         max_num_seqs=config.max_num_seqs,
-        buckets=buckets_for(config, plan.max_blocks_per_seq, placement.device.platform),
+        buckets=buckets_for(config, plan.max_blocks_per_seq, placement.device.platform, specs),
         max_logprobs=config.max_logprobs,
         implementation=implementation,
         cache_implementation=config.cache_implementation,

@@ -140,7 +140,7 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
         writes,
         plan,
         own,
-        buckets_for(config, plan.max_blocks_per_seq, placement.device.platform),
+        buckets_for(config, plan.max_blocks_per_seq, placement.device.platform, specs),
         dataclasses.replace(
             unsized, kv_caches=caches, max_blocks_per_seq=plan.max_blocks_per_seq, num_traces={}
         ),

@@ -102,6 +102,8 @@ class EngineConfig:
         matrix products while it compiles, and should do nothing else.
       verify_kernels: on a GPU, whether each kernel that the model needs first runs on a small
         problem beside XLA's program for the same; one that differs ends the start, by name.
+      disable_cascade_attn: read a prefix that many sequences share for each of them, and not for
+        several at a time (see `Bucket.shares_prefix`). None: on a CPU, which has it in its caches.
       compilation_cache_dir: folder in which JAX keeps compiled programs, one per process; "auto"
         is the one JAX is configured with, else `~/.cache/pallas-paged`; None leaves JAX's
         configuration as it is. Another folder than the process already uses is refused; one that
@@ -156,6 +158,7 @@ class EngineConfig:
     compile_ahead: bool = False
     background_compilation: bool | None = None
     verify_kernels: bool = True
+    disable_cascade_attn: bool | None = None
     speculative_config: dict[str, Any] | None = None
     compilation_cache_dir: str | None = "auto"
     bundle: str | None = None
@@ -210,8 +213,9 @@ class EngineConfig:
         speculation = speculation_settings(self.speculative_config)
         ok = speculation is None or not self.deterministic
         _require(ok, self, "speculative_config", "must be None with deterministic=True")
-        ok = self.background_compilation in (None, True, False)
-        _require(ok, self, "background_compilation", "must be True, False or None")
+        for name in ("background_compilation", "disable_cascade_attn"):
+            ok = getattr(self, name) in (None, True, False)
+            _require(ok, self, name, "must be True, False or None")
         room = self.swap_space
         ok = isinstance(room, int | float) and not isinstance(room, bool) and 0 <= room < 2**30
         _require(ok, self, "swap_space", "must be a number of GiB >= 0")
@@ -321,6 +325,13 @@ def resolve_background_compilation(config: EngineConfig, platform: str) -> bool:
     return config.background_compilation
 
 
+def resolve_cascade(config: EngineConfig, platform: str) -> bool:
+    """Returns whether a prefix that many share is read for several of them at a time."""
+    if config.disable_cascade_attn is None:
+        return platform != "cpu" and not config.deterministic
+    return not config.disable_cascade_attn and not config.deterministic
+
+
 def resolve_max_model_len(config: EngineConfig, shape: ModelConfig) -> int:
     """Returns the longest sequence the engine serves, in tokens, of a model of that shape.
 
@@ -337,13 +348,3 @@ def resolve_max_model_len(config: EngineConfig, shape: ModelConfig) -> int:
             "rope_parameters make of it); choose at most that"
         )
     return config.max_model_len
-
-
-def round_num_blocks(num_blocks: int) -> int:
-    """Rounds down to 8 sizes per power of two.
-
-    The pool's size is a shape of every compiled program: on this grid a start with slightly more
-    or less free memory finds the same programs in the compilation cache.
-    """
-    step = 1 << max(0, num_blocks.bit_length() - 4)
-    return num_blocks // step * step

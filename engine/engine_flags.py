@@ -62,6 +62,9 @@ _FLAGS = (
     flags.DEFINE_bool(
         "verify_kernels", None, "On a GPU, run each kernel beside XLA's programs first; on."
     ),
+    flags.DEFINE_bool(
+        "disable_cascade_attn", None, "Read a shared prefix for each sequence; off on a GPU."
+    ),
     flags.DEFINE_string(
         "bundle",
         None,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int8, Int32
 
 from pallas_paged._namespaces import inside
 from pallas_paged.quantisation import is_quantised, quantise
@@ -116,6 +116,20 @@ def check_scales(cache: jax.Array, scale: jax.Array | None, name: str) -> None:
         )
 
 
+class SharedPrefix(NamedTuple):
+    """The blocks with which the block tables of several sequences begin.
+
+    Attributes:
+      block_table: i32[M'], the blocks in order; what is behind `num_blocks` is not read.
+      num_blocks: i32[], how many they are. The query tokens of the sequences stand behind them.
+      is_shared: bool[B], whose block tables begin with them.
+    """
+
+    block_table: Int32[Array, "M2"]
+    num_blocks: Int32[Array, ""]
+    is_shared: Bool[Array, "B"]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionMetadata:
@@ -138,6 +152,9 @@ class AttentionMetadata:
       min_query_len: the fewest query tokens of those that have any; static. 2 means a step of
         prompts only, and lets an implementation leave out what only decode needs. A sequence with
         fewer is outside the contract.
+      shared_prefix: blocks that several sequences begin with, whose keys and values are then read
+        for several of them at a time; None computes each sequence by itself. The results are the
+        same, but for rounding.
     """
 
     positions: Int32[Array, "T"]
@@ -147,6 +164,7 @@ class AttentionMetadata:
     query_start_loc: Int32[Array, "B+1"]
     max_query_len: int = dataclasses.field(metadata={"static": True})
     min_query_len: int = dataclasses.field(default=1, metadata={"static": True})
+    shared_prefix: SharedPrefix | None = None
 
     @classmethod
     def for_decode(

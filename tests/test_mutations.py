@@ -5,6 +5,7 @@ import pytest
 from tests.engine import (
     mutate_async,
     mutate_beams,
+    mutate_cascade,
     mutate_grammars,
     mutate_sharing,
     mutate_steps,
@@ -23,6 +24,7 @@ PROGRAMS = (
     mutate_sharing,
     mutate_beams,
     mutate_steps,
+    mutate_cascade,
     mutate_grammars,
     mutate_async,
     mutate_decode,

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 _LEAST_SHARE = 8
 """A step is large enough when so many times what it costs by itself is spent on its tokens."""
+MIN_SHARING = 8
+"""Sequences of the smallest decode bucket that reads a prefix for several of them at a time."""
 MIN_TABLE_WIDTH = 128
 """Blocks of the narrowest table, if any sequence may have more than twice as many."""
 
@@ -20,7 +22,8 @@ class Bucket:
     with `num_drafts` D > 0, a mixed bucket, samples behind up to D + 1 tokens of a sequence; if it
     `proposes`, a small model also guesses D tokens behind the last one. One without `filters` has
     no sequence with a top-k or a top-p, and one without `has_decodes`, a mixed bucket, no sequence
-    with one token.
+    with one token. One that `shares_prefix`, a plain decode bucket, is told of blocks that several
+    sequences begin with, and reads them for several at a time.
     """
 
     num_tokens: int
@@ -33,6 +36,7 @@ class Bucket:
     proposes: bool = False
     filters: bool = True
     has_decodes: bool = True
+    shares_prefix: bool = False
 
     @property
     def num_logits(self) -> int:
@@ -48,6 +52,7 @@ class Bucket:
         drafts += ", proposing as many" if self.proposes else ""
         without = "" if self.filters else ", without top-k and top-p"
         without += "" if self.has_decodes else ", prompts only"
+        without += ", sharing a prefix" if self.shares_prefix else ""
         return f"{kind} {shape}{full}{steps}{drafts}{without}"
 
 
@@ -69,6 +74,8 @@ class Buckets:
       specialised: whether plain steps that do not need all of it have programs of their own: decode
         steps without `Bucket.filters`, and steps of a few prompts without `Bucket.has_decodes`. A
         device that can look at what a step needs, and skip the rest, has no use for them.
+      shares_prefix: whether plain decode steps of at least `MIN_SHARING` sequences have programs
+        with `Bucket.shares_prefix`.
     """
 
     decode_seqs: tuple[int, ...]
@@ -81,6 +88,7 @@ class Buckets:
     proposes: bool = False
     step_cost: int = 0
     specialised: bool = False
+    shares_prefix: bool = False
 
     @classmethod
     def for_limits(
@@ -95,6 +103,7 @@ class Buckets:
         proposes: bool = False,
         step_cost: int = 0,
         specialised: bool = False,
+        shares_prefix: bool = False,
     ) -> "Buckets":
         """Returns few sizes up to the maxima; one of each kind for a deterministic engine.
 
@@ -117,6 +126,7 @@ class Buckets:
             proposes,
             step_cost,
             specialised,
+            shares_prefix,
         )
 
     def worth_while(self, num_tokens: int, num_fixed: int) -> int:
@@ -149,12 +159,13 @@ class Buckets:
         has_drafts: bool = False,
         filters: bool = True,
         has_decodes: bool = True,
+        shares_prefix: bool = False,
     ) -> Bucket:
         """Returns the smallest bucket that holds a step of `num_tokens` of `num_seqs` sequences.
 
         `table_width` is the number of blocks of the longest of them. `is_decode` tells that each
-        sequence has one token; equal numbers alone do not say so. `filters` and `has_decodes` as in
-        `Bucket`.
+        sequence has one token; equal numbers alone do not say so. `filters`, `has_decodes` and
+        `shares_prefix` as in `Bucket`.
         """
         width = _at_least(self.table_widths, table_width)
         if has_drafts:
@@ -164,8 +175,10 @@ class Buckets:
         if is_decode and self.decode_seqs:
             size = _at_least(self.decode_seqs, num_seqs)
             num_steps = 1 if is_full else self.num_steps
-            filters |= is_full or not self.specialised
-            return Bucket(size, size, width, True, is_full, num_steps, filters=filters)
+            shares_prefix &= self.shares_prefix and not is_full and size >= MIN_SHARING
+            filters |= is_full or shares_prefix or not self.specialised
+            bucket = Bucket(size, size, width, True, is_full, num_steps, filters=filters)
+            return dataclasses.replace(bucket, shares_prefix=shares_prefix)
         size = _at_least(self.mixed_tokens, num_tokens)
         seqs = _at_least(self.mixed_seqs, num_seqs)
         has_decodes |= is_full or not self.specialised or seqs > self.mixed_seqs[0]
@@ -182,6 +195,7 @@ class Buckets:
         has_drafts: bool = False,
         filters: bool = True,
         has_decodes: bool = True,
+        shares_prefix: bool = False,
     ) -> list[Bucket]:
         """Returns all buckets that hold such a step, see `pick`, smallest first.
 
@@ -198,6 +212,7 @@ class Buckets:
             and (is_decode or not bucket.is_decode)
             and bucket.filters >= filters
             and bucket.has_decodes >= has_decodes
+            and bucket.shares_prefix <= shares_prefix
         ]
         return sorted(fits, key=lambda bucket: (not bucket.is_decode, bucket))
 
@@ -229,14 +244,21 @@ class Buckets:
         return plain + self._special(plain) + full
 
     def _special(self, plain: Sequence[Bucket]) -> list[Bucket]:
-        """Returns the plain buckets that leave something out."""
-        if not self.specialised:
-            return []
+        """Returns the plain buckets that leave something out, or are told of a shared prefix."""
         decode = [bucket for bucket in plain if bucket.is_decode]
+        sharing = [
+            dataclasses.replace(bucket, shares_prefix=True)
+            for bucket in decode
+            if self.shares_prefix and bucket.num_seqs >= MIN_SHARING
+        ]
+        if not self.specialised:
+            return sharing
         few = self.mixed_seqs[0]
         mixed = [b for b in plain if not (b.is_decode or b.num_drafts) and b.num_seqs == few]
-        return [dataclasses.replace(bucket, filters=False) for bucket in decode] + [
-            dataclasses.replace(bucket, has_decodes=False) for bucket in mixed
+        return [
+            *sharing,
+            *(dataclasses.replace(bucket, filters=False) for bucket in decode),
+            *(dataclasses.replace(bucket, has_decodes=False) for bucket in mixed),
         ]
 
 

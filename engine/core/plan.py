@@ -58,7 +58,7 @@ class StepPlan(NamedTuple):
             [bucket.num_tokens, bucket.num_seqs, bucket.table_width],
             [bucket.num_steps, bucket.num_drafts, bucket.proposes],
             [bucket.is_decode, bucket.is_full, bucket.filters, bucket.has_decodes],
-            [self.wants_logprobs],
+            [bucket.shares_prefix, self.wants_logprobs],
             self.dropped_chunks,
             *self.copies,
             self.inputs,
@@ -84,7 +84,7 @@ class StepPlan(NamedTuple):
         num_tokens, num_seqs, table_width = next(parts).tolist()
         num_steps, num_drafts, proposes = next(parts).tolist()
         is_decode, is_full, filters, has_decodes = map(bool, next(parts))
-        wants_logprobs = bool(next(parts)[0])
+        shares_prefix, wants_logprobs = map(bool, next(parts))
         dropped = tuple(next(parts).tolist())
         copies = CopyPairs(next(parts), next(parts))
         inputs = next(parts)
@@ -109,6 +109,7 @@ class StepPlan(NamedTuple):
                 bool(proposes),
                 filters,
                 has_decodes,
+                shares_prefix,
             ),
             dropped,
             moves[:num_outs],

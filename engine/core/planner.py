@@ -12,6 +12,7 @@ from pallas_paged.engine.core.plan import StepPlan
 from pallas_paged.engine.core.request import MAX_ENDING_IDS, SequenceGroup, TokenSequence
 from pallas_paged.engine.core.row_edits import RowEdits
 from pallas_paged.engine.core.scheduled import Batch, ScheduledSequence, ScheduledStep
+from pallas_paged.engine.core.shared_prefix import PrefixFinder
 from pallas_paged.engine.core.step_inputs import (
     DraftInputs,
     FullInputs,
@@ -65,6 +66,7 @@ class Planner:
         self._choose = choose
         self._find_masks = find_masks
         self._num_rows = len(memory.tables)
+        self._prefixes = PrefixFinder(memory)
         self.reset()
 
     def reset(self) -> None:
@@ -92,12 +94,16 @@ class Planner:
         if self._buckets.proposes:
             has_drafts |= any(sequence.group.speculates for sequence in batch.sequences)
         filters = bool(self._columns.filters[batch.rows].any())
+        prefix = None
+        if self._buckets.shares_prefix and is_decode and not is_full:
+            prefix = self._prefixes.find(batch)
         kind = {
             "is_decode": is_decode,
             "is_full": is_full,
             "has_drafts": has_drafts,
             "filters": filters,
             "has_decodes": bool((batch.num_tokens == 1).any()),
+            "shares_prefix": prefix is not None,
         }
 
         def all_that_fit() -> list[Bucket]:
@@ -121,6 +127,10 @@ class Planner:
         x = views(inputs, bucket)
         x.table_places[:], x.table_blocks[:] = last_edit
         self._fill(x, batch, scheduled)
+        if x.prefix is not None and prefix is not None:
+            x.prefix.shares_prefix[:B] = prefix.is_shared
+            x.prefix.prefix_row[0] = prefix.row
+            x.prefix.prefix_blocks[0] = prefix.num_blocks
         plan = StepPlan(
             step.step_id,
             bucket,

@@ -69,6 +69,20 @@ class DraftInputs[A](NamedTuple):
     firsts: A
 
 
+class PrefixInputs[A](NamedTuple):
+    """What only buckets that share a prefix need.
+
+    Attributes:
+      shares_prefix: i32[B], 1 where the sequence begins with the prefix.
+      prefix_row: i32[1], an allocator row whose table begins with its blocks.
+      prefix_blocks: i32[1], how many there are; 0 if there is none.
+    """
+
+    shares_prefix: A
+    prefix_row: A
+    prefix_blocks: A
+
+
 class StepInputs[A](NamedTuple):
     """What one step needs from the host; T tokens, B sequences, R allocator rows.
 
@@ -96,6 +110,7 @@ class StepInputs[A](NamedTuple):
       many: in buckets with several steps only, else None. Everything above is of the first one.
       drafts: in buckets with drafts only, else None. `logits_indices` are not used then, and
         `sample_positions` are those behind each sequence's last known token.
+      prefix: in buckets that share a prefix only, else None.
     """
 
     input_ids: A
@@ -119,13 +134,14 @@ class StepInputs[A](NamedTuple):
     full: FullInputs[A] | None = None
     many: ManyInputs[A] | None = None
     drafts: DraftInputs[A] | None = None
+    prefix: PrefixInputs[A] | None = None
 
 
 @functools.cache
 def layout(bucket: Bucket) -> dict[str, tuple[Shape, np.dtype]]:
     """Returns shape and dtype of each field of `StepInputs`, in the order they are packed.
 
-    Those of `full`, `many` or `drafts` follow, where the bucket has them.
+    Those of `prefix`, `full`, `many` or `drafts` follow, where the bucket has them.
     """
     T, B = bucket.num_tokens, bucket.num_seqs
     i32, f32, u32 = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.uint32)
@@ -149,6 +165,9 @@ def layout(bucket: Bucket) -> dict[str, tuple[Shape, np.dtype]]:
         "sample_index": ((B,), i32),
         "sample_positions": ((B,), i32),
     }
+    if bucket.shares_prefix:
+        sizes = (("shares_prefix", B), ("prefix_row", 1), ("prefix_blocks", 1))
+        plain |= {name: ((size,), i32) for name, size in sizes}
     if bucket.num_steps > 1:
         return plain | {"num_steps": ((B,), i32), "ending_ids": ((B, MAX_ENDING_IDS), i32)}
     if bucket.num_drafts:
@@ -194,7 +213,11 @@ def step_inputs(arrays: dict[str, Any]) -> StepInputs[Any]:
 
     plain = {name: array for name, array in arrays.items() if name in StepInputs._fields}
     return StepInputs(
-        **plain, full=part(FullInputs), many=part(ManyInputs), drafts=part(DraftInputs)
+        **plain,
+        full=part(FullInputs),
+        many=part(ManyInputs),
+        drafts=part(DraftInputs),
+        prefix=part(PrefixInputs),
     )
 
 

@@ -6,6 +6,7 @@ the model's own heads, blocks and dtypes, beside XLA's program for the same. Wha
 read is NaN there: free blocks, the null block, the tails of last blocks, padding.
 """
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from flax import nnx
 
 from pallas_paged.cache_spec import CacheSpec
 from pallas_paged.dispatch import target_device
-from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache
+from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache, SharedPrefix
 from pallas_paged.models import CausalLM
 from pallas_paged.ops.attention.api import paged_attention
 from pallas_paged.ops.block_copy.api import copy_blocks
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 TOLERANCES = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-4}
 """Of attention to standard-normal queries, keys and values, by the queries' dtype."""
-_KEYS = 200  # of the longest sequence: some tiles of the kernels, the last one not full
+_KEYS = 270  # of the longest sequence: some tiles of the kernels, the last one not full
 _NUM_QUERIES = 140
 
 
@@ -84,6 +85,7 @@ def check_kernels(
     *,
     attention: str,
     cache_implementation: str | None,
+    shares_prefix: bool = False,
 ) -> None:
     """Runs what the model's layers need beside XLA's programs, on the target device.
 
@@ -93,6 +95,7 @@ def check_kernels(
       dtype: of activations.
       attention: the implementation of paged attention that is checked.
       cache_implementation: of what writes, copies, gathers and scatters; None chooses.
+      shares_prefix: whether steps may have a `SharedPrefix`, which is more heads for the kernels.
 
     Raises:
       KernelCheckError: the first kernel that differs by more than its dtypes explain.
@@ -104,7 +107,8 @@ def check_kernels(
     for kind in kinds:
         problem = _make(kind)
         try:
-            differences = jax.device_get(jax.jit(_differences(kind, implementations))(problem))
+            run = jax.jit(_differences(kind, implementations, shares_prefix))
+            differences = jax.device_get(run(problem))
         except Exception as error:
             raise KernelCheckError(_report("kernels", kind, f"cannot run: {error}")) from error
         for name, found in differences.items():
@@ -213,7 +217,7 @@ def _poison(array: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _differences(
-    kind: AttentionKind, implementations: Mapping[str, str | None]
+    kind: AttentionKind, implementations: Mapping[str, str | None], shares_prefix: bool
 ) -> Callable[[_Problem], dict[str, jax.Array]]:
     """Returns a function of the problem: by kernel, the difference in units of what is tolerated.
 
@@ -228,25 +232,42 @@ def _differences(
         found = {name: _cache_difference(name, problem, ours[name], theirs[name]) for name in ours}
         if implementations["attention"] == "xla":
             return found
-        cache = theirs["write_kv"]
-        out, exact = (
-            paged_attention(
-                problem.q,
+        cache, ours_attend = theirs["write_kv"], implementations["attention"]
+
+        def attend(
+            implementation: str | None, q: jax.Array, metadata: AttentionMetadata
+        ) -> jax.Array:
+            return paged_attention(
+                q,
                 cache.k,
                 cache.v,
-                problem.metadata,
+                metadata,
                 k_scale=cache.k_scale,
                 v_scale=cache.v_scale,
                 implementation=implementation,
                 **problem.options,
             )
-            for implementation in (implementations["attention"], "xla")
-        )
+
+        exact = attend("xla", problem.q, problem.metadata)
+        out = attend(ours_attend, problem.q, problem.metadata)
         tolerance = TOLERANCES[jnp.dtype(kind.dtype).name]
         found["paged_attention"] = _difference(out, exact, tolerance)
+        if shares_prefix and dict(kind.options).get("sliding_window") is None:
+            last = slice(_NUM_QUERIES - 1, _NUM_QUERIES)
+            out = attend(ours_attend, problem.q[last], _last_behind_prefix(problem))
+            found["paged_attention of a shared prefix"] = _difference(out, exact[last], tolerance)
         return found
 
     return run
+
+
+def _last_behind_prefix(problem: _Problem) -> AttentionMetadata:
+    """Returns the metadata of the longest sequence's last token, behind whole blocks."""
+    table, length = problem.metadata.block_tables[2:3], problem.metadata.seq_lens[2:3]
+    num_blocks = (length[0] - 1) // problem.caches.k.shape[2]
+    prefix = SharedPrefix(table[0], num_blocks, jnp.ones(1, bool))
+    metadata = AttentionMetadata.for_decode(table, length, problem.caches.k.shape[2])
+    return dataclasses.replace(metadata, shared_prefix=prefix)
 
 
 def _cache_results(problem: _Problem, implementation: str | None) -> Iterator[tuple[str, KVCache]]:

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_paged.cache_spec import CacheSpec
+from pallas_paged.cache_spec import CacheSpec, common_window
 from pallas_paged.engine.config import (
     DEFAULT_CPU_KV_CACHE_BYTES,
     EngineConfig,
+    resolve_cascade,
     resolve_num_scheduler_steps,
-    round_num_blocks,
 )
 from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.logprobs import width_for
@@ -89,8 +89,13 @@ class PoolPlan:
         return "memory: " + ", ".join(parts)
 
 
-def buckets_for(config: EngineConfig, max_blocks_per_seq: int, platform: str) -> Buckets:
-    """Returns the shapes of the steps of an engine on devices of a platform."""
+def buckets_for(
+    config: EngineConfig, max_blocks_per_seq: int, platform: str, specs: Sequence[CacheSpec]
+) -> Buckets:
+    """Returns the shapes of the steps of an engine on devices of a platform.
+
+    `specs` are those of the layers' caches: where all have a window, nothing reads old prefixes.
+    """
     speculation = speculation_settings(config.speculative_config)
     return Buckets.for_limits(
         config.max_num_seqs,
@@ -102,7 +107,13 @@ def buckets_for(config: EngineConfig, max_blocks_per_seq: int, platform: str) ->
         proposes=isinstance(speculation, DraftModelSettings),
         step_cost=_STEP_COST.get(platform, max(_STEP_COST.values())),
         specialised=not may_look(platform),
+        shares_prefix=shares_prefixes(config, platform, specs),
     )
+
+
+def shares_prefixes(config: EngineConfig, platform: str, specs: Sequence[CacheSpec]) -> bool:
+    """Returns whether steps may read a shared prefix at once; see `buckets_for`."""
+    return resolve_cascade(config, platform) and common_window(specs) is None
 
 
 def unsized_programs(
@@ -191,7 +202,7 @@ def plan_pool(
                     config, model, max_blocks_per_seq, specs, implementation, placement
                 )
                 platform = placement.device.platform
-                largest = buckets_for(config, max_blocks_per_seq, platform).largest()
+                largest = buckets_for(config, max_blocks_per_seq, platform, specs).largest()
                 programs.compile(largest)
                 temporary_bytes = max(map(programs.temporary_bytes, largest))
             pool_bytes -= temporary_bytes
@@ -231,6 +242,16 @@ def plan_pool(
         row_state_bytes,
         temporary_bytes,
     )
+
+
+def round_num_blocks(num_blocks: int) -> int:
+    """Rounds down to 8 sizes per power of two.
+
+    The pool's size is a shape of every compiled program: on this grid a start with slightly more
+    or less free memory finds the same programs in the compilation cache.
+    """
+    step = 1 << max(0, num_blocks.bit_length() - 4)
+    return num_blocks // step * step
 
 
 def _memory_bytes(device: jax.Device) -> int:

@@ -10,7 +10,7 @@ from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.step_inputs import StepInputs, layout, step_inputs
 from pallas_paged.engine.device.row_state import LogitInputs
 from pallas_paged.engine.device.sampling import SamplingInputs
-from pallas_paged.kv_cache import AttentionMetadata
+from pallas_paged.kv_cache import AttentionMetadata, SharedPrefix
 from pallas_paged.models.interface import Wanted
 
 
@@ -29,6 +29,10 @@ def attention_metadata(
     x: StepInputs[jax.Array], block_tables: jax.Array, bucket: Bucket
 ) -> AttentionMetadata:
     """Returns what the model's attention needs of a step's inputs and of `Rows.block_tables`."""
+    prefix = None
+    if x.prefix is not None:
+        table = block_tables[x.prefix.prefix_row[0], : bucket.table_width]
+        prefix = SharedPrefix(table, x.prefix.prefix_blocks[0], x.prefix.shares_prefix == 1)
     return AttentionMetadata(
         positions=x.positions,
         slot_mapping=x.slot_mapping,
@@ -37,6 +41,7 @@ def attention_metadata(
         query_start_loc=x.query_start_loc,
         max_query_len=1 if bucket.is_decode else bucket.num_tokens,
         min_query_len=1 if bucket.has_decodes else 2,
+        shared_prefix=prefix,
     )
 
 

@@ -175,7 +175,10 @@ MUTATIONS = {
         _PLANNER, "params.top_k > 0 or params.top_p < 1", "params.top_p < 1", _NO_LOOKS
     ),
     "nothing left out": Mutation(
-        _BUCKETS, "filters |= is_full or not self.specialised", "filters = True", _NO_LOOKS
+        _BUCKETS,
+        "filters |= is_full or shares_prefix or not self.specialised",
+        "filters = True",
+        _NO_LOOKS,
     ),
     "decode left out where there is some": Mutation(
         _PLANNER, "(batch.num_tokens == 1).any()", "(batch.num_tokens == 0).any()", _NO_LOOKS

@@ -25,7 +25,7 @@ def test_every_step_fits_a_bucket_that_is_compiled_ahead(
         max_num_batched_tokens=max_num_batched_tokens,
         deterministic=deterministic,
     )
-    buckets = buckets_for(config, 40, "cpu")
+    buckets = buckets_for(config, 40, "cpu", ())
     every = buckets.all()
     assert len(every) == len(set(every)) <= 56
     assert len(every) == 2 or not deterministic

@@ -56,7 +56,7 @@ def make_runner(*specs: CacheSpec) -> ModelRunner:
         block_size=4,
         kv_cache_dtype=FLOAT32,
         max_num_seqs=2,
-        buckets=buckets_for(config, 8, "cpu"),
+        buckets=buckets_for(config, 8, "cpu", specs),
         swaps=True,
     )
 

@@ -14,9 +14,8 @@ from pallas_paged.engine.config import (
     EngineConfig,
     resolve_kv_cache_dtype,
     resolve_max_model_len,
-    round_num_blocks,
 )
-from pallas_paged.engine.device.pool_size import plan_pool
+from pallas_paged.engine.device.pool_size import plan_pool, round_num_blocks
 from pallas_paged.engine.llm import LLM
 from pallas_paged.models import ModelConfig
 from pallas_paged.models.decoder import Decoder

@@ -39,13 +39,23 @@ SHAPE = MistralConfig(
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
-def check(dtype: str = "bfloat16", cache_dtype: str | None = None, num_layers: int = 1) -> None:
+def check(
+    dtype: str = "bfloat16",
+    cache_dtype: str | None = None,
+    num_layers: int = 1,
+    shares_prefix: bool = False,
+) -> None:
     shape = SHAPE.first_layers(num_layers)
     model = abstract_model(shape, dtype)
     specs = shape.cache_specs(16, jnp.dtype(cache_dtype or dtype))
     with interpret_kernels():
         check_kernels(
-            model, specs, jnp.dtype(dtype), attention="mosaic_gpu", cache_implementation=None
+            model,
+            specs,
+            jnp.dtype(dtype),
+            attention="mosaic_gpu",
+            cache_implementation=None,
+            shares_prefix=shares_prefix,
         )
 
 
@@ -59,11 +69,15 @@ def test_each_kind_of_attention_once() -> None:
     assert all(kind.dtype == jnp.bfloat16 for kind in kinds)
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
-def test_right_kernels_pass(cache_dtype: str | None, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("cache_dtype", "num_kernels"), [(None, 6), ("int8", 5)])
+def test_right_kernels_pass(
+    cache_dtype: str | None, num_kernels: int, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", kernel_check.__name__)
-    check(cache_dtype=cache_dtype)
-    assert re.search(r"5 kernels agree with XLA on \w+; checked in \d+\.\d s", caplog.text)
+    check(cache_dtype=cache_dtype, shares_prefix=num_kernels == 6)
+    assert re.search(
+        rf"{num_kernels} kernels agree with XLA on \w+; checked in \d+\.\d s", caplog.text
+    )
 
 
 def broken(function: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:

@@ -2,26 +2,23 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal, overload
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from pallas_paged.dispatch import Implementation, choose_implementation, kernel_family
-from pallas_paged.kv_cache import (
-    AttentionMetadata,
-    CacheArray,
-    ValueArray,
-    check_scales,
-    check_shapes,
+from pallas_paged.kv_cache import AttentionMetadata, CacheArray, ValueArray, check_scales
+from pallas_paged.ops.attention import cascade, mosaic_gpu, reference, xla
+from pallas_paged.ops.attention.checks import (
+    check_arrays,
+    check_metadata,
+    check_options,
+    inside,
 )
-from pallas_paged.ops.attention import mosaic_gpu, reference, xla
 from pallas_paged.ops.attention.cpu import attend as cpu
 from pallas_paged.ops.attention.hopper.prefill_plan import plan_prefill
-from pallas_paged.ops.blocks import inside_or_null
-from pallas_paged.quantisation import LARGEST, is_quantised
+from pallas_paged.quantisation import is_quantised
 
 _MAX_TILES = 65_535  # of prefill: they are an axis of its grid, and CUDA allows no more
 
@@ -74,8 +71,6 @@ _IMPLEMENTATIONS = {
     "xla": Implementation(xla.paged_attention),
     "reference": Implementation(reference.paged_attention),
 }
-_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
-_CACHE_DTYPES = (*_DTYPES, *LARGEST)
 
 
 @overload
@@ -162,7 +157,8 @@ def paged_attention(
         Entries of `block_tables` that are no block of the cache (-1, say, for padding) count as 0;
         `query_start_loc` is clipped to 0..T, and each of `seq_lens` to what its queries need at
         least and the table holds at most. So a sequence with wrong numbers gets results that mean
-        nothing, and no other sequence's change.
+        nothing, and no other sequence's change. A `shared_prefix` is computed by itself (see
+        `cascade.py`); with a `sliding_window` it is left to the block tables.
       k_scale: f32 `[N, Hk, S]`, the scales of quantised keys, as `write_kv` made them: a key is
         stored number * scale. None for caches that are not quantised.
       v_scale: likewise, of the values.
@@ -193,11 +189,11 @@ def paged_attention(
     Sources: PagedAttention (Kwon et al. 2023, arXiv 2309.06180); online softmax as in
     FlashAttention (Dao et al. 2022, arXiv 2205.14135); ALiBi (Press et al. 2021, arXiv 2108.12409).
     """
-    _check_arrays(q, k_cache, v_cache)
+    check_arrays(q, k_cache, v_cache)
     check_scales(k_cache, k_scale, "k_scale")
     check_scales(v_cache, v_scale, "v_scale")
-    _check_metadata(metadata)
-    _check_options(q.shape[1], scale, sliding_window, logits_soft_cap, alibi_slopes, sinks)
+    check_metadata(metadata, deterministic)
+    check_options(q.shape[1], scale, sliding_window, logits_soft_cap, alibi_slopes, sinks)
     name = attention_implementation(
         implementation,
         q,
@@ -207,22 +203,49 @@ def paged_attention(
         metadata=metadata,
     )
     if not promise_in_bounds:
-        metadata = _inside(metadata, q.shape[0], k_cache.shape[0], k_cache.shape[2])
-    out, lse = _IMPLEMENTATIONS[name].run(
-        q,
-        k_cache,
-        v_cache,
-        metadata,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        scale=q.shape[2] ** -0.5 if scale is None else float(scale),
-        sliding_window=sliding_window,
-        logits_soft_cap=logits_soft_cap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        deterministic=deterministic,
-    )
+        metadata = inside(metadata, q.shape[0], k_cache.shape[0], k_cache.shape[2])
+
+    def attend(
+        q: jax.Array, metadata: AttentionMetadata, slopes: jax.Array | None, sinks: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        return _IMPLEMENTATIONS[name].run(
+            q,
+            k_cache,
+            v_cache,
+            metadata,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            scale=q.shape[2] ** -0.5 if scale is None else float(scale),
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            alibi_slopes=slopes,
+            sinks=sinks,
+            deterministic=deterministic,
+        )
+
+    if metadata.shared_prefix is None or sliding_window is not None:
+        metadata = dataclasses.replace(metadata, shared_prefix=None)
+        out, lse = attend(q, metadata, alibi_slopes, sinks)
+    else:
+        count, cache = num_together(name, q, k_cache), k_cache.shape[1:3]
+        out, lse = cascade.attend(attend, q, metadata, alibi_slopes, sinks, cache, count)
     return (out, lse) if return_lse else out
+
+
+def num_together(
+    name: str,
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k_cache: jax.Array | jax.ShapeDtypeStruct,
+) -> int:
+    """Returns for how many tokens at a time an implementation reads a shared prefix."""
+    most = cascade.MOST_TOGETHER
+    if name != "mosaic_gpu":
+        return most
+    group, head_dim = q.shape[1] // k_cache.shape[1], q.shape[2]
+    sizes = (most >> shift for shift in range(most.bit_length()))
+    # As many query rows as the decode kernel takes of a sequence with so many query tokens.
+    fit = functools.partial(mosaic_gpu.tokens_at_a_time, group, head_dim)
+    return next(size for size in sizes if fit(size, k_cache.dtype) == size)
 
 
 def attention_implementation(
@@ -270,84 +293,3 @@ def register_for_loading(
     """
     if implementation == "numba":
         cpu.register(q, k_cache, v_cache)
-
-
-def _check_arrays(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array) -> None:
-    if q.ndim != 3:
-        raise ValueError(f"q.shape={q.shape} must be [tokens, query heads, head_dim]")
-    check_shapes(k_cache, v_cache, "k_cache", "v_cache")
-    _, num_q_heads, head_dim = q.shape
-    _, num_kv_heads, _, cache_head_dim = k_cache.shape
-    if head_dim != cache_head_dim:
-        raise ValueError(f"head_dim={head_dim} of q must equal the cache's {cache_head_dim}")
-    if num_q_heads % num_kv_heads:
-        raise ValueError(
-            f"num_q_heads={num_q_heads} must be divisible by num_kv_heads={num_kv_heads}"
-        )
-    for name, array, dtypes in (("q", q, _DTYPES), ("k_cache", k_cache, _CACHE_DTYPES)):
-        if array.dtype not in dtypes:
-            raise ValueError(
-                f"{name}.dtype={array.dtype} must be among {', '.join(map(str, dtypes))}"
-            )
-    if k_cache.dtype != v_cache.dtype:
-        raise ValueError(f"k_cache.dtype={k_cache.dtype} must equal v_cache.dtype={v_cache.dtype}")
-
-
-def _check_metadata(metadata: AttentionMetadata) -> None:
-    tables, lens = metadata.block_tables.shape, metadata.seq_lens.shape
-    starts = metadata.query_start_loc.shape
-    if len(tables) != 2 or lens != tables[:1] or starts != (tables[0] + 1,):
-        raise ValueError(
-            f"block_tables.shape={tables}, seq_lens.shape={lens} and query_start_loc.shape="
-            f"{starts} must be [B, M], [B] and [B + 1]"
-        )
-    for name in ("block_tables", "seq_lens", "query_start_loc"):
-        dtype = getattr(metadata, name).dtype
-        if dtype != jnp.int32:
-            raise ValueError(f"metadata.{name}.dtype={dtype} must be int32")
-    least, most = metadata.min_query_len, metadata.max_query_len
-    if most < 1:
-        raise ValueError(f"metadata.max_query_len={most} must be at least 1")
-    if not 1 <= least <= most:
-        raise ValueError(f"metadata.min_query_len={least} must be from 1 to max_query_len={most}")
-
-
-@functools.partial(jax.jit, static_argnames=("num_tokens", "num_blocks", "block_size"))
-def _inside(
-    metadata: AttentionMetadata, num_tokens: int, num_blocks: int, block_size: int
-) -> AttentionMetadata:
-    """Returns the metadata with nothing that leads outside of its tables, the cache or q."""
-    starts = jnp.clip(metadata.query_start_loc, 0, num_tokens)
-    max_len = metadata.block_tables.shape[1] * block_size
-    return dataclasses.replace(
-        metadata,
-        block_tables=inside_or_null(metadata.block_tables, num_blocks),
-        seq_lens=jnp.clip(metadata.seq_lens, jnp.diff(starts), max_len),
-        query_start_loc=starts,
-    )
-
-
-def _check_options(
-    num_q_heads: int,
-    scale: float | None,
-    sliding_window: int | None,
-    logits_soft_cap: float | None,
-    alibi_slopes: Any,
-    sinks: Any,
-) -> None:
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale={scale} must be finite")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(
-            f"sliding_window={sliding_window} must be at least 1, or None for no limit"
-        )
-    if logits_soft_cap is not None and not 0 < logits_soft_cap < math.inf:
-        raise ValueError(
-            f"logits_soft_cap={logits_soft_cap} must be positive and finite, or None for no cap"
-        )
-    for name, value in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if value is not None and (value.shape != (num_q_heads,) or value.dtype != jnp.float32):
-            raise ValueError(
-                f"{name} is {value.dtype}{list(value.shape)}, must be float32[{num_q_heads}]: "
-                "one number per query head"
-            )

@@ -145,7 +145,7 @@ def paged_attention(
         block_size=block_size,
         dtype=q.dtype,
         cache_dtype=k_cache.dtype,
-        max_tokens=_tokens_at_a_time(group, head_dim, metadata.max_query_len, k_cache.dtype),
+        max_tokens=tokens_at_a_time(group, head_dim, metadata.max_query_len, k_cache.dtype),
         scale=scale,
         sliding_window=sliding_window,
         logits_soft_cap=logits_soft_cap,
@@ -170,7 +170,7 @@ def paged_attention(
     return _prefill_part(*arrays, results, problem=problem, tuning=tuning)
 
 
-def _tokens_at_a_time(group: int, head_dim: int, max_query_len: int, cache_dtype: Any) -> int:
+def tokens_at_a_time(group: int, head_dim: int, max_query_len: int, cache_dtype: Any) -> int:
     """Returns the most query tokens of a sequence that a step's first kernel takes at a time."""
     if kernel_family() == "ampere":
         return ampere_problem.tokens_per_run(group, head_dim, max_query_len)
