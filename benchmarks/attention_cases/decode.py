@@ -175,7 +175,7 @@ def decode_cases() -> list[DecodeCase]:
             stages = {(c.tile, c.num_stages): c for c in candidate_configs(problem)}
             configs = list(stages.values())[turn :: len(mosaic_gpu.BLOCK_SIZES)]
             cases += [DecodeCase(problem, config) for config in configs]
-    cases += quantised_cases()
+    cases += quantised_cases() + shared_prefix_cases()
     return list({case.name: case for case in cases}.values())
 
 
@@ -207,6 +207,19 @@ def quantised_cases() -> list[DecodeCase]:
         if turn % 2:
             cases += [_behind(case) for case in cases[-1 - len(large[:1]) :]]
     return cases
+
+
+def shared_prefix_cases() -> list[DecodeCase]:
+    """Returns tokens of several sequences as more heads of one, as many as registers hold.
+
+    Such a prefix is never read with a window.
+    """
+    features = _FEATURES[2] | {"has_sinks": True}
+    columns = ((64, 48, None), (128, 32, None), (256, 24, None), (128, 24, "float8_e4m3fn"))
+    return [
+        make_case(group, head_dim, 16, 1, "bfloat16", cache_dtype, **features)
+        for head_dim, group, cache_dtype in columns
+    ]
 
 
 def _behind(case: DecodeCase) -> DecodeCase:

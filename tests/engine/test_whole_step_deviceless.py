@@ -28,6 +28,7 @@ DECODE = Bucket(64, 64, 128, is_decode=True)
 UNFILTERED = dataclasses.replace(DECODE, filters=False)
 MIXED = Bucket(512, 64, 128, is_decode=False)
 STATE = [("new_row_state", 64), ("edit_rows", 64), ("edit_masks", NUM_MASKS)]
+SHARING = dataclasses.replace(DECODE, shares_prefix=True)
 PROMPTS = Bucket(512, 8, 128, is_decode=False, has_decodes=False)
 
 
@@ -93,10 +94,12 @@ def test_what_a_layer_adds_to_a_decode_step() -> None:
         # last layer, where only last tokens attend, has one. Top-k and top-p are searched.
         ("llama-8b", MIXED, "auto", 7, 107 + 2 * 13),
         pytest.param("opt-13b", MIXED, "auto", 7, 107 + 2 * 13, marks=pytest.mark.slow),
+        # In each layer decode and merge once more; the queries side by side, weights and the sum.
+        ("llama-8b", SHARING, "auto", 10, 91 + 2 * 18),
         # Without decode: two kernels less in the first layer.
         ("llama-8b", PROMPTS, "auto", 5, 107 + 2 * 13 - 2),
     ],
-    ids=["llama-decode-fp8", "llama-mixed", "opt-mixed", "llama-prompts"],
+    ids=["llama-decode-fp8", "llama-mixed", "opt-mixed", "llama-sharing", "llama-prompts"],
 )
 def test_two_layers_in_place_with_few_launches(
     name: str, bucket: Bucket, kv_cache_dtype: str, num_kernels: int, most_launches: int

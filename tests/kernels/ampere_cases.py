@@ -169,7 +169,8 @@ def compile_cases() -> list[CompileCase]:
         case = CompileCase(next(groups), head_dim, 16, max_query_len, **FEATURES[3])
         cases += [case._replace(config=c) for c in candidate_configs(case.problem)]
     small = (case._replace(target=t) for case in every_kind_of_cache() for t in SMALL_TARGETS)
-    return [*cases, *_quantised_cases(groups), *small]
+    shared = CompileCase(64, 128, 16, 1, **FEATURES[2])  # tokens of several sequences, as heads
+    return [*cases, shared, *_quantised_cases(groups), *small]
 
 
 def blackwell_cases() -> list[CompileCase]:
@@ -180,6 +181,7 @@ def blackwell_cases() -> list[CompileCase]:
     ):
         group, queries = (4, 1, 7, 16)[index % 4], (1, 256, 3)[index % 3]
         cases.append(CompileCase(group, head_dim, block_size, queries, **FEATURES[index % 3]))
+    cases.append(CompileCase(128, 128, 16, 1, **FEATURES[2]))  # of a shared prefix
     return [case._replace(target=BLACKWELL_TARGET) for case in cases]
 
 

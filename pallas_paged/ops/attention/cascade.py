@@ -159,8 +159,7 @@ def _added(
     """Returns the attention to the keys of both parts; to those of `ours` where not shared."""
     (out, lse), (other, other_lse) = ours, theirs
     is_shared = is_shared[:, None]
-    both = jnp.logaddexp(lse, other_lse)
-    weight, other_weight = (jnp.exp(part - both)[..., None] for part in (lse, other_lse))
-    added = weight * out.astype(jnp.float32) + other_weight * other.astype(jnp.float32)
+    weight = jax.nn.sigmoid(lse - other_lse)[..., None]
+    added = weight * out.astype(jnp.float32) + (1 - weight) * other.astype(jnp.float32)
     added = jnp.where(is_shared[..., None], added.astype(out.dtype), out)
-    return added, jnp.where(is_shared, both, lse)
+    return added, jnp.where(is_shared, jnp.logaddexp(lse, other_lse), lse)
