@@ -60,13 +60,18 @@ flags.register_validator(
 def heads() -> tuple[int, int]:
     """Returns (Hq, Hk)."""
     num_q_heads, num_kv_heads = map(int, _HEADS.value.split("/"))
+    if num_q_heads % num_kv_heads:
+        raise ValueError(f"--heads={_HEADS.value}: the first must be a multiple of the second")
     return num_q_heads, num_kv_heads
 
 
 def sizes() -> list[tuple[int, int]]:
     """Returns (sequences, tokens of the prefix) of each row; whole blocks."""
-    counts = itertools.product(map(int, _SEQUENCES.value), map(int, _PREFIX.value))
-    return [(count, length // _BLOCK_SIZE.value * _BLOCK_SIZE.value) for count, length in counts]
+    lengths, S = list(map(int, _PREFIX.value)), _BLOCK_SIZE.value
+    if min(lengths) < S:
+        raise ValueError(f"--prefix={_PREFIX.value} must be at least --block_size={S}")
+    counts = itertools.product(map(int, _SEQUENCES.value), lengths)
+    return [(count, length // S * S) for count, length in counts]
 
 
 def bytes_row(num_seqs: int, prefix: int) -> dict[str, Any]:

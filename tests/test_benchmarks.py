@@ -20,6 +20,10 @@ QUICK = [
     ("attention", "--batch=2 --context=32 --heads=2/1 --layers=1 --repeats=1 --parts=decode"),
     ("block_tables", "--num_seqs=8 --num_tokens=64 --steps=4"),
     ("products", "--shapes=8x16 --rows=1,4 --dtype=bfloat16 --repeats=1 --min_mib=0"),
+    (
+        "cascade",
+        "--parts=bytes,time --sequences=9 --prefix=40 --own=3 --heads=4/2 --head_dim=16",
+    ),
     ("overlap", "--device_ms=1 --num_seqs=4 --num_steps=3"),
     ("async_cost", "--device_ms=1 --num_seqs=4 --num_steps=3 --warm_steps=2 --repeats=1"),
     (
