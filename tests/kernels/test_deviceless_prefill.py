@@ -62,6 +62,7 @@ def program(case: CompileCase, num_tokens: int = 256, num_blocks: int = 500) -> 
             alibi_slopes=slopes,
             sinks=sinks,
             tuning=case.tuning,
+            num_sms=132,
         )
 
     step = (array(rows, 64), array(rows), array(rows + 1))

@@ -20,6 +20,8 @@ class PrefillTuning:
         the other.
       ahead: whether a warpgroup begins the products of a step's keys before it waits for those of
         the values of the step before.
+      persistent: whether there are as many thread blocks as the GPU holds, each with one tile after
+        the other, else one for each tile that there may be.
     """
 
     tile_keys: int = 128
@@ -29,6 +31,7 @@ class PrefillTuning:
     converters: int = 1
     turns: bool = True
     ahead: bool = True
+    persistent: bool = True
 
     def __post_init__(self) -> None:
         if self.tile_keys < 64 or self.tile_keys % 64:

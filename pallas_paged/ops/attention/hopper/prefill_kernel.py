@@ -32,11 +32,8 @@ from pallas_paged.ops.attention.hopper.prefill_parts import (
     Inputs,
     Problem,
     Smem,
-    Tile,
     meet,
-    read_tile,
 )
-from pallas_paged.ops.attention.hopper.prefill_plan import NUM_TOKENS
 from pallas_paged.ops.attention.hopper.prefill_softmax import (
     Softened,
     State,
@@ -44,6 +41,7 @@ from pallas_paged.ops.attention.hopper.prefill_softmax import (
     finish_logits,
     soften,
 )
+from pallas_paged.ops.attention.hopper.prefill_walk import Tile, num_own_tiles, over_own_tiles
 from pallas_paged.ops.attention.hopper.prefill_write import write
 from pallas_paged.ops.attention.hopper.tiles import (
     COLUMN_LAYOUT,
@@ -60,20 +58,20 @@ from pallas_paged.ops.mosaic_gpu import load
 def prefill_kernel(
     problem: Problem, inputs: Inputs, lse: Any, *, smem: Smem, barriers: Barriers
 ) -> None:
-    """One thread block: one tile on one KV head, if the plan has so many tiles."""
+    """One thread block: its tiles one after the other, if it has any."""
     warpgroup = lax.axis_index("warpgroup")
 
-    @pl.when(inputs.tiles[lax.axis_index("tile"), NUM_TOKENS] > 0)
+    @pl.when(num_own_tiles(problem, inputs) > 0)
     def _() -> None:
         @pl.when(warpgroup >= COMPUTE_WARPGROUPS)
         def _() -> None:
             plgpu.set_max_registers(problem.registers[0], action="decrease")
-            bring(problem, read_tile(problem, inputs.tiles), inputs, smem, barriers)
+            bring(problem, inputs, smem, barriers)
 
         @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def _() -> None:
             plgpu.set_max_registers(problem.registers[1], action="increase")
-            _compute(problem, read_tile(problem, inputs.tiles), inputs, lse, smem, barriers)
+            _compute(problem, inputs, lse, smem, barriers)
 
 
 class _Rows(NamedTuple):
@@ -93,63 +91,85 @@ class _Rows(NamedTuple):
 
     def slots(self, step: Any) -> tuple[Any, Any]:
         """Returns the places of a step's keys and values."""
-        k_slot = 2 * lax.rem(step - self.tile.begin, self.problem.stages)
+        k_slot = 2 * lax.rem(self.tile.in_line(step), self.problem.stages)
         return k_slot, k_slot + 1
 
     def take_turn(self) -> None:
         """Waits until the other warpgroup has begun its products, if they take turns."""
-        if self.problem.tuning.turns:
-            plgpu.barrier_wait(self.barriers.turns.at[lax.axis_index("warpgroup")])
+        _take_turn(self.problem, self.barriers)
 
     def pass_turn(self) -> None:
         """Tells the other warpgroup that it may begin its products."""
-        if self.problem.tuning.turns:
-            other = COMPUTE_WARPGROUPS - 1 - lax.axis_index("warpgroup")
-            plgpu.barrier_arrive(self.barriers.turns.at[other])
+        _pass_turn(self.problem, self.barriers)
+
+
+def _take_turn(problem: Problem, barriers: Barriers) -> None:
+    if problem.tuning.turns:
+        plgpu.barrier_wait(barriers.turns.at[lax.axis_index("warpgroup")])
+
+
+def _pass_turn(problem: Problem, barriers: Barriers) -> None:
+    if problem.tuning.turns:
+        other = COMPUTE_WARPGROUPS - 1 - lax.axis_index("warpgroup")
+        plgpu.barrier_arrive(barriers.turns.at[other])
 
 
 def _own_rows() -> Any:
     return pl.ds(lax.axis_index("warpgroup") * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
 
-def _compute(
-    problem: Problem,
-    tile: Tile,
-    inputs: Inputs,
-    lse: Any,
-    smem: Smem,
-    barriers: Barriers,
-) -> None:
-    """Computes one warpgroup's 64 rows of the tile and writes them."""
+def _compute(problem: Problem, inputs: Inputs, lse: Any, smem: Smem, barriers: Barriers) -> None:
+    """Computes one warpgroup's 64 rows of each tile and writes them.
+
+    The queries of the next tile arrive meanwhile where the result will be staged, and are taken
+    before that.
+    """
+    is_first, num_tiles = lax.axis_index("warpgroup") == 0, num_own_tiles(problem, inputs)
+    take_queries = functools.partial(_take_queries, problem, smem, barriers)
+
+    def one_tile(tile: Tile, carried: None) -> None:
+        has_next = tile.number + 1 < num_tiles
+        pl.when(has_next)(lambda: plgpu.barrier_arrive(barriers.staging_free))
+        state = _attend(problem, tile, inputs, smem, barriers)
+        pl.when(has_next)(take_queries)
+        write(problem, tile, state, inputs.out, lse, smem, barriers)
+
+    take_queries()
+    pl.when(jnp.logical_not(is_first))(lambda: _pass_turn(problem, barriers))
+    over_own_tiles(problem, inputs, one_tile)
+    # Hears the last, so that no barrier is left within a phase.
+    pl.when(is_first)(lambda: _take_turn(problem, barriers))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _take_queries(problem: Problem, smem: Smem, barriers: Barriers) -> None:
+    """Moves one warpgroup's queries to where they are multiplied, part after part."""
     rows = _own_rows()
-    row = iota((WARPGROUP_ROWS,), 0, ROW_LAYOUT) + lax.axis_index("warpgroup") * WARPGROUP_ROWS
-    position = tile.first_position + lax.rem(row, jnp.int32(problem.tokens))
-    slope = None
-    if inputs.slopes is not None:
-        slope = load(inputs.slopes.at[tile.kv_head, rows], ROW_LAYOUT)
-    state = empty(problem.head_dim)
-    if inputs.sinks is not None:
-        # The sink is a key without a value. Padding tokens, which have no keys, have no sink.
-        sink = load(inputs.sinks.at[tile.kv_head, rows], ROW_LAYOUT)
-        sink = jnp.maximum(sink * LOG2E, LOWEST)
-        has_keys = jnp.where(tile.key_end > 0, 1.0, 0.0)
-        state = state._replace(maximum=sink, denominator=state.denominator + has_keys)
     for begin, width in problem.staged_columns:
         plgpu.barrier_wait(barriers.q)
         smem.q[rows, pl.ds(begin, width)] = plgpu.load(smem.staging.at[rows], layout=TILE_LAYOUT)
         plgpu.commit_smem()
         if begin + width < problem.head_dim:
             plgpu.barrier_arrive(barriers.staging_free)
-    state = _attend(_Rows(problem, tile, smem, barriers, position, slope), state)
-    write(problem, tile, state, inputs.out, lse, smem, barriers)
 
 
-def _attend(rows: _Rows, state: State) -> State:
-    """Returns the state after all steps."""
-    tile, is_first = rows.tile, lax.axis_index("warpgroup") == 0
-    pl.when(jnp.logical_not(is_first))(rows.pass_turn)
+def _attend(problem: Problem, tile: Tile, inputs: Inputs, smem: Smem, barriers: Barriers) -> State:
+    """Returns the state of one warpgroup's rows of the tile after all its steps."""
+    row = iota((WARPGROUP_ROWS,), 0, ROW_LAYOUT) + lax.axis_index("warpgroup") * WARPGROUP_ROWS
+    position = tile.first_position + lax.rem(row, jnp.int32(problem.tokens))
+    slope = None
+    if inputs.slopes is not None:
+        slope = load(inputs.slopes.at[tile.kv_head, _own_rows()], ROW_LAYOUT)
+    state = empty(problem.head_dim)
+    if inputs.sinks is not None:
+        # The sink is a key without a value. Padding tokens, which have no keys, have no sink.
+        sink = load(inputs.sinks.at[tile.kv_head, _own_rows()], ROW_LAYOUT)
+        sink = jnp.maximum(sink * LOG2E, LOWEST)
+        has_keys = jnp.where(tile.key_end > 0, 1.0, 0.0)
+        state = state._replace(maximum=sink, denominator=state.denominator + has_keys)
+    rows = _Rows(problem, tile, smem, barriers, position, slope)
     rows.take_turn()
-    if rows.problem.tuning.ahead:
+    if problem.tuning.ahead:
         carried = _weigh(rows, False, tile.begin, state)
         carried = _over_steps(
             rows, tile.begin + 1, functools.partial(_add_and_weigh, rows), carried
@@ -162,7 +182,6 @@ def _attend(rows: _Rows, state: State) -> State:
 
         state = _over_steps(rows, tile.begin, weigh_and_add, state)
     rows.pass_turn()
-    pl.when(is_first)(rows.take_turn)  # hears the last, so that no barrier is left within a phase
     return state
 
 
