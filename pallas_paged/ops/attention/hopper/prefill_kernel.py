@@ -41,7 +41,7 @@ from pallas_paged.ops.attention.hopper.prefill_softmax import (
     finish_logits,
     soften,
 )
-from pallas_paged.ops.attention.hopper.prefill_walk import Tile, num_own_tiles, over_own_tiles
+from pallas_paged.ops.attention.hopper.prefill_walk import Tile, num_own_tiles, over_own_tiles, read_tile
 from pallas_paged.ops.attention.hopper.prefill_write import write
 from pallas_paged.ops.attention.hopper.tiles import (
     COLUMN_LAYOUT,
@@ -132,7 +132,8 @@ def _compute(problem: Problem, inputs: Inputs, lse: Any, smem: Smem, barriers: B
         pl.when(has_next)(lambda: plgpu.barrier_arrive(barriers.staging_free))
         state = _attend(problem, tile, inputs, smem, barriers)
         pl.when(has_next)(take_queries)
-        write(problem, tile, state, inputs.out, lse, smem, barriers)
+        again = read_tile(problem, inputs, tile.number)  # fewer registers until then
+        write(problem, again, state, inputs.out, lse, smem, barriers)
 
     take_queries()
     pl.when(jnp.logical_not(is_first))(lambda: _pass_turn(problem, barriers))
