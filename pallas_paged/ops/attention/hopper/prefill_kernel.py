@@ -59,19 +59,20 @@ def prefill_kernel(
     problem: Problem, inputs: Inputs, lse: Any, *, smem: Smem, barriers: Barriers
 ) -> None:
     """One thread block: its tiles one after the other, if it has any."""
-    warpgroup = lax.axis_index("warpgroup")
+
+    def load_and_convert() -> None:
+        plgpu.set_max_registers(problem.registers[0], action="decrease")
+        bring(problem, inputs, smem, barriers)
+
+    def compute() -> None:
+        plgpu.set_max_registers(problem.registers[1], action="increase")
+        _compute(problem, inputs, lse, smem, barriers)
 
     @pl.when(num_own_tiles(problem, inputs) > 0)
     def _() -> None:
-        @pl.when(warpgroup >= COMPUTE_WARPGROUPS)
-        def _() -> None:
-            plgpu.set_max_registers(problem.registers[0], action="decrease")
-            bring(problem, inputs, smem, barriers)
-
-        @pl.when(warpgroup < COMPUTE_WARPGROUPS)
-        def _() -> None:
-            plgpu.set_max_registers(problem.registers[1], action="increase")
-            _compute(problem, inputs, lse, smem, barriers)
+        # One or the other: of two conditions the compiler would take it that both may hold, and
+        # keep in the registers of those that load what those that compute need.
+        lax.cond(lax.axis_index("warpgroup") < COMPUTE_WARPGROUPS, compute, load_and_convert)
 
 
 class _Rows(NamedTuple):

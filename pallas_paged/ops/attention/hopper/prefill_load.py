@@ -89,9 +89,8 @@ def _load_other_queries(
 
     @pl.when(turn == last)
     def _() -> None:
-        again = read_tile(problem, inputs, tile.number)  # fewer registers until then
         for part in range(1, len(problem.staged_columns)):
-            _load_queries(problem, again, inputs, smem, barriers, part)
+            _load_queries(problem, tile, inputs, smem, barriers, part)
 
 
 def _load_numbers(problem: Problem, inputs: Inputs, smem: Smem, barriers: Barriers) -> Any:
