@@ -125,14 +125,16 @@ def _compute(problem: Problem, inputs: Inputs, lse: Any, smem: Smem, barriers: B
     The queries of the next tile arrive meanwhile where the result will be staged, and are taken
     before that.
     """
-    is_first, num_tiles = lax.axis_index("warpgroup") == 0, num_own_tiles(problem, inputs)
+    is_first = lax.axis_index("warpgroup") == 0
     take_queries = functools.partial(_take_queries, problem, smem, barriers)
 
     def one_tile(tile: Tile, carried: None) -> None:
-        has_next = tile.number + 1 < num_tiles
-        pl.when(has_next)(lambda: plgpu.barrier_arrive(barriers.staging_free))
+        def is_last() -> Any:
+            return tile.number + 1 == num_own_tiles(problem, inputs)
+
+        pl.when(~is_last())(lambda: plgpu.barrier_arrive(barriers.staging_free))
         state = _attend(problem, tile, inputs, smem, barriers)
-        pl.when(has_next)(take_queries)
+        pl.when(~is_last())(take_queries)
         again = read_tile(problem, inputs, tile.number)  # fewer registers until then
         write(problem, again, state, inputs.out, lse, smem, barriers)
 

@@ -148,7 +148,7 @@ def _load_and_convert(
 
         def one_turn(i: Any, place: _Place) -> _Place:
             in_tile = i * problem.loaders + loader
-            turn = 2 * tile.steps_before + in_tile
+            turn = 2 * tile.in_line(tile.begin) + in_tile
             plgpu.barrier_wait(barriers.tiles.arrived.at[lax.rem(turn, slots)])
             _wait_until_consumed(problem, turn, barriers.tiles)
             _convert(problem, tile, smem.tiles, turn)
@@ -208,7 +208,7 @@ def _convert(problem: Problem, tile: Tile, tiles: Tiles, turn: Any) -> None:
     slot, stored_slot = lax.rem(turn, 2 * problem.stages), lax.rem(turn, 2 * problem.tuning.stages)
     stored, scales = tiles.stored.at[stored_slot], tiles.stored_scales.at[stored_slot]
     numbers, copy_rows, size = tiles.numbers.at[slot], problem.block_rows, problem.tuning.tile_keys
-    first_key = (tile.begin + turn // 2 - tile.steps_before) * size
+    first_key = (turn // 2 - tile.offset) * size
     is_key = lax.rem(turn, 2) == 0
     rows = (
         jnp.where(is_key, 0, tile.key_begin - first_key),

@@ -36,7 +36,7 @@ class Tile(NamedTuple):
     """
 
     number: Any  # among the thread block's own, from 0
-    steps_before: Any  # in the thread block's tiles before this one
+    offset: Any  # from the number of a step to that among all steps of the thread block
     index: Any  # in the plan
     kv_head: Any
     first_token: Any
@@ -62,7 +62,7 @@ class Tile(NamedTuple):
 
     def in_line(self, step: Any) -> Any:
         """Returns the number of a step among all of the thread block's."""
-        return step - self.begin + self.steps_before
+        return step + self.offset
 
 
 def num_own_tiles(problem: Problem, inputs: Inputs) -> Any:
@@ -84,7 +84,8 @@ def over_own_tiles(
         steps_before, carried = carry
         tile = read_tile(problem, inputs, number, steps_before)
         carried = body(tile, carried)
-        return steps_before + tile.num_steps, carried
+        again = read_tile(problem, inputs, number)  # nothing is kept in registers until then
+        return tile.in_line(again.end), carried
 
     num_tiles = num_own_tiles(problem, inputs)
     return lax.fori_loop(0, num_tiles, one_tile, (jnp.int32(0), carried))
@@ -106,7 +107,7 @@ def read_tile(problem: Problem, inputs: Inputs, number: Any, steps_before: Any =
     full_end = jnp.clip((first_position + 1) // size, full_begin, end)
     return Tile(
         number,
-        steps_before,
+        steps_before - begin,
         index,
         lax.rem(pair, heads),
         tiles[index, FIRST_TOKEN],
