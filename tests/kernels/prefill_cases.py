@@ -151,6 +151,7 @@ def compile_cases() -> list[CompileCase]:
         cases.append(case)
         for turns, ahead in ((False, True), (True, False), (False, False)):
             cases.append(_changed(case, turns=turns, ahead=ahead))
+        cases.append(_changed(case, persistent=False))
     return cases + quantised_compile_cases()
 
 
@@ -181,6 +182,8 @@ def quantised_compile_cases() -> list[CompileCase]:
             if has_all:
                 case, rule = cases[-1], cases[-1].tuning
                 cases.append(_changed(case, turns=not rule.turns, ahead=False))
+                if rule.persistent:
+                    cases.append(_changed(case, persistent=False))
                 if rule.converters > 1:
                     cases.append(_changed(case, converters=1, converted=1))
     return cases

@@ -60,7 +60,7 @@ def prefill_tuning(
     """
     in_registers = not interpreted
     if quantised and head_dim > 192:
-        return PrefillTuning(64, 2, in_registers, turns=False, ahead=False)
+        return PrefillTuning(64, 2, in_registers, turns=False, ahead=False, persistent=False)
     if quantised:
         tile, stages = (128, 4) if head_dim <= 64 else (64, 4 if head_dim <= 128 else 2)
         return PrefillTuning(tile, stages, in_registers, converted=2, converters=2)

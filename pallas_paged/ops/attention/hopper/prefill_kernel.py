@@ -41,7 +41,12 @@ from pallas_paged.ops.attention.hopper.prefill_softmax import (
     finish_logits,
     soften,
 )
-from pallas_paged.ops.attention.hopper.prefill_walk import Tile, num_own_tiles, over_own_tiles, read_tile
+from pallas_paged.ops.attention.hopper.prefill_walk import (
+    Tile,
+    num_own_tiles,
+    over_own_tiles,
+    read_tile,
+)
 from pallas_paged.ops.attention.hopper.prefill_write import write
 from pallas_paged.ops.attention.hopper.tiles import (
     COLUMN_LAYOUT,
@@ -129,12 +134,13 @@ def _compute(problem: Problem, inputs: Inputs, lse: Any, smem: Smem, barriers: B
     take_queries = functools.partial(_take_queries, problem, smem, barriers)
 
     def one_tile(tile: Tile, carried: None) -> None:
-        def is_last() -> Any:
-            return tile.number + 1 == num_own_tiles(problem, inputs)
+        def unless_last(do: Callable[[], None]) -> None:
+            if problem.tuning.persistent:
+                pl.when(tile.number + 1 < num_own_tiles(problem, inputs))(do)
 
-        pl.when(~is_last())(lambda: plgpu.barrier_arrive(barriers.staging_free))
+        unless_last(lambda: plgpu.barrier_arrive(barriers.staging_free))
         state = _attend(problem, tile, inputs, smem, barriers)
-        pl.when(~is_last())(take_queries)
+        unless_last(take_queries)
         again = read_tile(problem, inputs, tile.number)  # fewer registers until then
         write(problem, again, state, inputs.out, lse, smem, barriers)
 

@@ -77,7 +77,7 @@ def over_own_tiles(
 ) -> tuple[Any, Any]:
     """Runs `body(tile, carried)` for each tile of this thread block, which returns `carried` anew.
 
-    Returns how many steps the tiles have in all, and `carried`.
+    There is at least one. Returns how many steps the tiles have in all, and `carried`.
     """
 
     def one_tile(number: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -87,8 +87,10 @@ def over_own_tiles(
         again = read_tile(problem, inputs, number)  # nothing is kept in registers until then
         return tile.in_line(again.end), carried
 
-    num_tiles = num_own_tiles(problem, inputs)
-    return lax.fori_loop(0, num_tiles, one_tile, (jnp.int32(0), carried))
+    first = jnp.int32(0), carried
+    if not problem.tuning.persistent:
+        return one_tile(jnp.int32(0), first)
+    return lax.fori_loop(0, num_own_tiles(problem, inputs), one_tile, first)
 
 
 def read_tile(problem: Problem, inputs: Inputs, number: Any, steps_before: Any = 0) -> Tile:
