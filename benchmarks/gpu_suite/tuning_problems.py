@@ -257,10 +257,11 @@ def prefill_candidates(key: PrefillKey, in_registers: bool = True) -> list[Prefi
     """Returns the tunings that fit the chip: what may be chosen from.
 
     But none that spills registers, as found by compiling: tiles of 192 keys do for any head_dim,
-    those of 256 of a quantised cache, and `ahead` with more than 128, or than by rule beside two
-    converters, or of a quantised cache at head_dim 256. Else all are pipelined as the one by rule
-    is, and that one is also there without `ahead`, and with `turns` and, of a quantised cache, the
-    number of converters the other way.
+    those of 256 of a quantised cache; so does `ahead` with more than 128, or than by rule beside
+    two converters; and `ahead` and `persistent` of a quantised cache at head_dim 256. Else all are
+    pipelined as the one by rule is, and that one is also there without `ahead`, without
+    `persistent`, and with `turns` and, of a quantised cache, the number of converters the other
+    way.
     """
     quantised = is_quantised(key.dtype)
     rule = prefill_tuning(key.head_dim, not in_registers, quantised)
@@ -279,6 +280,8 @@ def prefill_candidates(key: PrefillKey, in_registers: bool = True) -> list[Prefi
     tunings.append(dataclasses.replace(rule, turns=not rule.turns))
     if rule.ahead:
         tunings.append(dataclasses.replace(rule, ahead=False))
+    if rule.persistent:
+        tunings.append(dataclasses.replace(rule, persistent=False))
     if quantised:
         tunings.append(dataclasses.replace(rule, converters=3 - rule.converters))
     return [tuning for tuning in tunings if fits(key, tuning)]
