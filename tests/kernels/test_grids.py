@@ -21,7 +21,7 @@ from tests.kernels.test_mosaic_cache_ops import operations, shapes
 
 LIMIT = 65_535
 MANY = 70_000
-# With 16 query heads per KV head, the most there may be, a tile of prefill has 8 tokens, the fewest.
+# With 16 query heads per KV head, the most there may be, a tile of prefill has the fewest tokens.
 GROUP, TILE_TOKENS = 16, 8
 MANY_TOKENS = TILE_TOKENS * (LIMIT + 1)
 
