@@ -51,7 +51,8 @@ def prefill_tuning(
 
     By estimate, not by measurement. A quantised cache is converted by two warpgroups, with a step
     of numbers that are multiplied beside one that is made: one would take longer than the products.
-    At head_dim 256 the computing ones have no registers to give away, and wait for one.
+    At head_dim 256 the computing ones have no registers to give away, and wait for one; nor do they
+    have any for a loop over tiles, with the oldest JAX.
 
     Args:
       head_dim: D.

@@ -1,11 +1,11 @@
 """The sm_90a kernel of ragged prefill: many query tokens per sequence, keys in blocks.
 
-One thread block computes one tile of one KV head: n consecutive tokens of one sequence and all G
+A thread block computes tiles, each of one KV head: n consecutive tokens of one sequence and all G
 query heads of the group, so that a key is loaded once for all of them. The tile has 128 rows, of
 which G * n are in use, head after head (row = head * n + token): each head is one copy of n tokens
 of q, from whatever token the tile begins at. Two warpgroups compute 64 rows each; a third one keeps
-the queue of keys and values full. The softmax is online (FlashAttention, arXiv 2205.14135), in
-float32 and base 2.
+the queue of keys and values full, across the borders of tiles (`prefill_walk.py`). The softmax is
+online (FlashAttention, arXiv 2205.14135), in float32 and base 2.
 
 Tensor cores multiply while others take exponents, as in FlashAttention-3 (arXiv 2407.08608), in two
 ways that `PrefillTuning` has. With `turns` one warpgroup begins its products while the other one is
