@@ -13,6 +13,7 @@ _PARTS = "pallas_paged/ops/attention/hopper/prefill_parts.py"
 _WRAPPER = "pallas_paged/ops/attention/hopper/prefill.py"
 _KERNEL = "pallas_paged/ops/attention/hopper/prefill_kernel.py"
 _ROWS = "pallas_paged/ops/attention/hopper/prefill_softmax.py"
+_MASK = "pallas_paged/ops/attention/hopper/prefill_mask.py"
 _WALK = "pallas_paged/ops/attention/hopper/prefill_walk.py"
 _WRITE = "pallas_paged/ops/attention/hopper/prefill_write.py"
 _LOAD = "pallas_paged/ops/attention/hopper/prefill_load.py"
@@ -157,10 +158,10 @@ MUTATIONS = {
         _ROWS, "largest * factor", "largest", f"{_TESTS}::test_scales"
     ),
     "NaN of a tail in the values": _mutation(
-        _KERNEL, " | (begin + size > tile.key_end)", "", "group5"
+        _MASK, " | (begin + size > tile.key_end)", "", "group5"
     ),
     "NaN left of the window in the values": _mutation(
-        _KERNEL, "(begin < tile.key_begin) | ", "", _LATE
+        _MASK, "(begin < tile.key_begin) | ", "", _LATE
     ),
     "a query position one too far": _mutation(
         _ROWS, "visible = distances <= 0", "visible = distances <= 1", "group5"
@@ -291,7 +292,7 @@ MUTATIONS = {
         f"{_FENCES}[pieces]",
     ),
     "fences: masked values not committed": Mutation(
-        _KERNEL, "plgpu.commit_smem()\n        meet(pair)", "meet(pair)", f"{_FENCES}[pieces]"
+        _MASK, "plgpu.commit_smem()\n        meet(pair)", "meet(pair)", f"{_FENCES}[pieces]"
     ),
     "fences: weights not committed": Mutation(
         _KERNEL,

@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_paged.ops.attention.hopper.prefill_load import bring
+from pallas_paged.ops.attention.hopper.prefill_mask import mask_values
 from pallas_paged.ops.attention.hopper.prefill_parts import (
     COMPUTE_WARPGROUPS,
     WARPGROUP_ROWS,
@@ -32,7 +33,6 @@ from pallas_paged.ops.attention.hopper.prefill_parts import (
     Inputs,
     Problem,
     Smem,
-    meet,
 )
 from pallas_paged.ops.attention.hopper.prefill_softmax import (
     Softened,
@@ -329,7 +329,7 @@ def _settle(
     weights = weights.astype(problem.dtype)
     if not (is_full or problem.is_quantised):  # the load has masked quantised ones
         values = rows.smem.tiles.numbers.at[v_slot]
-        _mask_values(problem, rows.tile, step, values, rows.barriers.pair)
+        mask_values(problem, rows.tile, step, values, rows.barriers.pair)
     if problem.tuning.in_registers:
         return _Weighed(state, weights)
     _weights_in_memory(rows)[...] = weights
@@ -340,31 +340,3 @@ def _settle(
 def _times_columns(matrix: jax.Array, factors: Any) -> jax.Array:
     """Returns `matrix`, [64, C], times C numbers in shared memory."""
     return matrix * spread_columns(load(factors, COLUMN_LAYOUT), matrix.shape)
-
-
-def _mask_values(problem: Problem, tile: Tile, step: Any, values: Any, pair: Any) -> None:
-    """Puts 0 where `values`, [C, D] in shared memory, has no value of this tile's.
-
-    There may be NaN, and the weight 0 does not get rid of that.
-    """
-    size = problem.tuning.tile_keys
-    begin = step * size
-    is_edge = (begin < tile.key_begin) | (begin + size > tile.key_end)
-
-    @pl.when(is_edge)
-    def _() -> None:
-        warpgroup = lax.axis_index("warpgroup")
-        for part in range(size // WARPGROUP_ROWS):
-
-            @pl.when(warpgroup == part % COMPUTE_WARPGROUPS)
-            def _(part: int = part) -> None:
-                rows = pl.ds(part * WARPGROUP_ROWS, WARPGROUP_ROWS)
-                key = iota((WARPGROUP_ROWS,), 0, ROW_LAYOUT) + (begin + part * WARPGROUP_ROWS)
-                is_ours = (key >= tile.key_begin) & (key < tile.key_end)
-                for column, width in problem.staged_columns:  # few registers are left
-                    some = values.at[rows, pl.ds(column, width)]
-                    old = plgpu.load(some, layout=TILE_LAYOUT)
-                    some[...] = jnp.where(across(is_ours, old.shape), old, jnp.zeros_like(old))
-
-        plgpu.commit_smem()
-        meet(pair)
