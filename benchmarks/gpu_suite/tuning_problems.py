@@ -257,15 +257,17 @@ def prefill_candidates(key: PrefillKey, in_registers: bool = True) -> list[Prefi
     """Returns the tunings that fit the chip: what may be chosen from.
 
     But none that spills registers, as found by compiling: tiles of 192 keys do for any head_dim,
-    those of 256 of a quantised cache, and `ahead` with more than 128, or than by rule beside two
-    converters, or of a quantised cache at head_dim 256. Else all are pipelined as the one by rule
-    is, and that one is also there without `ahead`, and with `turns` and, of a quantised cache, the
-    number of converters the other way.
+    those of 256 of a quantised cache; so does `ahead` with more than 128; and of a quantised cache
+    `ahead` and `persistent` with more keys than by rule or at head_dim 256, and `persistent` with
+    fewer steps converted. Else all are pipelined as the one by rule is, and that one is also there
+    without `ahead`, without `persistent`, and with `turns` and, of a quantised cache, the number of
+    converters the other way.
     """
     quantised = is_quantised(key.dtype)
     rule = prefill_tuning(key.head_dim, not in_registers, quantised)
     tiles, converted = ((64, 128), (1, 2)) if quantised else ((64, 128, 256), (1,))
     most_ahead = rule.tile_keys if quantised else 128
+    most_persistent = rule.tile_keys if quantised else 256
     tunings = [
         dataclasses.replace(
             rule,
@@ -273,12 +275,15 @@ def prefill_candidates(key: PrefillKey, in_registers: bool = True) -> list[Prefi
             stages=stages,
             converted=few,
             ahead=rule.ahead and tile <= most_ahead,
+            persistent=rule.persistent and tile <= most_persistent and few >= rule.converted,
         )
         for tile, stages, few in itertools.product(tiles, (2, 4, 6), converted)
     ]
     tunings.append(dataclasses.replace(rule, turns=not rule.turns))
     if rule.ahead:
         tunings.append(dataclasses.replace(rule, ahead=False))
+    if rule.persistent:
+        tunings.append(dataclasses.replace(rule, persistent=False))
     if quantised:
         tunings.append(dataclasses.replace(rule, converters=3 - rule.converters))
     return [tuning for tuning in tunings if fits(key, tuning)]

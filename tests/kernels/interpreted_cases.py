@@ -57,6 +57,7 @@ FACTORS: dict[str, dict[str, tuple[Any, ...]]] = {
         "converters": (1, 2),
         "turns": (False, True),
         "ahead": (False, True),
+        "persistent": (False, True),
     },
     "ampere": {
         **_SHAPES,
@@ -133,9 +134,8 @@ class Case(NamedTuple):
         """How the kernel cuts its work, as arguments of the implementation."""
         tile, stages = self.values["tile"], self.values["stages"]
         if self.kernel == "prefill":
-            pipelined = {
-                name: self.values[name] for name in ("converted", "converters", "turns", "ahead")
-            }
+            others = ("converted", "converters", "turns", "ahead", "persistent")
+            pipelined = {name: self.values[name] for name in others}
             tuning = PrefillTuning(tile, stages, in_registers=False, **pipelined)
             return {"tuning": tuning, "config": DecodeConfig(num_stages=2, ctas_per_sm=1)}
         ctas, least = self.values["ctas"], self.values["least"]

@@ -13,11 +13,15 @@ _PARTS = "pallas_paged/ops/attention/hopper/prefill_parts.py"
 _WRAPPER = "pallas_paged/ops/attention/hopper/prefill.py"
 _KERNEL = "pallas_paged/ops/attention/hopper/prefill_kernel.py"
 _ROWS = "pallas_paged/ops/attention/hopper/prefill_softmax.py"
+_MASK = "pallas_paged/ops/attention/hopper/prefill_mask.py"
+_WALK = "pallas_paged/ops/attention/hopper/prefill_walk.py"
 _WRITE = "pallas_paged/ops/attention/hopper/prefill_write.py"
 _LOAD = "pallas_paged/ops/attention/hopper/prefill_load.py"
 _SOFTMAX = "pallas_paged/ops/attention/online_softmax.py"
 _PACKING = "pallas_paged/ops/attention/packing.py"
 _TESTS = "tests/kernels/test_mosaic_prefill.py"
+_WALKS = "tests/kernels/test_prefill_walk.py"
+_SEVERAL = f"{_TESTS}::test_a_thread_block_has_several_tiles"
 _FENCES = "tests/kernels/test_fences.py::test_prefill"
 _OTHERS = f"{_TESTS}::test_rows_of_others_stay"
 _LATE = f"{_TESTS}::test_a_sink_of_minus_infinity_is_none"
@@ -53,10 +57,10 @@ MUTATIONS = {
         _PLAN, "token_tiles, in_row % size", "token_tiles, (in_row + 1) % size", "group5"
     ),
     "a step at the end without a mask": _mutation(
-        _PARTS, "(first_position + 1) // size", "(first_position + size) // size", "group5"
+        _WALK, "(first_position + 1) // size", "(first_position + size) // size", "group5"
     ),
     "a step at a window's begin without a mask": _mutation(
-        _PARTS,
+        _WALK,
         "pl.cdiv(jnp.maximum(key_end - problem.sliding_window, 0), size)",
         "jnp.maximum(key_end - problem.sliding_window, 0) // size",
         "wide",
@@ -89,12 +93,15 @@ MUTATIONS = {
     ),
     "loads over what is read": _mutation(
         _LOAD,
-        "_wait_until_consumed(problem, turn, barriers)\n            copies",
+        "_wait_until_consumed(problem, turn, barriers.tiles)\n                copies",
         "copies",
         "chunked",
     ),
     "queries over queries that are read": _mutation(
-        _LOAD, "plgpu.barrier_wait(barriers.staging_free)", "pass", "group2"
+        _LOAD,
+        "wait() if part > 0 else pl.when(tile.number > 0)(wait)",
+        "pl.when((tile.number > 0) & (part == 0))(wait)",
+        "group2",
     ),
     "no wait for the queries": _mutation(
         _KERNEL, "plgpu.barrier_wait(barriers.q)", "pass", "group5"
@@ -139,7 +146,10 @@ MUTATIONS = {
         "wide",
     ),
     "quantised: each of two converters asks for keys and values": _mutation(
-        _LOAD, "step=problem.loaders)(request)", "step=1)(request)", "int8-cap"
+        _LOAD,
+        "return request(i * problem.loaders + loader, place)",
+        "return request(i, place)",
+        "int8-cap",
     ),
     "a factor below 0 left to the exponent": _mutation(
         _PARTS, "is None and self.logits_factor > 0", "is None", f"{_TESTS}::test_scales"
@@ -148,10 +158,10 @@ MUTATIONS = {
         _ROWS, "largest * factor", "largest", f"{_TESTS}::test_scales"
     ),
     "NaN of a tail in the values": _mutation(
-        _KERNEL, " | (begin + size > tile.key_end)", "", "group5"
+        _MASK, " | (begin + size > tile.key_end)", "", "group5"
     ),
     "NaN left of the window in the values": _mutation(
-        _KERNEL, "(begin < tile.key_begin) | ", "", _LATE
+        _MASK, "(begin < tile.key_begin) | ", "", _LATE
     ),
     "a query position one too far": _mutation(
         _ROWS, "visible = distances <= 0", "visible = distances <= 1", "group5"
@@ -207,16 +217,19 @@ MUTATIONS = {
         _LOAD, "(cache.v, cache.v_scale)", "(cache.v, cache.k_scale)", "int8"
     ),
     "quantised: no wait for bytes and scales": _mutation(
-        _LOAD, "plgpu.barrier_wait(barriers.arrived.at[lax.rem(turn, slots)])", "pass", "int8"
+        _LOAD,
+        "plgpu.barrier_wait(barriers.tiles.arrived.at[lax.rem(turn, slots)])",
+        "pass",
+        "int8",
     ),
     "quantised: converted over what is read": _mutation(
         _LOAD,
-        "_wait_until_consumed(problem, turn, barriers)\n        _convert",
+        "_wait_until_consumed(problem, turn, barriers.tiles)\n            _convert",
         "_convert",
         "int8",
     ),
     "quantised: bytes of another step": _mutation(
-        _LOAD, "lambda: request(turn + slots)", "lambda: request(turn + slots - 2)", "int8-cap"
+        _LOAD, "tile.begin + place.turn // 2,", "tile.begin + place.turn // 2 - 1,", "int8-cap"
     ),
     "quantised: NaN of a tail": _mutation(
         _LOAD, "jnp.where(is_key, size, tile.key_end - first_key)", "size", "int8"
@@ -242,10 +255,34 @@ MUTATIONS = {
     "quantised: no scale of the logits": _mutation(
         _LOAD, "jnp.where(is_key, problem.logits_factor, 1.0)", "1.0", "int8"
     ),
+    "walk: the ring begins anew with each tile": _mutation(
+        _WALK, "steps_before - begin,", "steps_before * 0 - begin,", f"{_SEVERAL}[three-stages]"
+    ),
+    "walk: the last tile of a thread block left out": _mutation(
+        _WALK,
+        "return rounds + (",
+        "return rounds + 0 * (",
+        f"{_WALKS}::test_each_pair_is_taken_once_in_order",
+    ),
+    "walk: every round in the same order": _mutation(
+        _WALK,
+        "lax.rem(round_, 2) == 0",
+        "lax.rem(round_, 2) < 2",
+        f"{_WALKS}::test_long_and_short_work_goes_to_the_same_thread_blocks",
+    ),
+    "walk: records that are of no tile too": _mutation(
+        _WALK, "inputs.num_tiles[0]", "inputs.tiles.shape[0]", f"{_SEVERAL}[numbers]"
+    ),
+    "walk: queries over those of the tile before": _mutation(
+        _LOAD,
+        "wait() if part > 0 else pl.when(tile.number > 0)(wait)",
+        "wait() if part > 0 else None",
+        f"{_SEVERAL}[numbers]",
+    ),
     "large arrays: log-sum-exps written by threads": Mutation(
         _WRITE,
-        'plgpu.copy_smem_to_gmem(smem.lse, lse.at[lax.axis_index("tile"), tile.kv_head])',
-        'lse[lax.axis_index("tile"), tile.kv_head] = smem.lse[...]',
+        "plgpu.copy_smem_to_gmem(smem.lse, lse.at[tile.index, tile.kv_head])",
+        "lse[tile.index, tile.kv_head] = smem.lse[...]",
         "tests/kernels/test_deviceless_prefill.py::test_arrays_of_more_than_2_to_the_31_numbers",
     ),
     "fences: queries not committed": Mutation(
@@ -255,7 +292,7 @@ MUTATIONS = {
         f"{_FENCES}[pieces]",
     ),
     "fences: masked values not committed": Mutation(
-        _KERNEL, "plgpu.commit_smem()\n        meet(pair)", "meet(pair)", f"{_FENCES}[pieces]"
+        _MASK, "plgpu.commit_smem()\n        meet(pair)", "meet(pair)", f"{_FENCES}[pieces]"
     ),
     "fences: weights not committed": Mutation(
         _KERNEL,
@@ -270,7 +307,10 @@ MUTATIONS = {
         f"{_FENCES}[pieces]",
     ),
     "fences: results staged over others that are sent": Mutation(
-        _WRITE, "plgpu.wait_smem_to_gmem(0)", "pass", f"{_FENCES}[pieces]"
+        _WRITE, "plgpu.wait_smem_to_gmem(0, wait_read_only=True)", "pass", f"{_FENCES}[pieces]"
+    ),
+    "fences: results that may not have arrived at the end": Mutation(
+        _KERNEL, "plgpu.wait_smem_to_gmem(0)", "pass", f"{_FENCES}[pieces]"
     ),
     "fences: converted numbers not committed": Mutation(
         _LOAD, "plgpu.commit_smem()", "pass", f"{_FENCES}[quantised]"

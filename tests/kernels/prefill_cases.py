@@ -44,7 +44,7 @@ def _case(
 def interpret_cases() -> list[InterpretCase]:
     """Every head_dim, block size, dtype and feature; features pairwise; ragged lengths around S.
 
-    Products in turns and ahead or not, with each kind of cache.
+    Products in turns and ahead or not, with each kind of cache; a thread block for each tile, too.
     """
     bf16, fp16, fp8, int8 = "bfloat16", "float16", "float8_e4m3fn", "int8"
     features = {"sliding_window": 37, "logits_soft_cap": 1.5, "alibi": True, "sinks": True}
@@ -52,13 +52,25 @@ def interpret_cases() -> list[InterpretCase]:
     narrow = {"sliding_window": 20}
     no_turns, not_ahead = ({"tuning": {name: False}} for name in ("turns", "ahead"))
     neither = {"tuning": {"turns": False, "ahead": False}}
+    one_by_one = {"tuning": {"persistent": False}}
     two = {"tuning": {"converters": 2, "converted": 2}}
     # Three steps in two stages, the first without a mask; 3 tokens of padding.
     chunked = _case("chunked", (150, 0), (11, 0), (8, 2), 64, 16, bf16, num_tokens=14)
     return [
         chunked,
         # A tile that begins inside another sequence's last one; lengths S - 1, S, S + 1, and 1.
-        _case("group3", (31, 32, 33, 1), (31, 2, 33, 1), (3, 1), 80, 32, fp16, **narrow, **alibi),
+        _case(
+            "group3",
+            (31, 32, 33, 1),
+            (31, 2, 33, 1),
+            (3, 1),
+            80,
+            32,
+            fp16,
+            **narrow,
+            **alibi,
+            **one_by_one,
+        ),
         _case("group5", (17, 64), (9, 3), (5, 1), 96, 16, fp16, **cap, **sinks),
         # More tokens than a warpgroup has rows; blocks freed left of the window.
         _case("group1", (200, 16), (70, 16), (1, 1), 128, 64, bf16, 128, **window, **sinks),
@@ -151,6 +163,7 @@ def compile_cases() -> list[CompileCase]:
         cases.append(case)
         for turns, ahead in ((False, True), (True, False), (False, False)):
             cases.append(_changed(case, turns=turns, ahead=ahead))
+        cases.append(_changed(case, persistent=False))
     return cases + quantised_compile_cases()
 
 
@@ -181,6 +194,8 @@ def quantised_compile_cases() -> list[CompileCase]:
             if has_all:
                 case, rule = cases[-1], cases[-1].tuning
                 cases.append(_changed(case, turns=not rule.turns, ahead=False))
+                if rule.persistent:
+                    cases.append(_changed(case, persistent=False))
                 if rule.converters > 1:
                     cases.append(_changed(case, converters=1, converted=1))
     return cases

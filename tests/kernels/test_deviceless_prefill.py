@@ -11,7 +11,7 @@ from pallas_paged import paged_attention
 from pallas_paged.deviceless import compile_for, kernel_ptx, kernel_resources
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention.hopper import prefill
-from pallas_paged.ops.attention.hopper.prefill_plan import plan_prefill
+from pallas_paged.ops.attention.hopper.prefill_plan import TILE_ROWS, plan_prefill
 from tests.kernels.prefill_cases import CompileCase, compile_cases
 
 SMEM_BYTES = 227 * 1024
@@ -62,6 +62,7 @@ def program(case: CompileCase, num_tokens: int = 256, num_blocks: int = 500) -> 
             alibi_slopes=slopes,
             sinks=sinks,
             tuning=case.tuning,
+            num_sms=132,
         )
 
     step = (array(rows, 64), array(rows), array(rows + 1))
@@ -81,7 +82,7 @@ def test_arrays_of_more_than_2_to_the_31_numbers(name):
     """TMA takes the number of a row, or of a block and head, in each dimension, and no offset.
 
     Threads themselves read nothing but 32-bit numbers of tables; the log-sum-exps leave by their
-    address, whose offset is made in 64 bits.
+    address, whose offset is made in 64 bits from the numbers of the tile and of the head.
     """
     case = CASES[name]
     num_tokens = 2**31 // (2 * case.group * case.head_dim) + 8
@@ -92,16 +93,27 @@ def test_arrays_of_more_than_2_to_the_31_numbers(name):
     assert loads
     assert all(re.fullmatch(r"(v\d\.)?[bsu]32", load) for load in loads)
     (address,) = re.findall(r"cp\.async\.bulk\.global\S+ \[(%rd\d+)\]", ptx)
-    for operation in operations_behind(ptx, address):
-        assert re.search(r"64|wide|mov\.u32", operation), f"{operation} is of 32 bits"
+    factors = factors_behind(ptx, address)
+    assert factors
+    assert min(factors) >= 4 * TILE_ROWS, "more than a tile's or a head's number is of 32 bits"
 
 
-def operations_behind(ptx: str, register: str) -> set[str]:
-    """Returns the operations that make what is in a register, which is written in one place."""
-    (made,) = re.findall(rf"^\t(\S+)\s+{register},(.*);$", ptx, re.MULTILINE)
-    operation, operands = made
-    others = (operations_behind(ptx, other) for other in re.findall(r"%rd?\d+", operands))
-    return {operation}.union(*others)
+def factors_behind(ptx: str, register: str, factor: int = 1) -> list[int]:
+    """Returns by what the 32-bit numbers in a 64-bit address are multiplied in 64 bits."""
+    (made,) = re.findall(rf"^\t(\S+)\s+{register}, (.*);$", ptx, re.MULTILINE)
+    operation, operands = made[0], made[1].split(", ")
+    if operation.startswith("ld.param"):
+        return []
+    if operation == "add.s64":
+        both = (factors_behind(ptx, operand, factor) for operand in operands)
+        return [each for some in both for each in some]
+    if operation.startswith("cvt."):
+        return [factor]
+    number = int(operands[1])
+    if operation.startswith("mul.wide."):
+        return [factor * number]
+    assert operation == "shl.b64", operation
+    return factors_behind(ptx, operands[0], factor << number)
 
 
 def mixed_step(num_layers: int):

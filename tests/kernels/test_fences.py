@@ -40,6 +40,7 @@ PREFILL: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "tuning": PrefillTuning(in_registers=False, turns=False, ahead=False),
     },
+    "one-by-one": {"head_dim": 128, "tuning": PrefillTuning(persistent=False)},
 }
 
 

@@ -14,16 +14,16 @@ from jax._src.pallas.mosaic_gpu import lowering
 import pallas_paged
 from pallas_paged import AttentionMetadata, paged_attention
 from pallas_paged.deviceless import TARGETS, compile_for, target_device
-from pallas_paged.ops.attention.api import attention_implementation
+from pallas_paged.ops.attention import mosaic_gpu
+from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
 from pallas_paged.ops.attention.hopper.prefill_plan import tile_tokens
 from tests.kernels.test_mosaic_cache_ops import operations, shapes
 
 LIMIT = 65_535
 MANY = 70_000
-# With 16 query heads per KV head, the most there may be, a tile of prefill has the fewest tokens;
-# so many tokens of one sequence may be LIMIT tiles, and one token more another tile.
+# With 16 query heads per KV head, the most there may be, a tile of prefill has the fewest tokens.
 GROUP, TILE_TOKENS = 16, 8
-MOST_TOKENS = TILE_TOKENS * (LIMIT + 1) - 1 - 2 * (TILE_TOKENS - 1)
+MANY_TOKENS = TILE_TOKENS * (LIMIT + 1)
 
 # Where the tests below see the kernels launched. A new one belongs there too.
 FILES = {
@@ -102,30 +102,24 @@ def test_many_tokens_are_written(grids):
 
 
 def attend(target, num_tokens, num_seqs, max_query_len):
-    """Lowers attention in the kernels; returns what runs where nobody names an implementation."""
+    """Lowers attention in the kernels."""
     q = jax.ShapeDtypeStruct((num_tokens, 2 * GROUP, 64), jnp.bfloat16)
     cache = jax.ShapeDtypeStruct((4000, 2, 16, 64), jnp.bfloat16)
     step = (ints(num_seqs, 64), ints(num_seqs), ints(num_seqs + 1))
-    chosen = []
 
     def run(q, k, v, *step):
         unread = jnp.zeros(num_tokens, jnp.int32)
         metadata = AttentionMetadata(unread, unread, *step, max_query_len)
-        chosen.append(attention_implementation(None, q, k, metadata=metadata))
         return paged_attention(q, k, v, metadata, implementation="mosaic_gpu")
 
     with jax.default_device(target_device(target)):
-        try:
-            jax.jit(run).lower(q, cache, cache, *step)
-        except NotImplementedError as error:
-            return chosen[0], str(error)
-    return chosen[0], None
+        jax.jit(run).lower(q, cache, cache, *step)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_many_sequences_are_decoded(grids, target):
     """By as many thread blocks as the GPU holds, whatever the step is."""
-    assert attend(target, MANY, MANY, 1) == ("mosaic_gpu", None)
+    attend(target, MANY, MANY, 1)
     if target in ("h100", "h200"):
         check(grids, "paged_decode", "paged_decode_merge")
     elif target == "b200":
@@ -136,33 +130,27 @@ def test_many_sequences_are_decoded(grids, target):
     assert all(x % num_sms == 0 and x <= 4 * num_sms for x, *_ in grids.values())
 
 
-def test_many_tokens_are_prefilled(grids):
-    """As many tiles as one launch takes: they lie along CUDA's second axis."""
-    sizes = [tile_tokens(group, dim) for group in range(1, 17) for dim in (64, 80, 96, 128, 192)]
-    assert min(sizes) == tile_tokens(GROUP, 64) == TILE_TOKENS
-    assert attend("h200", MOST_TOKENS, 1, MOST_TOKENS) == ("mosaic_gpu", None)
+@pytest.mark.parametrize(
+    "sizes", [(MANY_TOKENS, 1, MANY_TOKENS), (MANY, MANY, 9)], ids=["one-long", "many-short"]
+)
+def test_many_tokens_are_prefilled(grids, sizes):
+    """By as many thread blocks as the GPU holds, however many tiles there may be."""
+    assert tile_tokens(GROUP, 64) == TILE_TOKENS
+    attend("h200", *sizes)
     check(grids, "paged_decode", "paged_decode_merge", "paged_prefill")
-    assert grids["paged_prefill"] == (2, LIMIT, 1)
+    assert grids["paged_prefill"] == (target_device("h200").core_count, 1, 1)
+
+
+def test_a_thread_block_for_each_tile(grids, monkeypatch):
+    """Without `persistent`, all along CUDA's first axis."""
+    tuning = PrefillTuning(persistent=False)
+    monkeypatch.setattr(mosaic_gpu, "prefill_tuning_for", lambda *_: tuning)
+    attend("h200", MANY_TOKENS, 1, MANY_TOKENS)
+    check(grids, "paged_decode", "paged_decode_merge", "paged_prefill")
+    assert grids["paged_prefill"] > (2 * LIMIT, 1, 1)
 
 
 def test_a_step_of_any_size_on_an_a100(grids):
     """It has no tiles of prefill: the thread blocks that the GPU holds share all work."""
-    assert attend("a100-40gb", 2 * MOST_TOKENS, 64, MOST_TOKENS) == ("mosaic_gpu", None)
+    attend("a100-40gb", 2 * MANY_TOKENS, 64, MANY_TOKENS)
     check(grids, "paged_attention_sm80", "paged_attention_sm80_merge")
-
-
-@pytest.mark.parametrize(
-    ("sizes", "tiles"),
-    [
-        ((MOST_TOKENS + 1, 1, MOST_TOKENS), LIMIT + 1),  # one sequence of many
-        ((LIMIT + 1, LIMIT + 1, 9), LIMIT + 1),  # many of few
-    ],
-    ids=["one-long", "many-short"],
-)
-def test_more_tiles_than_one_launch_takes_are_refused(sizes, tiles):
-    chosen, reason = attend("h100", *sizes)
-    assert chosen == "xla"
-    assert f"may be {tiles} tiles of prefill, more than the 65535 of one launch; make" in reason
-    chosen, reason = attend("a100-80gb", *sizes)
-    assert chosen == "mosaic_gpu"
-    assert reason is None

@@ -12,11 +12,11 @@ import pytest
 
 from benchmarks.attention_cases.arguments import AttentionSpec, build
 from pallas_paged import paged_attention
-from pallas_paged.kv_cache import KVCache
+from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.ops.attention import reference
 from pallas_paged.ops.attention.hopper import prefill as kernel
 from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
-from pallas_paged.ops.attention.hopper.prefill_plan import plan_prefill
+from pallas_paged.ops.attention.hopper.prefill_plan import NUM_TOKENS, plan_prefill
 from tests.kernels.interpreting import TOLERANCES, build_poisoned, complete, interpreted
 from tests.kernels.prefill_cases import interpret_cases
 from tests.kernels.tabled import tabled_but
@@ -25,8 +25,11 @@ from tests.kernels.tabled import tabled_but
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
-def run(spec, tuning, into=None, sinks=None, **plan_options):
-    """Returns (out, lse) of the interpreted kernel and of the reference."""
+def run(spec, tuning, into=None, sinks=None, num_sms=2, **plan_options):
+    """Returns (out, lse) of the interpreted kernel and of the reference.
+
+    Records of the plan that are of no tile are replaced: who reads one writes a wrong first row.
+    """
     arguments = build_poisoned(spec)
     options = complete(spec, arguments.options)
     if sinks is not None:
@@ -44,8 +47,13 @@ def run(spec, tuning, into=None, sinks=None, **plan_options):
             sliding_window=spec.sliding_window,
             **plan_options,
         )
+        is_tile = jnp.arange(plan.tiles.shape[0]) < plan.num_tiles
+        other = jnp.array([0, 1, 0, 0, 0, 1], jnp.int32)
+        plan = plan._replace(tiles=jnp.where(is_tile[:, None], plan.tiles, other))
         cache, tables = KVCache(k_cache, v_cache, *scales), metadata.block_tables
-        return kernel.prefill(q, cache, tables, plan, tuning=tuning, into=into, **options)
+        return kernel.prefill(
+            q, cache, tables, plan, tuning=tuning, num_sms=num_sms, into=into, **options
+        )
 
     with interpreted():
         actual = jax.block_until_ready(prefill(*arguments.arrays, into))
@@ -109,6 +117,63 @@ def test_a_sink_of_minus_infinity_is_none():
     out, expected = (np.asarray(array, np.float32) for array in (out, expected))
     np.testing.assert_allclose(out, expected, rtol=2e-2, atol=2e-2)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+SEVERAL = {
+    "numbers": (64, "bfloat16", {}),
+    "three-stages": (64, "bfloat16", {"stages": 3, "turns": False, "ahead": False}),
+    "pieces": (192, "bfloat16", {}),
+    "quantised": (64, "int8", {"stages": 3}),
+    "quantised-apart": (64, "float8_e4m3fn", {"converters": 2, "converted": 2}),
+    "quantised-pieces": (192, "int8", {"converters": 2}),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_a_thread_block_has_several_tiles(name):
+    """Of one to three steps each, so that they begin at any place of the ring.
+
+    The plan has room for more tiles than there are.
+    """
+    head_dim, cache_dtype, tuning = SEVERAL[name]
+    spec = AttentionSpec(
+        "several",
+        (5, 150, 1, 100, 0, 64),
+        (5, 9, 1, 40, 0, 3),
+        num_q_heads=8,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        block_size=64,
+        dtype="bfloat16",
+        cache_dtype=cache_dtype,
+        sliding_window=120,
+    )
+    tuning = PrefillTuning(64, in_registers=False, **tuning)
+    (out, lse), (expected, expected_lse) = run(spec, tuning, num_sms=1)
+    out, expected = (np.asarray(array, np.float32) for array in (out, expected))
+    np.testing.assert_allclose(out, expected, rtol=2e-2, atol=2e-2)
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_the_plan_counts_its_tiles():
+    """Padding has tiles of its own, of 32 tokens each; behind them nothing is a tile."""
+    starts = jnp.array([0, 40, 40, 41, 41], jnp.int32)
+    lens = jnp.array([50, 0, 7, 0], jnp.int32)
+    unread = jnp.zeros(100, jnp.int32)
+    metadata = AttentionMetadata(unread, unread, jnp.zeros((4, 4), jnp.int32), lens, starts, 40)
+    for with_padding, num_tiles in ((True, 5), (False, 3)):
+        plan = plan_prefill(
+            metadata,
+            num_tokens=100,
+            group=4,
+            head_dim=64,
+            sliding_window=None,
+            with_padding=with_padding,
+        )
+        assert plan.num_tiles.tolist() == [num_tiles]
+        has_tokens = np.asarray(plan.tiles[:, NUM_TOKENS]) > 0
+        assert has_tokens.tolist() == [i < num_tiles for i in range(len(has_tokens))]
+        assert len(has_tokens) > num_tiles
 
 
 @pytest.mark.parametrize("scale", [4.0, 0.0, -4.0])

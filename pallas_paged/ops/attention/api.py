@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import jax
 from jaxtyping import Array, Float, Float32
 
-from pallas_paged.dispatch import Implementation, choose_implementation, kernel_family
+from pallas_paged.dispatch import Implementation, choose_implementation
 from pallas_paged.kv_cache import AttentionMetadata, CacheArray, ValueArray, check_scales
 from pallas_paged.ops.attention import cascade, mosaic_gpu, reference, xla
 from pallas_paged.ops.attention.checks import (
@@ -17,10 +17,6 @@ from pallas_paged.ops.attention.checks import (
     inside,
 )
 from pallas_paged.ops.attention.cpu import attend as cpu
-from pallas_paged.ops.attention.hopper.prefill_plan import plan_prefill
-from pallas_paged.quantisation import is_quantised
-
-_MAX_TILES = 65_535  # of prefill: they are an axis of its grid, and CUDA allows no more
 
 
 def _kernels_unsupported(
@@ -29,29 +25,11 @@ def _kernels_unsupported(
     *,
     v_cache: jax.Array | jax.ShapeDtypeStruct,
     deterministic: bool,
-    metadata: AttentionMetadata | None,
 ) -> str | None:
-    """Returns why the kernels cannot compute this, or None; without metadata, of few tokens."""
+    """Returns why the kernels cannot compute this, or None if they can."""
     if k_cache.shape[3] != v_cache.shape[3]:
         return f"head_dim={k_cache.shape[3]} of the keys is not the values' {v_cache.shape[3]}"
-    reason = mosaic_gpu.unsupported(q, k_cache, deterministic=deterministic)
-    if reason is not None or metadata is None or q.shape[0] <= _MAX_TILES:
-        return reason
-    if kernel_family() != "hopper":
-        return None  # one kernel for all, with as many thread blocks as the GPU holds
-    group, head_dim, queries = q.shape[1] // k_cache.shape[1], q.shape[2], metadata.max_query_len
-    decoded = mosaic_gpu.max_decode_tokens(group, head_dim, queries, is_quantised(k_cache.dtype))
-    if queries <= decoded:
-        return None
-    plan = functools.partial(plan_prefill, num_tokens=q.shape[0], group=group, head_dim=head_dim)
-    shapes = jax.eval_shape(functools.partial(plan, sliding_window=None), metadata)
-    num_tiles = shapes.tiles.shape[0]
-    if num_tiles <= _MAX_TILES:
-        return None
-    return (
-        f"{q.shape[0]} tokens of {len(metadata.seq_lens)} sequences may be {num_tiles} tiles of "
-        f"prefill, more than the {_MAX_TILES} of one launch; make the step smaller"
-    )
+    return mosaic_gpu.unsupported(q, k_cache, deterministic=deterministic)
 
 
 def _cpu_unsupported(
@@ -200,7 +178,6 @@ def paged_attention(
         k_cache,
         v_cache,
         deterministic=deterministic,
-        metadata=metadata,
     )
     if not promise_in_bounds:
         metadata = inside(metadata, q.shape[0], k_cache.shape[0], k_cache.shape[2])
@@ -255,14 +232,12 @@ def attention_implementation(
     v_cache: jax.Array | jax.ShapeDtypeStruct | None = None,
     *,
     deterministic: bool = False,
-    metadata: AttentionMetadata | None = None,
 ) -> str:
     """Returns the name of the implementation that `paged_attention` runs for such arguments.
 
     Args:
-      implementation, q, k_cache, v_cache, deterministic, metadata: as there, shapes and dtypes are
-        enough. Without `v_cache`, for values as wide as the keys. Without metadata, for steps of up
-        to 65,535 tokens; the kernels refuse some larger ones.
+      implementation, q, k_cache, v_cache, deterministic: as there, shapes and dtypes are enough.
+        Without `v_cache`, for values as wide as the keys.
 
     Raises:
       ValueError: `implementation` is no implementation's name.
@@ -276,7 +251,6 @@ def attention_implementation(
         k_cache,
         v_cache=k_cache if v_cache is None else v_cache,
         deterministic=deterministic,
-        metadata=metadata,
     )
 
 

@@ -167,7 +167,8 @@ def paged_attention(
     if tuning is None:
         kind = target_device().device_kind
         tuning = prefill_tuning_for(prefill_key(problem), kind, is_interpreting())
-    return _prefill_part(*arrays, results, problem=problem, tuning=tuning)
+    options = {"problem": problem, "tuning": tuning, "num_sms": num_sms()}
+    return _prefill_part(*arrays, results, **options)
 
 
 def tokens_at_a_time(group: int, head_dim: int, max_query_len: int, cache_dtype: Any) -> int:
@@ -268,7 +269,7 @@ def _decode_part(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("problem", "tuning"))
+@functools.partial(jax.jit, static_argnames=("problem", "tuning", "num_sms"))
 def _prefill_part(
     q: jax.Array,
     cache: KVCache,
@@ -279,6 +280,7 @@ def _prefill_part(
     *,
     problem: DecodeProblem,
     tuning: PrefillTuning,
+    num_sms: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Plans and computes the sequences that the decode part leaves; `results` are its rows.
 
@@ -304,5 +306,6 @@ def _prefill_part(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         tuning=tuning,
+        num_sms=num_sms,
         into=results,
     )

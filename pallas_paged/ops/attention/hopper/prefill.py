@@ -36,12 +36,14 @@ def prefill(
     alibi_slopes: jax.Array | None,
     sinks: jax.Array | None,
     tuning: PrefillTuning,
+    num_sms: int,
     into: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (out [T, Hq, D], lse f32[T, Hq]) of the tokens that the plan has.
 
     The other tokens' rows are those of `into`, which is overwritten if nobody else uses it; without
-    it they are undefined in out and -inf in lse.
+    it they are undefined in out and -inf in lse. `num_sms` is how many thread blocks the GPU holds
+    at once: one on each multiprocessor.
     """
     num_tokens, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = cache.k.shape
@@ -68,13 +70,14 @@ def prefill(
         per_row(numbers, num_kv_heads, problem.tokens, TILE_ROWS, heads_first=True)
         for numbers in (alibi_slopes, sinks)
     )
-    inputs = Inputs(q, cache, block_tables, plan.tiles, slopes, sinks, out_ref)
+    inputs = Inputs(q, cache, block_tables, plan.tiles, plan.num_tiles, slopes, sinks, out_ref)
+    num_pairs = plan.tiles.shape[0] * num_kv_heads
     tile_lse = plgpu.kernel(
         functools.partial(prefill_kernel, problem),
         out_type=jax.ShapeDtypeStruct((plan.tiles.shape[0], num_kv_heads, TILE_ROWS), jnp.float32),
         scratch_types=scratch_types(problem),
-        grid=(plan.tiles.shape[0], num_kv_heads),
-        grid_names=("tile", "kv_head"),
+        grid=(min(num_pairs, num_sms) if tuning.persistent else num_pairs,),
+        grid_names=("cta",),
         num_threads=COMPUTE_WARPGROUPS + problem.loaders,
         thread_name="warpgroup",
         compiler_params=COMPILER_PARAMS,

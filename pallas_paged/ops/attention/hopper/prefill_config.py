@@ -20,6 +20,8 @@ class PrefillTuning:
         the other.
       ahead: whether a warpgroup begins the products of a step's keys before it waits for those of
         the values of the step before.
+      persistent: whether there are as many thread blocks as the GPU holds, each with one tile after
+        the other, else one for each tile that there may be.
     """
 
     tile_keys: int = 128
@@ -29,6 +31,7 @@ class PrefillTuning:
     converters: int = 1
     turns: bool = True
     ahead: bool = True
+    persistent: bool = True
 
     def __post_init__(self) -> None:
         if self.tile_keys < 64 or self.tile_keys % 64:
@@ -48,7 +51,8 @@ def prefill_tuning(
 
     By estimate, not by measurement. A quantised cache is converted by two warpgroups, with a step
     of numbers that are multiplied beside one that is made: one would take longer than the products.
-    At head_dim 256 the computing ones have no registers to give away, and wait for one.
+    At head_dim 256 the computing ones have no registers to give away, and wait for one; nor do they
+    have any for a loop over tiles, with the oldest JAX.
 
     Args:
       head_dim: D.
@@ -57,7 +61,7 @@ def prefill_tuning(
     """
     in_registers = not interpreted
     if quantised and head_dim > 192:
-        return PrefillTuning(64, 2, in_registers, turns=False, ahead=False)
+        return PrefillTuning(64, 2, in_registers, turns=False, ahead=False, persistent=False)
     if quantised:
         tile, stages = (128, 4) if head_dim <= 64 else (64, 4 if head_dim <= 128 else 2)
         return PrefillTuning(tile, stages, in_registers, converted=2, converters=2)

@@ -1,11 +1,11 @@
 """The sm_90a kernel of ragged prefill: many query tokens per sequence, keys in blocks.
 
-One thread block computes one tile of one KV head: n consecutive tokens of one sequence and all G
+A thread block computes tiles, each of one KV head: n consecutive tokens of one sequence and all G
 query heads of the group, so that a key is loaded once for all of them. The tile has 128 rows, of
 which G * n are in use, head after head (row = head * n + token): each head is one copy of n tokens
 of q, from whatever token the tile begins at. Two warpgroups compute 64 rows each; a third one keeps
-the queue of keys and values full. The softmax is online (FlashAttention, arXiv 2205.14135), in
-float32 and base 2.
+the queue of keys and values full, across the borders of tiles (`prefill_walk.py`). The softmax is
+online (FlashAttention, arXiv 2205.14135), in float32 and base 2.
 
 Tensor cores multiply while others take exponents, as in FlashAttention-3 (arXiv 2407.08608), in two
 ways that `PrefillTuning` has. With `turns` one warpgroup begins its products while the other one is
@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_paged.ops.attention.hopper.prefill_load import bring
+from pallas_paged.ops.attention.hopper.prefill_mask import mask_values
 from pallas_paged.ops.attention.hopper.prefill_parts import (
     COMPUTE_WARPGROUPS,
     WARPGROUP_ROWS,
@@ -32,17 +33,19 @@ from pallas_paged.ops.attention.hopper.prefill_parts import (
     Inputs,
     Problem,
     Smem,
-    Tile,
-    meet,
-    read_tile,
 )
-from pallas_paged.ops.attention.hopper.prefill_plan import NUM_TOKENS
 from pallas_paged.ops.attention.hopper.prefill_softmax import (
     Softened,
     State,
     empty,
     finish_logits,
     soften,
+)
+from pallas_paged.ops.attention.hopper.prefill_walk import (
+    Tile,
+    num_own_tiles,
+    over_own_tiles,
+    read_tile,
 )
 from pallas_paged.ops.attention.hopper.prefill_write import write
 from pallas_paged.ops.attention.hopper.tiles import (
@@ -60,20 +63,21 @@ from pallas_paged.ops.mosaic_gpu import load
 def prefill_kernel(
     problem: Problem, inputs: Inputs, lse: Any, *, smem: Smem, barriers: Barriers
 ) -> None:
-    """One thread block: one tile on one KV head, if the plan has so many tiles."""
-    warpgroup = lax.axis_index("warpgroup")
+    """One thread block: its tiles one after the other, if it has any."""
 
-    @pl.when(inputs.tiles[lax.axis_index("tile"), NUM_TOKENS] > 0)
+    def load_and_convert() -> None:
+        plgpu.set_max_registers(problem.registers[0], action="decrease")
+        bring(problem, inputs, smem, barriers)
+
+    def compute() -> None:
+        plgpu.set_max_registers(problem.registers[1], action="increase")
+        _compute(problem, inputs, lse, smem, barriers)
+
+    @pl.when(num_own_tiles(problem, inputs) > 0)
     def _() -> None:
-        @pl.when(warpgroup >= COMPUTE_WARPGROUPS)
-        def _() -> None:
-            plgpu.set_max_registers(problem.registers[0], action="decrease")
-            bring(problem, read_tile(problem, inputs.tiles), inputs, smem, barriers)
-
-        @pl.when(warpgroup < COMPUTE_WARPGROUPS)
-        def _() -> None:
-            plgpu.set_max_registers(problem.registers[1], action="increase")
-            _compute(problem, read_tile(problem, inputs.tiles), inputs, lse, smem, barriers)
+        # One or the other: of two conditions the compiler would take it that both may hold, and
+        # keep in the registers of those that load what those that compute need.
+        lax.cond(lax.axis_index("warpgroup") < COMPUTE_WARPGROUPS, compute, load_and_convert)
 
 
 class _Rows(NamedTuple):
@@ -93,63 +97,89 @@ class _Rows(NamedTuple):
 
     def slots(self, step: Any) -> tuple[Any, Any]:
         """Returns the places of a step's keys and values."""
-        k_slot = 2 * lax.rem(step - self.tile.begin, self.problem.stages)
+        k_slot = 2 * lax.rem(self.tile.in_line(step), self.problem.stages)
         return k_slot, k_slot + 1
 
     def take_turn(self) -> None:
         """Waits until the other warpgroup has begun its products, if they take turns."""
-        if self.problem.tuning.turns:
-            plgpu.barrier_wait(self.barriers.turns.at[lax.axis_index("warpgroup")])
+        _take_turn(self.problem, self.barriers)
 
     def pass_turn(self) -> None:
         """Tells the other warpgroup that it may begin its products."""
-        if self.problem.tuning.turns:
-            other = COMPUTE_WARPGROUPS - 1 - lax.axis_index("warpgroup")
-            plgpu.barrier_arrive(self.barriers.turns.at[other])
+        _pass_turn(self.problem, self.barriers)
+
+
+def _take_turn(problem: Problem, barriers: Barriers) -> None:
+    if problem.tuning.turns:
+        plgpu.barrier_wait(barriers.turns.at[lax.axis_index("warpgroup")])
+
+
+def _pass_turn(problem: Problem, barriers: Barriers) -> None:
+    if problem.tuning.turns:
+        other = COMPUTE_WARPGROUPS - 1 - lax.axis_index("warpgroup")
+        plgpu.barrier_arrive(barriers.turns.at[other])
 
 
 def _own_rows() -> Any:
     return pl.ds(lax.axis_index("warpgroup") * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
 
-def _compute(
-    problem: Problem,
-    tile: Tile,
-    inputs: Inputs,
-    lse: Any,
-    smem: Smem,
-    barriers: Barriers,
-) -> None:
-    """Computes one warpgroup's 64 rows of the tile and writes them."""
+def _compute(problem: Problem, inputs: Inputs, lse: Any, smem: Smem, barriers: Barriers) -> None:
+    """Computes one warpgroup's 64 rows of each tile and writes them.
+
+    The queries of the next tile arrive meanwhile where the result will be staged, and are taken
+    before that.
+    """
+    is_first = lax.axis_index("warpgroup") == 0
+    take_queries = functools.partial(_take_queries, problem, smem, barriers)
+
+    def one_tile(tile: Tile, carried: None) -> None:
+        def unless_last(do: Callable[[], None]) -> None:
+            if problem.tuning.persistent:
+                pl.when(tile.number + 1 < num_own_tiles(problem, inputs))(do)
+
+        unless_last(lambda: plgpu.barrier_arrive(barriers.staging_free))
+        state = _attend(problem, tile, inputs, smem, barriers)
+        unless_last(take_queries)
+        again = read_tile(problem, inputs, tile.number)  # fewer registers until then
+        write(problem, again, state, inputs.out, lse, smem, barriers)
+
+    take_queries()
+    pl.when(jnp.logical_not(is_first))(lambda: _pass_turn(problem, barriers))
+    over_own_tiles(problem, inputs, one_tile)
+    # Hears the last, so that no barrier is left within a phase.
+    pl.when(is_first)(lambda: _take_turn(problem, barriers))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _take_queries(problem: Problem, smem: Smem, barriers: Barriers) -> None:
+    """Moves one warpgroup's queries to where they are multiplied, part after part."""
     rows = _own_rows()
-    row = iota((WARPGROUP_ROWS,), 0, ROW_LAYOUT) + lax.axis_index("warpgroup") * WARPGROUP_ROWS
-    position = tile.first_position + lax.rem(row, jnp.int32(problem.tokens))
-    slope = None
-    if inputs.slopes is not None:
-        slope = load(inputs.slopes.at[tile.kv_head, rows], ROW_LAYOUT)
-    state = empty(problem.head_dim)
-    if inputs.sinks is not None:
-        # The sink is a key without a value. Padding tokens, which have no keys, have no sink.
-        sink = load(inputs.sinks.at[tile.kv_head, rows], ROW_LAYOUT)
-        sink = jnp.maximum(sink * LOG2E, LOWEST)
-        has_keys = jnp.where(tile.key_end > 0, 1.0, 0.0)
-        state = state._replace(maximum=sink, denominator=state.denominator + has_keys)
     for begin, width in problem.staged_columns:
         plgpu.barrier_wait(barriers.q)
         smem.q[rows, pl.ds(begin, width)] = plgpu.load(smem.staging.at[rows], layout=TILE_LAYOUT)
         plgpu.commit_smem()
         if begin + width < problem.head_dim:
             plgpu.barrier_arrive(barriers.staging_free)
-    state = _attend(_Rows(problem, tile, smem, barriers, position, slope), state)
-    write(problem, tile, state, inputs.out, lse, smem, barriers)
 
 
-def _attend(rows: _Rows, state: State) -> State:
-    """Returns the state after all steps."""
-    tile, is_first = rows.tile, lax.axis_index("warpgroup") == 0
-    pl.when(jnp.logical_not(is_first))(rows.pass_turn)
+def _attend(problem: Problem, tile: Tile, inputs: Inputs, smem: Smem, barriers: Barriers) -> State:
+    """Returns the state of one warpgroup's rows of the tile after all its steps."""
+    row = iota((WARPGROUP_ROWS,), 0, ROW_LAYOUT) + lax.axis_index("warpgroup") * WARPGROUP_ROWS
+    position = tile.first_position + lax.rem(row, jnp.int32(problem.tokens))
+    slope = None
+    if inputs.slopes is not None:
+        slope = load(inputs.slopes.at[tile.kv_head, _own_rows()], ROW_LAYOUT)
+    state = empty(problem.head_dim)
+    if inputs.sinks is not None:
+        # The sink is a key without a value. Padding tokens, which have no keys, have no sink.
+        sink = load(inputs.sinks.at[tile.kv_head, _own_rows()], ROW_LAYOUT)
+        sink = jnp.maximum(sink * LOG2E, LOWEST)
+        has_keys = jnp.where(tile.key_end > 0, 1.0, 0.0)
+        state = state._replace(maximum=sink, denominator=state.denominator + has_keys)
+    rows = _Rows(problem, tile, smem, barriers, position, slope)
     rows.take_turn()
-    if rows.problem.tuning.ahead:
+    if problem.tuning.ahead:
         carried = _weigh(rows, False, tile.begin, state)
         carried = _over_steps(
             rows, tile.begin + 1, functools.partial(_add_and_weigh, rows), carried
@@ -162,7 +192,6 @@ def _attend(rows: _Rows, state: State) -> State:
 
         state = _over_steps(rows, tile.begin, weigh_and_add, state)
     rows.pass_turn()
-    pl.when(is_first)(rows.take_turn)  # hears the last, so that no barrier is left within a phase
     return state
 
 
@@ -300,7 +329,7 @@ def _settle(
     weights = weights.astype(problem.dtype)
     if not (is_full or problem.is_quantised):  # the load has masked quantised ones
         values = rows.smem.tiles.numbers.at[v_slot]
-        _mask_values(problem, rows.tile, step, values, rows.barriers.pair)
+        mask_values(problem, rows.tile, step, values, rows.barriers.pair)
     if problem.tuning.in_registers:
         return _Weighed(state, weights)
     _weights_in_memory(rows)[...] = weights
@@ -311,31 +340,3 @@ def _settle(
 def _times_columns(matrix: jax.Array, factors: Any) -> jax.Array:
     """Returns `matrix`, [64, C], times C numbers in shared memory."""
     return matrix * spread_columns(load(factors, COLUMN_LAYOUT), matrix.shape)
-
-
-def _mask_values(problem: Problem, tile: Tile, step: Any, values: Any, pair: Any) -> None:
-    """Puts 0 where `values`, [C, D] in shared memory, has no value of this tile's.
-
-    There may be NaN, and the weight 0 does not get rid of that.
-    """
-    size = problem.tuning.tile_keys
-    begin = step * size
-    is_edge = (begin < tile.key_begin) | (begin + size > tile.key_end)
-
-    @pl.when(is_edge)
-    def _() -> None:
-        warpgroup = lax.axis_index("warpgroup")
-        for part in range(size // WARPGROUP_ROWS):
-
-            @pl.when(warpgroup == part % COMPUTE_WARPGROUPS)
-            def _(part: int = part) -> None:
-                rows = pl.ds(part * WARPGROUP_ROWS, WARPGROUP_ROWS)
-                key = iota((WARPGROUP_ROWS,), 0, ROW_LAYOUT) + (begin + part * WARPGROUP_ROWS)
-                is_ours = (key >= tile.key_begin) & (key < tile.key_end)
-                for column, width in problem.staged_columns:  # few registers are left
-                    some = values.at[rows, pl.ds(column, width)]
-                    old = plgpu.load(some, layout=TILE_LAYOUT)
-                    some[...] = jnp.where(across(is_ours, old.shape), old, jnp.zeros_like(old))
-
-        plgpu.commit_smem()
-        meet(pair)

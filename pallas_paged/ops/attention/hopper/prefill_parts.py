@@ -1,25 +1,14 @@
-"""What the warpgroups of the sm_90a prefill kernel share: the problem, memory, barriers, tile."""
+"""What the warpgroups of the sm_90a prefill kernel share: the problem, memory, barriers."""
 
 import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_paged.kv_cache import KVCache
 from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
-from pallas_paged.ops.attention.hopper.prefill_plan import (
-    FIRST_POSITION,
-    FIRST_TOKEN,
-    KEY_BEGIN,
-    KEY_END,
-    NUM_TOKENS,
-    SEQUENCE,
-    TILE_ROWS,
-    tile_tokens,
-)
+from pallas_paged.ops.attention.hopper.prefill_plan import TILE_ROWS, tile_tokens
 from pallas_paged.ops.attention.hopper.quantised import scale_slots, scales_values
 from pallas_paged.ops.attention.online_softmax import logits_factor
 from pallas_paged.ops.attention.smem import swizzled
@@ -120,6 +109,7 @@ class Inputs(NamedTuple):
     cache: KVCache
     block_tables: Any  # i32[B, M]
     tiles: Any  # i32[X, 6]
+    num_tiles: Any  # i32[1], how many of them there are
     slopes: Any  # f32[Hk, 128], or None
     sinks: Any  # f32[Hk, 128], or None
     out: Any  # [T, Hq, D], written
@@ -143,8 +133,8 @@ class Smem(NamedTuple):
     q: Any  # [128, D]
     tiles: Tiles
     weights: Any  # [2, 64, C], or None
-    staging: Any  # [128, width], a part of q's columns, at the end of the result's; not swizzled,
-    # so that a copy may begin at any token
+    staging: Any  # [128, width], a part of the columns of the next tile's q, at the end of a tile
+    # of its result's; not swizzled, so that a copy may begin at any token
     lse: Any  # f32[128]
 
 
@@ -217,55 +207,3 @@ def _tiles_barriers(problem: Problem) -> TilesBarriers:
         return TilesBarriers(None, filled, consumed)
     arrived = plgpu.Barrier(num_arrivals=2 * copies, num_barriers=2 * problem.tuning.stages)
     return TilesBarriers(arrived, plgpu.Barrier(num_barriers=slots), consumed)
-
-
-class Tile(NamedTuple):
-    """A record of the plan, and the steps that follow from it: at least one, even without keys.
-
-    Steps [begin, full_begin) and [full_end, end) have keys that some token cannot see.
-    """
-
-    kv_head: Any
-    first_token: Any
-    num_tokens: Any
-    first_position: Any
-    sequence: Any
-    key_begin: Any
-    key_end: Any
-    begin: Any
-    full_begin: Any
-    full_end: Any
-    end: Any
-
-    @property
-    def turns(self) -> Any:
-        """How often keys or values are brought: both for each step."""
-        return 2 * (self.end - self.begin)
-
-
-def read_tile(problem: Problem, tiles: Any) -> Tile:
-    """Returns the tile of this thread block."""
-    tile = lax.axis_index("tile")
-    size = problem.tuning.tile_keys
-    key_begin, key_end = tiles[tile, KEY_BEGIN], tiles[tile, KEY_END]
-    first_position = tiles[tile, FIRST_POSITION]
-    begin = key_begin // size
-    end = jnp.maximum(pl.cdiv(key_end, size), begin + 1)
-    full_begin = begin
-    if problem.sliding_window is not None:
-        full_begin = pl.cdiv(jnp.maximum(key_end - problem.sliding_window, 0), size)
-        full_begin = jnp.clip(full_begin, begin, end)
-    full_end = jnp.clip((first_position + 1) // size, full_begin, end)
-    return Tile(
-        lax.axis_index("kv_head"),
-        tiles[tile, FIRST_TOKEN],
-        tiles[tile, NUM_TOKENS],
-        first_position,
-        tiles[tile, SEQUENCE],
-        key_begin,
-        key_end,
-        begin,
-        full_begin,
-        full_end,
-        end,
-    )

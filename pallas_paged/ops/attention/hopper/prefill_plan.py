@@ -23,11 +23,13 @@ class PrefillPlan(NamedTuple):
         position of the first in its sequence, the row of the block table, and the keys
         [begin, end) that its tokens can see. Tiles with the most keys come first. A tile without
         keys holds padding tokens, or none.
+      num_tiles: i32[1], how many tiles there are: the first ones.
       token_tiles: i32[T], the tile of each token, -1 for tokens in no tile.
       token_offsets: i32[T], the token's place in its tile.
     """
 
     tiles: jax.Array
+    num_tiles: jax.Array
     token_tiles: jax.Array
     token_offsets: jax.Array
 
@@ -87,7 +89,7 @@ def plan_prefill(
     if sliding_window is not None:
         key_begin = jnp.clip(position - sliding_window + 1, 0, key_end)
     sequence = jnp.minimum(row, num_rows - 2)
-    order = jnp.argsort(key_begin - key_end)
+    order = jnp.argsort(key_begin - key_end, stable=True)  # those that are none stay behind
     columns = (starts[row] + offset, tokens, position, sequence, key_begin, key_end)
     tiles = jnp.stack(columns, axis=1)[order]
 
@@ -97,4 +99,5 @@ def plan_prefill(
     places = jnp.zeros_like(order).at[order].set(tile)
     token_tiles = places.at[before[token_row] + in_row // size].get(mode="clip")
     token_tiles = jnp.where(is_ours[token_row], token_tiles, -1)
-    return PrefillPlan(tiles, token_tiles, in_row % size)
+    existing = jnp.minimum(before[-1:], num_tiles)
+    return PrefillPlan(tiles, existing, token_tiles, in_row % size)

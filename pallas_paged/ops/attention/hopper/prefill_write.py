@@ -14,11 +14,11 @@ from pallas_paged.ops.attention.hopper.prefill_parts import (
     Barriers,
     Problem,
     Smem,
-    Tile,
     meet,
 )
 from pallas_paged.ops.attention.hopper.prefill_plan import token_unit
 from pallas_paged.ops.attention.hopper.prefill_softmax import State
+from pallas_paged.ops.attention.hopper.prefill_walk import Tile
 from pallas_paged.ops.attention.online_softmax import LN2, across
 
 
@@ -31,7 +31,10 @@ def write(
     smem: Smem,
     barriers: Barriers,
 ) -> None:
-    """Writes the tokens that the tile has, and the lse of all its rows."""
+    """Writes the tokens that the tile has, and the lse of all its rows.
+
+    At the end all of it has left shared memory, but may not have arrived yet.
+    """
     warpgroup = lax.axis_index("warpgroup")
     rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
     factor = 1.0 / jnp.where(state.denominator > 0, state.denominator, 1.0)
@@ -52,11 +55,10 @@ def write(
 
             @pl.when(warpgroup == 0)
             def _() -> None:
-                plgpu.copy_smem_to_gmem(smem.lse, lse.at[lax.axis_index("tile"), tile.kv_head])
+                plgpu.copy_smem_to_gmem(smem.lse, lse.at[tile.index, tile.kv_head])
 
-        plgpu.wait_smem_to_gmem(0)
-        if begin + width < problem.head_dim:
-            meet(barriers.pair)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        meet(barriers.pair)  # each copies rows of both
 
 
 def _write_tokens(problem: Problem, tile: Tile, staging: Any, head: Any, target: Any) -> None:
