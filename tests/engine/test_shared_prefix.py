@@ -151,8 +151,10 @@ def test_looks_at_what_has_changed_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(calls) == 2
     assert not finder.find(Step(rows, numbers, np.full(10, 93))).is_shared[3]  # type: ignore
     assert length(rows[1:], numbers[1:], 93) == 15  # seven have 20, and that one has 15 of them
-    assert length(rows, numbers[::-1], 94) == 20  # others in the same rows
-    assert len(calls) == 4
+    assert length(rows, numbers, 94) == 20
+    assert length(rows, numbers[::-1], 95) == 20  # others in the same rows
+    assert len(calls) == 5
+    assert length(rows, numbers, 50) == 12  # of what is shared, 12 blocks are before the token
 
 
 def test_a_prefix_that_comes_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
