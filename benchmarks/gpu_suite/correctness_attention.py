@@ -5,6 +5,7 @@ computes the first and the last query of every sequence and others at random; al
 finite, and padding as it is promised.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.attention_cases.arguments import AttentionArguments, AttentionSpec, build
+from benchmarks.gpu_suite.correctness_cases import PrefixSpec
 from benchmarks.gpu_suite.repeated import Arrays, Problem, Results
 from benchmarks.gpu_suite.stage import Program, Row
-from pallas_paged import AttentionMetadata, paged_attention
+from pallas_paged import AttentionMetadata, SharedPrefix, paged_attention
 from pallas_paged.quantisation import is_quantised
 
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
@@ -64,11 +66,13 @@ def program(spec: AttentionSpec, implementation: str, num_blocks: int | None = N
     }
     options = [f"{name} {value}" for name, value in fixed.items() if value is not None]
     options += [name for name in ("alibi", "sinks") if getattr(spec, name)]
+    num_shared = spec.num_shared_blocks if isinstance(spec, PrefixSpec) else 0
+    options += [f"{num_shared} blocks for several sequences at a time"] if num_shared else []
     return Program(
         name=f"{implementation} attention, {q.dtype}{list(q.shape)} over "
         f"{k_cache.dtype}{list(k_cache.shape)}, tables {list(step.block_tables.shape)}, at most "
         f"{most} queries" + "".join(f", {option}" for option in options),
-        function=functools.partial(_attend, implementation, fixed, most),
+        function=functools.partial(_attend, implementation, fixed, most, num_shared),
         arguments=lambda: arguments,
         options=_NOT_MEASURED if implementation == "xla" else (),
     )
@@ -78,6 +82,7 @@ def _attend(
     implementation: str,
     fixed: Mapping[str, Any],
     max_query_len: int,
+    num_shared: int,
     q: jax.Array,
     k_cache: jax.Array,
     v_cache: jax.Array,
@@ -86,6 +91,14 @@ def _attend(
 ) -> tuple[jax.Array, jax.Array]:
     unread = jnp.zeros(q.shape[0], jnp.int32)
     metadata = AttentionMetadata(unread, unread, *step, max_query_len)
+    if num_shared:
+        num_known = step.seq_lens - jnp.diff(step.query_start_loc)
+        prefix = SharedPrefix(
+            step.block_tables[0],
+            jnp.int32(num_shared),
+            num_known >= num_shared * k_cache.shape[2],
+        )
+        metadata = dataclasses.replace(metadata, shared_prefix=prefix)
     with jax.default_matmul_precision("highest"):
         return paged_attention(
             q,

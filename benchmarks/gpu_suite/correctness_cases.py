@@ -35,6 +35,12 @@ LENS = (300, 1, 129, 64, 2000, 1999, 1024, 700, 65, 1500)
 QUERIES = (1, 1, 40, 64, 3, 1, 500, 1, 64, 1)
 """Of these sequences, in a mixed step."""
 
+
+@dataclasses.dataclass(frozen=True)
+class PrefixSpec(AttentionSpec):
+    """A step that is told of the blocks which its first sequence has in common with others."""
+
+
 _make = functools.partial(
     AttentionSpec, num_q_heads=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16"
 )
@@ -150,6 +156,13 @@ def more_specs() -> list[AttentionSpec]:
         ),
         _decode("decode shared", num_shared_blocks=3),
     ]
+    for name, option in {
+        "": {},
+        " float8": OPTIONS["cap"] | {"alibi": True, "sinks": True},
+    }.items():
+        dtype = "float8_e4m3fn" if name else None
+        spec = _decode("", num_shared_blocks=16, cache_dtype=dtype, **option)
+        specs.append(PrefixSpec(**vars(spec) | {"name": f"decode behind a shared prefix{name}"}))
     return specs
 
 

@@ -22,7 +22,7 @@ from benchmarks.gpu_suite import (
 )
 from benchmarks.gpu_suite.correctness_moves import Sizes
 from benchmarks.gpu_suite.stage import Context, run_case
-from pallas_paged import KVCache
+from pallas_paged import KVCache, paged_attention
 
 STAGES = (correctness.CORRECTNESS, correctness.MORE)
 GPU = Context("sm_90", pathlib.Path("results"), pathlib.Path("work"))
@@ -211,6 +211,31 @@ def test_queries_are_checked_where_they_stand():
         wrong = correctness_attention.judge(spec.dtype, expected, [out, lse])["wrong"]
         assert wrong == [], spec.name
         assert len(expected["rows"]) == sum(spec.lens_of_queries)
+
+
+def test_a_prefix_is_told_of_and_makes_no_difference(monkeypatch):
+    specs = correctness_cases.more_specs()
+    specs = [spec for spec in specs if isinstance(spec, correctness_cases.PrefixSpec)]
+    assert len(specs) == 2
+    spec = specs[0]
+    arguments = build(spec)
+    seen = []
+
+    def attend(*args, **options):
+        seen.append(args[3].shared_prefix)
+        return paged_attention(*args, **options)
+
+    monkeypatch.setattr(correctness_attention, "paged_attention", attend)
+    results = correctness_attention.program(spec, "xla").function(
+        *correctness_attention.arguments_of(arguments)
+    )
+    (prefix,) = seen
+    tables, is_shared = np.asarray(arguments.metadata.block_tables), np.asarray(prefix.is_shared)
+    count = int(prefix.num_blocks)
+    assert (is_shared.sum(), count) == (6, spec.num_shared_blocks)
+    assert (tables[is_shared, :count] == np.asarray(prefix.block_table)[:count]).all()
+    expected = correctness_attention.expected(arguments)
+    assert correctness_attention.judge(spec.dtype, expected, results)["wrong"] == []
 
 
 def wrong_at(turn: int, function):
