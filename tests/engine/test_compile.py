@@ -76,17 +76,16 @@ def test_a_plan_for_an_h100(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "device", "kernel", "limits"),
+    ("target", "device", "kernel"),
     [
-        ("h100", "NVIDIA H100 80GB HBM3", b"paged_decode", SMALL),
-        ("l4", "NVIDIA L4", b"paged_attention_sm80", SMALLEST),
+        ("h100", "NVIDIA H100 80GB HBM3", b"paged_decode"),
+        ("l4", "NVIDIA L4", b"paged_attention_sm80"),
     ],
 )
 def test_a_bundle_for_a_gpu(
     target: str,
     device: str,
     kernel: bytes,
-    limits: list[str],
     tmp_path: pathlib.Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -96,7 +95,7 @@ def test_a_bundle_for_a_gpu(
     """
     output = tmp_path / "bundle"
     done = run_program(
-        COMPILE, "--model=models/demo", f"--target={target}", f"--output={output}", *limits
+        COMPILE, "--model=models/demo", f"--target={target}", f"--output={output}", *SMALLEST
     )
     assert done.returncode == 0, done.stderr
     assert f"attention: mosaic_gpu, writes: mosaic_gpu, on {device}" in done.stdout
