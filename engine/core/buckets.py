@@ -7,7 +7,7 @@ from collections.abc import Sequence
 _LEAST_SHARE = 8
 """A step is large enough when so many times what it costs by itself is spent on its tokens."""
 MIN_SHARING = 8
-"""Sequences of the smallest decode bucket that reads a prefix for several of them at a time."""
+"""The fewest sequences for which a prefix is read for several of them at a time."""
 MIN_TABLE_WIDTH = 128
 """Blocks of the narrowest table, if any sequence may have more than twice as many."""
 
@@ -74,8 +74,8 @@ class Buckets:
       specialised: whether plain steps that do not need all of it have programs of their own: decode
         steps without `Bucket.filters`, and steps of a few prompts without `Bucket.has_decodes`. A
         device that can look at what a step needs, and skip the rest, has no use for them.
-      shares_prefix: whether plain decode steps of at least `MIN_SHARING` sequences have programs
-        with `Bucket.shares_prefix`.
+      shares_prefix: whether plain decode steps of `sharing_seqs` have programs with
+        `Bucket.shares_prefix`.
     """
 
     decode_seqs: tuple[int, ...]
@@ -129,6 +129,18 @@ class Buckets:
             shares_prefix,
         )
 
+    @property
+    def sharing_seqs(self) -> tuple[int, ...]:
+        """Numbers of sequences of decode steps that share a prefix: few of all, fourfold.
+
+        They are for GPUs, where products of few rows cost what reading the weights does.
+        """
+        sizes: list[int] = []
+        for size in reversed(self.decode_seqs if self.shares_prefix else ()):
+            if size >= MIN_SHARING and (not sizes or 4 * size <= sizes[-1]):
+                sizes.append(size)
+        return tuple(reversed(sizes))
+
     def worth_while(self, num_tokens: int, num_fixed: int) -> int:
         """Returns how many of `num_tokens` a step with prompts should compute.
 
@@ -173,9 +185,10 @@ class Buckets:
             seqs = _at_least(self.mixed_seqs, num_seqs)
             return Bucket(size, seqs, width, False, is_full, 1, self.num_drafts, self.proposes)
         if is_decode and self.decode_seqs:
-            size = _at_least(self.decode_seqs, num_seqs)
+            shares_prefix &= bool(self.sharing_seqs) and not is_full
+            sizes = self.sharing_seqs if shares_prefix else self.decode_seqs
+            size = _at_least(sizes, num_seqs)
             num_steps = 1 if is_full else self.num_steps
-            shares_prefix &= self.shares_prefix and not is_full and size >= MIN_SHARING
             filters |= is_full or shares_prefix or not self.specialised
             bucket = Bucket(size, size, width, True, is_full, num_steps, filters=filters)
             return dataclasses.replace(bucket, shares_prefix=shares_prefix)
@@ -249,7 +262,7 @@ class Buckets:
         sharing = [
             dataclasses.replace(bucket, shares_prefix=True)
             for bucket in decode
-            if self.shares_prefix and bucket.num_seqs >= MIN_SHARING
+            if bucket.num_seqs in self.sharing_seqs
         ]
         if not self.specialised:
             return sharing

@@ -89,7 +89,7 @@ MUTATIONS = {
     ),
     "never": Mutation(
         _BUCKETS,
-        "shares_prefix &= self.shares_prefix and not is_full",
+        "shares_prefix &= bool(self.sharing_seqs) and not is_full",
         "shares_prefix &= False",
         _ENGINE,
     ),

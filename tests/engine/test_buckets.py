@@ -214,3 +214,30 @@ def test_variants_are_few_and_each_step_fits_one() -> None:
         fits = others.holding(3, 3, 9, is_decode=True, filters=filters)
         assert all(bucket.filters or not filters for bucket in fits)
         assert best in fits
+
+
+def test_few_sizes_share_a_prefix() -> None:
+    buckets = Buckets.for_limits(256, 8192, 512, specialised=True, shares_prefix=True)
+    assert buckets.sharing_seqs == (16, 64, 256)
+    assert Buckets.for_limits(48, 512, 8, shares_prefix=True).sharing_seqs == (12, 48)
+    assert Buckets.for_limits(7, 512, 8, shares_prefix=True).sharing_seqs == ()
+    assert Buckets.for_limits(256, 8192, 512, specialised=True).sharing_seqs == ()
+    every = buckets.all()
+    assert len(every) == len(set(every))
+    sharing = [bucket for bucket in every if bucket.shares_prefix]
+    assert len(sharing) == 3 * len(buckets.table_widths)
+    assert all(b.is_decode and b.filters and not b.is_full for b in sharing)
+    for count in (8, 17, 200):
+        step = (count, count, 9)
+        best = buckets.pick(*step, is_decode=True, filters=False, shares_prefix=True)
+        assert best in sharing
+        fits = buckets.holding(*step, is_decode=True, filters=False, shares_prefix=True)
+        assert best in fits
+        without = buckets.pick(*step, is_decode=True, filters=False)
+        assert without in fits  # until the best is compiled
+        alone = buckets.holding(*step, is_decode=True, filters=False)
+        assert without in alone
+        assert not any(bucket.shares_prefix for bucket in alone)
+    assert not buckets.pick(9, 9, 9, is_decode=True, is_full=True, shares_prefix=True).shares_prefix
+    few = Buckets.for_limits(4, 32, 8, shares_prefix=True)
+    assert not few.pick(4, 4, 3, is_decode=True, shares_prefix=True).shares_prefix
