@@ -20,6 +20,7 @@ def decode_inputs(
     block_size: int,
     padding_place: int,
     temperature: float = 0.0,
+    num_shared_blocks: int = 0,
 ) -> np.ndarray:
     """Returns i32[`packed_size`]: as many sequences as `bucket` holds, their tokens on the device.
 
@@ -30,6 +31,7 @@ def decode_inputs(
       block_size: S.
       padding_place: an entry of the device's tables that no sequence reads, see `StepInputs`.
       temperature: of each sequence; above 0 they sample, by top-p in buckets that filter.
+      num_shared_blocks: with how many of the same blocks all tables begin, for buckets that share.
     """
     packed = np.zeros(step_inputs.packed_size(bucket), np.int32)
     x = step_inputs.views(packed, bucket)
@@ -46,4 +48,7 @@ def decode_inputs(
     if x.many is not None:
         x.many.num_steps[:] = 1
         x.many.ending_ids[:] = -1
+    if x.prefix is not None:
+        x.prefix.shares_prefix[:] = 1
+        x.prefix.prefix_blocks[:] = num_shared_blocks
     return packed

@@ -31,6 +31,8 @@ class Step(NamedTuple):
       context: tokens of each, the new one included.
       block_size: tokens per block.
       filters: whether the sequences sample by top-p, else without; see `Bucket.filters`.
+      num_shared: blocks with which all sequences begin, and which are read for several at a time;
+        see `Bucket.shares_prefix`.
       model: of `random_models.CONFIGS`.
     """
 
@@ -38,13 +40,15 @@ class Step(NamedTuple):
     context: int
     block_size: int = 16
     filters: bool = False
+    num_shared: int = 0
     model: str = "8b"
 
     @property
     def name(self) -> str:
         """How results call it."""
         top_p = ", top-p" if self.filters else ""
-        return f"{self.batch} x {self.context}, block {self.block_size}{top_p}"
+        shared = f", {self.num_shared} blocks shared" if self.num_shared else ""
+        return f"{self.batch} x {self.context}, block {self.block_size}{top_p}{shared}"
 
     @property
     def config(self) -> ModelConfig:
@@ -54,8 +58,14 @@ class Step(NamedTuple):
     @property
     def bucket(self) -> Bucket:
         """The shape that the engine compiles."""
-        blocks = self.blocks_per_seq
-        return Bucket(self.batch, self.batch, blocks, is_decode=True, filters=self.filters)
+        return Bucket(
+            self.batch,
+            self.batch,
+            self.blocks_per_seq,
+            is_decode=True,
+            filters=self.filters,
+            shares_prefix=self.num_shared > 0,
+        )
 
     @property
     def blocks_per_seq(self) -> int:
@@ -125,13 +135,15 @@ def described_parameters(step: Step) -> Any:
 
 
 def floor_bytes(step: Step) -> int:
-    """Returns the bytes that a step must read: all weights but the embedding table, all KV."""
+    """Returns the bytes that a step must read: all weights but the embedding table, all KV once."""
     config = step.config
     weights = num_bytes(_model(step.model)[1])
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size * 2
     block_bytes = sum(s.block_bytes for s in config.cache_specs(step.block_size, jnp.bfloat16))
-    return weights + step.batch * step.context * block_bytes // step.block_size
+    shared = step.num_shared * step.block_size
+    num_tokens = shared + step.batch * (step.context - shared)
+    return weights + num_tokens * block_bytes // step.block_size
 
 
 def run(step: Step, context: Context) -> Row:
@@ -153,6 +165,7 @@ def run(step: Step, context: Context) -> Row:
         "draw_s": time.perf_counter() - loaded,
     }
     tables = shuffled_tables(step.batch, step.blocks_per_seq)
+    tables[:, : step.num_shared] = tables[0, : step.num_shared]
     null_row = np.zeros((1, step.blocks_per_seq), np.int32)
     tables_there = jax.device_put(np.concatenate([tables, null_row]))
     rng = np.random.default_rng(0)
@@ -166,6 +179,7 @@ def run(step: Step, context: Context) -> Row:
             block_size=step.block_size,
             padding_place=tables.size,
             temperature=0.8,
+            num_shared_blocks=step.num_shared,
         )
     )
     seconds = []
@@ -198,13 +212,14 @@ def _cases(context: Context) -> list[Case]:
     steps = [
         Step(64, 2048),
         Step(64, 2048, filters=True),
+        Step(64, 2048, filters=True, num_shared=64),
         Step(1, 2048),
         Step(8, 2048),
         Step(256, 512),
         Step(64, 2048, 64),
     ]
     if not context.on_gpu:
-        steps = [Step(2, 40, model="tiny")]
+        steps = [Step(2, 40, model="tiny"), Step(9, 40, filters=True, num_shared=2, model="tiny")]
     return [
         Case(
             step.name,
