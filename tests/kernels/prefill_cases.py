@@ -196,8 +196,8 @@ def quantised_compile_cases() -> list[CompileCase]:
                 cases.append(_changed(case, turns=not rule.turns, ahead=False))
                 if rule.persistent:
                     cases.append(_changed(case, persistent=False))
-                if rule.converters > 1:
-                    cases.append(_changed(case, converters=1, converted=1))
+                if rule.converters > 1:  # with fewer steps converted the oldest JAX's spills else
+                    cases.append(_changed(case, converters=1, converted=1, persistent=False))
     return cases
 
 
