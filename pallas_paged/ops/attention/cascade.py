@@ -4,8 +4,9 @@ As it is, every sequence's queries read the keys and values of the prefix for th
 queries of up to `num_together` tokens are put side by side and taken for one token with so many
 times the query heads, which decodes behind the prefix's last token: it sees all of the prefix, and
 that is what each of them sees. Then every sequence decodes behind its other blocks alone, and the
-two results are added with the weights that their denominators say (the log-sum-exp). All of it is
-what the implementations do anyway, with other shapes.
+two results, each rounded to the dtype of the queries, are added with the weights that their
+denominators say (the log-sum-exp). All of it is what the implementations do anyway, with other
+shapes.
 
 What it costs beside: a second launch of all that decoding is, and the sum. It pays where the prefix
 is long and many have it. Source: Hydragen (Juravsky et al. 2024, arXiv 2402.05099).
