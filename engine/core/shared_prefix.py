@@ -7,7 +7,7 @@ import numpy as np
 from pallas_paged.engine.core.buckets import MIN_SHARING
 from pallas_paged.engine.core.scheduled import Batch
 from pallas_paged.engine.kv.interface import Memory
-from pallas_paged.kv_cache import NULL_BLOCK
+from pallas_paged.engine.kv.sharing import GIVEN_BACK
 
 MIN_BLOCKS = 8
 """The shortest prefix."""
@@ -82,8 +82,8 @@ def find_prefix(tables: np.ndarray, rows: np.ndarray, whole: np.ndarray) -> Foun
     best, most = None, 0
     place = MIN_BLOCKS
     while np.count_nonzero(whole >= place) >= MIN_SHARING:
-        blocks = np.where(whole >= place, tables[rows, place - 1], NULL_BLOCK)
-        names, counts = np.unique(blocks[blocks != NULL_BLOCK], return_counts=True)
+        blocks = np.where(whole >= place, tables[rows, place - 1], GIVEN_BACK)
+        names, counts = np.unique(blocks[blocks != GIVEN_BACK], return_counts=True)
         if not len(names) or counts.max() < MIN_SHARING:
             break
         is_shared = blocks == names[counts.argmax()]
@@ -98,10 +98,10 @@ def find_prefix(tables: np.ndarray, rows: np.ndarray, whole: np.ndarray) -> Foun
 
 
 def _num_common(tables: np.ndarray, rows: np.ndarray, most: int) -> int:
-    """Returns with how many of the same blocks, none of them the null block, the rows begin."""
+    """Returns with how many of the same blocks, none of them given back, the rows begin."""
     for begin in range(0, most, _PIECE):
         piece = tables[rows, begin : min(begin + _PIECE, most)]
-        is_common = (piece == piece[0]).all(axis=0) & (piece[0] != NULL_BLOCK)
+        is_common = (piece == piece[0]).all(axis=0) & (piece[0] != GIVEN_BACK)
         if not is_common.all():
             return begin + int(is_common.argmin())
     return most

@@ -43,7 +43,7 @@ def test_the_plan_for_a_gpu_is_small_and_its_names_are_unique():
     ]
     of_cases = [case.programs() for case in cases]
     names = [program.name for of_case in of_cases for program in of_case]
-    assert len(names) <= 100
+    assert len(names) <= 110
     functions = {}
     for program in (program for of_case in of_cases for program in of_case):
         shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(program.arguments()))

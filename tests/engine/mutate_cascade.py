@@ -71,7 +71,7 @@ MUTATIONS = {
     ),
     "the null block": Mutation(
         _FIND,
-        "(piece == piece[0]).all(axis=0) & (piece[0] != NULL_BLOCK)",
+        "(piece == piece[0]).all(axis=0) & (piece[0] != GIVEN_BACK)",
         "(piece == piece[0]).all(axis=0)",
         _ENGINE,
     ),
