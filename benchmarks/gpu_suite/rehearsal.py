@@ -80,4 +80,4 @@ EXPECTED = {
 }
 """What becomes of them."""
 
-STAGE = Stage("rehearsal", 20, cases, ("program",))
+STAGE = Stage("rehearsal", 60, cases, ("program",))
