@@ -11,7 +11,12 @@ import jax
 from flax import nnx
 
 from pallas_paged.cache_spec import CacheSpec
-from pallas_paged.deviceless import target_device, target_memory_bytes, without_compilation_cache
+from pallas_paged.deviceless import (
+    compile_lowered,
+    target_device,
+    target_memory_bytes,
+    without_compilation_cache,
+)
 from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype, resolve_max_model_len
 from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.device import bundle as bundles
@@ -182,7 +187,8 @@ def compile_bundle(
 
         def compile_one(name: Name) -> bundles.Entry:
             begin = time.perf_counter()
-            compiled = _lower(prepared, name).compile()
+            device = prepared.programs.placement.device
+            compiled = compile_lowered(_lower(prepared, name), device)
             seconds = time.perf_counter() - begin
             entry = bundles.write_program(work, name, compiled)
             text = str(name) if isinstance(name, Bucket) else f"{name[0]} {name[1]}"

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
+from pallas_paged.models.interface import Rotary
 from pallas_paged.ops.attention.api import paged_attention
-from pallas_paged.ops.kv_write.api import write_kv
+from pallas_paged.ops.kv_write import api as kv_write
+from pallas_paged.ops.rotary import rotate
 
 
 def paged_attend(
@@ -20,6 +22,7 @@ def paged_attend(
     kv_cache: KVCache,
     metadata: AttentionMetadata,
     *,
+    rotary: Rotary | None = None,
     write_implementation: str | None = None,
     promise_in_bounds: bool = False,
     queries: AttentionMetadata | None = None,
@@ -28,28 +31,42 @@ def paged_attend(
     """Writes keys and values into the paged cache, then attends to all of each sequence's.
 
     Args:
-      q: queries, positions encoded; of all T tokens unless `queries` tells of which.
-      k: the tokens' keys, positions encoded.
+      q: queries; of all T tokens unless `queries` tells of which.
+      k: the tokens' keys.
       v: their values, as wide as the cache's.
       kv_cache: the layer's cache; donated by `write_kv`.
       metadata: where the tokens stand.
-      write_implementation: of `write_kv`.
+      rotary: cosines and sines by which the T tokens' queries and keys are still to be rotated; see
+        `rotate`. None if positions are encoded in them, or nowhere.
+      write_implementation: of `write_kv`; a kernel that writes also rotates, where there is one for
+        such heads.
       promise_in_bounds: of both.
-      queries: metadata of a step with the tokens of `q` alone; None if these are all.
+      queries: metadata of a step with the tokens of `q` alone, which are rotated already; None if
+        these are all.
       **options: of `paged_attention`, such as `scale`, `sliding_window` or `implementation`.
 
     Returns:
       The attention's output and the updated cache.
     """
-    q, k, v = _computed_at_once(q, k, v)
-    kv_cache = write_kv(
-        k,
-        v,
-        kv_cache,
-        metadata.slot_mapping,
-        implementation=write_implementation,
-        promise_in_bounds=promise_in_bounds,
-    )
+    if rotary is not None and queries is not None:
+        raise ValueError("rotate the queries of some tokens by those tokens' angles, and the keys")
+    slots = metadata.slot_mapping
+    if rotary is not None and _rotates(write_implementation, q, k, kv_cache):
+        q, kv_cache = kv_write.rotate_and_write(
+            q, k, v, *rotary, kv_cache, slots, promise_in_bounds=promise_in_bounds
+        )
+    else:
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k, v = _computed_at_once(q, k, v)
+        kv_cache = kv_write.write_kv(
+            k,
+            v,
+            kv_cache,
+            slots,
+            implementation=write_implementation,
+            promise_in_bounds=promise_in_bounds,
+        )
     out: Any = paged_attention(
         q,
         kv_cache.k,
@@ -61,6 +78,13 @@ def paged_attend(
         **options,
     )
     return out, kv_cache
+
+
+def _rotates(requested: str | None, q: Array, k: Array, kv_cache: KVCache) -> bool:
+    """Whether what writes such keys is a kernel that also rotates them and the queries."""
+    if kv_write.write_implementation(requested, k, kv_cache) != "mosaic_gpu":
+        return False
+    return kv_write.rotating_implementation(None, q, k, kv_cache) == "mosaic_gpu"
 
 
 def _computed_at_once(*heads: Float[Array, "_ _ _"]) -> list[Float[Array, "_ _ _"]]:
@@ -83,6 +107,7 @@ def dense_attend(
     kv_cache: KVCache | None,
     metadata: AttentionMetadata,
     *,
+    rotary: Rotary | None = None,
     scale: float | None = None,
     sliding_window: int | None = None,
 ) -> tuple[Float[Array, "T Hq D"], None]:
@@ -90,6 +115,7 @@ def dense_attend(
 
     The T tokens are `T / max_query_len` sequences of `metadata.max_query_len` tokens each, one
     after the other; nothing else in the metadata is read (see `dense_metadata`). Differentiable.
+    `rotary` is as in `paged_attend`.
 
     Raises:
       ValueError: a cache was given, or T is not a multiple of `metadata.max_query_len`.
@@ -102,6 +128,8 @@ def dense_attend(
             f"num_tokens={num_tokens} must be a multiple of max_query_len={length}: dense_attend "
             "takes sequences of equal length"
         )
+    if rotary is not None:
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
     q, k, v = (x.reshape(-1, length, *x.shape[1:]) for x in (q, k, v))
     window = None if sliding_window is None else (sliding_window - 1, 0)
     # JAX's own function relies on implicit promotion where the dtype has 16 bits.

@@ -34,7 +34,7 @@ from pallas_paged.models.layers import (
     qkv_projection,
     wanted_by_layer,
 )
-from pallas_paged.models.rope import Rope, rotate, rotation
+from pallas_paged.models.rope import Rope, rotation
 from pallas_paged.models.rope_scaling import rope_from_hf
 
 
@@ -185,9 +185,9 @@ class Attention(nnx.Module):
         q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in self.qkv_proj(x))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         asked = {"sliding_window": self.sliding_window, "context": context}
         options = {name: value for name, value in asked.items() if value is not None}
+        options["rotary"] = cos_sin
         out, kv_cache = attend_to_wanted(attend, wanted, q, k, v, kv_cache, metadata, **options)
         return self.o_proj(out.reshape(-1, self.num_features)), kv_cache
 

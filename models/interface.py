@@ -14,13 +14,18 @@ from pallas_paged.models.config import HFFields, ModelConfig
 Attend = Callable[..., tuple[Array, Any]]
 """`attend(q, k, v, kv_cache, metadata, **options) -> (out, kv_cache)`: a step's attention.
 
-Takes the step's queries `[T, Hq, D]`, keys `[T, Hk, D]` and values `[T, Hk, Dv]` (positions already
-encoded), the layer's cache, or None for an attention that keeps none, and the metadata that places
-the T tokens. Returns the output `[T, Hq, Dv]` and the cache with the new keys and values in it.
-Options are those of `pallas_paged.ops.attention.api.paged_attention`; a model passes only those
-that it needs. A step that has a `Context` gives it as the option `context`. Where only some tokens'
-outputs are needed, `q` is `[L, Hq, D]`, and their metadata is the option `queries`.
+Takes the step's queries `[T, Hq, D]`, keys `[T, Hk, D]` and values `[T, Hk, Dv]`, the layer's
+cache, or None for an attention that keeps none, and the metadata that places the T tokens. Returns
+the output `[T, Hq, Dv]` and the cache with the new keys and values in it. Options are those of
+`pallas_paged.ops.attention.api.paged_attention`; a model passes only those that it needs. With the
+option `rotary`, of type `Rotary`, queries and keys are still to be rotated by it; without, their
+positions are encoded already. A step that has a `Context` gives it as the option `context`. Where
+only some tokens' outputs are needed, `q` is `[L, Hq, D]`, their metadata is the option `queries`,
+and there is no `rotary`.
 """
+
+Rotary = tuple[Float32[Array, "T half"], Float32[Array, "T half"]]
+"""Cosines and sines of the angles by which the pairs of T tokens' heads turn; see `rotate`."""
 
 Context = Any
 """What a step brings to a model beside its tokens, for all layers: a pytree of arrays, or None.

@@ -18,6 +18,7 @@ from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.models.config import ModelConfig
 from pallas_paged.models.interface import Attend, Context, Wanted
 from pallas_paged.ops.product.api import product
+from pallas_paged.ops.rotary import rotate
 
 INIT_STD = 0.02
 """Standard deviation of freshly initialised weights, before truncation at two of them."""
@@ -254,7 +255,10 @@ def attend_to_wanted(
 ) -> tuple[Float[Array, "T Hq Dv"] | Float[Array, "L Hq Dv"], KVCache | None]:
     """Returns what `attend` does, of the tokens that are wanted."""
     if wanted is not None and wanted.metadata is not None:
-        options["queries"] = wanted.metadata
-        return attend(chosen(q, wanted), k, v, kv_cache, metadata, **options)
+        rotary, q = options.pop("rotary", None), chosen(q, wanted)
+        if rotary is not None:
+            q = rotate(q, *(chosen(angle, wanted) for angle in rotary))
+            k = rotate(k, *rotary)
+        return attend(q, k, v, kv_cache, metadata, queries=wanted.metadata, **options)
     out, kv_cache = attend(q, k, v, kv_cache, metadata, **options)
     return chosen(out, wanted), kv_cache

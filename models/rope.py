@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float32, Int32
 
 from pallas_paged.models.config import check_positive
 
@@ -62,13 +62,3 @@ def rotation(
     cos_sin = rope.magnitude * jnp.cos(angles), rope.magnitude * jnp.sin(angles)
     # Without the barrier, XLA would compute them anew in each layer, for each use.
     return lax.optimization_barrier(cos_sin)
-
-
-def rotate(
-    x: Float[Array, "T H D"], cos: Float32[Array, "T half"], sin: Float32[Array, "T half"]
-) -> Float[Array, "T H D"]:
-    """Returns `x` turned: dimension i is paired with i + D/2, as in Hugging Face's weights."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

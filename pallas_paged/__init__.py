@@ -7,7 +7,7 @@ from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache, Shared
 from pallas_paged.ops.attention.api import attention_implementation, paged_attention
 from pallas_paged.ops.block_copy.api import copy_blocks
 from pallas_paged.ops.block_transfer.api import gather_blocks, scatter_blocks
-from pallas_paged.ops.kv_write.api import write_kv
+from pallas_paged.ops.kv_write.api import rotate_and_write, write_kv
 
 __all__ = [
     "NULL_BLOCK",
@@ -21,6 +21,7 @@ __all__ = [
     "copy_blocks",
     "gather_blocks",
     "paged_attention",
+    "rotate_and_write",
     "scatter_blocks",
     "write_kv",
 ]

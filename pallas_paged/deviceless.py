@@ -3,7 +3,8 @@
 Needs the packages `jax-cuda12-plugin` and `jax-cuda12-pjrt` of jax's own version and
 `nvidia-cuda-nvcc-cu12` (none of their dependencies), and on a machine without a GPU the environment
 variable `JAX_PLATFORMS=cpu`. A description of the GPU takes the place of the GPU; `targets/` has
-some. Matrix products are not autotuned then. The descriptions say CUDA 13.0 for driver, runtime and
+some. Matrix products are cuBLAS's then: XLA's own need to be timed, see `compile_lowered`. The
+descriptions say CUDA 13.0 for driver, runtime and
 toolkit, whichever plugin compiles: without versions XLA records no custom call in a command buffer,
 and its dumps show other launches than those of a machine with a recent driver.
 
@@ -18,7 +19,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -33,6 +34,10 @@ TARGETS = (
     *("l4", "l40s", "rtx3090", "rtx4090"),
 )
 """The GPUs whose descriptions come with the package."""
+
+
+_NO_OPTIONS: Mapping[str, Any] = {}
+_UNTIMED = {"xla_gpu_enable_triton_gemm": False}
 
 
 class KernelResources(NamedTuple):
@@ -110,7 +115,7 @@ def compile_for(
     """
     lowered = lower_for(target, function, *args, donate_argnums=donate_argnums)
     with without_compilation_cache(), jax.default_device(target_device(target)):
-        return lowered.compile()
+        return compile_lowered(lowered, target_device(target))
 
 
 def lower_for(
@@ -124,14 +129,31 @@ def lower_for(
         return jitted.lower(*args)
 
 
-def compile_with_schedule(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, Schedule]:
-    """Returns a program, compiled, and how a host would launch it.
+def compile_lowered(
+    lowered: jax.stages.Lowered, device: jax.Device, options: Mapping[str, Any] = _NO_OPTIONS
+) -> jax.stages.Compiled:
+    """Compiles a program for `device`, which may be one of `target_device`.
+
+    Where the GPU is there, XLA times its own kernels for matrix products beside cuBLAS's. Where it
+    is not, XLA would generate kernels with small tiles, whatever the shapes, and divide products of
+    few rows into parts that are summed afterwards. cuBLAS chooses by the shapes when it runs, and
+    adds to a product what the program adds to it.
 
     Args:
-      lowered: the program, lowered under `jax.default_device(target_device(...))`.
+      lowered: the program, lowered under `jax.default_device(device)`.
+      device: where it will run, or the description of it.
+      options: XLA's own, by name.
     """
+    untimed = _UNTIMED if device.client.runtime_type == "compile_only_runtime" else _NO_OPTIONS
+    return lowered.compile(compiler_options={**untimed, **options} or None)
+
+
+def compile_with_schedule(
+    lowered: jax.stages.Lowered, device: jax.Device
+) -> tuple[jax.stages.Compiled, Schedule]:
+    """Returns a program, compiled, and how a host would launch it; see `compile_lowered`."""
     with tempfile.TemporaryDirectory() as folder, without_compilation_cache():
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        compiled = compile_lowered(lowered, device, {"xla_dump_to": folder})
         thunks, names = (
             next(pathlib.Path(folder).glob(f"*.{kind}.txt")).read_text()
             for kind in ("thunk_sequence_after_thunk_passes", "thunk_metadata")

@@ -12,6 +12,9 @@ plus the rounding of float32. A row that holds NaN or an infinity gets an infini
 as NaN and infinities: what is wrong does not become finite.
 """
 
+import functools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -29,17 +32,27 @@ def is_quantised(dtype: jax.typing.DTypeLike) -> bool:
 
 def quantise(x: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
     """Returns `x` [..., D] stored in `dtype` [..., D] and its scales, f32[...], all positive."""
+    (stored,), scale = quantise_parts([x], dtype)
+    return stored, scale
+
+
+def quantise_parts(
+    parts: Sequence[jax.Array], dtype: jax.typing.DTypeLike
+) -> tuple[list[jax.Array], jax.Array]:
+    """Returns the same for rows in parts [..., D / n], which share their scales."""
     largest = LARGEST[jnp.dtype(dtype)]
-    x = x.astype(jnp.float32)
+    parts = [x.astype(jnp.float32) for x in parts]
     # A maximum may leave out a NaN, and an integer has none: an infinite scale stands for it.
-    magnitudes = jnp.where(x != x, jnp.inf, jnp.abs(x))
-    scale = jnp.maximum(jnp.max(magnitudes, axis=-1), SMALLEST_AMAX) / largest
-    scales = jax.lax.broadcast_in_dim(scale, x.shape, tuple(range(scale.ndim)))
-    # Saturated: by a rounding of the quotient, a cast beyond the largest number would give NaN.
-    stored = jnp.clip(x / scales, -largest, largest)
-    if jnp.issubdtype(dtype, jnp.integer):
-        stored = jnp.round(stored)
-    return stored.astype(dtype), scale
+    amaxes = [jnp.max(jnp.where(x != x, jnp.inf, jnp.abs(x)), axis=-1) for x in parts]
+    scale = jnp.maximum(functools.reduce(jnp.maximum, amaxes), SMALLEST_AMAX) / largest
+
+    def store(x: jax.Array) -> jax.Array:
+        scales = jax.lax.broadcast_in_dim(scale, x.shape, tuple(range(scale.ndim)))
+        # Saturated: by a rounding of the quotient, a cast beyond the largest number would give NaN.
+        stored = jnp.clip(x / scales, -largest, largest)
+        return (jnp.round(stored) if jnp.issubdtype(dtype, jnp.integer) else stored).astype(dtype)
+
+    return [store(x) for x in parts], scale
 
 
 def dequantise(stored: jax.Array, scale: jax.Array | None) -> jax.Array:

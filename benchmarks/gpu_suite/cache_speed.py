@@ -11,9 +11,12 @@ import numpy as np
 from benchmarks.gpu_suite import timing
 from benchmarks.gpu_suite.shapes import DTYPE_BYTES, HEAD_DIM
 from benchmarks.gpu_suite.stage import Case, Context, Row, Stage, why_none
-from pallas_paged import copy_blocks, gather_blocks, scatter_blocks, write_kv
+from pallas_paged import copy_blocks, gather_blocks, rotate_and_write, scatter_blocks, write_kv
+from pallas_paged.ops.rotary import rotate
 
-NUM_KV_HEADS = 8
+NUM_KV_HEADS, GROUP = 8, 4
+APART = "rotated by XLA"
+"""The implementation in which the kernel only writes, and XLA rotates before."""
 
 
 class Job(NamedTuple):
@@ -29,10 +32,16 @@ class Job(NamedTuple):
         return f"{self.operation} {self.amount}, block {self.block_size}"
 
     @property
+    def writes(self) -> bool:
+        """Whether it is about tokens, else about blocks."""
+        return self.operation in ("write_kv", "rotate_and_write")
+
+    @property
     def moved_bytes(self) -> int:
         """Bytes read and written."""
-        tokens = self.amount * (1 if self.operation == "write_kv" else self.block_size)
-        return 2 * 2 * tokens * NUM_KV_HEADS * HEAD_DIM * DTYPE_BYTES
+        tokens = self.amount * (1 if self.writes else self.block_size)
+        rows = 2 + (GROUP if self.operation == "rotate_and_write" else 0)
+        return 2 * rows * tokens * NUM_KV_HEADS * HEAD_DIM * DTYPE_BYTES
 
 
 def _work(job: Job, implementation: str) -> Callable[..., Any]:
@@ -43,6 +52,8 @@ def _work(job: Job, implementation: str) -> Callable[..., Any]:
         if job.operation == "write_kv":
             k, v = operands
             return write_kv(k, v, state, now, implementation=implementation)
+        if job.operation == "rotate_and_write":
+            return _rotated_and_written(state, operands, now, implementation)
         if job.operation == "copy_blocks":
             src, dst = jnp.split(now, 2)
             return copy_blocks(state, src, dst, implementation=implementation)
@@ -55,36 +66,60 @@ def _work(job: Job, implementation: str) -> Callable[..., Any]:
     return work
 
 
+def _rotated_and_written(
+    state: Any, operands: tuple[Any, ...], slots: jax.Array, implementation: str
+) -> Any:
+    """Returns the cache and the rotated queries, as `state` has them."""
+    rows, cos, sin = operands
+    parts = jnp.split(rows, [GROUP, GROUP + 1], axis=2)  # as a merged projection leaves them
+    q, k, v = (part.reshape(rows.shape[0], -1, HEAD_DIM) for part in parts)
+    cache, _ = state
+    if implementation == APART:
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return write_kv(k, v, cache, slots, implementation="mosaic_gpu"), q
+    q, cache = rotate_and_write(q, k, v, cos, sin, cache, slots, implementation=implementation)
+    return cache, q
+
+
 def loop(job: Job, implementation: str, on_gpu: bool) -> timing.Loop:
     """Returns calls that take turns over a pool larger than the L2 cache, updated in place.
 
     Each of its places is written at least once, and always with the same: what is in the pool in
     the end does not depend on the number of calls.
     """
-    size, is_write = job.block_size, job.operation == "write_kv"
+    size, is_write = job.block_size, job.writes
     per_turn = job.amount * (2 if job.operation == "copy_blocks" else 1)
-    rotate = timing.num_copies(job.moved_bytes, 256) if on_gpu else 2
+    num_sets = timing.num_copies(job.moved_bytes, 256) if on_gpu else 2
     block_bytes = 2 * NUM_KV_HEADS * size * HEAD_DIM * DTYPE_BYTES
-    needed = rotate * per_turn // (size if is_write else 1)
+    needed = num_sets * per_turn // (size if is_write else 1)
     num_blocks = 1 + max(needed, timing.num_copies(block_bytes, 1 << 30) if on_gpu else 9)
     pool = num_blocks, NUM_KV_HEADS, size, HEAD_DIM
     per_block = size if is_write else 1
     places = timing.Host(
-        functools.partial(_places, per_block, (num_blocks - 1) * per_block, rotate, per_turn),
-        (rotate, per_turn),
+        functools.partial(_places, per_block, (num_blocks - 1) * per_block, num_sets, per_turn),
+        (num_sets, per_turn),
     )
     cache = timing.normal_cache(0, pool)
     rows = (job.amount, NUM_KV_HEADS, HEAD_DIM) if is_write else (job.amount, *pool[1:])
     new = timing.normal_cache(2, rows)
+    # No product of a rotation is rounded: all ways of computing it give the same bits.
+    turned = job.amount, NUM_KV_HEADS, GROUP + 2, HEAD_DIM
+    angles = job.amount, HEAD_DIM // 2
     operands: dict[str, tuple[Any, ...]] = {
         "write_kv": (cache, places, new.k, new.v),
+        "rotate_and_write": (
+            (cache, timing.Normal(4, (job.amount, NUM_KV_HEADS * GROUP, HEAD_DIM))),
+            places,
+            _quarters(0, 32, turned, "bfloat16"),
+            *(_quarters(seed, 4, angles, "float32") for seed in (1, 2)),
+        ),
         "copy_blocks": (cache, places),
         "gather_blocks": (new, places, cache),
         "scatter_blocks": (cache, places, new),
     }
     turns = 2
     if on_gpu:
-        turns = max(rotate, timing.num_turns(max(job.moved_bytes / 3e12, 4e-6)))
+        turns = max(num_sets, timing.num_turns(max(job.moved_bytes / 3e12, 4e-6)))
     return timing.Loop(
         f"{job.name}, {implementation}",
         _work(job, implementation),
@@ -94,10 +129,19 @@ def loop(job: Job, implementation: str, on_gpu: bool) -> timing.Loop:
     )
 
 
-def _places(first: int, count: int, rotate: int, per_turn: int) -> np.ndarray:
-    """Returns blocks or slots [rotate, per_turn], none twice; `count` of them begin at `first`."""
-    order = np.random.default_rng(0).permutation(count)[: rotate * per_turn]
-    return first + order.reshape(rotate, per_turn)
+def _quarters(seed: int, most: int, shape: tuple[int, ...], dtype: str) -> timing.Host:
+    """Returns random quarters of integers up to `most`."""
+
+    def make() -> np.ndarray:
+        return np.random.default_rng(seed).integers(-most, most + 1, shape) / np.float32(4)
+
+    return timing.Host(make, shape, dtype)
+
+
+def _places(first: int, count: int, num_sets: int, per_turn: int) -> np.ndarray:
+    """Returns [num_sets, per_turn] of `count` blocks or slots from `first` on, none twice."""
+    order = np.random.default_rng(0).permutation(count)[: num_sets * per_turn]
+    return first + order.reshape(num_sets, per_turn)
 
 
 def run(job: Job, context: Context) -> Row:
@@ -114,7 +158,13 @@ def run(job: Job, context: Context) -> Row:
     if number := timing.differing(result, expected):
         raise ValueError(f"{number} bytes differ from XLA's result")
     row |= {"xla_us": other["us"], "xla_noise": other["noise"]}
-    return row | {"xla/ours": other["us"] / row["us"]}
+    row["xla/ours"] = other["us"] / row["us"]
+    if job.operation == "rotate_and_write" and context.on_gpu:
+        other, expected = _timed(loop(job, APART, context.on_gpu), context)
+        if number := timing.differing(result, expected):
+            raise ValueError(f"{number} bytes differ from those that XLA rotates")
+        row |= {"apart_us": other["us"], "apart/ours": other["us"] / row["us"]}
+    return row
 
 
 def _timed(loop: timing.Loop, context: Context) -> tuple[Row, list[np.ndarray]]:
@@ -126,26 +176,32 @@ def _timed(loop: timing.Loop, context: Context) -> tuple[Row, list[np.ndarray]]:
 
 
 def _jobs(on_gpu: bool) -> list[Job]:
-    tokens = {"write_kv": (64, 8192), "copy_blocks": (16384,)}
+    tokens = {"write_kv": (64, 8192), "rotate_and_write": (64, 8192), "copy_blocks": (16384,)}
     tokens |= {"gather_blocks": (32768,), "scatter_blocks": (32768,)}
     jobs = []
     for size in (64, 16):
         for operation, counts in tokens.items():
             for count in counts:
-                amount = count if operation == "write_kv" else count // size
+                writes = Job(operation, count, size).writes
+                amount = count if writes else count // size
                 jobs.append(Job(operation, amount if on_gpu else 3, size))
-    return jobs if on_gpu else list(dict.fromkeys(jobs))[4:]
+    if on_gpu:  # rotation is the same for all block sizes
+        return [job for job in jobs if job.operation != "rotate_and_write" or job.block_size == 16]
+    return [job for job in dict.fromkeys(jobs) if job.block_size == 16]
 
 
 def _cases(context: Context) -> list[Case]:
     cases = []
     for job in _jobs(context.on_gpu):
-        loops = [loop(job, name, context.on_gpu) for name in ("mosaic_gpu", "xla")]
-        loops = loops if context.on_gpu else loops[1:]
+        names = ["mosaic_gpu", "xla"] if context.on_gpu else ["xla"]
+        if context.on_gpu and job.operation == "rotate_and_write":
+            names.append(APART)
+        loops = [loop(job, name, context.on_gpu) for name in names]
         every = [*(each.program for each in loops), *timing.drawn_by(loops[0].operands)]
         programs = functools.partial(timing.unique, tuple(every))
         cases.append(Case(job.name, functools.partial(run, job), programs=programs, run_s=1.5))
     return cases
 
 
-STAGE = Stage("cache", 15, _cases, ("us", "noise", "bandwidth_share", "xla/ours"))
+_COLUMNS = ("us", "noise", "bandwidth_share", "xla/ours", "apart/ours")
+STAGE = Stage("cache", 15, _cases, _COLUMNS)

@@ -15,7 +15,7 @@ from benchmarks.gpu_suite import (
     correctness_moves,
     repeated,
 )
-from benchmarks.gpu_suite.correctness_cases import DTYPES, OPERATIONS
+from benchmarks.gpu_suite.correctness_cases import DTYPES, OPERATIONS, WRITES
 from benchmarks.gpu_suite.correctness_large import Large
 from benchmarks.gpu_suite.correctness_moves import MANY_BLOCKS, MANY_TOKENS
 from benchmarks.gpu_suite.repeated import INTERPRETED_REPEATS, REPEATS, Problem
@@ -151,14 +151,14 @@ def _first(context: Context) -> list[Case]:
         return [
             *kernels.attention(correctness_cases.interpreted_specs()[2:]),
             *kernels.attention(correctness_cases.interpreted_empty_specs(), empty=True),
-            *kernels.moves(("write_kv",), DTYPES),
+            *kernels.moves(WRITES, DTYPES),
             *kernels.moves(OPERATIONS[1:], ("bfloat16", "int8")),
             kernels.padding(),
         ]
     basic = correctness_cases.basic_specs()
     return [
         *kernels.attention(basic),
-        *kernels.moves(("write_kv",), DTYPES),
+        *kernels.moves(WRITES, DTYPES),
         *kernels.moves(OPERATIONS[1:], ("bfloat16",)),
         *kernels.attention(correctness_cases.empty_specs(), empty=True),
         kernels.padding(),
@@ -175,7 +175,7 @@ def _more(context: Context) -> list[Case]:
         return [
             *xla.attention(correctness_cases.interpreted_specs()),
             *xla.attention(correctness_cases.interpreted_empty_specs(), empty=True),
-            *xla.moves(OPERATIONS, ("bfloat16", "int8")),
+            *xla.moves((*WRITES, *OPERATIONS[1:]), ("bfloat16", "int8")),
             xla.padding(),
         ]
     return [
@@ -184,7 +184,7 @@ def _more(context: Context) -> list[Case]:
         *kernels.attention(correctness_cases.kernel_specs()),
         *xla.attention(correctness_cases.basic_specs()),
         *xla.attention(correctness_cases.empty_specs(), empty=True),
-        *xla.moves(OPERATIONS, DTYPES),
+        *xla.moves((*WRITES, *OPERATIONS[1:]), DTYPES),
         *xla.attention(correctness_cases.first_specs()),
         *xla.attention(correctness_cases.common_specs()),
         *xla.attention(correctness_cases.more_specs()),

@@ -12,12 +12,26 @@ import numpy as np
 
 from benchmarks.gpu_suite.repeated import Arrays, Problem, Results, differing_bytes
 from benchmarks.gpu_suite.stage import Program, Row
-from pallas_paged import KVCache, copy_blocks, gather_blocks, scatter_blocks, write_kv
+from pallas_paged import (
+    KVCache,
+    copy_blocks,
+    gather_blocks,
+    rotate_and_write,
+    scatter_blocks,
+    write_kv,
+)
 from pallas_paged.kv_cache import to_stored
 from pallas_paged.quantisation import is_quantised
 
+
+def _cache_first(*arguments: Any, implementation: str) -> tuple[KVCache, jax.Array]:
+    q, cache = rotate_and_write(*arguments, implementation=implementation)
+    return cache, q
+
+
 FUNCTIONS: dict[str, Any] = {
     "write_kv": write_kv,
+    "rotate_and_write": _cache_first,
     "copy_blocks": copy_blocks,
     "gather_blocks": gather_blocks,
     "scatter_blocks": scatter_blocks,
@@ -38,6 +52,8 @@ FEW = Sizes(24, 2, 16, 64, num_moved=9)
 MANY_BLOCKS = Sizes(140_001, 1, 2, 64, num_moved=70_000)
 """More blocks than an axis of a grid may have thread blocks: 65,535 on two of the three axes."""
 MANY_TOKENS = Sizes(4_500, 2, 16, 64, num_moved=70_000)
+GROUP = 4
+"""Query heads per KV head, where there are queries."""
 _MAX_ONE_BY_ONE = 100
 """Moves that the references make, for they make them one by one; more are made by index."""
 
@@ -94,7 +110,7 @@ def program(
 
 
 def written_dtype(dtype: str) -> str:
-    """Returns the dtype of keys that `write_kv` gets for a cache of `dtype`."""
+    """Returns the dtype of keys that are written into a cache of `dtype`."""
     return "bfloat16" if is_quantised(dtype) else dtype
 
 
@@ -108,9 +124,13 @@ def shapes(operation: str, dtype: str, sizes: Sizes) -> tuple[Any, ...]:
         scale: Any = jax.ShapeDtypeStruct((number, heads, size), jnp.float32)
         return KVCache(kv, kv, scale, scale) if is_quantised(dtype) else KVCache(kv, kv)
 
+    token = jax.ShapeDtypeStruct((count, heads, dim), jnp.dtype(written_dtype(dtype)))
     if operation == "write_kv":
-        token = jax.ShapeDtypeStruct((count, heads, dim), jnp.dtype(written_dtype(dtype)))
         return token, token, blocks(num_blocks), ids
+    if operation == "rotate_and_write":
+        q = jax.ShapeDtypeStruct((count, GROUP * heads, dim), token.dtype)
+        angle = jax.ShapeDtypeStruct((count, dim // 2), jnp.float32)
+        return q, token, token, angle, angle, blocks(num_blocks), ids
     if operation == "copy_blocks":
         return blocks(num_blocks), ids, ids
     if operation == "gather_blocks":
@@ -137,7 +157,10 @@ def make(
 
 
 def arguments_of(operation: str, dtype: str, sizes: Sizes) -> tuple[Any, ...]:
-    """Returns random arguments; what is not written is NaN and stays it."""
+    """Returns random arguments; what is not written is NaN and stays it.
+
+    Numbers that are rotated, cosines and sines are such that nothing is rounded before it is cast.
+    """
     rng = np.random.default_rng(0)
     num_blocks, heads, size, dim, count = sizes
     like = KVCache.zeros(1, heads, size, dim, dtype)
@@ -150,14 +173,23 @@ def arguments_of(operation: str, dtype: str, sizes: Sizes) -> tuple[Any, ...]:
     cache = stored(num_blocks, heads, size)
     if not is_quantised(dtype):
         cache = jax.tree.map(lambda x: x.at[ids[count:]].set(jnp.nan), cache)
-    if operation == "write_kv":
+    if operation in ("write_kv", "rotate_and_write"):
         slots = size + rng.permutation((num_blocks - 1) * size)[:count].astype(np.int32)
         slots[-1] = 0  # padding
         k, v = (
             jnp.asarray(rng.standard_normal((count, heads, dim), np.float32), written_dtype(dtype))
             for _ in range(2)
         )
-        return k, v, cache, jnp.asarray(slots)
+        if operation == "write_kv":
+            return k, v, cache, jnp.asarray(slots)
+        q, k = (
+            jnp.asarray(rng.integers(-8, 9, (count, number, dim)), k.dtype)
+            for number in (GROUP * heads, heads)
+        )
+        cos, sin = (
+            jnp.asarray(rng.integers(-4, 5, (count, dim // 2)) / 4, jnp.float32) for _ in range(2)
+        )
+        return q, k, v, cos, sin, cache, jnp.asarray(slots)
     some = ids[:count].copy()
     if operation == "gather_blocks":
         return cache, jnp.asarray(some)
@@ -191,9 +223,13 @@ def by_index(operation: str, *arguments: Any) -> KVCache:
 def judge(operation: str, dtype: str, arrays: Arrays, results: Results) -> Row:
     """Returns the bytes that differ, or the largest error of what was quantised."""
     right = [arrays[f"expected {i}"] for i in range(len(results))]
-    if operation == "write_kv" and is_quantised(dtype):
+    if operation in ("write_kv", "rotate_and_write") and is_quantised(dtype):
         like: Any = KVCache
-        return judge_quantised(like(*right), like(*results))
+        row = judge_quantised(like(*right[:4]), like(*results[:4]))
+        others = zip(right[4:], results[4:], strict=True)
+        if differing := sum(differing_bytes(*pair) for pair in others):
+            row["wrong"].append(f"{differing} bytes of the queries differ")
+        return row
     differing = sum(differing_bytes(*pair) for pair in zip(right, results, strict=True))
     wrong = [f"{differing} bytes differ"] if differing else []
     return {"wrong": wrong, "error": float(differing), "tolerance": 0.0}

@@ -23,6 +23,7 @@ from pallas_paged import (
     deviceless,
     gather_blocks,
     paged_attention,
+    rotate_and_write,
     scatter_blocks,
     write_kv,
 )
@@ -138,10 +139,16 @@ def _moves(implementation: str) -> tuple[Program, ...]:
     def ids(*values: int) -> np.ndarray:
         return np.array(values, np.int32)
 
-    rows = _bfloat16(3, 2, 64)
+    rows, queries = _bfloat16(3, 2, 64), _bfloat16(3, 8, 64)
+    angles = np.ones((3, 32), np.float32)
     calls: dict[str, tuple[Callable[..., Any], Callable[[], tuple[Any, ...]], tuple[int, ...]]] = {
         # A new token in two blocks' first and last slot, and padding.
         "write_kv": (write_kv, lambda: (rows, rows, cache(), ids(16, 127, 0)), (2,)),
+        "rotate_and_write": (
+            rotate_and_write,
+            lambda: (queries, rows, rows, angles, angles, cache(), ids(16, 127, 0)),
+            (5,),
+        ),
         "copy_blocks": (copy_blocks, lambda: (cache(), ids(7, 2, 0), ids(1, 5, 0)), (0,)),
         "gather_blocks": (gather_blocks, lambda: (cache(), ids(7, 1, 4)), ()),
         "scatter_blocks": (scatter_blocks, lambda: (cache(), ids(7, 1, 0), cache(3)), (0,)),

@@ -31,6 +31,8 @@ class Step(NamedTuple):
       context: tokens of each, the new one included.
       block_size: tokens per block.
       filters: whether the sequences sample by top-p, else without; see `Bucket.filters`.
+      cublas: whether all matrix products are cuBLAS's, as in bundles that are made without the GPU;
+        else XLA times those and its own.
       num_shared: blocks with which all sequences begin, and which are read for several at a time;
         see `Bucket.shares_prefix`.
       model: of `random_models.CONFIGS`.
@@ -40,6 +42,7 @@ class Step(NamedTuple):
     context: int
     block_size: int = 16
     filters: bool = False
+    cublas: bool = False
     num_shared: int = 0
     model: str = "8b"
 
@@ -47,8 +50,9 @@ class Step(NamedTuple):
     def name(self) -> str:
         """How results call it."""
         top_p = ", top-p" if self.filters else ""
+        cublas = ", cuBLAS" if self.cublas else ""
         shared = f", {self.num_shared} blocks shared" if self.num_shared else ""
-        return f"{self.batch} x {self.context}, block {self.block_size}{top_p}{shared}"
+        return f"{self.batch} x {self.context}, block {self.block_size}{top_p}{cublas}{shared}"
 
     @property
     def config(self) -> ModelConfig:
@@ -85,6 +89,7 @@ class Step(NamedTuple):
             lambda *arguments: _compiled(self)[0](*arguments),
             lambda: _compiled(self)[1],
             donate=(1, 2),
+            options=(("xla_gpu_enable_triton_gemm", "False"),) if self.cublas else (),
         )
 
 
@@ -212,6 +217,7 @@ def _cases(context: Context) -> list[Case]:
     steps = [
         Step(64, 2048),
         Step(64, 2048, filters=True),
+        Step(64, 2048, cublas=True),
         Step(64, 2048, filters=True, num_shared=64),
         Step(1, 2048),
         Step(8, 2048),

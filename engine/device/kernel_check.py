@@ -8,74 +8,41 @@ read is NaN there: free blocks, the null block, the tails of last blocks, paddin
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
 from pallas_paged.cache_spec import CacheSpec
 from pallas_paged.dispatch import target_device
+from pallas_paged.engine.device.kernel_problem import (
+    NUM_QUERIES,
+    AttentionKind,
+    Problem,
+    attention_kinds,
+    make_problem,
+)
 from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache, SharedPrefix
 from pallas_paged.models import CausalLM
 from pallas_paged.ops.attention.api import paged_attention
 from pallas_paged.ops.block_copy.api import copy_blocks
 from pallas_paged.ops.block_transfer.api import gather_blocks, scatter_blocks
-from pallas_paged.ops.kv_write.api import write_kv
+from pallas_paged.ops.kv_write.api import rotate_and_write, write_kv
 from pallas_paged.quantisation import is_quantised
 
 logger = logging.getLogger(__name__)
 
 TOLERANCES = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-4}
 """Of attention to standard-normal queries, keys and values, by the queries' dtype."""
-_KEYS = 270  # of the longest sequence: some tiles of the kernels, the last one not full
-_NUM_QUERIES = 140
+ROUNDINGS = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 1e-5}
+"""Of numbers that are computed alike and rounded, and once in a while otherwise, by their dtype."""
 
 
 class KernelCheckError(RuntimeError):
     """A kernel computes something else than XLA, or cannot be run; the message says which."""
-
-
-class AttentionKind(NamedTuple):
-    """What the layers of a model that have the same attention have in common.
-
-    Attributes:
-      num_q_heads: Hq.
-      dtype: of the queries.
-      spec: of the cache.
-      options: of `paged_attention`, by name; in the place of an array its shape.
-    """
-
-    num_q_heads: int
-    dtype: Any
-    spec: CacheSpec
-    options: tuple[tuple[str, Any], ...]
-
-    def __str__(self) -> str:
-        num_kv_heads, block_size, head_dim = self.spec.arrays[0].shape
-        options = "".join(f", {name}={value}" for name, value in self.options)
-        return (
-            f"{self.num_q_heads} query heads on {num_kv_heads} KV heads of {head_dim}, blocks of "
-            f"{block_size}, {self.dtype} queries, {self.spec.arrays[0].dtype} cache{options}"
-        )
-
-
-class _Problem(NamedTuple):
-    """A step of three sequences in a cache that else holds NaN, their blocks shuffled.
-
-    Two have one query token, as in decode steps, and the longest has many, as in prefill.
-    """
-
-    caches: KVCache  # poisoned, of N blocks
-    k: jax.Array  # [tokens, Hk, D], of all tokens
-    v: jax.Array
-    slots: jax.Array  # i32[tokens]
-    q: jax.Array  # [T, Hq, D], NaN where padding
-    metadata: AttentionMetadata
-    options: dict[str, Any]
 
 
 def check_kernels(
@@ -105,7 +72,7 @@ def check_kernels(
     kinds = attention_kinds(model, specs, dtype)
     num_checked = 0
     for kind in kinds:
-        problem = _make(kind)
+        problem = make_problem(kind)
         try:
             run = jax.jit(_differences(kind, implementations, shares_prefix))
             differences = jax.device_get(run(problem))
@@ -123,36 +90,6 @@ def check_kernels(
     )
 
 
-def attention_kinds(
-    model: CausalLM, specs: Sequence[CacheSpec], dtype: Any
-) -> tuple[AttentionKind, ...]:
-    """Returns each kind of attention that a model's layers ask for, in the order of the layers."""
-    found: dict[AttentionKind, None] = {}
-    layer = iter(specs)
-
-    def attend(
-        q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, metadata: Any, **options: Any
-    ) -> tuple[jax.Array, Any]:
-        named = [
-            (name, jax.ShapeDtypeStruct(value.shape, value.dtype))
-            if hasattr(value, "shape")
-            else (name, value)
-            for name, value in sorted(options.items())
-        ]
-        found[AttentionKind(q.shape[1], jnp.dtype(q.dtype), next(layer), tuple(named))] = None
-        return jnp.zeros((*q.shape[:2], v.shape[2]), q.dtype), cache
-
-    def run(params: Any, caches: Any) -> Any:
-        ids = jnp.zeros(2, jnp.int32)
-        table, lens = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
-        metadata = AttentionMetadata(ids, ids, table, lens, ids, max_query_len=2)
-        return nnx.merge(graphdef, params)(ids, metadata, caches, attend=attend)
-
-    graphdef, params = nnx.split(model)
-    jax.eval_shape(run, params, tuple(spec.shapes(2) for spec in specs))
-    return tuple(found)
-
-
 def _report(name: str, kind: AttentionKind, what: str) -> str:
     device = target_device()
     versions = f"jax {jax.__version__}, {device.client.platform_version}".replace("\n", ", ")
@@ -163,73 +100,24 @@ def _report(name: str, kind: AttentionKind, what: str) -> str:
     )
 
 
-# ---- the problem -------------------------------------------------------------------------------
-
-
-def _make(kind: AttentionKind) -> _Problem:
-    rng = np.random.default_rng(0)
-    num_kv_heads, S, head_dim = kind.spec.arrays[0].shape
-    v_head_dim = kind.spec.arrays[1].shape[2]
-    lens = np.array([1, S + 3, _KEYS], np.int32)
-    counts = -(-lens // S)
-    blocks = 1 + rng.permutation(int(counts.sum()) + 2)[: counts.sum()].astype(np.int32)
-    tables = np.full((4, int(counts.max())), NULL_BLOCK, np.int32)
-    for row, part in zip(tables, np.split(blocks, np.cumsum(counts)[:-1]), strict=False):
-        row[: len(part)] = part
-    places = [(row, position) for row, n in enumerate(lens) for position in range(n)]
-    rows, positions = np.array(places, np.int32).T
-    slots = tables[rows, positions // S] * S + positions % S
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32)
-
-    starts = np.array([0, 1, 2, _NUM_QUERIES, _NUM_QUERIES], np.int32)
-    q = normal(_NUM_QUERIES + 5, kind.num_q_heads, head_dim)
-    q[_NUM_QUERIES:] = np.nan
-    unread = jnp.zeros(len(q), jnp.int32)
-    step = map(jnp.asarray, (tables, np.append(lens, np.int32(0)), starts))
-    tables_there, lens_there, starts_there = step
-    metadata = AttentionMetadata(
-        unread, unread, tables_there, lens_there, starts_there, max_query_len=len(q)
-    )
-    caches = kind.spec.shapes(int(counts.sum()) + 3)
-    options = {
-        name: jnp.asarray(normal(*value.shape), value.dtype) if hasattr(value, "shape") else value
-        for name, value in kind.options
-    }
-    return _Problem(
-        jax.tree.map(_poison, caches),
-        jnp.asarray(normal(len(slots), num_kv_heads, head_dim), kind.dtype),
-        jnp.asarray(normal(len(slots), num_kv_heads, v_head_dim), kind.dtype),
-        jnp.asarray(slots),
-        jnp.asarray(q, kind.dtype),
-        metadata,
-        options,
-    )
-
-
-def _poison(array: jax.ShapeDtypeStruct) -> jax.Array:
-    is_float = jnp.issubdtype(array.dtype, jnp.floating)
-    return jnp.full(array.shape, jnp.nan if is_float else 127, array.dtype)
-
-
-# ---- what differs ------------------------------------------------------------------------------
-
-
 def _differences(
     kind: AttentionKind, implementations: Mapping[str, str | None], shares_prefix: bool
-) -> Callable[[_Problem], dict[str, jax.Array]]:
+) -> Callable[[Problem], dict[str, jax.Array]]:
     """Returns a function of the problem: by kernel, the difference in units of what is tolerated.
 
     XLA's caches are what both attentions read.
     """
 
-    def run(problem: _Problem) -> dict[str, jax.Array]:
+    def run(problem: Problem) -> dict[str, jax.Array]:
         ours, theirs = (
             dict(_cache_results(problem, implementation))
             for implementation in (implementations["cache"], "xla")
         )
         found = {name: _cache_difference(name, problem, ours[name], theirs[name]) for name in ours}
+        if kind.rotates and kind.spec.arrays[0].shape == kind.spec.arrays[1].shape:
+            found["rotate_and_write"] = _rotation_difference(
+                kind, problem, implementations["cache"]
+            )
         if implementations["attention"] == "xla":
             return found
         cache, ours_attend = theirs["write_kv"], implementations["attention"]
@@ -253,7 +141,7 @@ def _differences(
         tolerance = TOLERANCES[jnp.dtype(kind.dtype).name]
         found["paged_attention"] = _difference(out, exact, tolerance)
         if shares_prefix and dict(kind.options).get("sliding_window") is None:
-            last = slice(_NUM_QUERIES - 1, _NUM_QUERIES)
+            last = slice(NUM_QUERIES - 1, NUM_QUERIES)
             out = attend(ours_attend, problem.q[last], _last_behind_prefix(problem))
             found["paged_attention of a shared prefix"] = _difference(out, exact[last], tolerance)
         return found
@@ -261,7 +149,7 @@ def _differences(
     return run
 
 
-def _last_behind_prefix(problem: _Problem) -> AttentionMetadata:
+def _last_behind_prefix(problem: Problem) -> AttentionMetadata:
     """Returns the metadata of the longest sequence's last token, behind whole blocks."""
     table, length = problem.metadata.block_tables[2:3], problem.metadata.seq_lens[2:3]
     num_blocks = (length[0] - 1) // problem.caches.k.shape[2]
@@ -270,7 +158,7 @@ def _last_behind_prefix(problem: _Problem) -> AttentionMetadata:
     return dataclasses.replace(metadata, shared_prefix=prefix)
 
 
-def _cache_results(problem: _Problem, implementation: str | None) -> Iterator[tuple[str, KVCache]]:
+def _cache_results(problem: Problem, implementation: str | None) -> Iterator[tuple[str, KVCache]]:
     """Yields what each operation on caches makes of the problem's, one after the other."""
     src = problem.metadata.block_tables[2, :2]
     dst = problem.caches.k.shape[0] - 1 - jnp.arange(2, dtype=jnp.int32)  # free blocks
@@ -284,7 +172,31 @@ def _cache_results(problem: _Problem, implementation: str | None) -> Iterator[tu
     yield "scatter_blocks", scatter_blocks(cache, dst, blocks, implementation=implementation)
 
 
-def _cache_difference(name: str, problem: _Problem, ours: KVCache, theirs: KVCache) -> jax.Array:
+def _rotation_difference(
+    kind: AttentionKind, problem: Problem, implementation: str | None
+) -> jax.Array:
+    """Returns how far rotated queries, and a cache with rotated keys, are from XLA's."""
+    angles = jnp.arange(problem.k.shape[0] * (problem.k.shape[2] // 2), dtype=jnp.float32)
+    angles = angles.reshape(problem.k.shape[0], -1)
+    rows = problem.q_written, problem.k, problem.v, jnp.cos(angles), jnp.sin(angles)
+    (ours_q, ours), (theirs_q, theirs) = (
+        rotate_and_write(*rows, problem.caches, problem.slots, implementation=name)
+        for name in (implementation, "xla")
+    )
+    found = [_difference(ours_q, theirs_q, ROUNDINGS[jnp.dtype(kind.dtype).name])]
+    ours, theirs = (jax.tree.map(lambda a: a[NULL_BLOCK + 1 :], cache) for cache in (ours, theirs))
+    if is_quantised(ours.k.dtype):
+        found.append(_quantised_difference(problem, ours, theirs, rotated=True))
+    else:
+        tolerance = max(ROUNDINGS[jnp.dtype(dtype).name] for dtype in (kind.dtype, ours.k.dtype))
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            unwritten = jnp.isnan(a) & jnp.isnan(b)
+            a, b = jnp.where(unwritten, 0, a), jnp.where(unwritten, 0, b)
+            found.append(_difference(a, b, tolerance))
+    return jnp.max(jnp.stack(found))
+
+
+def _cache_difference(name: str, problem: Problem, ours: KVCache, theirs: KVCache) -> jax.Array:
     """Returns how far two caches differ; what is only moved is the same bit for bit."""
     # The null block, whatever it holds, is not among what is gathered.
     first = 0 if name == "gather_blocks" else NULL_BLOCK + 1
@@ -298,10 +210,13 @@ def _cache_difference(name: str, problem: _Problem, ours: KVCache, theirs: KVCac
     return jnp.where(jnp.any(jnp.stack(differ)), jnp.inf, 0.0)
 
 
-def _quantised_difference(problem: _Problem, ours: KVCache, theirs: KVCache) -> jax.Array:
+def _quantised_difference(
+    problem: Problem, ours: KVCache, theirs: KVCache, *, rotated: bool = False
+) -> jax.Array:
     """Returns how far what two caches stand for differs: by a rounding, and nowhere in what is NaN.
 
-    A scale that differs by its last bit may round a number the other way.
+    A scale that differs by its last bit may round a number the other way. A rotated pair may be as
+    long as the square root of 2 times its larger number.
     """
     found = []
     for name in ("k", "v"):
@@ -310,6 +225,7 @@ def _quantised_difference(problem: _Problem, ours: KVCache, theirs: KVCache) -> 
             for cache in (ours, theirs)
         )
         largest = jnp.max(jnp.abs(getattr(problem, name).astype(jnp.float32)))
+        largest *= math.sqrt(2) if rotated else 1
         steps = 1 / 127 if ours.k.dtype == jnp.int8 else 2**-3
         tolerance = 1.01 * steps * largest
         same = jnp.isnan(ours_as) & jnp.isnan(theirs_as)

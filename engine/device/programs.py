@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_paged.deviceless import compile_lowered
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.grammar import NUM_MASKS
 from pallas_paged.engine.core.row_edits import edit_size
@@ -224,7 +225,7 @@ class StepPrograms:
 
     def _finish(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """Compiles a program, and what it calls if that was put off."""
-        compiled = lowered.compile()
+        compiled = compile_lowered(lowered, self.placement.device)
         for compile_kernel in list(self._kernels.values()):  # while others may add to them
             compile_kernel()
         return compiled

@@ -105,10 +105,11 @@ def report_step(programs: StepPrograms, bucket: Bucket) -> StepReport:
     """
     lowered = programs.lower(bucket)
     schedule, found = None, None
-    if programs.placement.device.platform == "cpu":
+    device = programs.placement.device
+    if device.platform == "cpu":
         compiled = lowered.compile()
     else:
-        compiled, schedule = compile_with_schedule(lowered)
+        compiled, schedule = compile_with_schedule(lowered, device)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None
     assert memory is not None, "XLA gave no memory analysis of a compiled program"

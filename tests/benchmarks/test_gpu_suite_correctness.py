@@ -50,9 +50,13 @@ def test_every_case_has_a_name_of_its_own(context):
 def test_the_first_stage_begins_with_one_of_each_kind_and_has_everything_once():
     first = names(correctness.CORRECTNESS, GPU)
     kinds = ("decode block 16", "mixed block 16", "prefill block 16")
-    moves = [f"write_kv {dtype}" for dtype in correctness_cases.DTYPES]
+    moves = [
+        f"{operation} {dtype}"
+        for operation in correctness_cases.WRITES
+        for dtype in correctness_cases.DTYPES
+    ]
     moves += [f"{operation} bfloat16" for operation in correctness_cases.OPERATIONS[1:]]
-    assert first[:10] == [f"mosaic_gpu: {name}" for name in (*kinds, *moves)]
+    assert first[:14] == [f"mosaic_gpu: {name}" for name in (*kinds, *moves)]
     assert all(name.startswith("mosaic_gpu: ") for name in first)
     for what in ("70,000", "in 4.5 GiB"):
         for operation in correctness_cases.OPERATIONS:
@@ -453,7 +457,11 @@ def run_ahead(case, context):
 
 
 @pytest.mark.parametrize(
-    "name", ["mixed", "int8", "nothing", "write_kv int8", "gather_blocks bfloat16"]
+    "name",
+    [
+        *("mixed", "int8", "nothing", "write_kv int8", "gather_blocks bfloat16"),
+        "rotate_and_write bfloat16",
+    ],
 )
 def test_xla_passes_with_programs_and_arrays_from_files(name, context):
     (case,) = [c for c in correctness.MORE.cases(context) if c.name == f"xla: {name}"]
@@ -462,7 +470,9 @@ def test_xla_passes_with_programs_and_arrays_from_files(name, context):
     assert (row["status"], row["program"]) == ("ok", "compiled"), row
 
 
-@pytest.mark.parametrize("name", ["float8", "nothing", "one token", "write_kv nothing"])
+@pytest.mark.parametrize(
+    "name", ["float8", "nothing", "one token", "write_kv nothing", "rotate_and_write int8"]
+)
 def test_interpreted_kernels_pass(name, context):
     cases = correctness.CORRECTNESS.cases(context)
     (case,) = [case for case in cases if case.name == f"mosaic_gpu: {name}"]

@@ -145,7 +145,7 @@ def test_the_cases_are_in_order_of_importance(context):
     assert sum(case.run_s for case in hints.STAGE.cases(context)) <= hints.STAGE.budget_s
     per_job = [hints_work.programs(job, context) for job in ("smallest", "decode", "prefill")]
     every = [program.name for job in per_job for program in job]
-    assert len(set(every)) == len(every) == 8
+    assert len(set(every)) == len(every) == 9
 
 
 @pytest.mark.parametrize("name", ["memcheck", "ncu decode"])
@@ -203,7 +203,7 @@ def test_a_clean_report_is_ok(context, install):
     echo = 'echo "$@" $XLA_PYTHON_CLIENT_ALLOCATOR $XLA_PYTHON_CLIENT_PREALLOCATE'
     install("compute-sanitizer", f"{echo}\n{prints(CLEAN + said_by_child(case))}")
     row = run_case(case, context)
-    assert (row["status"], row["errors"], len(row["ran"])) == ("ok", 0, 6), row
+    assert (row["status"], row["errors"], len(row["ran"])) == ("ok", 0, 7), row
     text = (context.results / "hints" / row["file"]).read_text()
     assert "--tool=synccheck" in text
     assert "--padding" not in text
@@ -224,7 +224,7 @@ def test_a_clean_report_of_a_child_that_died_fails(context, install):
     install("compute-sanitizer", prints(f"Traceback: no such program\n{CLEAN}", status=1))
     row = run_case(compiled("memcheck", context), context)
     assert (row["status"], row["errors"]) == ("failed", 0)
-    assert row["reason"].startswith("0 of 6 programs ran, exit status 1")
+    assert row["reason"].startswith("0 of 7 programs ran, exit status 1")
     assert "no such program" in row["reason"]
 
 
@@ -310,7 +310,7 @@ def test_what_does_not_compile_is_left_out_and_named(context, install):
     case = compiled("memcheck", context, besides=(broken,))
     install("compute-sanitizer", f'echo "$@"\n{prints(CLEAN + said_by_child(case, (broken,)))}')
     row = run_case(case, context)
-    assert (row["status"], len(row["ran"])) == ("ok", 5), row
+    assert (row["status"], len(row["ran"])) == ("ok", 6), row
     assert row["left_out"] == {broken: "NotImplementedError: no such kernel"}
     assert f"--leave_out={broken}" in (context.results / "hints" / row["file"]).read_text()
 

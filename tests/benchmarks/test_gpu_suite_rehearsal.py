@@ -87,7 +87,11 @@ def carried(tmp_path_factory) -> pathlib.Path:
 def first(carried, tmp_path_factory) -> tuple[pathlib.Path, Run]:
     out = tmp_path_factory.mktemp("out")
     return out, suite(
-        f"--out={out}", "--toy", f"--cases={TOYS}", f"--programs={carried}", f"--budget_s={BUDGET_S}"
+        f"--out={out}",
+        "--toy",
+        f"--cases={TOYS}",
+        f"--programs={carried}",
+        f"--budget_s={BUDGET_S}",
     )
 
 

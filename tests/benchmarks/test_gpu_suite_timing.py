@@ -361,7 +361,8 @@ def test_a_turn_plans_once_and_a_layer_adds_its_kernels():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "operation", ["write_kv", "copy_blocks", "gather_blocks", "scatter_blocks"]
+    "operation",
+    ["write_kv", "rotate_and_write", "copy_blocks", "gather_blocks", "scatter_blocks"],
 )
 def test_a_pool_is_not_copied_in_a_turn(operation):
     turn = in_loop(cache_speed.loop(cache_speed.Job(operation, 64, 16), "mosaic_gpu", True))

@@ -14,12 +14,8 @@ from pallas_paged.cache_spec import CacheSpec
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.device import kernel_check
-from pallas_paged.engine.device.kernel_check import (
-    AttentionKind,
-    KernelCheckError,
-    attention_kinds,
-    check_kernels,
-)
+from pallas_paged.engine.device.kernel_check import KernelCheckError, check_kernels
+from pallas_paged.engine.device.kernel_problem import AttentionKind, attention_kinds, make_problem
 from pallas_paged.models import abstract_model
 from pallas_paged.models.mistral import MistralConfig
 from tests.engine.serving import make_llm
@@ -67,14 +63,15 @@ def test_each_kind_of_attention_once() -> None:
     assert {kind.spec for kind in kinds} == set(specs)
     assert all(kind.num_q_heads == 4 for kind in kinds)
     assert all(kind.dtype == jnp.bfloat16 for kind in kinds)
+    assert all(kind.rotates for kind in kinds)
 
 
-@pytest.mark.parametrize(("cache_dtype", "num_kernels"), [(None, 6), ("int8", 5)])
+@pytest.mark.parametrize(("cache_dtype", "num_kernels"), [(None, 7), ("int8", 6)])
 def test_right_kernels_pass(
     cache_dtype: str | None, num_kernels: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", kernel_check.__name__)
-    check(cache_dtype=cache_dtype, shares_prefix=num_kernels == 6)
+    check(cache_dtype=cache_dtype, shares_prefix=num_kernels == 7)
     assert re.search(
         rf"{num_kernels} kernels agree with XLA on \w+; checked in \d+\.\d s", caplog.text
     )
@@ -100,6 +97,16 @@ def one_number_less(cache: Any) -> Any:
     ("name", "change", "said"),
     [
         ("write_kv", one_number_less, "write_kv on cpu: differs"),
+        (
+            "rotate_and_write",
+            lambda of_both: (of_both[0].at[5, 3, 7].add(0.1), of_both[1]),
+            "rotate_and_write on cpu: differs",
+        ),
+        (
+            "rotate_and_write",
+            lambda of_both: (of_both[0], one_number_less(of_both[1])),
+            "rotate_and_write on cpu: differs",
+        ),
         ("copy_blocks", one_number_less, "copy_blocks on cpu: differs"),
         ("gather_blocks", one_number_less, "gather_blocks on cpu: differs"),
         ("scatter_blocks", one_number_less, "scatter_blocks on cpu: differs"),
@@ -107,12 +114,13 @@ def one_number_less(cache: Any) -> Any:
         ("paged_attention", lambda out: out.at[0, 0, 0].set(jnp.nan), "by inf times"),
         ("paged_attention", lambda out: out.at[-1].set(1), "paged_attention on cpu"),
     ],
-    ids=["write", "copy", "gather", "scatter", "attention", "nan", "padding"],
+    ids=["write", "queries", "keys", "copy", "gather", "scatter", "attention", "nan", "padding"],
 )
 def test_a_wrong_kernel_is_named(
     name: str, change: Callable[[Any], Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for function in ("write_kv", "copy_blocks", "gather_blocks", "scatter_blocks"):
+    writes = "write_kv", "rotate_and_write"
+    for function in (*writes, "copy_blocks", "gather_blocks", "scatter_blocks"):
         whole = broken(getattr(kernel_check, function), lambda x: x)
         monkeypatch.setattr(kernel_check, function, whole)
     whole = broken(kernel_check.paged_attention, lambda x: x)
@@ -160,7 +168,7 @@ def test_options_that_are_arrays_are_drawn() -> None:
     spec = CacheSpec.attention(2, 16, 64, jnp.bfloat16)
     slopes = jax.ShapeDtypeStruct((4,), jnp.float32)
     kind = AttentionKind(4, jnp.dtype(jnp.bfloat16), spec, (("alibi_slopes", slopes),))
-    made = kernel_check._make(kind)
+    made = make_problem(kind)
     assert made.options["alibi_slopes"].shape == (4,)
     assert np.isnan(np.asarray(made.caches.k, np.float32)).all()
     assert made.metadata.max_query_len == len(made.q)

@@ -37,8 +37,13 @@ MUTATIONS = {
     "the null block written": _mutation(
         _WRITE, "@pl.when(block != NULL_BLOCK)", "@pl.when(block >= NULL_BLOCK)", "test_write"
     ),
-    "zeros": _mutation(_WRITE, "x = load(row, layout)", "x = 0 * load(row, layout)", "test_write"),
-    "no scale": _mutation(_WRITE, "            store(scales, scale)\n", "", "test_write"),
+    "zeros": _mutation(
+        _WRITE,
+        "rows = load(x, layout_of_rows(num_kv_heads, head_dim))",
+        "rows = 0 * load(x, layout_of_rows(num_kv_heads, head_dim))",
+        "test_write",
+    ),
+    "no scale": _mutation(_WRITE, "        store(scales, scale)\n", "", "test_write"),
     "a wrong scale": _mutation(
         _WRITE, "store(scales, scale)", "store(scales, 2 * scale)", "test_write"
     ),
@@ -49,7 +54,58 @@ MUTATIONS = {
         "test_write",
     ),
     "one head for all": _mutation(
-        _WRITE, "write_heads(x.at[head], cache", "write_heads(x.at[0], cache", "test_write"
+        _WRITE, "row = load(x.at[head], layout", "row = load(x.at[0], layout", "test_write"
+    ),
+    "rotated: the null block written": _mutation(
+        _WRITE, "block > NULL_BLOCK", "block >= NULL_BLOCK", "test_rotate_and_write"
+    ),
+    "rotated: the first token's angle": _mutation(
+        _WRITE,
+        "cos, sin = cos_ref.at[token], sin_ref.at[token]",
+        "cos, sin = cos_ref.at[0], sin_ref.at[token]",
+        "test_rotate_and_write",
+    ),
+    "rotated: the first head's rows": _mutation(
+        _WRITE,
+        "x, out = rows_ref.at[token, head],",
+        "x, out = rows_ref.at[token, 0],",
+        "test_rotate_and_write",
+    ),
+    "rotated: one query for all": _mutation(
+        _WRITE,
+        "turned(x.at[row], cos, sin, 1))",
+        "turned(x.at[0], cos, sin, 1))",
+        "test_rotate_and_write",
+    ),
+    "rotated: keys as they are": _mutation(
+        _WRITE,
+        "keys = turned(x.at[group], cos, sin, 1)",
+        "keys = [load(x.at[group, at], layout_of_rows(1, half)) for at in halves]",
+        "test_rotate_and_write",
+    ),
+    "rotated: keys for values": _mutation(
+        _WRITE, "load(x.at[group + 1],", "load(x.at[group],", "test_rotate_and_write"
+    ),
+    "rotated: another half's scale": _mutation(
+        "pallas_paged/quantisation.py",
+        "functools.reduce(jnp.maximum, amaxes)",
+        "amaxes[-1]",
+        "test_rotate_and_write",
+    ),
+    "rotated: no scale": _mutation(
+        _WRITE, "                store(k_scale, scale)\n", "", "test_rotate_and_write"
+    ),
+    "rotated: not rounded before it is quantised": _mutation(
+        _WRITE,
+        "return [x.astype(q.dtype) for x in turn(first, second, *angles)]",
+        "return [x for x in turn(first, second, *angles)]",
+        "test_rotated_keys_are_rounded_before_they_are_quantised",
+    ),
+    "rotated: turned the other way": _mutation(
+        f"{_OPS}/rotary.py",
+        "first * cos - second * sin, second * cos + first * sin",
+        "first * cos + second * sin, second * cos - first * sin",
+        "test_rotation_turns_pairs_and_no_others",
     ),
     "the pair reversed": _mutation(
         _COPY,

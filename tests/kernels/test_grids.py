@@ -17,6 +17,7 @@ from pallas_paged.deviceless import TARGETS, compile_for, target_device
 from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
 from pallas_paged.ops.attention.hopper.prefill_plan import tile_tokens
+from pallas_paged.ops.kv_write.mosaic_gpu import rotate_and_write
 from tests.kernels.test_mosaic_cache_ops import operations, shapes
 
 LIMIT = 65_535
@@ -31,6 +32,7 @@ FILES = {
     "gather_block": "block_transfer/mosaic_gpu.py",
     "scatter_block": "block_transfer/mosaic_gpu.py",
     "write_token": "kv_write/mosaic_gpu.py",
+    "rotate_and_write_head": "kv_write/mosaic_gpu.py",
     "paged_decode": "attention/hopper/decode.py",
     "paged_decode_merge": "attention/hopper/decode_merge.py",
     "paged_prefill": "attention/hopper/prefill.py",
@@ -99,6 +101,18 @@ def test_many_tokens_are_written(grids):
         jax.jit(write).lower(shapes(MANY, *sizes), rows, rows, ints(1 << 20))
     check(grids, "write_token")
     assert grids["write_token"] == (1 << 20, 1, 1)
+
+
+def test_many_tokens_are_rotated_and_written(grids):
+    num_tokens = 1 << 20
+    q = jax.ShapeDtypeStruct((num_tokens, 32, 128), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((num_tokens, 8, 128), jnp.bfloat16)
+    angle = jax.ShapeDtypeStruct((num_tokens, 64), jnp.float32)
+    cache = shapes(MANY, 8, 16, 128, "bfloat16")
+    with jax.default_device(target_device("h100")):
+        rotate_and_write.lower(q, k, k, angle, angle, cache, ints(num_tokens))
+    check(grids, "rotate_and_write_head")
+    assert grids["rotate_and_write_head"] == (num_tokens, 8, 1)
 
 
 def attend(target, num_tokens, num_seqs, max_query_len):

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_paged import KVCache, copy_blocks, gather_blocks, scatter_blocks, write_kv
+from pallas_paged import (
+    KVCache,
+    copy_blocks,
+    gather_blocks,
+    rotate_and_write,
+    scatter_blocks,
+    write_kv,
+)
 from pallas_paged.deviceless import compile_for, kernel_ptx, kernel_resources, target_device
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.ops.kv_write import mosaic_gpu as kv_write
@@ -89,6 +96,95 @@ def test_write(run, sizes):
     assert_same_null_block(written, poisoned(4, *sizes))
 
 
+# Queries per KV head, then as above: rows of queries together and one by one.
+ROTATED = [
+    (4, (2, 8, 64, "int8")),
+    (3, (1, 16, 128, "float8_e4m3fn")),
+    (1, (3, 8, 64, "bfloat16")),
+    (8, (2, 8, 192, "bfloat16")),
+]
+
+
+def rotary_arguments(group, num_kv_heads, head_dim, dtype="bfloat16"):
+    """Returns queries, keys, values, cosines and sines of which no product is rounded."""
+    rng = np.random.default_rng(3)
+    shapes = [(6, num_kv_heads * n, head_dim) for n in (group, 1, 1)]
+    q, k, v = (jnp.asarray(rng.integers(-8, 9, shape), dtype) for shape in shapes)
+    angles = [jnp.asarray(rng.integers(-4, 5, (6, head_dim // 2)) / 4, jnp.float32) for _ in "cs"]
+    return q, k, v, *angles
+
+
+@pytest.mark.parametrize(("group", "sizes"), ROTATED, ids=str)
+def test_rotate_and_write(run, group, sizes):
+    num_kv_heads, block_size, head_dim, _ = sizes
+    input_dtype = "float32" if group == 3 else "bfloat16"
+    q, k, v, *angles = rotary_arguments(group, num_kv_heads, head_dim, input_dtype)
+    q, k, v = (x.at[4:].set(jnp.nan) for x in (q, k, v))
+    k = k.at[2].set(0)
+    slots = jnp.array([3 * block_size - 1, 2 * block_size, block_size, block_size + 2, 0, 0])
+    args = q, k, v, *angles, poisoned(4, *sizes), slots.astype(jnp.int32)
+    expected_q, expected = jax.jit(
+        functools.partial(rotate_and_write, implementation="reference"), keep_unused=True
+    )(*args)
+    rotated, written = run(rotate_and_write, *args)
+    assert args[5].k.is_deleted()
+    np.testing.assert_array_equal(bits(rotated)[:4], bits(expected_q)[:4])
+    assert_same_but_for_the_null_block(written, expected)
+    assert_same_null_block(written, poisoned(4, *sizes))
+    assert np.asarray(rotated, np.float32)[:4].any()
+
+
+def test_rotated_keys_are_rounded_before_they_are_quantised(run):
+    """As they are where they are rotated first: the largest of them makes the scale."""
+    k = jnp.full((1, 1, 64), 1.0078125, jnp.bfloat16)  # 1 + 2^-7, the next after 1
+    cos, sin = (jnp.full((1, 32), x, jnp.float32) for x in (1 + 2**-8, 0))
+    cache, slots = KVCache.zeros(2, 1, 8, 64, "int8"), jnp.array([8], jnp.int32)
+    _, written = run(rotate_and_write, k, k, k, cos, sin, cache, slots)
+    rounded = float(jnp.bfloat16(1.0078125 * (1 + 2**-8)))
+    np.testing.assert_allclose(written.k_scale[1, 0, 0], rounded / 127, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference", "mosaic_gpu"])
+def test_rotation_turns_pairs_and_no_others(run, implementation):
+    """By hand: pair i is dimensions i and i + D/2, turned by a quarter, and by nothing."""
+    q = jnp.arange(64.0).reshape(1, 1, 64)
+    quarter = jnp.arange(32) < 16
+    cos, sin = (jnp.where(quarter, a, b)[None].astype(jnp.float32) for a, b in ((0, 1), (1, 0)))
+    cache = KVCache.zeros(2, 1, 8, 64, "float32")
+    args = q, q, q + 1, cos, sin, cache, jnp.array([8 + 5], jnp.int32)
+    if implementation == "mosaic_gpu":
+        rotated, cache = run(rotate_and_write, *args)
+    else:
+        rotated, cache = rotate_and_write(*args, implementation=implementation)
+    expected = np.arange(64.0)
+    expected[:16], expected[32:48] = -np.arange(32.0, 48.0), np.arange(16.0)
+    np.testing.assert_array_equal(rotated[0, 0], expected)
+    np.testing.assert_array_equal(cache.k[1, 0, 5], expected)
+    np.testing.assert_array_equal(cache.v[1, 0, 5], np.arange(1.0, 65.0))
+    assert np.count_nonzero(cache.k) == 63
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_rotation_is_refused_where_it_cannot_be():
+    q, k, v, cos, sin = rotary_arguments(2, 2, 64)
+    cache, slots = KVCache.zeros(2, 2, 8, 64, "bfloat16"), jnp.zeros(6, jnp.int32)
+    for wrong, message in [
+        ((q[:, :3], k, v, cos, sin), "Hq a multiple of 2"),
+        ((q[:5], k, v, cos, sin), r"q.shape=\(5, 4, 64\) must be \[6, Hq, 64\]"),
+        ((q.astype(jnp.float32), k, v, cos, sin), "must have one dtype"),
+        ((q, k, v, cos[:, :31], sin), r"cos must be f32\[6, 32\]"),
+        ((q, k, v, cos, sin.astype(jnp.bfloat16)), r"sin must be f32\[6, 32\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            rotate_and_write(*wrong, cache, slots)
+    with interpret_kernels():
+        x = jnp.zeros((1, 1, 96), jnp.bfloat16)
+        angle = jnp.zeros((1, 48), jnp.float32)
+        cache = KVCache.zeros(2, 1, 8, 96, "bfloat16")
+        with pytest.raises(NotImplementedError, match="head_dim=96 is not a multiple of 64"):
+            rotate_and_write(x, x, x, angle, angle, cache, slots[:1], implementation="mosaic_gpu")
+
+
 @pytest.mark.parametrize("sizes", CACHES, ids=str)
 def test_copy_gather_and_scatter(run, sizes):
     cache = random_cache(7, *sizes)
@@ -152,7 +248,18 @@ def operations(sizes):
     def write(cache, k, v, slots):
         return promised(write_kv)(k, v, cache, slots)
 
-    return {
+    group = 4
+    heads = jax.ShapeDtypeStruct((6, num_kv_heads, (group + 2) * head_dim), jnp.bfloat16)
+    angles = jax.ShapeDtypeStruct((6, head_dim // 2), jnp.float32)
+
+    def rotate(cache, heads, cos, sin, slots):
+        """Of what a merged projection to queries, keys and values makes."""
+        parts = jnp.split(heads, [group * head_dim, (group + 1) * head_dim], axis=2)
+        q, k, v = (part.reshape(6, -1, head_dim) for part in parts)
+        return promised(rotate_and_write)(q, k, v, cos, sin, cache, slots)
+
+    rotates = {"rotate_and_write": (rotate, (heads, angles, angles, ids))}
+    return (rotates if head_dim % 64 == 0 else {}) | {
         "write_kv": (write, (rows, rows, ids)),
         "copy_blocks": (promised(copy_blocks), (ids, ids)),
         "scatter_blocks": (promised(scatter_blocks), (ids, shapes(6, *sizes))),

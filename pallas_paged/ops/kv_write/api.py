@@ -1,27 +1,63 @@
-"""Write of a step's keys and values into the KV cache: the public function and its checks."""
+"""Write of a step's keys and values into the KV cache: the public functions and their checks."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_paged.dispatch import Implementation, choose_implementation
 from pallas_paged.kv_cache import KVCache, check_cache
 from pallas_paged.ops.blocks import inside_or_null
 from pallas_paged.ops.kv_write import mosaic_gpu, reference, xla
+from pallas_paged.ops.rotary import rotate
+
+_Shape = jax.Array | jax.ShapeDtypeStruct
 
 
-def _kernel_unsupported(k: jax.Array | jax.ShapeDtypeStruct, kv_cache: KVCache) -> str | None:
-    """Returns why the kernel cannot write such keys into this cache here, or None if it can."""
+def _differs(kv_cache: KVCache) -> str | None:
+    """Returns why no kernel writes into this cache, or None if its arrays are equally wide."""
     widths = kv_cache.k.shape[3], kv_cache.v.shape[3]
     if widths[0] != widths[1]:
         return f"head_dim={widths[0]} of the keys is not the values' {widths[1]}"
-    return mosaic_gpu.unsupported(k, kv_cache)
+    return None
+
+
+def _kernel_unsupported(k: _Shape, kv_cache: KVCache) -> str | None:
+    """Returns why the kernel cannot write such keys into this cache here, or None if it can."""
+    return _differs(kv_cache) or mosaic_gpu.unsupported(k, kv_cache)
+
+
+def _rotation_unsupported(q: _Shape, k: _Shape, kv_cache: KVCache) -> str | None:
+    """Returns why the kernel cannot rotate such queries and keys too, or None if it can."""
+    return _differs(kv_cache) or mosaic_gpu.unsupported_rotation(k, kv_cache)
 
 
 _IMPLEMENTATIONS = {
     "mosaic_gpu": Implementation(mosaic_gpu.write_kv, _kernel_unsupported),
     "xla": Implementation(xla.write_kv),
     "reference": Implementation(reference.write_kv),
+}
+
+
+def _first_rotated(
+    write: Callable[..., KVCache],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *rest: Any,
+) -> tuple[jax.Array, KVCache]:
+    return rotate(q, cos, sin), write(rotate(k, cos, sin), v, *rest)
+
+
+_ROTATING = {
+    "mosaic_gpu": Implementation(mosaic_gpu.rotate_and_write, _rotation_unsupported),
+    "xla": Implementation(functools.partial(_first_rotated, xla.write_kv)),
+    "reference": Implementation(functools.partial(_first_rotated, reference.write_kv)),
 }
 
 
@@ -65,6 +101,59 @@ def write_kv(
     return _IMPLEMENTATIONS[name].run(k, v, kv_cache, slot_mapping)
 
 
+def rotate_and_write(
+    q: Float[Array, "T Hq D"],
+    k: Float[Array, "T Hk D"],
+    v: Float[Array, "T Hk Dv"],
+    cos: Float32[Array, "T half"],
+    sin: Float32[Array, "T half"],
+    kv_cache: KVCache,
+    slot_mapping: Int32[Array, "T"],
+    *,
+    implementation: str | None = None,
+    promise_in_bounds: bool = False,
+) -> tuple[Float[Array, "T Hq D"], KVCache]:
+    """Rotates queries and keys by their positions, and writes keys and values into their slots.
+
+    On a GPU that is one launch, and none before it if `q`, `k` and `v` are slices of one array
+    `[T, Hk, (Hq / Hk + 2) * D]` that has for each KV head its queries, its keys and its values.
+
+    Args:
+      q: queries, Hq a multiple of Hk.
+      k: keys; rotated they are written as `write_kv` would write them.
+      v: values.
+      cos: of the angle by which each token's pair `i` of dimensions `i` and `i + D / 2` turns.
+      sin: of the same.
+      kv_cache: donated, as `write_kv` has it.
+      slot_mapping: likewise.
+      implementation: "mosaic_gpu" (NVIDIA GPUs; D a multiple of 64), "xla" (any platform),
+        "reference", or None to choose.
+      promise_in_bounds: as `write_kv` has it.
+
+    Returns:
+      The rotated queries, those of padding tokens too, and the cache with keys and values written.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+      NotImplementedError: the named implementation does not exist or cannot do this here.
+    """
+    _check(k, v, kv_cache, slot_mapping)
+    _check_rotation(q, k, v, cos, sin)
+    name = rotating_implementation(implementation, q, k, kv_cache)
+    if not promise_in_bounds:
+        slot_mapping = inside_or_null(slot_mapping, kv_cache.k.shape[0] * kv_cache.block_size)
+    return _ROTATING[name].run(q, k, v, cos, sin, kv_cache, slot_mapping)
+
+
+def rotating_implementation(requested: str | None, q: _Shape, k: _Shape, kv_cache: KVCache) -> str:
+    """Returns which implementation `rotate_and_write` runs for such arrays, or their shapes.
+
+    Raises:
+      ValueError, NotImplementedError: as `rotate_and_write`.
+    """
+    return choose_implementation("rotate_and_write", _ROTATING, requested, q, k, kv_cache)
+
+
 def write_implementation(
     requested: str | None, k: jax.Array | jax.ShapeDtypeStruct, kv_cache: KVCache
 ) -> str:
@@ -87,3 +176,22 @@ def _check(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Arra
             )
     if slot_mapping.dtype != jnp.int32:
         raise ValueError(f"slot_mapping.dtype={slot_mapping.dtype} must be int32")
+
+
+def _check_rotation(
+    q: jax.Array, k: jax.Array, v: jax.Array, cos: jax.Array, sin: jax.Array
+) -> None:
+    num_tokens, num_kv_heads, head_dim = k.shape
+    if q.ndim != 3 or q.shape[::2] != k.shape[::2] or q.shape[1] % num_kv_heads or head_dim % 2:
+        raise ValueError(
+            f"q.shape={q.shape} must be [{num_tokens}, Hq, {head_dim}], Hq a multiple of "
+            f"{num_kv_heads}, the heads of k.shape={k.shape}, and head_dim even"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    for name, angle in (("cos", cos), ("sin", sin)):
+        if angle.shape != (num_tokens, head_dim // 2) or angle.dtype != jnp.float32:
+            raise ValueError(
+                f"{name} must be f32[{num_tokens}, {head_dim // 2}]: a token's pairs of "
+                f"dimensions, not {angle.dtype}{list(angle.shape)}"
+            )

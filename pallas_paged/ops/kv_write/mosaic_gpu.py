@@ -2,10 +2,13 @@
 
 The cast or quantisation happens in registers, with each KV head's row in one warp, so that a row's
 largest magnitude is a few shuffles away.
+
+Another kernel also rotates keys, and the queries that belong to them: a thread block per token and
+KV head. It reads the three where a model's merged projection has left them, side by side for each
+KV head, so that nothing is launched in between.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_paged.dispatch import unsupported_target
 from pallas_paged.kv_cache import NULL_BLOCK, KVCache
 from pallas_paged.ops.mosaic_gpu import Ref, layout_of_rows, load, store, unsupported_cast
-from pallas_paged.quantisation import is_quantised, quantise
+from pallas_paged.ops.rotary import turn
+from pallas_paged.quantisation import is_quantised, quantise, quantise_parts
 
 
 def unsupported(k: jax.Array | jax.ShapeDtypeStruct, kv_cache: KVCache) -> str | None:
@@ -37,22 +41,11 @@ def write_kv(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Ar
     num_tokens, num_kv_heads, head_dim = k.shape
     if not num_tokens:
         return kv_cache
-    block_size, dtype = kv_cache.block_size, kv_cache.k.dtype
-
-    def write_heads(row: Ref, cache: Ref, scales: Ref | None, layout: Any) -> None:
-        """Writes the rows of some heads into those heads' slots."""
-        x = load(row, layout)
-        if scales is None:
-            # By way of float32: not every pair of dtypes has a cast of its own.
-            store(cache, x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype))
-        else:
-            stored, scale = quantise(x, dtype)
-            store(cache, stored)
-            store(scales, scale)
+    block_size = kv_cache.block_size
 
     def write_token(k_ref: Ref, v_ref: Ref, slots: Ref, *refs: Ref) -> None:
         token = jax.lax.axis_index("token")
-        block, offset = slots[token] // block_size, slots[token] % block_size
+        block, offset = _place(slots, token, block_size)
         k_cache, v_cache, *scales = refs
         parts = zip((k_ref, v_ref), (k_cache, v_cache), scales or (None, None), strict=True)
 
@@ -65,20 +58,123 @@ def write_kv(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Ar
         x: Ref, cache: Ref, scale: Ref | None, block: jax.Array, offset: jax.Array
     ) -> None:
         if head_dim % 32:
-            write_heads(x, cache.at[block, :, offset], None, None)
+            _write_rows(load(x), cache.at[block, :, offset], None)
         elif num_kv_heads % 4 == 0:
             scales = None if scale is None else scale.at[block, :, offset]
-            layout = layout_of_rows(num_kv_heads, head_dim)
-            write_heads(x, cache.at[block, :, offset], scales, layout)
+            rows = load(x, layout_of_rows(num_kv_heads, head_dim))
+            _write_rows(rows, cache.at[block, :, offset], scales)
         else:
 
             @pl.loop(0, num_kv_heads)
             def _(head: jax.Array) -> None:
                 scales = None if scale is None else scale.at[block, head, offset]
-                layout = layout_of_rows(1, head_dim)
-                write_heads(x.at[head], cache.at[block, head, offset], scales, layout)
+                row = load(x.at[head], layout_of_rows(1, head_dim))
+                _write_rows(row, cache.at[block, head, offset], scales)
 
     refs = jax.tree.map(jax.new_ref, kv_cache)
     kernel = plgpu.kernel(write_token, grid=(num_tokens,), grid_names=("token",))
     kernel(k, v, slot_mapping, *jax.tree.leaves(refs))
     return jax.tree.map(jax.freeze, refs)
+
+
+def unsupported_rotation(k: jax.Array | jax.ShapeDtypeStruct, kv_cache: KVCache) -> str | None:
+    """Returns why the kernel cannot rotate such heads as it writes, or None if it can."""
+    if k.shape[2] % 64:
+        return f"head_dim={k.shape[2]} is not a multiple of 64, whose halves fill a warp"
+    return unsupported(k, kv_cache)
+
+
+@functools.partial(jax.jit, donate_argnames="kv_cache")
+def rotate_and_write(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    kv_cache: KVCache,
+    slot_mapping: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """Returns the rotated queries and the cache, in place. See `api.rotate_and_write`.
+
+    The null block is never written.
+    """
+    num_tokens, num_kv_heads, head_dim = k.shape
+    if not num_tokens:
+        return q, kv_cache
+    group, half = q.shape[1] // num_kv_heads, head_dim // 2
+    block_size, dtype = kv_cache.block_size, kv_cache.k.dtype
+    # XLA sees through parts of one array that become whole again, and passes on that array.
+    rows = jnp.concatenate([x.reshape(num_tokens, num_kv_heads, -1) for x in (q, k, v)], axis=2)
+    rows = rows.reshape(num_tokens, num_kv_heads, group + 2, head_dim)
+    halves = pl.ds(0, half), pl.ds(half, half)
+
+    def turned(x: Ref, cos: Ref, sin: Ref, num_rows: int) -> list[jax.Array]:
+        """Returns both halves of the rows of queries or keys, rounded to the inputs' dtype."""
+        layout = layout_of_rows(num_rows, half)
+        first, second = (load(x.at[..., at], layout).astype(jnp.float32) for at in halves)
+        angles = [
+            load(angle, layout if num_rows == 1 else layout.reduce(0)) for angle in (cos, sin)
+        ]
+        if num_rows > 1:
+            angles = [jax.lax.broadcast_in_dim(angle, first.shape, (1,)) for angle in angles]
+        return [x.astype(q.dtype) for x in turn(first, second, *angles)]
+
+    def store_halves(row: Ref, values: list[jax.Array]) -> None:
+        for at, half_row in zip(halves, values, strict=True):
+            _write_rows(half_row, row.at[..., at], None)
+
+    def rotate_and_write_head(
+        rows_ref: Ref, cos_ref: Ref, sin_ref: Ref, slots: Ref, *refs: Ref
+    ) -> None:
+        *caches, q_out = refs
+        token, head = jax.lax.axis_index("token"), jax.lax.axis_index("head")
+        cos, sin = cos_ref.at[token], sin_ref.at[token]
+        x, out = rows_ref.at[token, head], q_out.at[token, head]
+        if group % 4 == 0:
+            store_halves(out, turned(x.at[pl.ds(0, group)], cos, sin, group))
+        else:
+
+            @pl.loop(0, group)
+            def _(row: jax.Array) -> None:
+                store_halves(out.at[row], turned(x.at[row], cos, sin, 1))
+
+        block, offset = _place(slots, token, block_size)
+
+        @pl.when(block > NULL_BLOCK)
+        def _() -> None:
+            k_cache, v_cache, *scales = (ref.at[block, head, offset] for ref in caches)
+            k_scale, v_scale = scales or (None, None)
+            keys = turned(x.at[group], cos, sin, 1)
+            if k_scale is not None:
+                keys, scale = quantise_parts(keys, dtype)
+                store(k_scale, scale)
+            store_halves(k_cache, keys)
+            value = load(x.at[group + 1], layout_of_rows(1, head_dim))
+            _write_rows(value, v_cache, v_scale)
+
+    refs = jax.tree.map(jax.new_ref, kv_cache)
+    kernel = plgpu.kernel(
+        rotate_and_write_head,
+        out_type=jax.ShapeDtypeStruct((num_tokens, num_kv_heads, group, head_dim), q.dtype),
+        grid=(num_kv_heads, num_tokens),  # the last axis alone may exceed 65,535
+        grid_names=("head", "token"),
+    )
+    out = kernel(rows, cos, sin, slot_mapping, *jax.tree.leaves(refs))
+    return out.reshape(q.shape), jax.tree.map(jax.freeze, refs)
+
+
+def _place(slots: Ref, token: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the block of a token's slot, and where the slot is in it."""
+    return slots[token] // block_size, slots[token] % block_size
+
+
+def _write_rows(x: jax.Array, cache: Ref, scales: Ref | None) -> None:
+    """Writes rows of numbers to where they are stored, with their scales if they have any."""
+    dtype = cache.dtype
+    if scales is None:
+        # By way of float32: not every pair of dtypes has a cast of its own.
+        store(cache, x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype))
+    else:
+        stored, scale = quantise(x, dtype)
+        store(cache, stored)
+        store(scales, scale)
