@@ -12,8 +12,8 @@ Only `config.json` is read of the model. Without --num_blocks the pool is as lar
 memory allows beside weights and temporaries, if JAX may use as much: here and in the engine's
 environment XLA_CLIENT_MEM_FRACTION says so, which is 0.9 in programs of ours. --full also compiles
 the steps with penalties and log-probabilities, which an engine otherwise compiles when somebody
-asks for them. Matrix products are cuBLAS's: nothing can be timed. For a GPU this needs the packages that
-`pallas_paged.deviceless` names; the target cpu is this machine's own CPU.
+asks for them. Matrix products are cuBLAS's: nothing can be timed. For a GPU this needs the
+packages that `pallas_paged.deviceless` names; the target cpu is this machine's own CPU.
 
 --plan writes no bundle: it prints where the memory goes, the pool that fits, and what each step
 takes and launches. --largest does so for the largest decode and mixed step alone.
