@@ -41,7 +41,7 @@ from pallas_paged.engine.device.implementations import (
     compile_kernels_soon,
     register_kernels,
 )
-from pallas_paged.engine.device.kernel_check import check_kernels
+from pallas_paged.engine.device.kernel_check import check_kernels, kernel_checks
 from pallas_paged.engine.device.placement import Placement
 from pallas_paged.engine.device.pool_size import (
     PoolPlan,
@@ -255,15 +255,21 @@ def _build_runner(
         table_width = blocks_for(max_model_len, config.block_size)
         unsized = unsized_programs(config, network, table_width, specs, implementation, placement)
         bundle = bundles.open_matching(config.bundle, unsized)
-    if config.verify_kernels and "mosaic_gpu" in (implementation, *writes.split(", ")):
-        check_kernels(
-            network,
-            specs,
-            dtype,
-            attention=implementation,
-            cache_implementation=config.cache_implementation,
-            shares_prefix=shares_prefixes(config, placement.device.platform, specs),
-        )
+    checks = kernel_checks(
+        network,
+        specs,
+        dtype,
+        attention=implementation,
+        writes=writes,
+        cache_implementation=config.cache_implementation,
+        shares_prefix=shares_prefixes(config, placement.device.platform, specs),
+    )
+    if config.verify_kernels and checks:
+        compiled = {}
+        if bundle is not None:
+            assert config.bundle is not None
+            compiled = bundles.load_checks(config.bundle, bundle, checks, placement.device)
+        check_kernels(checks, compiled)
     plan = plan_pool(
         config,
         network,

@@ -29,12 +29,14 @@ from pallas_paged.engine.device.implementations import (
     choose_writes,
     register_kernels,
 )
+from pallas_paged.engine.device.kernel_check import KernelCheck, kernel_checks
 from pallas_paged.engine.device.placement import Placement
 from pallas_paged.engine.device.pool_size import (
     PoolPlan,
     buckets_for,
     num_bytes,
     plan_pool,
+    shares_prefixes,
     unsized_programs,
 )
 from pallas_paged.engine.device.programs import Name, StepPrograms
@@ -70,6 +72,7 @@ class Prepared:
       fingerprint: see there.
       buckets: the shapes of the steps.
       programs, block_programs: over a pool of the planned size.
+      checks: of the kernels, before an engine starts.
     """
 
     config: EngineConfig
@@ -82,6 +85,7 @@ class Prepared:
     buckets: Buckets
     programs: StepPrograms
     block_programs: BlockPrograms
+    checks: tuple[KernelCheck, ...]
 
 
 class Progress(NamedTuple):
@@ -136,6 +140,15 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
         table_width = blocks_for(max_model_len, config.block_size)
         unsized = unsized_programs(config, model, table_width, specs, attention, placement)
         own = fingerprint(unsized)
+        checks = kernel_checks(
+            model,
+            specs,
+            dtype,
+            attention=attention,
+            writes=writes,
+            cache_implementation=config.cache_implementation,
+            shares_prefix=shares_prefixes(config, placement.device.platform, specs),
+        )
     caches = tuple(spec.shapes(plan.num_blocks) for spec in specs)
     return Prepared(
         dataclasses.replace(config, dtype=dtype.name, max_model_len=max_model_len),
@@ -156,6 +169,7 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
             implementation=config.cache_implementation,
             placement=placement,
         ),
+        checks,
     )
 
 
@@ -182,6 +196,7 @@ def compile_bundle(
     """
     buckets = [bucket for bucket in prepared.buckets.all() if full or not bucket.is_full]
     others: list[Name] = [*prepared.programs.others(buckets), *prepared.block_programs.names()]
+    others += [check.name for check in prepared.checks]
     entries: list[bundles.Entry] = []
     with new_folder(folder, may_replace=bundles.is_bundle) as work, without_compilation_cache():
 
@@ -225,6 +240,10 @@ def report_steps(prepared: Prepared, buckets: Sequence[Bucket]) -> Iterator[Step
 
 
 def _lower(prepared: Prepared, name: Name) -> jax.stages.Lowered:
+    for check in prepared.checks:
+        if check.name == name:
+            with prepared.programs.placement.as_target():
+                return check.lower()
     if isinstance(name, Bucket) or name[0] not in KINDS:
         return prepared.programs.lower(name)
     return prepared.block_programs.lower(*name)

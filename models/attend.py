@@ -51,7 +51,7 @@ def paged_attend(
     if rotary is not None and queries is not None:
         raise ValueError("rotate the queries of some tokens by those tokens' angles, and the keys")
     slots = metadata.slot_mapping
-    if rotary is not None and _rotates(write_implementation, q, k, kv_cache):
+    if rotary is not None and kv_write.writes_rotated(write_implementation, q, k, kv_cache):
         q, kv_cache = kv_write.rotate_and_write(
             q, k, v, *rotary, kv_cache, slots, promise_in_bounds=promise_in_bounds
         )
@@ -78,13 +78,6 @@ def paged_attend(
         **options,
     )
     return out, kv_cache
-
-
-def _rotates(requested: str | None, q: Array, k: Array, kv_cache: KVCache) -> bool:
-    """Whether what writes such keys is a kernel that also rotates them and the queries."""
-    if kv_write.write_implementation(requested, k, kv_cache) != "mosaic_gpu":
-        return False
-    return kv_write.rotating_implementation(None, q, k, kv_cache) == "mosaic_gpu"
 
 
 def _computed_at_once(*heads: Float[Array, "_ _ _"]) -> list[Float[Array, "_ _ _"]]:

@@ -15,7 +15,7 @@ import os
 import pathlib
 import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.device.block_programs import KINDS, BlockPrograms
 from pallas_paged.engine.device.fingerprint import differences, fingerprint
+from pallas_paged.engine.device.kernel_check import CHECK, KernelCheck
 from pallas_paged.engine.device.pool_size import BundledPool
 from pallas_paged.engine.device.programs import Name, StepPrograms
 
@@ -193,7 +194,8 @@ def adopt(
       ValueError: as `load_programs`.
     """
     begin = time.perf_counter()
-    loaded = load_programs(folder, manifest, programs.placement.device)
+    entries = [entry for entry in manifest.programs if not _is_check(entry)]
+    loaded = load_programs(folder, entries, programs.placement.device)
     for name, compiled in loaded.items():
         if isinstance(name, Bucket) or name[0] not in KINDS:
             programs.adopt({name: compiled})
@@ -206,17 +208,29 @@ def adopt(
         logger.warning("the bundle has no programs of %s: compiled when needed", "; ".join(missing))
 
 
-def load_programs(
-    folder: str | os.PathLike[str], manifest: Manifest, device: jax.Device
+def load_checks(
+    folder: str | os.PathLike[str],
+    manifest: Manifest,
+    checks: Sequence[KernelCheck],
+    device: jax.Device,
 ) -> dict[Name, jax.stages.Compiled]:
-    """Returns the programs of a bundle, ready to run on a device.
+    """Returns the programs of kernel checks, as far as a bundle has them; see `load_programs`."""
+    names = {check.name for check in checks}
+    entries = [entry for entry in manifest.programs if _is_check(entry) and _name(entry) in names]
+    return load_programs(folder, entries, device)
+
+
+def load_programs(
+    folder: str | os.PathLike[str], entries: Sequence[Entry], device: jax.Device
+) -> dict[Name, jax.stages.Compiled]:
+    """Returns programs of a bundle, ready to run on a device.
 
     What they call must be known to XLA before, see `register_for_loading`. Unpickles the files: the
     bundle must be from somebody who may run code here.
 
     Args:
       folder: the bundle.
-      manifest: its `read_manifest`.
+      entries: which of its manifest.
       device: one like that which they were compiled for.
 
     Raises:
@@ -238,8 +252,12 @@ def load_programs(
             ) from error
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        compiled = list(pool.map(load, manifest.programs))
-    return dict(zip(map(_name, manifest.programs), compiled, strict=True))
+        compiled = list(pool.map(load, entries))
+    return dict(zip(map(_name, entries), compiled, strict=True))
+
+
+def _is_check(entry: Entry) -> bool:
+    return not isinstance(entry.name, Mapping) and entry.name[0].startswith(CHECK)
 
 
 def _name(entry: Entry) -> Name:

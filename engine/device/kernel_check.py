@@ -7,6 +7,7 @@ read is NaN there: free blocks, the null block, the tails of last blocks, paddin
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -30,13 +31,16 @@ from pallas_paged.models import CausalLM
 from pallas_paged.ops.attention.api import paged_attention
 from pallas_paged.ops.block_copy.api import copy_blocks
 from pallas_paged.ops.block_transfer.api import gather_blocks, scatter_blocks
-from pallas_paged.ops.kv_write.api import rotate_and_write, write_kv
+from pallas_paged.ops.kv_write.api import rotate_and_write, write_kv, writes_rotated
 from pallas_paged.quantisation import is_quantised
 
 logger = logging.getLogger(__name__)
 
 TOLERANCES = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-4}
 """Of attention to standard-normal queries, keys and values, by the queries' dtype."""
+CHECK = "verify_kernels"
+"""What the names of all checks' programs begin with: the option's."""
+_NOT_COMPILED: Mapping[Any, Callable[..., Any]] = {}
 ROUNDINGS = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 1e-5}
 """Of numbers that are computed alike and rounded, and once in a while otherwise, by their dtype."""
 
@@ -45,43 +49,94 @@ class KernelCheckError(RuntimeError):
     """A kernel computes something else than XLA, or cannot be run; the message says which."""
 
 
-def check_kernels(
+@dataclasses.dataclass(frozen=True)
+class KernelCheck:
+    """The kernels that layers with one kind of attention need, beside XLA's programs.
+
+    Attributes:
+      kind: of the attention.
+      number: among a model's kinds.
+      attention: the implementation of paged attention that is checked.
+      cache_implementation: of what writes, copies, gathers and scatters; None chooses.
+      shares_prefix: whether steps may have a `SharedPrefix`, which is more heads for the kernels.
+    """
+
+    kind: AttentionKind
+    number: int
+    attention: str
+    cache_implementation: str | None
+    shares_prefix: bool
+
+    @property
+    def name(self) -> tuple[str, int]:
+        """Of its program in a bundle."""
+        return (f"{CHECK} and prefixes" if self.shares_prefix else CHECK), self.number
+
+    def lower(self) -> jax.stages.Lowered:
+        """Traces its program, for the target device: of the arrays of a problem, in their order."""
+        shapes = jax.eval_shape(functools.partial(make_problem, self.kind))
+        leaves, tree = jax.tree.flatten(shapes)
+        find = _differences(self)
+        return jax.jit(lambda *arrays: find(jax.tree.unflatten(tree, arrays))).lower(*leaves)
+
+
+def kernel_checks(
     model: CausalLM,
     specs: Sequence[CacheSpec],
     dtype: Any,
     *,
     attention: str,
+    writes: str,
     cache_implementation: str | None,
     shares_prefix: bool = False,
-) -> None:
-    """Runs what the model's layers need beside XLA's programs, on the target device.
+) -> tuple[KernelCheck, ...]:
+    """Returns what has to be checked for a model; nothing where only XLA's programs run.
 
     Args:
       model: the model.
       specs: of its layers' caches.
       dtype: of activations.
-      attention: the implementation of paged attention that is checked.
-      cache_implementation: of what writes, copies, gathers and scatters; None chooses.
-      shares_prefix: whether steps may have a `SharedPrefix`, which is more heads for the kernels.
+      attention: the implementation of attention, see `choose_attention`.
+      writes: those of the writes, see `choose_writes`.
+      cache_implementation: see `KernelCheck`, as is the next one.
+      shares_prefix: likewise.
+    """
+    if "mosaic_gpu" not in (attention, *writes.split(", ")):
+        return ()
+    return tuple(
+        KernelCheck(kind, number, attention, cache_implementation, shares_prefix)
+        for number, kind in enumerate(attention_kinds(model, specs, dtype))
+    )
+
+
+def check_kernels(
+    checks: Sequence[KernelCheck],
+    compiled: Mapping[Any, Callable[..., Any]] = _NOT_COMPILED,
+) -> None:
+    """Runs the checks on the target device.
+
+    Args:
+      checks: which.
+      compiled: their programs by name, as far as they need not be compiled here.
 
     Raises:
       KernelCheckError: the first kernel that differs by more than its dtypes explain.
     """
     begin = time.perf_counter()
-    implementations = {"attention": attention, "cache": cache_implementation}
-    kinds = attention_kinds(model, specs, dtype)
     num_checked = 0
-    for kind in kinds:
-        problem = make_problem(kind)
+    for check in checks:
         try:
-            run = jax.jit(_differences(kind, implementations, shares_prefix))
-            differences = jax.device_get(run(problem))
+            arrays = jax.tree.leaves(make_problem(check.kind))
+            run = compiled.get(check.name) or check.lower().compile()
+            differences = jax.device_get(run(*arrays))
         except Exception as error:
-            raise KernelCheckError(_report("kernels", kind, f"cannot run: {error}")) from error
+            raise KernelCheckError(
+                _report("kernels", check.kind, f"cannot run: {error}")
+            ) from error
         for name, found in differences.items():
             if not found <= 1:  # also NaN
                 tolerated = f"differs from XLA's program by {found:.3g} times what is tolerated"
-                raise KernelCheckError(_report(name, kind, tolerated))
+                raise KernelCheckError(_report(name, check.kind, tolerated))
         num_checked += len(differences)
     seconds = time.perf_counter() - begin
     kind_of_device = target_device().device_kind
@@ -100,9 +155,7 @@ def _report(name: str, kind: AttentionKind, what: str) -> str:
     )
 
 
-def _differences(
-    kind: AttentionKind, implementations: Mapping[str, str | None], shares_prefix: bool
-) -> Callable[[Problem], dict[str, jax.Array]]:
+def _differences(check: KernelCheck) -> Callable[[Problem], dict[str, jax.Array]]:
     """Returns a function of the problem: by kernel, the difference in units of what is tolerated.
 
     XLA's caches are what both attentions read.
@@ -111,16 +164,16 @@ def _differences(
     def run(problem: Problem) -> dict[str, jax.Array]:
         ours, theirs = (
             dict(_cache_results(problem, implementation))
-            for implementation in (implementations["cache"], "xla")
+            for implementation in (check.cache_implementation, "xla")
         )
         found = {name: _cache_difference(name, problem, ours[name], theirs[name]) for name in ours}
-        if kind.rotates and kind.spec.arrays[0].shape == kind.spec.arrays[1].shape:
-            found["rotate_and_write"] = _rotation_difference(
-                kind, problem, implementations["cache"]
-            )
-        if implementations["attention"] == "xla":
+        if check.kind.rotates and writes_rotated(
+            check.cache_implementation, problem.q_written, problem.k, problem.caches
+        ):
+            found["rotate_and_write"] = _rotation_difference(check.kind, problem)
+        if check.attention == "xla":
             return found
-        cache, ours_attend = theirs["write_kv"], implementations["attention"]
+        cache, ours_attend = theirs["write_kv"], check.attention
 
         def attend(
             implementation: str | None, q: jax.Array, metadata: AttentionMetadata
@@ -138,9 +191,9 @@ def _differences(
 
         exact = attend("xla", problem.q, problem.metadata)
         out = attend(ours_attend, problem.q, problem.metadata)
-        tolerance = TOLERANCES[jnp.dtype(kind.dtype).name]
+        tolerance = TOLERANCES[jnp.dtype(check.kind.dtype).name]
         found["paged_attention"] = _difference(out, exact, tolerance)
-        if shares_prefix and dict(kind.options).get("sliding_window") is None:
+        if check.shares_prefix and dict(check.kind.options).get("sliding_window") is None:
             last = slice(NUM_QUERIES - 1, NUM_QUERIES)
             out = attend(ours_attend, problem.q[last], _last_behind_prefix(problem))
             found["paged_attention of a shared prefix"] = _difference(out, exact[last], tolerance)
@@ -172,16 +225,14 @@ def _cache_results(problem: Problem, implementation: str | None) -> Iterator[tup
     yield "scatter_blocks", scatter_blocks(cache, dst, blocks, implementation=implementation)
 
 
-def _rotation_difference(
-    kind: AttentionKind, problem: Problem, implementation: str | None
-) -> jax.Array:
+def _rotation_difference(kind: AttentionKind, problem: Problem) -> jax.Array:
     """Returns how far rotated queries, and a cache with rotated keys, are from XLA's."""
     angles = jnp.arange(problem.k.shape[0] * (problem.k.shape[2] // 2), dtype=jnp.float32)
     angles = angles.reshape(problem.k.shape[0], -1)
     rows = problem.q_written, problem.k, problem.v, jnp.cos(angles), jnp.sin(angles)
     (ours_q, ours), (theirs_q, theirs) = (
         rotate_and_write(*rows, problem.caches, problem.slots, implementation=name)
-        for name in (implementation, "xla")
+        for name in (None, "xla")
     )
     found = [_difference(ours_q, theirs_q, ROUNDINGS[jnp.dtype(kind.dtype).name])]
     ours, theirs = (jax.tree.map(lambda a: a[NULL_BLOCK + 1 :], cache) for cache in (ours, theirs))

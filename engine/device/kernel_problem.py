@@ -145,4 +145,4 @@ def make_problem(kind: AttentionKind) -> Problem:
 
 def _poison(array: jax.ShapeDtypeStruct) -> jax.Array:
     is_float = jnp.issubdtype(array.dtype, jnp.floating)
-    return jnp.full(array.shape, jnp.nan if is_float else 127, array.dtype)
+    return jnp.asarray(np.full(array.shape, np.nan if is_float else 127, array.dtype))

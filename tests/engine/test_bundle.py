@@ -19,6 +19,7 @@ from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.device import pool_size
 from pallas_paged.engine.device.device_memory import stats_of_card
 from pallas_paged.engine.device.fingerprint import differences
+from pallas_paged.engine.device.kernel_check import KernelCheck
 from pallas_paged.engine.device.placement import Placement
 from pallas_paged.engine.device.pool_size import BundledPool, num_bytes, plan_pool
 from pallas_paged.engine.device.step_report import SHAPES
@@ -27,6 +28,7 @@ from tests.engine.serving import assert_idle, make_llm, nothing_compiles
 from tests.models.references import DATA
 
 MODEL = "llama-gqa-llama3"
+KERNELS = "mosaic_gpu"
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 80, "num_blocks": 99}
 PROMPTS = [{"prompt_token_ids": list(range(3, 3 + length))} for length in (5, 40, 17)]
 GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
@@ -195,6 +197,33 @@ def test_the_pool_of_the_bundle_is_taken_if_the_device_holds_it(
     assert "there is room for 0.3 MiB" in messages[0]
     assert any("num_blocks: 99 in the bundle" in message for message in messages)
     assert llm.runner.kv_caches[0].k.shape[0] < 99
+
+
+def test_the_check_of_kernels_is_in_the_bundle(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU, though what runs here for its kernels are XLA's programs."""
+    for module in ("compiling", "build"):
+        monkeypatch.setattr(f"pallas_paged.engine.{module}.choose_writes", lambda *args: KERNELS)
+    options = {"attention_implementation": "xla", **LIMITS}
+    config = EngineConfig(str(DATA / MODEL), swap_space=0, **options)
+    prepared = prepare(load_config(DATA / MODEL), config, HOST)
+    folder = tmp_path / "bundle"
+    manifest = compile_bundle(prepared, folder, full=False, tell=print)
+    assert ["verify_kernels", 0] in [entry.name for entry in manifest.programs]
+
+    def fail(check: KernelCheck) -> Any:
+        raise AssertionError(f"{check.name} is compiled")
+
+    monkeypatch.setattr(KernelCheck, "lower", fail)
+    caplog.set_level(logging.INFO)
+    load(folder, **options)
+    assert "4 kernels agree with XLA on cpu" in caplog.text
+    assert f"loaded {len(manifest.programs) - 1} programs of the bundle" in caplog.text
+    path = folder / next(e.file for e in manifest.programs if e.name == ["verify_kernels", 0])
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged"):
+        load(folder, **options)
 
 
 def test_the_pool_of_a_bundle_on_a_gpu() -> None:

@@ -14,7 +14,12 @@ from pallas_paged.cache_spec import CacheSpec
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.device import kernel_check
-from pallas_paged.engine.device.kernel_check import KernelCheckError, check_kernels
+from pallas_paged.engine.device.kernel_check import (
+    KernelCheck,
+    KernelCheckError,
+    check_kernels,
+    kernel_checks,
+)
 from pallas_paged.engine.device.kernel_problem import AttentionKind, attention_kinds, make_problem
 from pallas_paged.models import abstract_model
 from pallas_paged.models.mistral import MistralConfig
@@ -35,24 +40,29 @@ SHAPE = MistralConfig(
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 
-def check(
+def checks(
     dtype: str = "bfloat16",
     cache_dtype: str | None = None,
     num_layers: int = 1,
     shares_prefix: bool = False,
-) -> None:
+) -> tuple[KernelCheck, ...]:
     shape = SHAPE.first_layers(num_layers)
     model = abstract_model(shape, dtype)
     specs = shape.cache_specs(16, jnp.dtype(cache_dtype or dtype))
+    return kernel_checks(
+        model,
+        specs,
+        jnp.dtype(dtype),
+        attention="mosaic_gpu",
+        writes="mosaic_gpu",
+        cache_implementation=None,
+        shares_prefix=shares_prefix,
+    )
+
+
+def check(**options: Any) -> None:
     with interpret_kernels():
-        check_kernels(
-            model,
-            specs,
-            jnp.dtype(dtype),
-            attention="mosaic_gpu",
-            cache_implementation=None,
-            shares_prefix=shares_prefix,
-        )
+        check_kernels(checks(**options))
 
 
 def test_each_kind_of_attention_once() -> None:
@@ -149,14 +159,41 @@ def test_a_kernel_that_cannot_run_is_an_error_too(monkeypatch: pytest.MonkeyPatc
 def test_an_engine_checks_what_it_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """None where XLA runs; and not where it is switched off."""
     calls: list[Any] = []
-    monkeypatch.setattr("pallas_paged.engine.build.check_kernels", lambda *a, **k: calls.append(k))
+    monkeypatch.setattr("pallas_paged.engine.build.check_kernels", lambda *args: calls.append(args))
     make_llm("llama-mqa-linear")
     assert calls == []
     monkeypatch.setattr("pallas_paged.engine.build.choose_writes", lambda *args: "mosaic_gpu")
     make_llm("llama-mqa-linear")
-    assert [call["cache_implementation"] for call in calls] == [None]
+    (((only,), compiled),) = calls
+    assert only.name == ("verify_kernels", 0)
+    assert compiled == {}
     make_llm("llama-mqa-linear", verify_kernels=False)
     assert len(calls) == 1
+
+
+def test_a_program_that_is_there_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise AssertionError("traced")
+
+    both = checks(num_layers=2)
+    assert [check.name for check in both] == [("verify_kernels", 0), ("verify_kernels", 1)]
+    assert checks(shares_prefix=True)[0].name not in {check.name for check in both}
+    monkeypatch.setattr(KernelCheck, "lower", fail)
+    sizes = []
+
+    def result(found: float) -> Callable[..., dict[str, float]]:
+        def run(*arrays: jax.Array) -> dict[str, float]:
+            sizes.append(len(arrays))
+            return {"write_kv": found}
+
+        return run
+
+    compiled = {both[0].name: result(0.5), both[1].name: result(0.75)}
+    check_kernels(both, compiled)
+    assert len(sizes) == 2
+    assert min(sizes) > 5
+    with pytest.raises(KernelCheckError, match=r"write_kv on cpu: .* 1\.5 times .*window=40"):
+        check_kernels(both, compiled | {both[1].name: result(1.5)})
 
 
 def test_the_switch_is_a_switch() -> None:

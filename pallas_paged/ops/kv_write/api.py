@@ -165,6 +165,19 @@ def write_implementation(
     return choose_implementation("write_kv", _IMPLEMENTATIONS, requested, k, kv_cache)
 
 
+def writes_rotated(requested: str | None, q: _Shape, k: _Shape, kv_cache: KVCache) -> bool:
+    """Whether the implementation of `write_kv` is a kernel which has one beside it that rotates.
+
+    Then it is worth while to leave the rotation to `rotate_and_write`.
+
+    Raises:
+      ValueError, NotImplementedError: as `write_kv`.
+    """
+    if write_implementation(requested, k, kv_cache) != "mosaic_gpu":
+        return False
+    return rotating_implementation(None, q, k, kv_cache) == "mosaic_gpu"
+
+
 def _check(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array) -> None:
     check_cache(kv_cache)
     for name, new, cache in (("k", k, kv_cache.k), ("v", v, kv_cache.v)):
