@@ -1,6 +1,11 @@
 """Decode for sm_90a: packs queries, runs the kernel and the merge of what it has divided.
 
 How the kernel computes is written in `decode_kernel.py`.
+
+The merge is launched when the kernel has ended. Programmatic dependent launch, which Mosaic GPU has
+for Hopper (`plgpu.griddepcontrol_wait`), would begin it earlier, but not in an engine's step: of a
+command buffer XLA makes a CUDA graph in which each custom call is a graph of its own, traced alone,
+and between such graphs there are plain edges only.
 """
 
 import functools
