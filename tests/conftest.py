@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -28,6 +29,16 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_gpu_autotune_level=0",
     )
 )
+
+# Where Python may not write what it compiled, as in many containers, each program that tests start
+# would compile all that it imports, for some seconds. All test processes share one folder instead.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = tempfile.mkdtemp(
+        prefix="pallas-paged-"
+    )
+    atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
 
 import jax
 import jaxtyping
