@@ -32,14 +32,22 @@ def drafted(name: str = MODEL, count: int = 3, **others: Any) -> dict[str, Any]:
     return method | others
 
 
-def run(
-    prompts: list[list[int]], params: Any, config: Any, **options: Any
-) -> tuple[list[list[int]], LLM]:
-    fixed = {"max_num_seqs": 8, "max_model_len": 128, "speculative_config": config}
-    llm = make_llm(MODEL, **fixed | options)
+LIMITS = {"max_num_seqs": 8, "max_model_len": 128}
+
+
+def run(llm: LLM, prompts: list[list[int]], params: Any) -> list[list[int]]:
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     assert_idle(llm)
-    return [list(c.token_ids) for output in outputs for c in output.outputs], llm
+    return [list(c.token_ids) for output in outputs for c in output.outputs]
+
+
+@pytest.fixture(scope="module")
+def plain() -> LLM:
+    """An engine where nobody guesses, with room for all, that makes one step at a time.
+
+    What others must be equal to, whatever their memory, blocks and chunks.
+    """
+    return make_llm(MODEL, **LIMITS, num_scheduler_steps=1)
 
 
 def proposer_of(llm: LLM) -> Proposer:
@@ -55,18 +63,18 @@ PROMPTS = [[3], [*range(4, 30)], [9, 8, 7], [*range(5, 70)]]
     ("params", "block_size"), [(GREEDY, 16), (SAMPLED, 4)], ids=["greedy", "sampled"]
 )
 def test_a_model_that_guesses_for_itself_is_always_right(
-    params: SamplingParams, block_size: int
+    plain: LLM, params: SamplingParams, block_size: int
 ) -> None:
     """So its keys and values are right at every place, and there are blocks for all of them."""
-    plain, without = run(PROMPTS, params, None, block_size=block_size, num_scheduler_steps=1)
-    found, llm = run(PROMPTS, params, drafted(), block_size=block_size)
-    assert found == plain
+    llm = make_llm(MODEL, **LIMITS, speculative_config=drafted(), block_size=block_size)
+    num_before = plain.engine.core.num_steps
+    assert run(llm, PROMPTS, params) == run(plain, PROMPTS, params)
     proposer = proposer_of(llm)
     # There is no room yet for guesses behind a prompt that has just been admitted.
     most_wrong = 0 if block_size == 16 else 3 * len(PROMPTS)
     assert proposer.num_drafts > 100
     assert proposer.num_drafts - proposer.num_accepted <= most_wrong
-    assert llm.engine.core.num_steps < 0.4 * without.engine.core.num_steps
+    assert llm.engine.core.num_steps < 0.4 * (plain.engine.core.num_steps - num_before)
 
 
 REQUESTS: list[tuple[list[int], Any]] = [
@@ -93,29 +101,27 @@ REQUESTS: list[tuple[list[int], Any]] = [
     ],
     ids=["itself, room", "another, recompute", "itself, swap", "another, chunks"],
 )
-def test_the_same_outputs_whoever_guesses(name: str, options: dict[str, Any]) -> None:
+def test_the_same_outputs_whoever_guesses(plain: LLM, name: str, options: dict[str, Any]) -> None:
     prompts, params = map(list, zip(*REQUESTS, strict=True))
-    plain, _ = run(prompts, params, None, **options)
-    found, llm = run(prompts, params, drafted(name, min_gain=0), **options)
-    assert found == plain
+    llm = make_llm(MODEL, **LIMITS | options, speculative_config=drafted(name, min_gain=0))
+    assert run(llm, prompts, params) == run(plain, prompts, params)
     assert proposer_of(llm).num_accepted > 0
     if options["num_blocks"] == 60:
         assert llm.engine.core.scheduler.num_preemptions
 
 
-def test_beside_beams() -> None:
-    llm, other = (
-        make_llm(MODEL, max_num_seqs=8, speculative_config=config) for config in (None, drafted())
-    )
+def test_beside_beams(plain: LLM) -> None:
+    other = make_llm(MODEL, **LIMITS, speculative_config=drafted())
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     beams = BeamSearchParams(beam_width=2, max_tokens=12, ignore_eos=True)
-    for one in (llm, other):
-        for prompt in prompts[:2]:
-            one.engine.add(one.engine.make_group(prompt["prompt_token_ids"], beams))
-        for prompt in prompts[2:]:
-            one.engine.add(one.engine.make_group(prompt["prompt_token_ids"], GREEDY))
+    for one in (plain, other):
+        for index, prompt in enumerate(prompts):
+            params = beams if index < 2 else GREEDY
+            one.engine.add(
+                one.engine.make_group(prompt["prompt_token_ids"], params, request_id=f"{index}")
+            )
     found = []
-    for one in (llm, other):
+    for one in (plain, other):
         done: dict[str, Any] = {}
         while one.engine.has_unfinished:
             for output in one.engine.step():
@@ -137,10 +143,9 @@ def test_a_cached_prefix_has_the_small_models_keys_too() -> None:
     assert metrics["vllm:prefix_cache_hits"] > 40
 
 
-def test_who_gains_nothing_goes_on_without_the_small_model() -> None:
-    found, llm = run(PROMPTS[:2], SAMPLED, drafted(OTHER, min_gain=2.9))
-    plain, _ = run(PROMPTS[:2], SAMPLED, None)
-    assert found == plain
+def test_who_gains_nothing_goes_on_without_the_small_model(plain: LLM) -> None:
+    llm = make_llm(MODEL, **LIMITS, speculative_config=drafted(OTHER, min_gain=2.9))
+    assert run(llm, PROMPTS[:2], SAMPLED) == run(plain, PROMPTS[:2], SAMPLED)
     buckets = llm.runner.programs.num_traces
     assert any(bucket.is_decode and bucket.num_steps > 1 for bucket in buckets)
 
