@@ -39,7 +39,7 @@ SLOW = [
     ),
     (
         "startup",
-        "--random_model=tiny --repeats=1 --bundle --max_num_seqs=2 --max_num_batched_tokens=32",
+        "--random_model=tiny --repeats=1 --bundle --max_num_seqs=1 --max_num_batched_tokens=16",
     ),
     (
         "host_cost",
