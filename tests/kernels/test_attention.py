@@ -13,6 +13,7 @@ from benchmarks.attention_cases.specs import SPECS
 from pallas_paged import AttentionMetadata, KVCache, paged_attention, write_kv
 from pallas_paged.ops.attention import xla
 from pallas_paged.ops.attention.cpu.attend import unsupported
+from tests.kernels.one_program import attend
 
 # The inputs are standard-normal, so these bound the error of one rounding and of the sums.
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
@@ -25,26 +26,11 @@ def _exact_products():
         yield
 
 
-def run(arguments, implementation, **options):
-    """Returns (out, lse). As one program: compiled one by one, its operations take much longer."""
-    options = arguments.options | options
-    given = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
-    fixed = {name: value for name, value in options.items() if name not in given}
-
-    @jax.jit
-    def attend(arrays, given):
-        return paged_attention(
-            *arrays, **fixed, **given, return_lse=True, implementation=implementation
-        )
-
-    return attend(arguments.arrays, given)
-
-
 @functools.cache
 def build_with_expected(spec):
     """Returns the arguments and what the reference gives, once for all implementations."""
     arguments = build(spec)
-    return arguments, run(arguments, "reference")
+    return arguments, attend(arguments, "reference")
 
 
 def assert_close(actual, expected, tolerance):
@@ -74,7 +60,7 @@ def cpu_unsupported(spec):
 )
 def test_equals_reference(implementation, spec):
     arguments, (expected, expected_lse) = build_with_expected(spec)
-    out, lse = run(arguments, implementation)
+    out, lse = attend(arguments, implementation)
     assert out.dtype == expected.dtype == arguments.q.dtype
     assert np.isfinite(np.asarray(expected, np.float32)).all()
     assert_close(out, expected, TOLERANCES[spec.dtype])
@@ -100,7 +86,7 @@ def test_tuning_changes_no_result(tuning):
         "sinks": None,
     }
     out, lse = xla.paged_attention(*arguments.arrays, **options | window, tuning=tuning)
-    expected, expected_lse = run(arguments, "reference", scale=0.3, **window)
+    expected, expected_lse = attend(arguments, "reference", scale=0.3, **window)
     assert_close(out, expected, 1e-5)
     assert_close(lse, expected_lse, 1e-5)
 
@@ -149,7 +135,7 @@ def test_equals_dense_softmax(implementation, options):
     lens, queries = (13, 1, 24, 0, 8), (1, 1, 5, 0, 8)
     spec = AttentionSpec("dense", lens, queries, num_q_heads=6, block_size=4, **options)
     arguments = build(spec)
-    out, lse = run(arguments, implementation)
+    out, lse = attend(arguments, implementation)
     expected, expected_lse = dense_attention(spec, arguments)
     assert_close(out, expected, 1e-5)
     assert_close(lse, expected_lse, 1e-5)
@@ -225,8 +211,8 @@ def test_unused_memory_reaches_no_result(implementation):
         jnp.where(is_poison, 1e4, array)
         for is_poison, array in zip(poison, arguments.arrays[:3], strict=True)
     ]
-    results = run(arguments, implementation)
-    others = run(
+    results = attend(arguments, implementation)
+    others = attend(
         arguments._replace(q=replaced[0], k_cache=replaced[1], v_cache=replaced[2]), implementation
     )
     for result, other in zip(results, others, strict=True):
@@ -243,7 +229,7 @@ def test_blocks_left_of_the_window_may_be_gone(implementation):
     fields = dict(vars(arguments.metadata), block_tables=jnp.asarray(tables))
     gone = arguments._replace(metadata=AttentionMetadata(**fields))
     for result, expected in zip(
-        run(gone, implementation), run(arguments, "reference"), strict=True
+        attend(gone, implementation), attend(arguments, "reference"), strict=True
     ):
         assert_close(result, expected, 1e-5)
 
@@ -255,7 +241,7 @@ def test_nan_left_of_the_window_reaches_no_result(implementation):
     arguments = build(
         AttentionSpec("left", (length,), (1,), sliding_window=window, block_size=size)
     )
-    expected = run(arguments, "reference")
+    expected = attend(arguments, "reference")
     block, count = divmod(length - window, size)
     assert count > 0
     place = arguments.metadata.block_tables[0, block], slice(None), slice(0, count)
@@ -263,7 +249,7 @@ def test_nan_left_of_the_window_reaches_no_result(implementation):
         name: getattr(arguments, name).at[place].set(jnp.nan) for name in ("k_cache", "v_cache")
     }
     for result, other in zip(
-        run(arguments._replace(**poisoned), implementation), expected, strict=True
+        attend(arguments._replace(**poisoned), implementation), expected, strict=True
     ):
         assert_close(result, other, 1e-5)
 
@@ -273,13 +259,13 @@ def test_nan_left_of_the_window_reaches_no_result(implementation):
 def test_values_of_another_width_than_the_keys(implementation, cache_dtype):
     """Each column of the values gives one of the output: the result is part of a wider one's."""
     arguments = build(dataclasses.replace(MIXED, cache_dtype=cache_dtype, sinks=True))
-    expected, expected_lse = run(arguments, "reference")
+    expected, expected_lse = attend(arguments, "reference")
     narrow = arguments._replace(v_cache=arguments.v_cache[..., 3:11])
-    out, lse = run(narrow, implementation)
+    out, lse = attend(narrow, implementation)
     assert_close(out, expected[..., 3:11], 1e-5)
     assert_close(lse, expected_lse, 1e-5)
     wide = arguments._replace(v_cache=jnp.concatenate([arguments.v_cache] * 2, axis=3))
-    out, lse = run(wide, implementation)
+    out, lse = attend(wide, implementation)
     assert_close(out, jnp.concatenate([expected] * 2, axis=2), 1e-5)
     assert_close(lse, expected_lse, 1e-5)
 
@@ -289,7 +275,7 @@ def test_padding_gets_zeros_and_minus_infinity(implementation):
     arguments = build(MIXED)
     used = sum(MIXED.lens_of_queries)
     sinks = jnp.ones(MIXED.num_q_heads, jnp.float32)
-    out, lse = run(arguments, implementation, sinks=sinks)
+    out, lse = attend(arguments, implementation, sinks=sinks)
     assert out.shape[0] > used
     np.testing.assert_array_equal(out[used:], 0)
     np.testing.assert_array_equal(lse[used:], -np.inf)
@@ -311,8 +297,8 @@ def test_sequence_alone_gets_the_same_bits(implementation, row):
         query_start_loc=jnp.asarray(np.append(0, np.cumsum(is_row * count)), jnp.int32),
     )
     q = jnp.roll(arguments.q, -first, axis=0)
-    results = run(arguments._replace(q=q, metadata=AttentionMetadata(**alone)), implementation)
-    for result, expected in zip(results, run(arguments, implementation), strict=True):
+    results = attend(arguments._replace(q=q, metadata=AttentionMetadata(**alone)), implementation)
+    for result, expected in zip(results, attend(arguments, implementation), strict=True):
         np.testing.assert_array_equal(result[:count], expected[first : first + count])
 
 
@@ -326,7 +312,7 @@ def test_step_of_padding_only(implementation, max_query_len):
         if isinstance(value, jax.Array)
     }
     metadata = AttentionMetadata(**fields, max_query_len=max_query_len)
-    out, lse = run(arguments._replace(metadata=metadata), implementation)
+    out, lse = attend(arguments._replace(metadata=metadata), implementation)
     np.testing.assert_array_equal(out, 0)
     np.testing.assert_array_equal(lse, -np.inf)
 
@@ -335,7 +321,7 @@ def test_decode_loop_equals_prefill():
     """Under jit, in a scan: each step writes one token per sequence and attends."""
     lens, size, heads, kv_heads, dim = (19, 5, 33), 8, 4, 2, 16
     prefill = build(AttentionSpec("prefill", lens, lens, heads, kv_heads, dim, size, num_rows=3))
-    expected = run(prefill, "reference")[0]
+    expected = attend(prefill, "reference")[0]
     starts = np.asarray(prefill.metadata.query_start_loc)
     longest = max(lens)
     token = jnp.asarray(np.minimum(starts[:-1, None] + np.arange(longest), starts[1:, None] - 1).T)
@@ -375,7 +361,7 @@ def test_partial_results_merge():
     spec = AttentionSpec("merge", (64, 40), block_size=8, num_rows=2, num_tokens=2)
     arguments = build(spec)
     sinks = jnp.ones(spec.num_q_heads, jnp.float32)
-    expected, expected_lse = run(arguments, "reference", sinks=sinks)
+    expected, expected_lse = attend(arguments, "reference", sinks=sinks)
     lens = jnp.array([16, 16], jnp.int32)
     first = arguments._replace(
         metadata=AttentionMetadata(**dict(vars(arguments.metadata), seq_lens=lens))
@@ -387,7 +373,7 @@ def test_partial_results_merge():
             block_tables=jnp.roll(arguments.metadata.block_tables, -2, axis=1),
         )
     )
-    parts = run(first, "numba", sinks=sinks), run(arguments._replace(metadata=rest), "xla")
+    parts = attend(first, "numba", sinks=sinks), attend(arguments._replace(metadata=rest), "xla")
     lse = jnp.logaddexp(parts[0][1], parts[1][1])
     out = sum(part * jnp.exp(part_lse - lse)[..., None] for part, part_lse in parts)
     assert_close(out, expected, 1e-5)

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.attention_cases.arguments import AttentionSpec, build
 from pallas_paged import SharedPrefix, paged_attention
 from tests.kernels.interpreting import build_poisoned
+from tests.kernels.one_program import attend
 from tests.kernels.test_attention import assert_close
 
 DECODE = AttentionSpec(
@@ -39,15 +40,8 @@ def sharing(spec):
 
 
 def check(arguments, implementation, num_blocks, is_shared, tolerance, lse_tolerance=1e-5):
-    expected, expected_lse = paged_attention(
-        *arguments.arrays, **arguments.options, return_lse=True, implementation="reference"
-    )
-    out, lse = paged_attention(
-        *with_prefix(arguments, num_blocks, is_shared).arrays,
-        **arguments.options,
-        return_lse=True,
-        implementation=implementation,
-    )
+    expected, expected_lse = attend(arguments, "reference")
+    out, lse = attend(with_prefix(arguments, num_blocks, is_shared), implementation)
     assert out.dtype == expected.dtype
     assert np.isfinite(np.asarray(expected, np.float32)).all()
     assert_close(out, expected, tolerance)

@@ -10,6 +10,7 @@ from pallas_paged import paged_attention
 from pallas_paged.ops.attention import cascade
 from tests.kernels.interpret_sm80 import interpret_sm80
 from tests.kernels.interpreting import TOLERANCES, interpreted
+from tests.kernels.one_program import attend
 from tests.kernels.test_attention import assert_close
 from tests.kernels.test_cascade import sharing, with_prefix
 
@@ -39,7 +40,7 @@ KERNELS = AttentionSpec(
 def test_kernels(interpret, spec, monkeypatch):
     monkeypatch.setattr(cascade, "MOST_TOGETHER", 2)  # so that three tokens are two rows
     arguments = build(spec)
-    expected = paged_attention(*arguments.arrays, **arguments.options, implementation="reference")
+    expected = attend(arguments, "reference")[0]
     with interpret():
         out = jax.block_until_ready(
             paged_attention(

@@ -17,7 +17,8 @@ from pallas_paged.deviceless import target_device
 from pallas_paged.ops.attention.api import attention_implementation
 from pallas_paged.ops.attention.cpu import kernel
 from pallas_paged.ops.cpu import registration, team, xla_call, xla_header
-from tests.kernels.test_attention import assert_close, run
+from tests.kernels.one_program import attend as run
+from tests.kernels.test_attention import assert_close
 from tests.kernels.test_product import OTHER_CPUS, printed_on
 
 LARGE = AttentionSpec(

@@ -97,11 +97,14 @@ DECODE = AttentionSpec(
 MIXED = dataclasses.replace(DECODE, name="mixed", query_lens=(1, 9, 3))
 
 
+compiled = jax.jit(paged_attention, static_argnames=("implementation", "return_lse"))
+
+
 def attend(arguments, implementation, **changes):
     arrays = (arguments.q, arguments.k_cache, arguments.v_cache)
     changes = {name: jnp.asarray(value, jnp.int32) for name, value in changes.items()}
     metadata = dataclasses.replace(arguments.metadata, **changes)
-    out, lse = paged_attention(*arrays, metadata, return_lse=True, implementation=implementation)
+    out, lse = compiled(*arrays, metadata, return_lse=True, implementation=implementation)
     return np.asarray(out, np.float32), np.asarray(lse)
 
 

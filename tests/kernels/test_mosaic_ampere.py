@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.attention_cases.arguments import AttentionSpec
 from benchmarks.attention_cases.specs import DECODE_KERNEL_SPECS, QUANTISED_KERNEL_SPECS
-from pallas_paged import attention_implementation, paged_attention
+from pallas_paged import attention_implementation
 from pallas_paged.dispatch import KERNEL_FAMILIES, interpret_kernels, kernel_family
 from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.ampere.problem import AmpereProblem
@@ -21,6 +21,7 @@ from pallas_paged.ops.attention.ampere.quantised import to_numbers
 from pallas_paged.ops.attention.config import DecodeConfig
 from tests.kernels.interpret_sm80 import interpret_sm80
 from tests.kernels.interpreting import TOLERANCES, build_poisoned, complete
+from tests.kernels.one_program import attend
 from tests.kernels.prefill_cases import interpret_cases
 from tests.kernels.tabled import tabled_but
 
@@ -97,9 +98,7 @@ def test_equals_the_reference(name):
     spec, config = CASES[case]
     arguments = build_poisoned(spec)
     out, lse = run(spec, arguments, config, landing)
-    expected, expected_lse = paged_attention(
-        *arguments.arrays, **arguments.options, return_lse=True, implementation="reference"
-    )
+    expected, expected_lse = attend(arguments, "reference")
     tolerance = TOLERANCES[arguments.q.dtype.name]
     expected, out = (np.asarray(array, np.float32) for array in (expected, out))
     np.testing.assert_allclose(out, expected, atol=tolerance, rtol=0)

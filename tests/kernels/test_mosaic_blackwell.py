@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_paged import attention_implementation, paged_attention
+from pallas_paged import attention_implementation
 from pallas_paged.dispatch import interpret_kernels, kernel_family
 from pallas_paged.ops.attention import mosaic_gpu
 from pallas_paged.ops.attention.blackwell import problem as blackwell_problem
@@ -16,6 +16,7 @@ from pallas_paged.ops.attention.blackwell.problem import SM100, shared_types
 from pallas_paged.ops.attention.config import DecodeConfig, fits
 from tests.kernels.ampere_cases import blackwell_cases
 from tests.kernels.interpreting import TOLERANCES, build_poisoned, complete, interpreted
+from tests.kernels.one_program import attend
 from tests.kernels.tabled import tabled_but
 from tests.kernels.test_mosaic_ampere import CASES as AMPERE_CASES
 
@@ -46,9 +47,7 @@ def test_equals_the_reference(name):
     spec, config = CASES[name]
     arguments = build_poisoned(spec)
     out, lse = run(spec, arguments, config)
-    expected, expected_lse = paged_attention(
-        *arguments.arrays, **arguments.options, return_lse=True, implementation="reference"
-    )
+    expected, expected_lse = attend(arguments, "reference")
     tolerance = TOLERANCES[arguments.q.dtype.name]
     expected, out = (np.asarray(array, np.float32) for array in (expected, out))
     np.testing.assert_allclose(out, expected, atol=tolerance, rtol=0)

@@ -19,6 +19,7 @@ from pallas_paged.ops.attention.hopper.decode_merge import merge
 from pallas_paged.ops.attention.hopper.decode_parts import Outputs
 from pallas_paged.ops.attention.work_list import Parts, make_work_list
 from tests.kernels.interpreting import TOLERANCES, interpreted
+from tests.kernels.one_program import attend
 from tests.kernels.tabled import tabled_but
 
 SPECS = DECODE_KERNEL_SPECS + QUANTISED_KERNEL_SPECS
@@ -52,9 +53,7 @@ def run(arguments, config, detect_races=True):
 
 def assert_close(results, arguments):
     out, lse = (np.asarray(result, np.float32) for result in results)
-    expected = paged_attention(
-        *arguments.arrays, **arguments.options, return_lse=True, implementation="reference"
-    )
+    expected = attend(arguments, "reference")
     tolerance = TOLERANCES[arguments.q.dtype.name]
     np.testing.assert_allclose(out, np.asarray(expected[0], np.float32), atol=tolerance, rtol=0)
     np.testing.assert_allclose(lse, expected[1], atol=1e-5, rtol=1e-5)

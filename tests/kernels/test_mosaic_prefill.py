@@ -13,11 +13,11 @@ import pytest
 from benchmarks.attention_cases.arguments import AttentionSpec, build
 from pallas_paged import paged_attention
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
-from pallas_paged.ops.attention import reference
 from pallas_paged.ops.attention.hopper import prefill as kernel
 from pallas_paged.ops.attention.hopper.prefill_config import PrefillTuning
 from pallas_paged.ops.attention.hopper.prefill_plan import NUM_TOKENS, plan_prefill
 from tests.kernels.interpreting import TOLERANCES, build_poisoned, complete, interpreted
+from tests.kernels.one_program import attend
 from tests.kernels.prefill_cases import interpret_cases
 from tests.kernels.tabled import tabled_but
 
@@ -34,7 +34,7 @@ def run(spec, tuning, into=None, sinks=None, num_sms=2, **plan_options):
     options = complete(spec, arguments.options)
     if sinks is not None:
         options["sinks"] = sinks
-    expected = reference.paged_attention(*arguments.arrays, **options)
+    expected = attend(arguments, "reference", sinks=options["sinks"])
     scales = options.pop("k_scale"), options.pop("v_scale")
 
     @jax.jit
@@ -227,9 +227,7 @@ def test_a_mixed_step_of_the_public_function():
         out, lse = jax.block_until_ready(
             jax.jit(lambda *arrays: paged_attention(*arrays, return_lse=True))(*arguments.arrays)
         )
-    expected, expected_lse = paged_attention(
-        *arguments.arrays, return_lse=True, implementation="reference"
-    )
+    expected, expected_lse = attend(arguments, "reference")
     expected, out = (np.asarray(array, np.float32) for array in (expected, out))
     np.testing.assert_allclose(out, expected, rtol=2e-2, atol=2e-2)
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
