@@ -26,8 +26,8 @@ serve: $(VENV)/.serve
 # interpreted kernels that are marked `tabled` are left out: the tables of `make kernels-full` hold
 # every two properties of theirs in one case, and a test fails when these are not of today's sources.
 # What is marked `slow`, above all rehearsals of the GPU suite and most benchmark programs, is left
-# to `make check`.
-TEST := $(PY) -m pytest -n 3 --dist=loadfile
+# to `make check`. Files begin in the order of tests/conftest.py, not by how many tests they have.
+TEST := $(PY) -m pytest -n 3 --dist=loadfile --no-loadscope-reorder
 
 test: $(VENV)/.test
 	@$(TEST) -m 'not slow and not tabled'

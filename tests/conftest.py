@@ -83,6 +83,25 @@ def unchecked_shapes(request: pytest.FixtureRequest) -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+# From a minute on. The GPU suite's rehearsal, which has a limit, is not beside benchmark programs.
+LONG_FILES = [
+    *("tests/engine/test_whole_step_deviceless.py", "tests/test_benchmarks.py"),
+    *("tests/engine/test_draft_model.py", "tests/kernels/test_attention.py"),
+    *("tests/engine/test_compile.py", "tests/kernels/test_mosaic_cache_ops.py"),
+    *("tests/benchmarks/test_gpu_suite_rehearsal.py", "tests/kernels/test_mosaic_prefill.py"),
+    *("tests/engine/test_sampling.py", "tests/kernels/test_cpu_attention.py"),
+    *("tests/kernels/test_product.py", "tests/engine/test_beams.py"),
+    *("tests/engine/test_kernel_check.py", "tests/engine/test_scheduler_stateful.py"),
+    *("tests/engine/serve/test_program.py", "tests/engine/test_programs.py"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first: a process that gets one last would run it alone at the end."""
+    rank = {name: index for index, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.nodeid.split("::")[0], len(rank)))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Freezes what has been imported: it stays, and no collection of garbage walks through it.
 
