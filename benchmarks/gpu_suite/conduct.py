@@ -127,7 +127,13 @@ class Runners:
             row = worker.ask(message | {"context": self._context.fields()}, limit_s, deadline)
         elif row["status"] != "unsupported":
             row = row | {"reason": f"while it was prepared: {row.get('reason', '')}"}
-        self._append(stage, {"case": case.name} | row)
+        self._append(stage, {"case": case.name} | row | {"ahead_s": self._ahead_s(stage, case)})
+
+    def _ahead_s(self, stage: Stage, case: Case) -> float:
+        """Returns how long it took to compile and prepare what a case needs, in this run."""
+        done = self._preparing.results
+        tasks = [task for task in preparation.tasks_of(stage.name, case) if task in done]
+        return round(sum(done[task].get("took_s", 0.0) for task in tasks), 2)
 
     def _why_not_run(self, stage: Stage, case: Case) -> stages.Row:
         needed = preparation.tasks_of(stage.name, case)

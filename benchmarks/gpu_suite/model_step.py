@@ -242,6 +242,6 @@ STAGE = Stage(
     "model",
     80,
     _cases,
-    ("us", "noise", "floor_us", "us/floor", "tokens_per_s", "temporary_bytes"),
+    ("us", "noise", "floor_us", "us/floor", "tokens_per_s", "temporary_bytes", "ahead_s"),
     aims=2,
 )

@@ -110,6 +110,7 @@ def test_every_stage_runs_and_what_goes_wrong_costs_one_case(first):
                 assert row["status"] in ("ok", "unsupported", "skipped"), (stage, row)
     assert found["rehearsal"].keys() == rehearsal.EXPECTED.keys()
     assert {row["status"] for row in found["correctness"].values()} == {"ok"}
+    assert min(row["ahead_s"] for row in found["model"].values()) > 0
     assert {"hangs", "crashes", "fails"} <= found["rehearsal"].keys()
 
 
