@@ -47,7 +47,6 @@ from pallas_paged.engine.device.pool_size import (
     PoolPlan,
     buckets_for,
     plan_pool,
-    shares_prefixes,
     unsized_programs,
 )
 from pallas_paged.engine.device.runner import ModelRunner
@@ -256,15 +255,15 @@ def _build_runner(
         unsized = unsized_programs(config, network, table_width, specs, implementation, placement)
         bundle = bundles.open_matching(config.bundle, unsized)
     checks = kernel_checks(
+        config,
         network,
         specs,
         dtype,
         attention=implementation,
         writes=writes,
-        cache_implementation=config.cache_implementation,
-        shares_prefix=shares_prefixes(config, placement.device.platform, specs),
+        platform=placement.device.platform,
     )
-    if config.verify_kernels and checks:
+    if checks:
         compiled = {}
         if bundle is not None:
             assert config.bundle is not None

@@ -36,7 +36,6 @@ from pallas_paged.engine.device.pool_size import (
     buckets_for,
     num_bytes,
     plan_pool,
-    shares_prefixes,
     unsized_programs,
 )
 from pallas_paged.engine.device.programs import Name, StepPrograms
@@ -141,13 +140,13 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
         unsized = unsized_programs(config, model, table_width, specs, attention, placement)
         own = fingerprint(unsized)
         checks = kernel_checks(
+            config,
             model,
             specs,
             dtype,
             attention=attention,
             writes=writes,
-            cache_implementation=config.cache_implementation,
-            shares_prefix=shares_prefixes(config, placement.device.platform, specs),
+            platform=placement.device.platform,
         )
     caches = tuple(spec.shapes(plan.num_blocks) for spec in specs)
     return Prepared(

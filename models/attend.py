@@ -36,8 +36,8 @@ def paged_attend(
       v: their values, as wide as the cache's.
       kv_cache: the layer's cache; donated by `write_kv`.
       metadata: where the tokens stand.
-      rotary: cosines and sines by which the T tokens' queries and keys are still to be rotated; see
-        `rotate`. None if positions are encoded in them, or nowhere.
+      rotary: cosines and sines by which the T tokens' queries and keys are still to be rotated, see
+        `pallas_paged.ops.rotary.rotate`; None if they are rotated, or are not to be.
       write_implementation: of `write_kv`; a kernel that writes also rotates, where there is one for
         such heads.
       promise_in_bounds: of both.
@@ -49,15 +49,19 @@ def paged_attend(
       The attention's output and the updated cache.
     """
     if rotary is not None and queries is not None:
-        raise ValueError("rotate the queries of some tokens by those tokens' angles, and the keys")
+        raise ValueError("with `queries`, q and k must be rotated already: pass no `rotary`")
     slots = metadata.slot_mapping
-    if rotary is not None and kv_write.writes_rotated(write_implementation, q, k, kv_cache):
+    if rotary is not None and kv_write.rotates_as_it_writes(
+        write_implementation, q, k, v, kv_cache
+    ):
+        cos, sin = rotary
         q, kv_cache = kv_write.rotate_and_write(
-            q, k, v, *rotary, kv_cache, slots, promise_in_bounds=promise_in_bounds
+            q, k, v, cos, sin, kv_cache, slots, promise_in_bounds=promise_in_bounds
         )
     else:
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            cos, sin = rotary
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = _computed_at_once(q, k, v)
         kv_cache = kv_write.write_kv(
             k,
@@ -122,7 +126,8 @@ def dense_attend(
             "takes sequences of equal length"
         )
     if rotary is not None:
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        cos, sin = rotary
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     q, k, v = (x.reshape(-1, length, *x.shape[1:]) for x in (q, k, v))
     window = None if sliding_window is None else (sliding_window - 1, 0)
     # JAX's own function relies on implicit promotion where the dtype has 16 bits.

@@ -22,7 +22,7 @@ from pallas_paged.models.config import (
     checkpoint_dtype_from_hf,
     head_dim_from_hidden,
 )
-from pallas_paged.models.interface import Attend, CheckpointNames, Context, Wanted
+from pallas_paged.models.interface import Attend, CheckpointNames, Context, Rotary, Wanted
 from pallas_paged.models.layers import (
     Embedding,
     Linear,
@@ -36,6 +36,7 @@ from pallas_paged.models.layers import (
 )
 from pallas_paged.models.rope import Rope, rotation
 from pallas_paged.models.rope_scaling import rope_from_hf
+from pallas_paged.ops.rotary import rotate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class DecoderConfig(ModelConfig):
       qkv_bias: whether the projections to queries, keys and values have biases.
       output_bias: whether the projection of the heads' outputs has one.
       mlp_bias: whether the three projections of the MLP have them.
-      qk_norm: RMS norms over each head's query and key, before they are turned.
+      qk_norm: RMS norms over each head's query and key, before they are rotated.
       sliding_windows: by layer, how many tokens a query sees, itself included, None for all of
         them; empty means None in every layer.
     """
@@ -174,7 +175,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "T E"],
-        cos_sin: tuple[Float32[Array, "T half"], Float32[Array, "T half"]],
+        cos_sin: Rotary,
         metadata: AttentionMetadata,
         kv_cache: KVCache | None,
         attend: Attend,
@@ -183,11 +184,13 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], KVCache | None]:
         """Returns the attention's output, of the `wanted` tokens, and the layer's updated cache."""
         q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in self.qkv_proj(x))
+        rotary: Rotary | None = cos_sin
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        asked = {"sliding_window": self.sliding_window, "context": context}
+            # XLA norms and rotates in one launch; a kernel would only rotate.
+            q, k, rotary = rotate(q, *cos_sin), rotate(k, *cos_sin), None
+        asked = {"sliding_window": self.sliding_window, "context": context, "rotary": rotary}
         options = {name: value for name, value in asked.items() if value is not None}
-        options["rotary"] = cos_sin
         out, kv_cache = attend_to_wanted(attend, wanted, q, k, v, kv_cache, metadata, **options)
         return self.o_proj(out.reshape(-1, self.num_features)), kv_cache
 
@@ -239,7 +242,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "T E"],
-        cos_sin: tuple[Float32[Array, "T half"], Float32[Array, "T half"]],
+        cos_sin: Rotary,
         metadata: AttentionMetadata,
         kv_cache: KVCache | None,
         attend: Attend,

@@ -18,14 +18,15 @@ Takes the step's queries `[T, Hq, D]`, keys `[T, Hk, D]` and values `[T, Hk, Dv]
 cache, or None for an attention that keeps none, and the metadata that places the T tokens. Returns
 the output `[T, Hq, Dv]` and the cache with the new keys and values in it. Options are those of
 `pallas_paged.ops.attention.api.paged_attention`; a model passes only those that it needs. With the
-option `rotary`, of type `Rotary`, queries and keys are still to be rotated by it; without, their
-positions are encoded already. A step that has a `Context` gives it as the option `context`. Where
-only some tokens' outputs are needed, `q` is `[L, Hq, D]`, their metadata is the option `queries`,
-and there is no `rotary`.
+option `rotary`, cosines and sines, queries and keys are still to be rotated, as
+`pallas_paged.ops.rotary.rotate(q, *rotary)` does it; an attention that leaves this out attends to
+tokens without positions. A step that has a `Context` gives it as the option `context`. Where only
+some tokens' outputs are needed, `q` is `[L, Hq, D]`, their metadata is the option `queries`, and
+there is no `rotary`.
 """
 
 Rotary = tuple[Float32[Array, "T half"], Float32[Array, "T half"]]
-"""Cosines and sines of the angles by which the pairs of T tokens' heads turn; see `rotate`."""
+"""For each of T tokens and each pair of dimensions the cosine and the sine of the angle."""
 
 Context = Any
 """What a step brings to a model beside its tokens, for all layers: a pytree of arrays, or None.

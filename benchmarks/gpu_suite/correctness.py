@@ -15,7 +15,7 @@ from benchmarks.gpu_suite import (
     correctness_moves,
     repeated,
 )
-from benchmarks.gpu_suite.correctness_cases import DTYPES, OPERATIONS, WRITES
+from benchmarks.gpu_suite.correctness_cases import DTYPES, MOVES, OPERATIONS, WRITES
 from benchmarks.gpu_suite.correctness_large import Large
 from benchmarks.gpu_suite.correctness_moves import MANY_BLOCKS, MANY_TOKENS
 from benchmarks.gpu_suite.repeated import INTERPRETED_REPEATS, REPEATS, Problem
@@ -94,7 +94,7 @@ class _Cases:
         return [
             self._case(
                 f"{operation} 70,000",
-                problem(operation, sizes=MANY_TOKENS if operation == "write_kv" else MANY_BLOCKS),
+                problem(operation, sizes=MANY_TOKENS if operation in WRITES else MANY_BLOCKS),
                 run_s=5.0,
                 prepare_s=1.5,
                 limit_s=20.0,
@@ -152,14 +152,14 @@ def _first(context: Context) -> list[Case]:
             *kernels.attention(correctness_cases.interpreted_specs()[2:]),
             *kernels.attention(correctness_cases.interpreted_empty_specs(), empty=True),
             *kernels.moves(WRITES, DTYPES),
-            *kernels.moves(OPERATIONS[1:], ("bfloat16", "int8")),
+            *kernels.moves(MOVES, ("bfloat16", "int8")),
             kernels.padding(),
         ]
     basic = correctness_cases.basic_specs()
     return [
         *kernels.attention(basic),
         *kernels.moves(WRITES, DTYPES),
-        *kernels.moves(OPERATIONS[1:], ("bfloat16",)),
+        *kernels.moves(MOVES, ("bfloat16",)),
         *kernels.attention(correctness_cases.empty_specs(), empty=True),
         kernels.padding(),
         *kernels.attention(correctness_cases.small_specs()),
@@ -175,16 +175,16 @@ def _more(context: Context) -> list[Case]:
         return [
             *xla.attention(correctness_cases.interpreted_specs()),
             *xla.attention(correctness_cases.interpreted_empty_specs(), empty=True),
-            *xla.moves((*WRITES, *OPERATIONS[1:]), ("bfloat16", "int8")),
+            *xla.moves(OPERATIONS, ("bfloat16", "int8")),
             xla.padding(),
         ]
     return [
         *kernels.attention(correctness_cases.more_specs()),
-        *kernels.moves(OPERATIONS[1:], DTYPES[1:]),
+        *kernels.moves(MOVES, DTYPES[1:]),
         *kernels.attention(correctness_cases.kernel_specs()),
         *xla.attention(correctness_cases.basic_specs()),
         *xla.attention(correctness_cases.empty_specs(), empty=True),
-        *xla.moves((*WRITES, *OPERATIONS[1:]), DTYPES),
+        *xla.moves(OPERATIONS, DTYPES),
         *xla.attention(correctness_cases.first_specs()),
         *xla.attention(correctness_cases.common_specs()),
         *xla.attention(correctness_cases.more_specs()),

@@ -17,8 +17,9 @@ from benchmarks.attention_cases.specs import (
 
 DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int8")
 """Of caches in which blocks are moved."""
-OPERATIONS = ("write_kv", "copy_blocks", "gather_blocks", "scatter_blocks")
 WRITES = ("write_kv", "rotate_and_write")
+MOVES = ("copy_blocks", "gather_blocks", "scatter_blocks")
+OPERATIONS = (*WRITES, *MOVES)
 BLOCK_SIZES = (16, 64, 32, 128)
 HEAD_DIMS = (64, 80, 96, 192, 256)
 """Besides 128, which all others have."""

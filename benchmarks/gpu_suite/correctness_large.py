@@ -15,6 +15,7 @@ import numpy as np
 
 from benchmarks.attention_cases.arguments import AttentionSpec, build
 from benchmarks.gpu_suite import correctness_attention, correctness_moves, programs
+from benchmarks.gpu_suite.correctness_cases import WRITES
 from benchmarks.gpu_suite.correctness_moves import Sizes
 from benchmarks.gpu_suite.repeated import Arrays, Results, keep, kept, same_bits, verdict
 from benchmarks.gpu_suite.stage import Context, Program, Row
@@ -126,7 +127,7 @@ def run(large: Large, context: Context) -> Row:
     for _ in range(large.repeats):
         results = operation(*rest[:at], *cache, *rest[at:])
         if look is not None:
-            cache = results
+            cache = results[: len(cache)]
             results = look(*cache, ids)
         host = [np.asarray(leaf) for leaf in results]
         first = first or host
@@ -205,7 +206,7 @@ def _judge_look(arrays: Arrays, results: Results) -> Row:
     """Compares the few blocks without the null block, and the counts."""
     half = len(results) // 2
     blocks, counts = [leaf[1:] for leaf in results[:half]], results[half:]
-    row = correctness_moves.judge("copy_blocks", "bfloat16", arrays, blocks)
+    row = correctness_moves.judge("copy_blocks", "bfloat16", arrays, blocks)  # caches alone
     right = [np.asarray(arrays[f"expected {i}"], np.float32) for i in range(half)]
     stray = sum(
         int(count) - int(np.sum(~np.isnan(leaf))) for count, leaf in zip(counts, right, strict=True)
@@ -251,7 +252,7 @@ def _make_move(
     arguments, expected = correctness_moves.make(operation, dtype, _MOVED, padding=False)
     cache, others = arguments[where], [*arguments[:where], *arguments[where + 1 :]]
     used = [np.asarray(x) for x in others if getattr(x, "dtype", None) == jnp.int32]
-    size = _MOVED.block_size if operation == "write_kv" else 1
+    size = _MOVED.block_size if operation in WRITES else 1
     ids = far_ids(np.unique([array // size for array in used]), num_blocks)
     return (cache, ids, *(_moved(x, ids, size) for x in others)), expected
 

@@ -21,6 +21,7 @@ from pallas_paged import (
     write_kv,
 )
 from pallas_paged.kv_cache import to_stored
+from pallas_paged.ops.rotary import rotate
 from pallas_paged.quantisation import is_quantised
 
 
@@ -200,8 +201,11 @@ def arguments_of(operation: str, dtype: str, sizes: Sizes) -> tuple[Any, ...]:
     return cache, jnp.asarray(some), stored(count, heads, size)
 
 
-def by_index(operation: str, *arguments: Any) -> KVCache:
+def by_index(operation: str, *arguments: Any) -> Any:
     """Returns what the reference would, of caches that are not quantised, by NumPy's indices."""
+    if operation == "rotate_and_write":
+        q, k, v, cos, sin, *rest = arguments
+        return by_index("write_kv", rotate(k, cos, sin), v, *rest), rotate(q, cos, sin)
     if operation == "write_kv":
         *tokens, cache, slots = arguments
         block, offset = np.divmod(np.asarray(slots), cache.block_size)

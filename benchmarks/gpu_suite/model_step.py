@@ -32,7 +32,7 @@ class Step(NamedTuple):
       block_size: tokens per block.
       filters: whether the sequences sample by top-p, else without; see `Bucket.filters`.
       cublas: whether all matrix products are cuBLAS's, as in bundles that are made without the GPU;
-        else XLA times those and its own.
+        else XLA times its own beside them, if it compiles on the GPU.
       num_shared: blocks with which all sequences begin, and which are read for several at a time;
         see `Bucket.shares_prefix`.
       model: of `random_models.CONFIGS`.

@@ -217,6 +217,10 @@ def load_checks(
     """Returns the programs of kernel checks, as far as a bundle has them; see `load_programs`."""
     names = {check.name for check in checks}
     entries = [entry for entry in manifest.programs if _is_check(entry) and _name(entry) in names]
+    if len(entries) < len(names):
+        logger.warning(
+            "the bundle has no check of some kernels: it is compiled; see verify_kernels"
+        )
     return load_programs(folder, entries, device)
 
 

@@ -7,7 +7,6 @@ read is NaN there: free blocks, the null block, the tails of last blocks, paddin
 """
 
 import dataclasses
-import functools
 import logging
 import math
 import time
@@ -18,7 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_paged.cache_spec import CacheSpec
+from pallas_paged.deviceless import compile_lowered
 from pallas_paged.dispatch import target_device
+from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.device.kernel_problem import (
     NUM_QUERIES,
     AttentionKind,
@@ -26,12 +27,13 @@ from pallas_paged.engine.device.kernel_problem import (
     attention_kinds,
     make_problem,
 )
+from pallas_paged.engine.device.pool_size import shares_prefixes
 from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache, SharedPrefix
 from pallas_paged.models import CausalLM
 from pallas_paged.ops.attention.api import paged_attention
 from pallas_paged.ops.block_copy.api import copy_blocks
 from pallas_paged.ops.block_transfer.api import gather_blocks, scatter_blocks
-from pallas_paged.ops.kv_write.api import rotate_and_write, write_kv, writes_rotated
+from pallas_paged.ops.kv_write.api import rotate_and_write, rotates_as_it_writes, write_kv
 from pallas_paged.quantisation import is_quantised
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ CHECK = "verify_kernels"
 """What the names of all checks' programs begin with: the option's."""
 _NOT_COMPILED: Mapping[Any, Callable[..., Any]] = {}
 ROUNDINGS = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 1e-5}
-"""Of numbers that are computed alike and rounded, and once in a while otherwise, by their dtype."""
+"""Of numbers that are rounded to a dtype, by its name: now and then two ways round differently."""
 
 
 class KernelCheckError(RuntimeError):
@@ -74,37 +76,38 @@ class KernelCheck:
 
     def lower(self) -> jax.stages.Lowered:
         """Traces its program, for the target device: of the arrays of a problem, in their order."""
-        shapes = jax.eval_shape(functools.partial(make_problem, self.kind))
-        leaves, tree = jax.tree.flatten(shapes)
+        leaves, tree = jax.tree.flatten(make_problem(self.kind))
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
         find = _differences(self)
-        return jax.jit(lambda *arrays: find(jax.tree.unflatten(tree, arrays))).lower(*leaves)
+        return jax.jit(lambda *arrays: find(jax.tree.unflatten(tree, arrays))).lower(*shapes)
 
 
 def kernel_checks(
+    config: EngineConfig,
     model: CausalLM,
     specs: Sequence[CacheSpec],
     dtype: Any,
     *,
     attention: str,
     writes: str,
-    cache_implementation: str | None,
-    shares_prefix: bool = False,
+    platform: str,
 ) -> tuple[KernelCheck, ...]:
-    """Returns what has to be checked for a model; nothing where only XLA's programs run.
+    """Returns what an engine checks: nothing if it is told so, or if no kernel runs.
 
     Args:
+      config: of the engine.
       model: the model.
       specs: of its layers' caches.
       dtype: of activations.
       attention: the implementation of attention, see `choose_attention`.
       writes: those of the writes, see `choose_writes`.
-      cache_implementation: see `KernelCheck`, as is the next one.
-      shares_prefix: likewise.
+      platform: that the engine runs on.
     """
-    if "mosaic_gpu" not in (attention, *writes.split(", ")):
+    if not config.verify_kernels or "mosaic_gpu" not in (attention, *writes.split(", ")):
         return ()
+    shares_prefix = shares_prefixes(config, platform, specs)
     return tuple(
-        KernelCheck(kind, number, attention, cache_implementation, shares_prefix)
+        KernelCheck(kind, number, attention, config.cache_implementation, shares_prefix)
         for number, kind in enumerate(attention_kinds(model, specs, dtype))
     )
 
@@ -126,8 +129,8 @@ def check_kernels(
     num_checked = 0
     for check in checks:
         try:
-            arrays = jax.tree.leaves(make_problem(check.kind))
-            run = compiled.get(check.name) or check.lower().compile()
+            arrays = jax.device_put(jax.tree.leaves(make_problem(check.kind)), target_device())
+            run = compiled.get(check.name) or compile_lowered(check.lower(), target_device())
             differences = jax.device_get(run(*arrays))
         except Exception as error:
             raise KernelCheckError(
@@ -167,8 +170,8 @@ def _differences(check: KernelCheck) -> Callable[[Problem], dict[str, jax.Array]
             for implementation in (check.cache_implementation, "xla")
         )
         found = {name: _cache_difference(name, problem, ours[name], theirs[name]) for name in ours}
-        if check.kind.rotates and writes_rotated(
-            check.cache_implementation, problem.q_written, problem.k, problem.caches
+        if check.kind.rotates and rotates_as_it_writes(
+            check.cache_implementation, problem.q_written, problem.k, problem.v, problem.caches
         ):
             found["rotate_and_write"] = _rotation_difference(check.kind, problem)
         if check.attention == "xla":

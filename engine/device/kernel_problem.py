@@ -44,9 +44,10 @@ class AttentionKind(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A step of three sequences in a cache that else holds NaN, their blocks shuffled.
+    """A step of three sequences, their blocks shuffled, in a cache of which the rest is NaN.
 
-    Two have one query token, as in decode steps, and the longest has many, as in prefill.
+    Two have one query token, as in decode steps, and the longest has many, as in prefill. They are
+    NumPy's arrays until a device has them.
     """
 
     caches: KVCache  # poisoned, of N blocks
@@ -100,7 +101,7 @@ def attention_kinds(
 
 
 def make_problem(kind: AttentionKind) -> Problem:
-    """Returns the problem, on the target device."""
+    """Returns the problem, of NumPy's arrays: on a device each conversion would be a program."""
     rng = np.random.default_rng(0)
     num_kv_heads, S, head_dim = kind.spec.arrays[0].shape
     v_head_dim = kind.spec.arrays[1].shape[2]
@@ -114,35 +115,32 @@ def make_problem(kind: AttentionKind) -> Problem:
     rows, positions = np.array(places, np.int32).T
     slots = tables[rows, positions // S] * S + positions % S
 
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32)
+    def normal(*shape: int, dtype: Any = kind.dtype) -> Any:
+        return rng.standard_normal(shape, np.float32).astype(dtype)
 
     starts = np.array([0, 1, 2, NUM_QUERIES, NUM_QUERIES], np.int32)
     q = normal(NUM_QUERIES + 5, kind.num_q_heads, head_dim)
     q[NUM_QUERIES:] = np.nan
-    unread = jnp.zeros(len(q), jnp.int32)
-    step = map(jnp.asarray, (tables, np.append(lens, np.int32(0)), starts))
-    tables_there, lens_there, starts_there = step
-    metadata = AttentionMetadata(
-        unread, unread, tables_there, lens_there, starts_there, max_query_len=len(q)
-    )
+    unread = np.zeros(len(q), np.int32)
+    of_numpy: Any = AttentionMetadata
+    metadata = of_numpy(unread, unread, tables, np.append(lens, np.int32(0)), starts, len(q))
     caches = kind.spec.shapes(int(counts.sum()) + 3)
     options = {
-        name: jnp.asarray(normal(*value.shape), value.dtype) if hasattr(value, "shape") else value
+        name: normal(*value.shape, dtype=value.dtype) if hasattr(value, "shape") else value
         for name, value in kind.options
     }
     return Problem(
         jax.tree.map(_poison, caches),
-        jnp.asarray(normal(len(slots), num_kv_heads, head_dim), kind.dtype),
-        jnp.asarray(normal(len(slots), num_kv_heads, v_head_dim), kind.dtype),
-        jnp.asarray(slots),
-        jnp.asarray(q, kind.dtype),
-        jnp.asarray(normal(len(slots), kind.num_q_heads, head_dim), kind.dtype),
+        normal(len(slots), num_kv_heads, head_dim),
+        normal(len(slots), num_kv_heads, v_head_dim),
+        slots,
+        q,
+        normal(len(slots), kind.num_q_heads, head_dim),
         metadata,
         options,
     )
 
 
-def _poison(array: jax.ShapeDtypeStruct) -> jax.Array:
+def _poison(array: jax.ShapeDtypeStruct) -> np.ndarray:
     is_float = jnp.issubdtype(array.dtype, jnp.floating)
-    return jnp.asarray(np.full(array.shape, np.nan if is_float else 127, array.dtype))
+    return np.full(array.shape, np.nan if is_float else 127, array.dtype)

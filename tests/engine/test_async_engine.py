@@ -395,9 +395,11 @@ class TestLeaving:
             async with make() as llm:
                 for num_steps in range(12):
                     stream = await llm.submit([5], LONG, "a")
-                    for _ in range(num_steps):
-                        await anext(stream)
-                    if num_steps % 3 == 0:
+                    # Outputs that a slow reader has not taken are joined: there may be fewer.
+                    outputs = [await anext(stream, None) for _ in range(num_steps)]
+                    if None in outputs:
+                        pass  # it has ended
+                    elif num_steps % 3 == 0:
                         await llm.abort("a")
                         await whole(stream, DELTA)
                     elif num_steps % 3 == 1:

@@ -213,9 +213,9 @@ def test_what_programs_call_is_compiled_before_they_run(monkeypatch: pytest.Monk
         if threading.current_thread().name != "compiler":  # of an engine of another test
             events.append(event)
 
-    def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    def compiled(lowered: jax.stages.Lowered, **options: Any) -> jax.stages.Compiled:
         note("program")
-        return compile_program(lowered)
+        return compile_program(lowered, **options)
 
     @contextlib.contextmanager
     def later(kernels: dict[str, Callable[[], object]]) -> Iterator[None]:

@@ -50,13 +50,13 @@ def checks(
     model = abstract_model(shape, dtype)
     specs = shape.cache_specs(16, jnp.dtype(cache_dtype or dtype))
     return kernel_checks(
+        EngineConfig("m", disable_cascade_attn=not shares_prefix),
         model,
         specs,
         jnp.dtype(dtype),
         attention="mosaic_gpu",
         writes="mosaic_gpu",
-        cache_implementation=None,
-        shares_prefix=shares_prefix,
+        platform="gpu",
     )
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_paged.deviceless import (
+    compile_lowered,
     target_device,
     target_memory_bytes,
     without_compilation_cache,
@@ -23,6 +24,9 @@ from pallas_paged.engine.device.implementations import choose_attention, choose_
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.device.step_report import SHAPES, StepReport, compile_step
 from pallas_paged.models import abstract_model
+from pallas_paged.models.decoder import DecoderConfig
+from pallas_paged.models.qwen2 import Qwen2Config
+from pallas_paged.models.qwen3 import Qwen3Config
 
 DECODE = Bucket(64, 64, 128, is_decode=True)
 UNFILTERED = dataclasses.replace(DECODE, filters=False)
@@ -86,6 +90,39 @@ def test_what_a_layer_adds_to_a_decode_step() -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "changes", "most"),
+    [
+        # The norms of queries and of keys, and the rotation with them: XLA's own, in one launch
+        # less than where a kernel rotates what two have normed.
+        (Qwen3Config, {"qk_norm": True}, 12),
+        # The bias, in the shape of the product, and queries padded to what the tensor cores take.
+        (
+            Qwen2Config,
+            {"qkv_bias": True, "num_q_heads": 28, "num_kv_heads": 4, "hidden_size": 3584},
+            12,
+        ),
+    ],
+    ids=["qwen3", "qwen2"],
+)
+@pytest.mark.slow
+def test_what_a_layer_of_another_model_adds(
+    config: type[DecoderConfig],
+    changes: dict[str, int],
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("hidden_size", "intermediate_size", "num_q_heads", "num_kv_heads", "head_dim")
+    names += ("num_layers", "vocab_size", "max_position_embeddings")
+    fields = {name: getattr(SHAPES["llama-8b"], name) for name in names} | changes
+    monkeypatch.setitem(SHAPES, "other", config(**fields))
+    one, two = (report("other", n, UNFILTERED, "h100", vocab_size=1152) for n in (1, 2))
+    check_in_place(two)
+    check_one_command_buffer(two)
+    added = two.launches.total - one.launches.total
+    assert added <= most, (added, two.launches)
+
+
+@pytest.mark.parametrize(
     ("name", "bucket", "kv_cache_dtype", "num_kernels", "most_launches"),
     [
         # As above.
@@ -143,7 +180,8 @@ def test_no_program_for_a_gpu_waits_for_the_host(num_drafts: int) -> None:
     programs = one_layer_programs()
     with jax.default_device(target_device("h100")), without_compilation_cache():
         lowered = [programs.lower(name) for name in (bucket, *programs.others([]), *STATE)]
-        texts = [program.compile().as_text() for program in lowered]
+        device = target_device("h100")
+        texts = [compile_lowered(program, device).as_text() for program in lowered]
     assert not any("conditional(" in text for text in texts)
     loops = [line for text in texts for line in text.splitlines() if " while(" in line]
     assert len(loops) == (not num_drafts)
@@ -214,7 +252,8 @@ def test_a_pool_that_fills_the_memory_makes_no_step_compute_twice() -> None:
     caches = tuple(spec.shapes(num_blocks) for spec in shape.cache_specs(16, jnp.bfloat16))
     programs = StepPrograms(abstract_model(shape, "bfloat16"), caches, 64, 512, 32)
     with jax.default_device(target_device("h100")), without_compilation_cache():
-        text = programs.lower(Bucket(8, 8, 128, is_decode=True)).compile().as_text()
+        lowered = programs.lower(Bucket(8, 8, 128, is_decode=True))
+        text = compile_lowered(lowered, target_device("h100")).as_text()
     assert "remat" not in text
 
 

@@ -35,7 +35,10 @@ MUTATIONS = {
         _WRITE, "slots[token] % block_size", "(slots[token] + 1) % block_size", "test_write"
     ),
     "the null block written": _mutation(
-        _WRITE, "@pl.when(block != NULL_BLOCK)", "@pl.when(block >= NULL_BLOCK)", "test_write"
+        _WRITE,
+        "@pl.when(block != NULL_BLOCK)\n        def _() -> None:\n            for",
+        "@pl.when(block >= NULL_BLOCK)\n        def _() -> None:\n            for",
+        "test_write",
     ),
     "zeros": _mutation(
         _WRITE,
@@ -57,7 +60,10 @@ MUTATIONS = {
         _WRITE, "row = load(x.at[head], layout", "row = load(x.at[0], layout", "test_write"
     ),
     "rotated: the null block written": _mutation(
-        _WRITE, "block > NULL_BLOCK", "block >= NULL_BLOCK", "test_rotate_and_write"
+        _WRITE,
+        "@pl.when(block != NULL_BLOCK)\n        def _() -> None:\n            k_cache",
+        "@pl.when(block >= NULL_BLOCK)\n        def _() -> None:\n            k_cache",
+        "test_rotate_and_write",
     ),
     "rotated: the first token's angle": _mutation(
         _WRITE,
@@ -71,15 +77,21 @@ MUTATIONS = {
         "x, out = rows_ref.at[token, 0],",
         "test_rotate_and_write",
     ),
-    "rotated: one query for all": _mutation(
+    "rotated: the first queries for all": _mutation(
         _WRITE,
-        "turned(x.at[row], cos, sin, 1))",
-        "turned(x.at[0], cos, sin, 1))",
+        "rotated(x.at[at], cos, sin, num_rows))",
+        "rotated(x.at[_portions(group)[0][0]], cos, sin, num_rows))",
+        "test_rotate_and_write",
+    ),
+    "rotated: the last queries left out": _mutation(
+        _WRITE,
+        "[*range(0, num_rows - 4, 4), num_rows - 4]",
+        "[*range(0, num_rows - 3, 4)]",
         "test_rotate_and_write",
     ),
     "rotated: keys as they are": _mutation(
         _WRITE,
-        "keys = turned(x.at[group], cos, sin, 1)",
+        "keys = rotated(x.at[group], cos, sin, 1)",
         "keys = [load(x.at[group, at], layout_of_rows(1, half)) for at in halves]",
         "test_rotate_and_write",
     ),
@@ -97,8 +109,8 @@ MUTATIONS = {
     ),
     "rotated: not rounded before it is quantised": _mutation(
         _WRITE,
-        "return [x.astype(q.dtype) for x in turn(first, second, *angles)]",
-        "return [x for x in turn(first, second, *angles)]",
+        "return [x.astype(q.dtype) for x in rotated_halves(first, second, *angles)]",
+        "return [*rotated_halves(first, second, *angles)]",
         "test_rotated_keys_are_rounded_before_they_are_quantised",
     ),
     "rotated: turned the other way": _mutation(

@@ -102,6 +102,9 @@ ROTATED = [
     (3, (1, 16, 128, "float8_e4m3fn")),
     (1, (3, 8, 64, "bfloat16")),
     (8, (2, 8, 192, "bfloat16")),
+    (7, (2, 8, 64, "float8_e4m3fn")),
+    (5, (1, 8, 128, "float16")),
+    (16, (1, 8, 64, "float32")),
 ]
 
 
@@ -170,8 +173,10 @@ def test_rotation_is_refused_where_it_cannot_be():
     cache, slots = KVCache.zeros(2, 2, 8, 64, "bfloat16"), jnp.zeros(6, jnp.int32)
     for wrong, message in [
         ((q[:, :3], k, v, cos, sin), "Hq a multiple of 2"),
+        ((q[:, :0], k, v, cos, sin), "Hq a multiple of 2"),
+        ([*(x.astype(jnp.int32) for x in (q, k, v)), cos, sin], "one dtype of floats"),
         ((q[:5], k, v, cos, sin), r"q.shape=\(5, 4, 64\) must be \[6, Hq, 64\]"),
-        ((q.astype(jnp.float32), k, v, cos, sin), "must have one dtype"),
+        ((q.astype(jnp.float32), k, v, cos, sin), "one dtype of floats, not float32, bfloat16"),
         ((q, k, v, cos[:, :31], sin), r"cos must be f32\[6, 32\]"),
         ((q, k, v, cos, sin.astype(jnp.bfloat16)), r"sin must be f32\[6, 32\]"),
     ]:
@@ -183,6 +188,10 @@ def test_rotation_is_refused_where_it_cannot_be():
         cache = KVCache.zeros(2, 1, 8, 96, "bfloat16")
         with pytest.raises(NotImplementedError, match="head_dim=96 is not a multiple of 64"):
             rotate_and_write(x, x, x, angle, angle, cache, slots[:1], implementation="mosaic_gpu")
+        q, k, v, cos, sin = rotary_arguments(17, 2, 64)
+        cache = KVCache.zeros(2, 2, 8, 64, "bfloat16")
+        with pytest.raises(NotImplementedError, match="34 query heads for 2 KV heads, more"):
+            rotate_and_write(q, k, v, cos, sin, cache, slots, implementation="mosaic_gpu")
 
 
 @pytest.mark.parametrize("sizes", CACHES, ids=str)
@@ -248,17 +257,21 @@ def operations(sizes):
     def write(cache, k, v, slots):
         return promised(write_kv)(k, v, cache, slots)
 
-    group = 4
-    heads = jax.ShapeDtypeStruct((6, num_kv_heads, (group + 2) * head_dim), jnp.bfloat16)
     angles = jax.ShapeDtypeStruct((6, head_dim // 2), jnp.float32)
 
     def rotate(cache, heads, cos, sin, slots):
         """Of what a merged projection to queries, keys and values makes."""
-        parts = jnp.split(heads, [group * head_dim, (group + 1) * head_dim], axis=2)
-        q, k, v = (part.reshape(6, -1, head_dim) for part in parts)
+        end = heads.shape[2] - 2 * head_dim
+        q, k, v = (
+            part.reshape(6, -1, head_dim)
+            for part in jnp.split(heads, [end, end + head_dim], axis=2)
+        )
         return promised(rotate_and_write)(q, k, v, cos, sin, cache, slots)
 
-    rotates = {"rotate_and_write": (rotate, (heads, angles, angles, ids))}
+    rotates = {}
+    for name, group in (("", 4), ("_of_7", 7), ("_of_3", 3)):
+        heads = jax.ShapeDtypeStruct((6, num_kv_heads, (group + 2) * head_dim), jnp.bfloat16)
+        rotates[f"rotate_and_write{name}"] = rotate, (heads, angles, angles, ids)
     return (rotates if head_dim % 64 == 0 else {}) | {
         "write_kv": (write, (rows, rows, ids)),
         "copy_blocks": (promised(copy_blocks), (ids, ids)),

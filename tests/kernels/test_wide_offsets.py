@@ -26,7 +26,9 @@ def largest_factor(ptx: str) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-@pytest.mark.parametrize("name", ["write_kv", "copy_blocks", "gather_blocks", "scatter_blocks"])
+@pytest.mark.parametrize(
+    "name", ["write_kv", "rotate_and_write", "copy_blocks", "gather_blocks", "scatter_blocks"]
+)
 def test_operations_on_the_cache(name, dtype):
     sizes = (8, 32, 128, dtype)
     operation, arguments = operations(sizes)[name]

@@ -95,7 +95,18 @@ def test_a_kernel_that_writes_also_rotates(
     np.testing.assert_array_equal(cache.v[1:], expected[1].v[1:])
 
 
+def test_keys_of_another_dtype_than_the_queries_are_rotated_before_they_are_written() -> None:
+    q, k, v, cache, metadata, rotary = rotary_problem(64)
+    same = jax.tree.map(jnp.copy, cache)
+    q = q.astype(jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        expected, _ = paged_attend(q, k, v, cache, metadata, rotary=rotary, implementation="xla")
+        with interpret_kernels():
+            out, _ = paged_attend(q, k, v, same, metadata, rotary=rotary, implementation="xla")
+    np.testing.assert_array_equal(out, expected)
+
+
 def test_some_tokens_queries_are_rotated_beforehand() -> None:
     q, k, v, cache, metadata, rotary = rotary_problem(16)
-    with pytest.raises(ValueError, match="rotate the queries of some tokens"):
+    with pytest.raises(ValueError, match="pass no `rotary`"):
         paged_attend(q, k, v, cache, metadata, rotary=rotary, queries=metadata)

@@ -32,7 +32,7 @@ def _kernel_unsupported(k: _Shape, kv_cache: KVCache) -> str | None:
 
 def _rotation_unsupported(q: _Shape, k: _Shape, kv_cache: KVCache) -> str | None:
     """Returns why the kernel cannot rotate such queries and keys too, or None if it can."""
-    return _differs(kv_cache) or mosaic_gpu.unsupported_rotation(k, kv_cache)
+    return _differs(kv_cache) or mosaic_gpu.unsupported_rotation(q, k, kv_cache)
 
 
 _IMPLEMENTATIONS = {
@@ -113,21 +113,22 @@ def rotate_and_write(
     implementation: str | None = None,
     promise_in_bounds: bool = False,
 ) -> tuple[Float[Array, "T Hq D"], KVCache]:
-    """Rotates queries and keys by their positions, and writes keys and values into their slots.
+    """Rotates queries and keys (RoPE), and writes keys and values into their slots.
 
     On a GPU that is one launch, and none before it if `q`, `k` and `v` are slices of one array
     `[T, Hk, (Hq / Hk + 2) * D]` that has for each KV head its queries, its keys and its values.
 
     Args:
-      q: queries, Hq a multiple of Hk.
+      q: queries, Hq a multiple of Hk. Queries, keys and values have one dtype.
       k: keys; rotated they are written as `write_kv` would write them.
       v: values.
-      cos: of the angle by which each token's pair `i` of dimensions `i` and `i + D / 2` turns.
-      sin: of the same.
+      cos: for each token and pair the cosine of the angle. Dimensions `i` and `i + D / 2` are pair
+        `i` (half-split, or NeoX style); see `pallas_paged.ops.rotary`.
+      sin: the sine of the same angle.
       kv_cache: donated, as `write_kv` has it.
       slot_mapping: likewise.
-      implementation: "mosaic_gpu" (NVIDIA GPUs; D a multiple of 64), "xla" (any platform),
-        "reference", or None to choose.
+      implementation: "mosaic_gpu" (NVIDIA GPUs; D a multiple of 64, at most 16 query heads per KV
+        head; not differentiable), "xla" (any platform), "reference", or None to choose.
       promise_in_bounds: as `write_kv` has it.
 
     Returns:
@@ -165,15 +166,19 @@ def write_implementation(
     return choose_implementation("write_kv", _IMPLEMENTATIONS, requested, k, kv_cache)
 
 
-def writes_rotated(requested: str | None, q: _Shape, k: _Shape, kv_cache: KVCache) -> bool:
-    """Whether the implementation of `write_kv` is a kernel which has one beside it that rotates.
+def rotates_as_it_writes(
+    requested: str | None, q: _Shape, k: _Shape, v: _Shape, kv_cache: KVCache
+) -> bool:
+    """Whether what `write_kv` runs is a kernel, and there is one that rotates such heads, too.
 
-    Then it is worth while to leave the rotation to `rotate_and_write`.
+    Then the rotation is best left to `rotate_and_write`.
 
     Raises:
       ValueError, NotImplementedError: as `write_kv`.
     """
     if write_implementation(requested, k, kv_cache) != "mosaic_gpu":
+        return False
+    if not q.dtype == k.dtype == v.dtype:
         return False
     return rotating_implementation(None, q, k, kv_cache) == "mosaic_gpu"
 
@@ -195,13 +200,18 @@ def _check_rotation(
     q: jax.Array, k: jax.Array, v: jax.Array, cos: jax.Array, sin: jax.Array
 ) -> None:
     num_tokens, num_kv_heads, head_dim = k.shape
-    if q.ndim != 3 or q.shape[::2] != k.shape[::2] or q.shape[1] % num_kv_heads or head_dim % 2:
+    if head_dim % 2:
+        raise ValueError(f"head_dim={head_dim} must be even: pairs are rotated")
+    num_q_heads = q.shape[1] if q.ndim == 3 and q.shape[::2] == k.shape[::2] else 0
+    if not num_q_heads or num_q_heads % num_kv_heads:
         raise ValueError(
             f"q.shape={q.shape} must be [{num_tokens}, Hq, {head_dim}], Hq a multiple of "
-            f"{num_kv_heads}, the heads of k.shape={k.shape}, and head_dim even"
+            f"{num_kv_heads}, the heads of k.shape={k.shape}"
         )
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.dtype == k.dtype == v.dtype or not jnp.issubdtype(q.dtype, jnp.floating):
+        raise ValueError(
+            f"q, k and v must have one dtype of floats, not {q.dtype}, {k.dtype} and {v.dtype}"
+        )
     for name, angle in (("cos", cos), ("sin", sin)):
         if angle.shape != (num_tokens, head_dim // 2) or angle.dtype != jnp.float32:
             raise ValueError(

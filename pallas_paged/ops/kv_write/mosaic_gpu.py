@@ -9,6 +9,7 @@ KV head, so that nothing is launched in between.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_paged.dispatch import unsupported_target
 from pallas_paged.kv_cache import NULL_BLOCK, KVCache
 from pallas_paged.ops.mosaic_gpu import Ref, layout_of_rows, load, store, unsupported_cast
-from pallas_paged.ops.rotary import turn
+from pallas_paged.ops.rotary import rotated_halves
 from pallas_paged.quantisation import is_quantised, quantise, quantise_parts
+
+_MAX_GROUP = 16
+"""Query heads per KV head that are rotated at most; attention takes no more, either."""
 
 
 def unsupported(k: jax.Array | jax.ShapeDtypeStruct, kv_cache: KVCache) -> str | None:
@@ -77,10 +81,17 @@ def write_kv(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Ar
     return jax.tree.map(jax.freeze, refs)
 
 
-def unsupported_rotation(k: jax.Array | jax.ShapeDtypeStruct, kv_cache: KVCache) -> str | None:
+def unsupported_rotation(
+    q: jax.Array | jax.ShapeDtypeStruct,
+    k: jax.Array | jax.ShapeDtypeStruct,
+    kv_cache: KVCache,
+) -> str | None:
     """Returns why the kernel cannot rotate such heads as it writes, or None if it can."""
-    if k.shape[2] % 64:
-        return f"head_dim={k.shape[2]} is not a multiple of 64, whose halves fill a warp"
+    num_kv_heads, head_dim = k.shape[1:]
+    if head_dim % 64:
+        return f"head_dim={head_dim} is not a multiple of 64, whose halves fill a warp"
+    if q.shape[1] > _MAX_GROUP * num_kv_heads:
+        return f"{q.shape[1]} query heads for {num_kv_heads} KV heads, more than {_MAX_GROUP} each"
     return unsupported(k, kv_cache)
 
 
@@ -108,8 +119,8 @@ def rotate_and_write(
     rows = rows.reshape(num_tokens, num_kv_heads, group + 2, head_dim)
     halves = pl.ds(0, half), pl.ds(half, half)
 
-    def turned(x: Ref, cos: Ref, sin: Ref, num_rows: int) -> list[jax.Array]:
-        """Returns both halves of the rows of queries or keys, rounded to the inputs' dtype."""
+    def rotated(x: Ref, cos: Ref, sin: Ref, num_rows: int) -> list[jax.Array]:
+        """Returns both halves of rows of queries or of keys, rounded to the inputs' dtype."""
         layout = layout_of_rows(num_rows, half)
         first, second = (load(x.at[..., at], layout).astype(jnp.float32) for at in halves)
         angles = [
@@ -117,7 +128,7 @@ def rotate_and_write(
         ]
         if num_rows > 1:
             angles = [jax.lax.broadcast_in_dim(angle, first.shape, (1,)) for angle in angles]
-        return [x.astype(q.dtype) for x in turn(first, second, *angles)]
+        return [x.astype(q.dtype) for x in rotated_halves(first, second, *angles)]
 
     def store_halves(row: Ref, values: list[jax.Array]) -> None:
         for at, half_row in zip(halves, values, strict=True):
@@ -130,21 +141,15 @@ def rotate_and_write(
         token, head = jax.lax.axis_index("token"), jax.lax.axis_index("head")
         cos, sin = cos_ref.at[token], sin_ref.at[token]
         x, out = rows_ref.at[token, head], q_out.at[token, head]
-        if group % 4 == 0:
-            store_halves(out, turned(x.at[pl.ds(0, group)], cos, sin, group))
-        else:
-
-            @pl.loop(0, group)
-            def _(row: jax.Array) -> None:
-                store_halves(out.at[row], turned(x.at[row], cos, sin, 1))
-
+        for at, num_rows in _portions(group):
+            store_halves(out.at[at], rotated(x.at[at], cos, sin, num_rows))
         block, offset = _place(slots, token, block_size)
 
-        @pl.when(block > NULL_BLOCK)
+        @pl.when(block != NULL_BLOCK)
         def _() -> None:
             k_cache, v_cache, *scales = (ref.at[block, head, offset] for ref in caches)
             k_scale, v_scale = scales or (None, None)
-            keys = turned(x.at[group], cos, sin, 1)
+            keys = rotated(x.at[group], cos, sin, 1)
             if k_scale is not None:
                 keys, scale = quantise_parts(keys, dtype)
                 store(k_scale, scale)
@@ -161,6 +166,18 @@ def rotate_and_write(
     )
     out = kernel(rows, cos, sin, slot_mapping, *jax.tree.leaves(refs))
     return out.reshape(q.shape), jax.tree.map(jax.freeze, refs)
+
+
+def _portions(num_rows: int) -> list[tuple[Any, int]]:
+    """Returns indices that select all rows, one or four of them at a time, and how many each does.
+
+    Four are one for each warp. The last four may include some of the ones before: they are written
+    twice, and with the same.
+    """
+    if num_rows < 4:
+        return [(row, 1) for row in range(num_rows)]
+    starts = [*range(0, num_rows - 4, 4), num_rows - 4]
+    return [(pl.ds(start, 4), 4) for start in starts]
 
 
 def _place(slots: Ref, token: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
