@@ -1,8 +1,10 @@
 """Interrupts of a program that ends what it started: SIGTERM is one, and none gets lost."""
 
+import contextlib
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -22,6 +24,30 @@ def interrupt_on_sigterm(
     signal.signal(signal.SIGTERM, handler)
     signal.signal(signal.SIGALRM, handler)
     sys.unraisablehook = _raise_again
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Keeps interrupts back until the block is left: what is begun in it can be ended afterwards.
+
+    An interrupt inside of `Thread.start` or `Popen` would leave a thread or a process that nobody
+    knows of. Threads other than the main one are never interrupted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[signal.Signals] = []
+    handlers = {}
+    try:
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            handlers[each] = signal.getsignal(each)
+            signal.signal(each, lambda number, _: came.append(signal.Signals(number)))
+        yield
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:

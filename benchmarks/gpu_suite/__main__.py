@@ -209,6 +209,7 @@ def _run(work: pathlib.Path, out: pathlib.Path, begin: float) -> list[str]:
     )
     runners = conduct.Runners(context, preparing, new_worker)
     try:
+        preparing.start()
         for stage in STAGES:
             if stage.name in cases:
                 runners.run_stage(stage, cases[stage.name], begin + limits[stage.name])

@@ -102,6 +102,7 @@ def _fill(folder: pathlib.Path, context: Context) -> int:
     seconds = dict(plan.compile_seconds())
     failed, is_full = 0, False
     try:
+        preparing.start()
         for number, task in enumerate(todo, 1):
             while not preparing.is_ready([task]):
                 preparing.wait(1.0)

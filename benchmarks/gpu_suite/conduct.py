@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from benchmarks import interrupts
 from benchmarks.gpu_suite import preparation
 from benchmarks.gpu_suite import stage as stages
 from benchmarks.gpu_suite.preparation import Preparation
@@ -70,12 +71,13 @@ class Runners:
         else:
             self._stop_alone()  # for its memory
             self._workers_beside = []
-            self._beside = [
-                threading.Thread(target=self._run_beside, args=(stage, todo, deadline, i))
-                for i in range(min(number, len(todo)))
-            ]
-            for thread in self._beside:
-                thread.start()
+            self._beside = []
+            with interrupts.held():
+                for i in range(min(number, len(todo))):
+                    self._beside.append(
+                        threading.Thread(target=self._run_beside, args=(stage, todo, deadline, i))
+                    )
+                    self._beside[-1].start()
             for thread in self._beside:
                 thread.join()
         for case in todo:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from benchmarks import interrupts
 from benchmarks.gpu_suite import programs
 from benchmarks.gpu_suite.stage import Case, Context, Row
 from benchmarks.gpu_suite.supervise import Worker
@@ -68,7 +69,7 @@ class Preparation:
         num_workers: int,
         deadline: float,
     ) -> None:
-        """Begins at once.
+        """Starts nothing yet.
 
         Args:
           tasks: the most urgent first.
@@ -89,12 +90,17 @@ class Preparation:
                 self.results[task] = {"status": "ok", "took_s": 0.0}
             else:
                 self._todo.append(task)
-        self._threads = [
-            threading.Thread(target=self._work, args=(number,), daemon=True)
-            for number in range(min(num_workers, len(self._todo)))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._num_workers = min(num_workers, len(self._todo))
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Begins with the first tasks."""
+        with interrupts.held():
+            for number in range(self._num_workers):
+                self._threads.append(
+                    threading.Thread(target=self._work, args=(number,), daemon=True)
+                )
+                self._threads[-1].start()
 
     def is_ready(self, tasks: Iterable[Task]) -> bool:
         """Whether all of these are done, well or not."""

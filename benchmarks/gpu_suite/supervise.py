@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import IO
 
+from benchmarks import interrupts
 from benchmarks.gpu_suite.stage import Row
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -115,7 +116,7 @@ class Worker:
     def _start(self, deadline: float) -> Row:
         self.stop()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, interrupts.held():
             self._log_begin = log.tell()
             self._process = subprocess.Popen(
                 self.command,

@@ -296,8 +296,8 @@ def test_a_run_that_is_terminated_keeps_what_it_found_and_leaves_nothing(tmp_pat
         assert line, running.communicate()
     running.terminate()
     _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert errors == f"error: interrupted; what was found is in {out}\n"
+    said = f"error: interrupted; what was found is in {out}\n"
+    assert (running.returncode, errors) == (130, said)
     assert "interrupted after" in (out / "summary.txt").read_text()
     found = results(out)
     assert found["device"]["copy bandwidth"]["status"] == "ok"

@@ -1,8 +1,10 @@
 """Who prepares and runs the GPU suite's cases, and what becomes of cases that go wrong."""
 
+import contextlib
 import json
 import os
 import pathlib
+import signal
 import sys
 import threading
 import time
@@ -65,7 +67,9 @@ def case(name, *needed, **fields):
 
 def prepare(context, fakes, cases, number=1, deadline_s=FAR):
     tasks = in_order([("s", each) for each in cases], lambda task, case: case.prepare_s)
-    return Preparation(tasks, context, fakes, number, time.monotonic() + deadline_s)
+    preparing = Preparation(tasks, context, fakes, number, time.monotonic() + deadline_s)
+    preparing.start()
+    return preparing
 
 
 def finish(preparing):
@@ -246,6 +250,61 @@ def test_a_stage_is_stopped_in_the_middle_and_what_is_killed_has_no_result(conte
     assert not stages.results(context.results, "s")
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_run_that_is_interrupted_at_any_line_ends_all_that_it_began(context, parallel):
+    cases = [case("a", "p"), case("b", "q")]
+    tasks = in_order([("s", each) for each in cases], lambda task, case: 0.0)
+    stage = Stage("s", 1, lambda context: cases, (), parallel=parallel)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        target = 0
+        while True:
+            target += 1
+            fakes, threads = Fakes(), set(threading.enumerate())
+            preparing = Preparation(tasks, context, fakes, 2, time.monotonic() + FAR)
+            runners = conduct.Runners(context, preparing, fakes)
+            try:
+                with terminated_at_line(target):
+                    preparing.start()
+                    runners.run_stage(stage, cases, time.monotonic() + FAR)
+                was_interrupted = False
+            except KeyboardInterrupt:
+                was_interrupted = True
+            preparing.stop()
+            runners.stop()
+            assert set(threading.enumerate()) <= threads, target
+            assert all(worker.is_stopped for worker in fakes.workers), target
+            if not was_interrupted:
+                break
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert target > 20
+
+
+@contextlib.contextmanager
+def terminated_at_line(target):
+    """Sends SIGTERM when this thread comes to the `target`-th line of what begins threads."""
+    files = (conduct.__file__, preparation.__file__)
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        code = frame.f_code
+        if code.co_filename not in files and code is not threading.Thread.start.__code__:
+            return None
+        if event == "line":
+            count += 1
+            if count == target:
+                signal.raise_signal(signal.SIGTERM)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
 def test_a_process_that_was_killed_before_it_began_does_not_begin(context):
     handle = Worker(context.work / "log", {})
     handle.kill()
@@ -362,6 +421,7 @@ def test_preparing_is_killed_when_the_suite_ends(context):
         1,
         time.monotonic() + FAR,
     )
+    preparing.start()
     time.sleep(0.5)
     begin = time.monotonic()
     preparing.stop()
