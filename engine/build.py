@@ -13,7 +13,6 @@ from pallas_paged.dispatch import target_device
 from pallas_paged.engine.config import (
     EngineConfig,
     resolve_background_compilation,
-    resolve_kv_cache_dtype,
     resolve_max_model_len,
 )
 from pallas_paged.engine.core.buckets import Buckets
@@ -40,6 +39,7 @@ from pallas_paged.engine.device.implementations import (
     choose_writes,
     compile_kernels_soon,
     register_kernels,
+    resolve_kv_cache_dtype,
 )
 from pallas_paged.engine.device.kernel_check import check_kernels, kernel_checks
 from pallas_paged.engine.device.placement import Placement
@@ -244,8 +244,12 @@ def _build_runner(
 ) -> tuple[PoolPlan, ModelRunner, tuple[CacheSpec, ...]]:
     """Returns the pool's plan, the device with a pool of that size, and what its layers cache."""
     dtype = jax.tree.leaves(nnx.state(network))[0].dtype
-    cache_dtype = resolve_kv_cache_dtype(config, dtype)
+    platform = placement.device.platform
+    cache_dtype = resolve_kv_cache_dtype(config, dtype, network.config, platform)
     _warn_of_slow_types(dtype, cache_dtype)
+    if (scaled := network.config.kv_cache_dtype) is not None:
+        use = "used" if cache_dtype == scaled else f"not used in a cache of {cache_dtype}"
+        logger.info("the checkpoint's scales for a KV cache of %s are %s", scaled, use)
     specs = network.config.cache_specs(config.block_size, cache_dtype)
     implementation = choose_attention(config, network.config, dtype, specs)
     writes = choose_writes(config, dtype, specs)

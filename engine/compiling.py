@@ -17,7 +17,7 @@ from pallas_paged.deviceless import (
     target_memory_bytes,
     without_compilation_cache,
 )
-from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype, resolve_max_model_len
+from pallas_paged.engine.config import EngineConfig, resolve_max_model_len
 from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device.block_programs import KINDS, BlockPrograms
@@ -28,6 +28,7 @@ from pallas_paged.engine.device.implementations import (
     choose_attention,
     choose_writes,
     register_kernels,
+    resolve_kv_cache_dtype,
 )
 from pallas_paged.engine.device.kernel_check import KernelCheck, kernel_checks
 from pallas_paged.engine.device.placement import Placement
@@ -123,7 +124,7 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
     if draft := draft_model_of(config, shape, max_model_len):
         model = Drafted(model, abstract_model(draft[1], dtype))
         shape = model.config
-    cache_dtype = resolve_kv_cache_dtype(config, dtype)
+    cache_dtype = resolve_kv_cache_dtype(config, dtype, shape, placement.device.platform)
     specs = shape.cache_specs(config.block_size, cache_dtype)
     stats = None
     if target != HOST:

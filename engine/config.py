@@ -50,8 +50,9 @@ class EngineConfig:
         "bfloat16", "float16" or "half", or such a NumPy or JAX dtype; held under the first name.
       load_format: "auto" reads the checkpoint's weights, "dummy" draws random ones (from `seed`)
         for the shape in `config.json`, the only file then needed.
-      kv_cache_dtype: of the KV cache: "auto" (the model's dtype), "float32", "bfloat16", "float16",
-        or quantised with a scale per token and KV head: "fp8" or "fp8_e4m3" (the same), "int8".
+      kv_cache_dtype: of the KV cache: "auto", "float32", "bfloat16", "float16", or quantised: "fp8"
+        or "fp8_e4m3" (the same), "int8", with a scale per token and KV head or the checkpoint's.
+        "auto" is what that brings scales for (but fp8 on a CPU, which has none), or its own dtype.
       max_model_len: most tokens (prompt + output) of a sequence; None means the model's limit, with
         `rope_scaling` as far as that reaches, but for LongRoPE the length before it: longer
         sequences, which compute all with other factors, are to be asked for.
@@ -300,13 +301,6 @@ def _is_int(value: object, least: int, most: float = math.inf) -> bool:
 def _require(condition: bool, config: EngineConfig, name: str, rule: str) -> None:
     if not condition:
         raise ValueError(f"{name}={getattr(config, name)!r} {rule}")
-
-
-def resolve_kv_cache_dtype(config: EngineConfig, model_dtype: jnp.dtype) -> jnp.dtype:
-    """Returns the dtype that keys and values are stored in."""
-    if config.kv_cache_dtype == "auto":
-        return model_dtype
-    return jnp.dtype(KV_CACHE_DTYPES[config.kv_cache_dtype])
 
 
 def resolve_num_scheduler_steps(config: EngineConfig, platform: str) -> int:

@@ -26,7 +26,10 @@ _FLAGS = (
     flags.DEFINE_string("tokenizer", None, "Folder with tokenizer files; by default the model's."),
     flags.DEFINE_enum("dtype", "auto", list(DTYPES), "Type of weights and activations."),
     flags.DEFINE_enum(
-        "kv_cache_dtype", "auto", ["auto", *KV_CACHE_DTYPES], "Type of the KV cache."
+        "kv_cache_dtype",
+        "auto",
+        ["auto", *KV_CACHE_DTYPES],
+        "Type of the KV cache; auto is the one that the checkpoint has scales for, or dtype.",
     ),
     flags.DEFINE_integer(
         "max_model_len", None, "Most tokens of prompt and output; by default the model's limit."

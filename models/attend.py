@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_paged.kv_cache import AttentionMetadata, KVCache
+from pallas_paged.kv_cache import AttentionMetadata, KVCache, StaticScales
 from pallas_paged.models.interface import Rotary
 from pallas_paged.ops.attention.api import paged_attention
 from pallas_paged.ops.kv_write import api as kv_write
@@ -23,6 +23,7 @@ def paged_attend(
     metadata: AttentionMetadata,
     *,
     rotary: Rotary | None = None,
+    static_scales: StaticScales | None = None,
     write_implementation: str | None = None,
     promise_in_bounds: bool = False,
     queries: AttentionMetadata | None = None,
@@ -38,6 +39,7 @@ def paged_attend(
       metadata: where the tokens stand.
       rotary: cosines and sines by which the T tokens' queries and keys are still to be rotated, see
         `pallas_paged.ops.rotary.rotate`; None if they are rotated, or are not to be.
+      static_scales: by which keys and values are quantised; None for each row's own scale.
       write_implementation: of `write_kv`; a kernel that writes also rotates, where there is one for
         such heads.
       promise_in_bounds: of both.
@@ -51,25 +53,22 @@ def paged_attend(
     if rotary is not None and queries is not None:
         raise ValueError("with `queries`, q and k must be rotated already: pass no `rotary`")
     slots = metadata.slot_mapping
+    written: dict[str, Any] = {
+        "static_scales": static_scales,
+        "promise_in_bounds": promise_in_bounds,
+    }
     if rotary is not None and kv_write.rotates_as_it_writes(
         write_implementation, q, k, v, kv_cache
     ):
         cos, sin = rotary
-        q, kv_cache = kv_write.rotate_and_write(
-            q, k, v, cos, sin, kv_cache, slots, promise_in_bounds=promise_in_bounds
-        )
+        q, kv_cache = kv_write.rotate_and_write(q, k, v, cos, sin, kv_cache, slots, **written)
     else:
         if rotary is not None:
             cos, sin = rotary
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = _computed_at_once(q, k, v)
         kv_cache = kv_write.write_kv(
-            k,
-            v,
-            kv_cache,
-            slots,
-            implementation=write_implementation,
-            promise_in_bounds=promise_in_bounds,
+            k, v, kv_cache, slots, implementation=write_implementation, **written
         )
     out: Any = paged_attention(
         q,

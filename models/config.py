@@ -37,7 +37,7 @@ _NEUTRAL: dict[str, Any] = {
     "chunk_size_feed_forward": 0,
     "pruned_heads": {},
 }
-"""Fields of any architecture that we support at one value only, or null."""
+"""Fields that we support at one value only, or null, where an architecture does not read them."""
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 """What a layer can be in the field `layer_types`."""
 
@@ -161,8 +161,8 @@ class HFFields:
 
     def finish(self) -> None:
         """Refuses what no architecture supports; logs the fields that nobody read."""
-        for name, neutral in _NEUTRAL.items():
-            self.only(name, neutral)
+        for name in _NEUTRAL.keys() - self._read:
+            self.only(name, _NEUTRAL[name])
         if "layer_types" not in self._read:
             num_layers = self.integer("num_hidden_layers")
             self.layer_types((FULL_ATTENTION,), (FULL_ATTENTION,) * num_layers)
@@ -211,6 +211,8 @@ class ModelConfig:
       max_position_embeddings: of `config.json`; see `max_model_len` for the most tokens that a
         sequence may have.
       checkpoint_dtype: one of `DTYPES`, or None where the checkpoint's config gives none.
+      kv_cache_dtype: of the quantised KV cache that the checkpoint brings scales for, "int8" or
+        "float8_e4m3fn"; None without.
     """
 
     architecture: ClassVar[str]
@@ -224,6 +226,7 @@ class ModelConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool = False
     checkpoint_dtype: str | None = None
+    kv_cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_q_heads", "num_kv_heads")

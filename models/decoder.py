@@ -23,6 +23,7 @@ from pallas_paged.models.config import (
     head_dim_from_hidden,
 )
 from pallas_paged.models.interface import Attend, CheckpointNames, Context, Rotary, Wanted
+from pallas_paged.models.kv_scales import kv_cache_dtype_from_hf, options_for, static_scale
 from pallas_paged.models.layers import (
     Embedding,
     Linear,
@@ -144,6 +145,7 @@ def decoder_fields_from_hf(
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
         "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
         "checkpoint_dtype": checkpoint_dtype_from_hf(fields),
+        "kv_cache_dtype": kv_cache_dtype_from_hf(fields),
     }
 
 
@@ -157,6 +159,8 @@ class Attention(nnx.Module):
         self.num_features = config.num_q_heads * config.head_dim
         self.qk_norm = config.qk_norm
         self.sliding_window = config.sliding_window(layer)
+        self.scaled_dtype = config.kv_cache_dtype
+        self.k_scale, self.v_scale = static_scale(config), static_scale(config)
         self.qkv_proj = qkv_projection(config, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.o_proj = Linear(
             self.num_features,
@@ -191,6 +195,7 @@ class Attention(nnx.Module):
             q, k, rotary = rotate(q, *cos_sin), rotate(k, *cos_sin), None
         asked = {"sliding_window": self.sliding_window, "context": context, "rotary": rotary}
         options = {name: value for name, value in asked.items() if value is not None}
+        options |= options_for(kv_cache, self.scaled_dtype, self.k_scale, self.v_scale)
         out, kv_cache = attend_to_wanted(attend, wanted, q, k, v, kv_cache, metadata, **options)
         return self.o_proj(out.reshape(-1, self.num_features)), kv_cache
 

@@ -20,7 +20,8 @@ the output `[T, Hq, Dv]` and the cache with the new keys and values in it. Optio
 `pallas_paged.ops.attention.api.paged_attention`; a model passes only those that it needs. With the
 option `rotary`, cosines and sines, queries and keys are still to be rotated, as
 `pallas_paged.ops.rotary.rotate(q, *rotary)` does it; an attention that leaves this out attends to
-tokens without positions. A step that has a `Context` gives it as the option `context`. Where only
+tokens without positions. By the option `static_scales`, `pallas_paged.kv_cache.StaticScales`, keys
+and values are quantised. A step that has a `Context` gives it as the option `context`. Where only
 some tokens' outputs are needed, `q` is `[L, Hq, D]`, their metadata is the option `queries`, and
 there is no `rotary`.
 """

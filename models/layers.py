@@ -37,12 +37,25 @@ class Part(NamedTuple):
     slices: tuple[slice, slice]
 
 
-def parameter(value: Array, axes: tuple[str, ...], parts: tuple[Part, ...] = ()) -> nnx.Param:
+def parameter(
+    value: Array,
+    axes: tuple[str, ...],
+    parts: tuple[Part, ...] = (),
+    *,
+    is_static_scale: bool = False,
+) -> nnx.Param:
     """Returns a parameter whose dimensions carry the logical names `axes`.
 
     With `parts` it holds that many tensors of a checkpoint, see `pallas_paged.models.tensors`.
+    `is_static_scale` is for `pallas_paged.models.kv_scales`.
     """
-    return nnx.Param(value, out_sharding=axes, eager_sharding=False, parts=parts)
+    return nnx.Param(
+        value,
+        out_sharding=axes,
+        eager_sharding=False,
+        parts=parts,
+        is_static_scale=is_static_scale,
+    )
 
 
 def _random(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:

@@ -19,9 +19,10 @@ from flax import nnx
 from pallas_paged.models.checkpoint import Checkpoint, HFCheckpoint, Tensor, model_file, read_json
 from pallas_paged.models.config import DTYPES, ModelConfig
 from pallas_paged.models.interface import CausalLM, CheckpointNames
+from pallas_paged.models.kv_scales import SCALES, parameter_name
 from pallas_paged.models.ported import PortedCheckpoint, is_ported
 from pallas_paged.models.registry import FAMILIES, config_from_hf
-from pallas_paged.models.tensors import places
+from pallas_paged.models.tensors import Place, places
 
 ShardingOf = Callable[[tuple[str, ...]], jax.sharding.Sharding]
 """From the logical names of a parameter's axes to where it goes."""
@@ -91,9 +92,13 @@ def load_model(
     loaded = []
 
     def put(name: str, value: np.ndarray) -> None:
-        path, slices, _ = where[name]
+        path, slices, _, is_static_scale = where[name]
         param = params[path]
-        value = cast(name, value, param_dtype)
+        value = cast(name, value, param.dtype)
+        if is_static_scale:
+            value = np.broadcast_to(value.reshape(-1), param.shape)
+            if not (np.isfinite(value) & (value > 0)).all():
+                raise ValueError(f"{name}={value}: scales must be positive and finite")
         if slices:
             if path not in begun:
                 begun[path] = np.empty(param.shape, param_dtype)
@@ -157,7 +162,7 @@ def parameters(
     """
     tensors = _by_parameter(checkpoint, FAMILIES[config.architecture].names, config)
     _, abstract = _abstract(config, jnp.float32)
-    _check(path, tensors, {name: place.shape for name, place in places(abstract).items()})
+    _check(path, tensors, places(abstract))
     unsupported = [f"{t.name} ({t.dtype})" for t in tensors.values() if t.dtype not in DTYPES]
     if unsupported:
         raise ValueError(
@@ -212,6 +217,8 @@ def _by_parameter(
             if name.startswith(prefix):
                 name = ours + name.removeprefix(prefix)
                 break
+        if config.kv_cache_dtype is not None:
+            name = parameter_name(name)
         if name in found:
             raise ValueError(f"{found[name].name} and {tensor.name} are the same parameter {name}")
         found[name] = tensor
@@ -237,7 +244,7 @@ def _param_dtype(
     requested: jax.typing.DTypeLike, config: ModelConfig, tensors: Mapping[str, Tensor]
 ) -> jnp.dtype:
     if requested == "auto":
-        in_files = {tensor.dtype for tensor in tensors.values()}
+        in_files = {t.dtype for name, t in tensors.items() if not name.endswith(SCALES)}
         if config.checkpoint_dtype is None and len(in_files) != 1:
             raise ValueError(
                 f"dtype='auto', but config.json names no dtype and the tensors are of {in_files}: "
@@ -253,19 +260,18 @@ def _param_dtype(
 def _check(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
-    expected: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, Place],
 ) -> None:
     """Raises `ValueError` with all tensors that are missing, unused or misshapen."""
     problems = [
-        f"missing: {name}, {shape}" for name, shape in expected.items() if name not in tensors
+        f"missing: {name}, {place.shape}" for name, place in expected.items() if name not in tensors
     ]
     for name, tensor in tensors.items():
         if name not in expected:
             problems.append(f"unused: {tensor.name}, {tensor.shape}")
-        elif tensor.shape != expected[name]:
-            problems.append(
-                f"misshapen: {tensor.name} is {tensor.shape}, by config.json {expected[name]}"
-            )
+        elif not expected[name].takes(tensor.shape):
+            shape = expected[name].shape
+            problems.append(f"misshapen: {tensor.name} is {tensor.shape}, by config.json {shape}")
     if problems:
         raise ValueError(
             f"the tensors in {path} are not those of its config.json:\n  " + "\n  ".join(problems)

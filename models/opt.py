@@ -19,6 +19,7 @@ from pallas_paged.models.config import (
     head_dim_from_hidden,
 )
 from pallas_paged.models.interface import Attend, CheckpointNames, Context, Family, Wanted
+from pallas_paged.models.kv_scales import kv_cache_dtype_from_hf, options_for, static_scale
 from pallas_paged.models.layers import (
     Embedding,
     LayerNorm,
@@ -97,6 +98,7 @@ class OPTConfig(ModelConfig):
             layer_norm_elementwise_affine=fields.flag("layer_norm_elementwise_affine", True),
             tie_word_embeddings=fields.flag("tie_word_embeddings", True),
             checkpoint_dtype=checkpoint_dtype_from_hf(fields),
+            kv_cache_dtype=kv_cache_dtype_from_hf(fields),
         )
         fields.finish()
         return config
@@ -107,6 +109,8 @@ class OPTAttention(nnx.Module):
 
     def __init__(self, config: OPTConfig, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs):
         self.head_dim = config.head_dim
+        self.scaled_dtype = config.kv_cache_dtype
+        self.k_scale, self.v_scale = static_scale(config), static_scale(config)
         size, bias = config.hidden_size, config.enable_bias
         self.qkv_proj = qkv_projection(config, bias=bias, dtype=dtype, rngs=rngs)
         self.out_proj = Linear(
@@ -125,6 +129,7 @@ class OPTAttention(nnx.Module):
         """Returns the attention's output, of the `wanted` tokens, and the layer's updated cache."""
         q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in self.qkv_proj(x))
         options = {} if context is None else {"context": context}
+        options |= options_for(kv_cache, self.scaled_dtype, self.k_scale, self.v_scale)
         out, kv_cache = attend_to_wanted(attend, wanted, q, k, v, kv_cache, metadata, **options)
         return self.out_proj(out.reshape(-1, x.shape[1])), kv_cache
 

@@ -21,11 +21,22 @@ class Place(NamedTuple):
       path: of the parameter.
       slices: of the tensor in the parameter; empty where that is the tensor.
       shape: of the tensor.
+      is_static_scale: whether the tensor holds scales of KV heads, and may have other shapes.
     """
 
     path: tuple[Any, ...]
     slices: tuple[slice, ...]
     shape: tuple[int, ...]
+    is_static_scale: bool = False
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of such a shape is in place here.
+
+        Scales are one number for all heads, or one each, with any axes of length 1 besides.
+        """
+        if self.is_static_scale:
+            return math.prod(shape) == 1 or tuple(n for n in shape if n > 1) == self.shape
+        return shape == self.shape
 
 
 def places(params: nnx.State) -> dict[str, Place]:
@@ -38,7 +49,8 @@ def places(params: nnx.State) -> dict[str, Place]:
             shape = (math.prod(sides), *param.shape[2:])
             found[_name(*parents, part.module, leaf)] = Place(path, part.slices, shape)
         if not param.parts:
-            found[_name(*parents, module, leaf)] = Place(path, (), param.shape)
+            name = _name(*parents, module, leaf)
+            found[name] = Place(path, (), param.shape, param.is_static_scale)
     return found
 
 

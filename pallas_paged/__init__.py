@@ -3,7 +3,13 @@
 from pallas_paged import block_tables
 from pallas_paged.block_tables import BlockTables
 from pallas_paged.cache_spec import CacheSpec
-from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache, SharedPrefix
+from pallas_paged.kv_cache import (
+    NULL_BLOCK,
+    AttentionMetadata,
+    KVCache,
+    SharedPrefix,
+    StaticScales,
+)
 from pallas_paged.ops.attention.api import attention_implementation, paged_attention
 from pallas_paged.ops.block_copy.api import copy_blocks
 from pallas_paged.ops.block_transfer.api import gather_blocks, scatter_blocks
@@ -16,6 +22,7 @@ __all__ = [
     "CacheSpec",
     "KVCache",
     "SharedPrefix",
+    "StaticScales",
     "attention_implementation",
     "block_tables",
     "copy_blocks",

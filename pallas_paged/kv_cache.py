@@ -71,13 +71,57 @@ class KVCache(NamedTuple):
         return self.k.shape[2]
 
 
-def to_stored(k: jax.Array, v: jax.Array, kv_cache: KVCache) -> KVCache:
-    """Returns keys `[..., D]` and values `[..., Dv]` as `kv_cache` stores them, scales included."""
+class StaticScales(NamedTuple):
+    """The scales with which one layer's keys and values are quantised, instead of each row's own.
+
+    A checkpoint that was calibrated for a quantised cache brings them.
+
+    Attributes:
+      k: f32[Hk], positive, of the keys of each KV head.
+      v: f32[Hk], of the values.
+    """
+
+    k: Float32[Array, "Hk"]
+    v: Float32[Array, "Hk"]
+
+
+def to_stored(
+    k: jax.Array, v: jax.Array, kv_cache: KVCache, static_scales: StaticScales | None = None
+) -> KVCache:
+    """Returns keys and values as `kv_cache` stores them, scales included.
+
+    Args:
+      k: `[..., Hk, D]`.
+      v: `[..., Hk, Dv]`.
+      kv_cache: of which only the dtype is read.
+      static_scales: of quantised caches, in the place of the rows' own.
+    """
     dtype = kv_cache.k.dtype
     if not is_quantised(dtype):
         return KVCache(k.astype(dtype), v.astype(dtype))
-    (k, k_scale), (v, v_scale) = quantise(k, dtype), quantise(v, dtype)
+    given = [
+        None if scale is None else jnp.broadcast_to(scale, k.shape[:-1])
+        for scale in static_scales or (None, None)
+    ]
+    (k, k_scale), (v, v_scale) = (
+        quantise(x, dtype, scale) for x, scale in zip((k, v), given, strict=True)
+    )
     return KVCache(k, v, k_scale, v_scale)
+
+
+def check_static_scales(static_scales: StaticScales | None, kv_cache: KVCache) -> None:
+    """Raises `ValueError` unless a cache's rows can be quantised with these scales, if any."""
+    if static_scales is None:
+        return
+    if not is_quantised(kv_cache.k.dtype):
+        raise ValueError(f"static_scales are for quantised caches, not for {kv_cache.k.dtype}")
+    num_kv_heads = kv_cache.k.shape[1]
+    for name, scale in static_scales._asdict().items():
+        if scale.shape != (num_kv_heads,) or scale.dtype != jnp.float32:
+            raise ValueError(
+                f"static_scales.{name} is {scale.dtype}{list(scale.shape)}, must be "
+                f"float32[{num_kv_heads}]: one number per KV head"
+            )
 
 
 def check_cache(kv_cache: KVCache) -> None:

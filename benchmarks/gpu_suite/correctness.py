@@ -15,7 +15,7 @@ from benchmarks.gpu_suite import (
     correctness_moves,
     repeated,
 )
-from benchmarks.gpu_suite.correctness_cases import DTYPES, MOVES, OPERATIONS, WRITES
+from benchmarks.gpu_suite.correctness_cases import DTYPES, MOVES, OPERATIONS, QUANTISED, WRITES
 from benchmarks.gpu_suite.correctness_large import Large
 from benchmarks.gpu_suite.correctness_moves import MANY_BLOCKS, MANY_TOKENS
 from benchmarks.gpu_suite.repeated import INTERPRETED_REPEATS, REPEATS, Problem
@@ -52,16 +52,19 @@ class _Cases:
             for spec in specs
         ]
 
-    def moves(self, operations: Iterable[str], dtypes: Iterable[str]) -> list[Case]:
-        """Returns a case for each operation and dtype."""
+    def moves(
+        self, operations: Iterable[str], dtypes: Iterable[str], *, is_static: bool = False
+    ) -> list[Case]:
+        """Returns a case for each operation and dtype; of writes also with static scales."""
         return [
             self._case(
-                f"{operation} {dtype}",
+                f"{operation} {dtype}" + ", static scales" * is_static,
                 correctness_moves.problem(
                     operation,
                     dtype,
                     self._implementation,
                     self._repeats,
+                    is_static=is_static,
                     interpreted=self._interpreted,
                 ),
                 run_s=0.5,
@@ -152,6 +155,7 @@ def _first(context: Context) -> list[Case]:
             *kernels.attention(correctness_cases.interpreted_specs()[2:]),
             *kernels.attention(correctness_cases.interpreted_empty_specs(), empty=True),
             *kernels.moves(WRITES, DTYPES),
+            *kernels.moves(WRITES, QUANTISED, is_static=True),
             *kernels.moves(MOVES, ("bfloat16", "int8")),
             kernels.padding(),
         ]
@@ -159,6 +163,7 @@ def _first(context: Context) -> list[Case]:
     return [
         *kernels.attention(basic),
         *kernels.moves(WRITES, DTYPES),
+        *kernels.moves(WRITES, QUANTISED, is_static=True),
         *kernels.moves(MOVES, ("bfloat16",)),
         *kernels.attention(correctness_cases.empty_specs(), empty=True),
         kernels.padding(),
@@ -176,6 +181,7 @@ def _more(context: Context) -> list[Case]:
             *xla.attention(correctness_cases.interpreted_specs()),
             *xla.attention(correctness_cases.interpreted_empty_specs(), empty=True),
             *xla.moves(OPERATIONS, ("bfloat16", "int8")),
+            *xla.moves(WRITES, QUANTISED, is_static=True),
             xla.padding(),
         ]
     return [
@@ -185,6 +191,7 @@ def _more(context: Context) -> list[Case]:
         *xla.attention(correctness_cases.basic_specs()),
         *xla.attention(correctness_cases.empty_specs(), empty=True),
         *xla.moves(OPERATIONS, DTYPES),
+        *xla.moves(WRITES, QUANTISED, is_static=True),
         *xla.attention(correctness_cases.first_specs()),
         *xla.attention(correctness_cases.common_specs()),
         *xla.attention(correctness_cases.more_specs()),

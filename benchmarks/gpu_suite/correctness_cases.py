@@ -18,6 +18,8 @@ from benchmarks.attention_cases.specs import (
 DTYPES = ("bfloat16", "float32", "float8_e4m3fn", "int8")
 """Of caches in which blocks are moved."""
 WRITES = ("write_kv", "rotate_and_write")
+QUANTISED = ("float8_e4m3fn", "int8")
+"""Those whose scales may be given."""
 MOVES = ("copy_blocks", "gather_blocks", "scatter_blocks")
 OPERATIONS = (*WRITES, *MOVES)
 BLOCK_SIZES = (16, 64, 32, 128)

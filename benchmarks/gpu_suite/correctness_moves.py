@@ -14,6 +14,7 @@ from benchmarks.gpu_suite.repeated import Arrays, Problem, Results, differing_by
 from benchmarks.gpu_suite.stage import Program, Row
 from pallas_paged import (
     KVCache,
+    StaticScales,
     copy_blocks,
     gather_blocks,
     rotate_and_write,
@@ -22,11 +23,11 @@ from pallas_paged import (
 )
 from pallas_paged.kv_cache import to_stored
 from pallas_paged.ops.rotary import rotate
-from pallas_paged.quantisation import is_quantised
+from pallas_paged.quantisation import LARGEST, is_quantised
 
 
-def _cache_first(*arguments: Any, implementation: str) -> tuple[KVCache, jax.Array]:
-    q, cache = rotate_and_write(*arguments, implementation=implementation)
+def _cache_first(*arguments: Any, **options: Any) -> tuple[KVCache, jax.Array]:
+    q, cache = rotate_and_write(*arguments, **options)
     return cache, q
 
 
@@ -67,6 +68,7 @@ def problem(
     *,
     sizes: Sizes = FEW,
     padding: bool = False,
+    is_static: bool = False,
     interpreted: bool = False,
 ) -> Problem:
     """Returns an operation as a problem.
@@ -78,12 +80,14 @@ def problem(
       repeats: how often it runs.
       sizes: of the cache.
       padding: of `write_kv`: all slots are 0, and the cache must stay as it is.
+      is_static: of writes: a quantised cache's scales are given.
       interpreted: whether it is interpreted.
     """
+    kind = ", padding" * padding + ", static scales" * is_static
     return Problem(
-        name=f"correctness: {operation}, {dtype}, {list(sizes)}" + ", padding" * padding,
-        program=program(operation, dtype, implementation, sizes),
-        make=functools.partial(make, operation, dtype, sizes, padding),
+        name=f"correctness: {operation}, {dtype}, {list(sizes)}{kind}",
+        program=program(operation, dtype, implementation, sizes, is_static=is_static),
+        make=functools.partial(make, operation, dtype, sizes, padding, is_static),
         judge=functools.partial(judge, operation, dtype),
         repeats=repeats,
         ignored=null_blocks(operation),
@@ -97,17 +101,50 @@ def null_blocks(operation: str) -> int:
 
 
 def program(
-    operation: str, dtype: str, implementation: str, sizes: Sizes, donate: bool = False
+    operation: str,
+    dtype: str,
+    implementation: str,
+    sizes: Sizes,
+    donate: bool = False,
+    *,
+    is_static: bool = False,
 ) -> Program:
     """Returns an operation; the cache is donated only if `donate` says so."""
     arguments = shapes(operation, dtype, sizes)
+    if is_static:
+        arguments += jax.eval_shape(lambda: static_scales(dtype, sizes))
     which = [isinstance(argument, KVCache) for argument in arguments].index(True)
     return Program(
-        name=f"{implementation} {operation}, {dtype}, {list(sizes)}" + ", in place" * donate,
-        function=functools.partial(FUNCTIONS[operation], implementation=implementation),
+        name=f"{implementation} {operation}, {dtype}, {list(sizes)}"
+        + ", in place" * donate
+        + ", static scales" * is_static,
+        function=functools.partial(
+            function(operation, is_static=is_static), implementation=implementation
+        ),
         arguments=lambda: arguments,
         donate=(which,) if donate else (),
     )
+
+
+def function(operation: str, *, is_static: bool) -> Any:
+    """Returns what runs; with static scales, of these two arrays as last arguments."""
+    if not is_static:
+        return FUNCTIONS[operation]
+
+    def run(*arguments: Any, implementation: str) -> Any:
+        *others, k, v = arguments
+        return FUNCTIONS[operation](
+            *others, implementation=implementation, static_scales=StaticScales(k, v)
+        )
+
+    return run
+
+
+def static_scales(dtype: str, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
+    """Returns scales of keys and of values by which the largest numbers of most rows do not fit."""
+    shares = jnp.linspace(0.5, 1.5, sizes.num_kv_heads, dtype=jnp.float32)
+    k = shares / LARGEST[jnp.dtype(dtype)]
+    return k, k[::-1]
 
 
 def written_dtype(dtype: str) -> str:
@@ -140,16 +177,19 @@ def shapes(operation: str, dtype: str, sizes: Sizes) -> tuple[Any, ...]:
 
 
 def make(
-    operation: str, dtype: str, sizes: Sizes, padding: bool
+    operation: str, dtype: str, sizes: Sizes, padding: bool, is_static: bool = False
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments, and the cache afterwards or the blocks without null blocks."""
     arguments = arguments_of(operation, dtype, sizes)
+    if is_static:
+        arguments += static_scales(dtype, sizes)
     if padding:
         k, v, cache, slots = arguments
         arguments = k, v, cache, jnp.zeros_like(slots)
         right = cache
     elif sizes.num_moved <= _MAX_ONE_BY_ONE:
-        right = FUNCTIONS[operation](*arguments, implementation="reference")
+        run = function(operation, is_static=is_static)
+        right = run(*arguments, implementation="reference")
     else:
         right = by_index(operation, *arguments)
     first = null_blocks(operation)

@@ -1,4 +1,4 @@
-"""Which implementations an engine's programs are made of."""
+"""Which implementations an engine's programs are made of, and what caches they use."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_paged.cache_spec import CacheSpec
-from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype
+from pallas_paged.engine.config import KV_CACHE_DTYPES, EngineConfig
 from pallas_paged.engine.device.background import Background
 from pallas_paged.engine.device.drafted import num_caches, parts_of
 from pallas_paged.engine.device.placement import Placement
@@ -19,6 +19,17 @@ from pallas_paged.ops.kv_write.api import write_implementation
 from pallas_paged.ops.product import api as product
 
 logger = logging.getLogger(__name__)
+
+
+def resolve_kv_cache_dtype(
+    config: EngineConfig, model_dtype: jnp.dtype, shape: ModelConfig, platform: str
+) -> jnp.dtype:
+    """Returns the dtype that keys and values of a model are stored in, on devices of a platform."""
+    if config.kv_cache_dtype != "auto":
+        return jnp.dtype(KV_CACHE_DTYPES[config.kv_cache_dtype])
+    if shape.kv_cache_dtype is None or (platform, shape.kv_cache_dtype) == ("cpu", "float8_e4m3fn"):
+        return model_dtype
+    return jnp.dtype(shape.kv_cache_dtype)
 
 
 def choose_attention(
@@ -60,7 +71,8 @@ def compile_kernels_soon(config: EngineConfig, shape: ModelConfig, placement: Pl
     if name is None or placement.device.platform != "cpu":
         return
     dtype = jnp.dtype(name)
-    specs = shape.cache_specs(config.block_size, resolve_kv_cache_dtype(config, dtype))
+    cache_dtype = resolve_kv_cache_dtype(config, dtype, shape, placement.device.platform)
+    specs = shape.cache_specs(config.block_size, cache_dtype)
     chosen = [
         (_implementation(config, q, cache), q, cache)
         for q, cache in _attentions(shape, dtype, specs)

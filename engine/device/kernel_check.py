@@ -165,8 +165,9 @@ def _differences(check: KernelCheck) -> Callable[[Problem], dict[str, jax.Array]
     """
 
     def run(problem: Problem) -> dict[str, jax.Array]:
+        written = _written(problem, "xla")
         ours, theirs = (
-            dict(_cache_results(problem, implementation))
+            dict(_cache_results(problem, written, implementation))
             for implementation in (check.cache_implementation, "xla")
         )
         found = {name: _cache_difference(name, problem, ours[name], theirs[name]) for name in ours}
@@ -176,7 +177,7 @@ def _differences(check: KernelCheck) -> Callable[[Problem], dict[str, jax.Array]
             found["rotate_and_write"] = _rotation_difference(check.kind, problem)
         if check.attention == "xla":
             return found
-        cache, ours_attend = theirs["write_kv"], check.attention
+        cache, ours_attend = written, check.attention
 
         def attend(
             implementation: str | None, q: jax.Array, metadata: AttentionMetadata
@@ -214,14 +215,24 @@ def _last_behind_prefix(problem: Problem) -> AttentionMetadata:
     return dataclasses.replace(metadata, shared_prefix=prefix)
 
 
-def _cache_results(problem: Problem, implementation: str | None) -> Iterator[tuple[str, KVCache]]:
-    """Yields what each operation on caches makes of the problem's, one after the other."""
+def _written(problem: Problem, implementation: str | None) -> KVCache:
+    return write_kv(
+        problem.k,
+        problem.v,
+        problem.caches,
+        problem.slots,
+        static_scales=problem.static_scales,
+        implementation=implementation,
+    )
+
+
+def _cache_results(
+    problem: Problem, cache: KVCache, implementation: str | None
+) -> Iterator[tuple[str, KVCache]]:
+    """Yields what a write makes of the problem's cache, and what each move makes of `cache`."""
     src = problem.metadata.block_tables[2, :2]
     dst = problem.caches.k.shape[0] - 1 - jnp.arange(2, dtype=jnp.int32)  # free blocks
-    cache = write_kv(
-        problem.k, problem.v, problem.caches, problem.slots, implementation=implementation
-    )
-    yield "write_kv", cache
+    yield "write_kv", _written(problem, implementation)
     yield "copy_blocks", copy_blocks(cache, src, dst, implementation=implementation)
     blocks = gather_blocks(cache, src, implementation=implementation)
     yield "gather_blocks", blocks
@@ -234,7 +245,13 @@ def _rotation_difference(kind: AttentionKind, problem: Problem) -> jax.Array:
     angles = angles.reshape(problem.k.shape[0], -1)
     rows = problem.q_written, problem.k, problem.v, jnp.cos(angles), jnp.sin(angles)
     (ours_q, ours), (theirs_q, theirs) = (
-        rotate_and_write(*rows, problem.caches, problem.slots, implementation=name)
+        rotate_and_write(
+            *rows,
+            problem.caches,
+            problem.slots,
+            static_scales=problem.static_scales,
+            implementation=name,
+        )
         for name in (None, "xla")
     )
     found = [_difference(ours_q, theirs_q, ROUNDINGS[jnp.dtype(kind.dtype).name])]

@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 
 from pallas_paged.cache_spec import CacheSpec
-from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache
+from pallas_paged.kv_cache import NULL_BLOCK, AttentionMetadata, KVCache, StaticScales
 from pallas_paged.models import CausalLM
+from pallas_paged.quantisation import LARGEST
 
 _KEYS = 270  # of the longest sequence: some tiles of the kernels, the last one not full
 NUM_QUERIES = 140
@@ -25,6 +26,7 @@ class AttentionKind(NamedTuple):
       spec: of the cache.
       options: of `paged_attention`, by name; in the place of an array its shape.
       rotates: whether queries and keys are rotated while keys and values are written.
+      is_scaled: whether these are quantised by static scales.
     """
 
     num_q_heads: int
@@ -32,11 +34,13 @@ class AttentionKind(NamedTuple):
     spec: CacheSpec
     options: tuple[tuple[str, Any], ...]
     rotates: bool = False
+    is_scaled: bool = False
 
     def __str__(self) -> str:
         num_kv_heads, block_size, head_dim = self.spec.arrays[0].shape
         options = "".join(f", {name}={value}" for name, value in self.options)
         options += ", rotary positions" if self.rotates else ""
+        options += ", static scales" if self.is_scaled else ""
         return (
             f"{self.num_q_heads} query heads on {num_kv_heads} KV heads of {head_dim}, blocks of "
             f"{block_size}, {self.dtype} queries, {self.spec.arrays[0].dtype} cache{options}"
@@ -58,6 +62,7 @@ class Problem(NamedTuple):
     q_written: jax.Array  # [tokens, Hq, D], rotated where `k` is
     metadata: AttentionMetadata
     options: dict[str, Any]
+    static_scales: StaticScales | None
 
 
 def attention_kinds(
@@ -75,6 +80,7 @@ def attention_kinds(
         metadata: Any,
         *,
         rotary: Any = None,
+        static_scales: Any = None,
         **options: Any,
     ) -> tuple[jax.Array, Any]:
         named = [
@@ -84,7 +90,12 @@ def attention_kinds(
             for name, value in sorted(options.items())
         ]
         kind = AttentionKind(
-            q.shape[1], jnp.dtype(q.dtype), next(layer), tuple(named), rotary is not None
+            q.shape[1],
+            jnp.dtype(q.dtype),
+            next(layer),
+            tuple(named),
+            rotary is not None,
+            static_scales is not None,
         )
         found[kind] = None
         return jnp.zeros((*q.shape[:2], v.shape[2]), q.dtype), cache
@@ -129,15 +140,25 @@ def make_problem(kind: AttentionKind) -> Problem:
         name: normal(*value.shape, dtype=value.dtype) if hasattr(value, "shape") else value
         for name, value in kind.options
     }
+    k, v = (normal(len(slots), num_kv_heads, width) for width in (head_dim, v_head_dim))
+    static_scales = None
+    if kind.is_scaled:  # the largest numbers do not fit
+        largest = LARGEST[jnp.dtype(caches.k.dtype)]
+        shares = rng.uniform(0.2, 0.4, (2, num_kv_heads)).astype(np.float32)
+        amaxes = (np.abs(x.astype(np.float32)).max((0, 2)) for x in (k, v))
+        static_scales = StaticScales(
+            *(a / largest * b for a, b in zip(amaxes, shares, strict=True))
+        )
     return Problem(
         jax.tree.map(_poison, caches),
-        normal(len(slots), num_kv_heads, head_dim),
-        normal(len(slots), num_kv_heads, v_head_dim),
+        k,
+        v,
         slots,
         q,
         normal(len(slots), kind.num_q_heads, head_dim),
         metadata,
         options,
+        static_scales,
     )
 
 

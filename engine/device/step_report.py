@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_paged.deviceless import compile_with_schedule, target_device
-from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype
+from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.logprobs import width_for
+from pallas_paged.engine.device.implementations import resolve_kv_cache_dtype
 from pallas_paged.engine.device.pool_size import num_bytes
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.kv.sharing import blocks_for
@@ -82,7 +83,7 @@ def compile_step(
 ) -> StepReport:
     """Compiles one step of a model of that shape for the GPU named `target`."""
     model = abstract_model(shape, config.dtype)
-    cache_dtype = resolve_kv_cache_dtype(config, jnp.dtype(config.dtype))
+    cache_dtype = resolve_kv_cache_dtype(config, jnp.dtype(config.dtype), shape, "gpu")
     specs = shape.cache_specs(config.block_size, cache_dtype)
     caches = tuple(spec.shapes(num_blocks) for spec in specs)
     programs = StepPrograms(

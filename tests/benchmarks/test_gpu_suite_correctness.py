@@ -44,7 +44,7 @@ def test_every_case_has_a_name_of_its_own(context):
     for where in (GPU, context):
         every = [name for stage in STAGES for name in names(stage, where)]
         assert len(set(every)) == len(every)
-    assert 45 <= len(correctness.CORRECTNESS.cases(GPU)) <= 70
+    assert 45 <= len(correctness.CORRECTNESS.cases(GPU)) <= 72
 
 
 def test_the_first_stage_begins_with_one_of_each_kind_and_has_everything_once():
@@ -55,8 +55,13 @@ def test_the_first_stage_begins_with_one_of_each_kind_and_has_everything_once():
         for operation in correctness_cases.WRITES
         for dtype in correctness_cases.DTYPES
     ]
+    moves += [
+        f"{operation} {dtype}, static scales"
+        for operation in correctness_cases.WRITES
+        for dtype in correctness_cases.QUANTISED
+    ]
     moves += [f"{operation} bfloat16" for operation in correctness_cases.MOVES]
-    assert first[:14] == [f"mosaic_gpu: {name}" for name in (*kinds, *moves)]
+    assert first[:18] == [f"mosaic_gpu: {name}" for name in (*kinds, *moves)]
     assert all(name.startswith("mosaic_gpu: ") for name in first)
     for what in ("70,000", "in 4.5 GiB"):
         for operation in correctness_cases.OPERATIONS:
@@ -304,6 +309,24 @@ def test_a_wrong_block_fails(operation, context, monkeypatch):
     problem = correctness_moves.problem(operation, "bfloat16", "xla", 1)
     repeated.prepare(problem, context)
     assert repeated.run(problem, context)["status"] == "failed"
+
+
+@pytest.mark.parametrize("operation", correctness_cases.WRITES)
+@pytest.mark.parametrize("dtype", correctness_cases.QUANTISED)
+def test_rows_with_their_own_scales_fail_where_others_are_given(
+    operation, dtype, context, monkeypatch
+):
+    right_way = correctness_moves.FUNCTIONS[operation]
+
+    def wrong(*args, implementation, static_scales):
+        given = static_scales if implementation == "reference" else None
+        return right_way(*args, implementation=implementation, static_scales=given)
+
+    for function, status in ((right_way, "ok"), (wrong, "failed")):
+        monkeypatch.setitem(correctness_moves.FUNCTIONS, operation, function)
+        problem = correctness_moves.problem(operation, dtype, "xla", 1, is_static=True)
+        repeated.prepare(problem, context)
+        assert repeated.run(problem, context)["status"] == status
 
 
 def test_padding_that_is_written_fails(context, monkeypatch):

@@ -12,9 +12,9 @@ from flax import nnx
 from pallas_paged.engine.config import (
     DEFAULT_CPU_KV_CACHE_BYTES,
     EngineConfig,
-    resolve_kv_cache_dtype,
     resolve_max_model_len,
 )
+from pallas_paged.engine.device.implementations import resolve_kv_cache_dtype
 from pallas_paged.engine.device.pool_size import plan_pool, round_num_blocks
 from pallas_paged.engine.llm import LLM
 from pallas_paged.models import ModelConfig
@@ -176,7 +176,7 @@ def test_num_blocks_wins_over_bytes() -> None:
 @pytest.mark.parametrize(("dtype", "name"), [("float8_e4m3fn", "fp8"), ("int8", "int8")])
 def test_scales_count_among_a_blocks_bytes(dtype: str, name: str) -> None:
     config = EngineConfig("m", kv_cache_dtype=name, num_blocks=77)
-    cache_dtype = resolve_kv_cache_dtype(config, jnp.dtype(jnp.bfloat16))
+    cache_dtype = resolve_kv_cache_dtype(config, jnp.dtype(jnp.bfloat16), SHAPE, "gpu")
     assert cache_dtype == dtype
     assert plan(cache_dtype=dtype, num_blocks=77).block_bytes == BLOCK_BYTES // 4 * (8 + 4) // 8
 

@@ -1,5 +1,6 @@
 """The check of kernels at an engine's start, with kernels that the interpreter runs."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -45,8 +46,12 @@ def checks(
     cache_dtype: str | None = None,
     num_layers: int = 1,
     shares_prefix: bool = False,
+    *,
+    is_scaled: bool = False,
 ) -> tuple[KernelCheck, ...]:
     shape = SHAPE.first_layers(num_layers)
+    if is_scaled:
+        shape = dataclasses.replace(shape, kv_cache_dtype=cache_dtype)
     model = abstract_model(shape, dtype)
     specs = shape.cache_specs(16, jnp.dtype(cache_dtype or dtype))
     return kernel_checks(
@@ -85,6 +90,27 @@ def test_right_kernels_pass(
     assert re.search(
         rf"{num_kernels} kernels agree with XLA on \w+; checked in \d+\.\d s", caplog.text
     )
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
+def test_kernels_that_do_not_use_static_scales_are_named(
+    cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (only,) = checks(cache_dtype=cache_dtype, is_scaled=True)
+    assert "static scales" in str(only.kind)
+    check(cache_dtype=cache_dtype, is_scaled=True)
+    for name in ("write_kv", "rotate_and_write"):
+        right = getattr(kernel_check, name)
+
+        def own(*args: Any, right: Any = right, implementation: Any = None, **options: Any) -> Any:
+            if implementation != "xla":
+                options["static_scales"] = None
+            return right(*args, implementation="xla", **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel_check, name, own)
+            with pytest.raises(KernelCheckError, match=f"{name} on cpu: differs .*static scales"):
+                check(cache_dtype=cache_dtype, is_scaled=True)
 
 
 def broken(function: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:

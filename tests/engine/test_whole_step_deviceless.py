@@ -17,10 +17,14 @@ from pallas_paged.deviceless import (
     target_memory_bytes,
     without_compilation_cache,
 )
-from pallas_paged.engine.config import EngineConfig, resolve_kv_cache_dtype
+from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.grammar import NUM_MASKS
-from pallas_paged.engine.device.implementations import choose_attention, choose_writes
+from pallas_paged.engine.device.implementations import (
+    choose_attention,
+    choose_writes,
+    resolve_kv_cache_dtype,
+)
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.device.step_report import SHAPES, StepReport, compile_step
 from pallas_paged.models import abstract_model
@@ -238,7 +242,8 @@ def test_a_step_of_one_kernel(
 def test_what_runs_where_nobody_names_it(target: str, kv_cache_dtype: str, writes: str) -> None:
     shape, dtype = SHAPES["llama-8b"], jnp.dtype("bfloat16")
     config = EngineConfig("llama-8b", kv_cache_dtype=kv_cache_dtype)
-    specs = shape.cache_specs(config.block_size, resolve_kv_cache_dtype(config, dtype))
+    cache_dtype = resolve_kv_cache_dtype(config, dtype, shape, "gpu")
+    specs = shape.cache_specs(config.block_size, cache_dtype)
     with jax.default_device(target_device(target)):
         assert choose_attention(config, shape, dtype, specs) == "mosaic_gpu"
         assert choose_writes(config, dtype, specs) == writes

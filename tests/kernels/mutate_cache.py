@@ -29,7 +29,7 @@ MUTATIONS = {
         "tests/kernels/test_wide_offsets.py::test_operations_on_the_cache",
     ),
     "values for keys": _mutation(
-        _WRITE, "parts = zip((k_ref, v_ref),", "parts = zip((v_ref, k_ref),", "test_write"
+        _WRITE, "in zip((k_ref, v_ref), *caches", "in zip((v_ref, k_ref), *caches", "test_write"
     ),
     "the next token's slot": _mutation(
         _WRITE, "slots[token] % block_size", "(slots[token] + 1) % block_size", "test_write"
@@ -42,8 +42,8 @@ MUTATIONS = {
     ),
     "zeros": _mutation(
         _WRITE,
-        "rows = load(x, layout_of_rows(num_kv_heads, head_dim))",
-        "rows = 0 * load(x, layout_of_rows(num_kv_heads, head_dim))",
+        "_write_rows(load(x, layout),",
+        "_write_rows(0 * load(x, layout),",
         "test_write",
     ),
     "no scale": _mutation(_WRITE, "        store(scales, scale)\n", "", "test_write"),
@@ -55,6 +55,27 @@ MUTATIONS = {
         "scale.at[block, head, offset]",
         "scale.at[block, 0, offset]",
         "test_write",
+    ),
+    "static: keys' scales for values": _mutation(
+        _WRITE, "return (k, v), refs[num_given:]", "return (k, k), refs[num_given:]", "test_write"
+    ),
+    "static: the first head's scale": _mutation(
+        _WRITE,
+        "given = None if static is None else static[head]\n",
+        "given = None if static is None else static[0]\n",
+        "test_write",
+    ),
+    "static: not used where heads go together": _mutation(
+        _WRITE,
+        "cache.at[block, :, offset], scales, given)",
+        "cache.at[block, :, offset], scales)",
+        "test_write",
+    ),
+    "static: an infinity becomes finite": Mutation(
+        "pallas_paged/quantisation.py",
+        "scale = jnp.where(amax < jnp.inf, given, jnp.inf)",
+        "scale = given",
+        "tests/kernels/test_kv_quantised.py::test_what_is_wrong_does_not_become_finite",
     ),
     "one head for all": _mutation(
         _WRITE, "row = load(x.at[head], layout", "row = load(x.at[0], layout", "test_write"
@@ -102,6 +123,18 @@ MUTATIONS = {
         "pallas_paged/quantisation.py",
         "functools.reduce(jnp.maximum, amaxes)",
         "amaxes[-1]",
+        "test_rotate_and_write",
+    ),
+    "rotated, static: keys by their own scale": _mutation(
+        _WRITE,
+        "quantise_parts(keys, dtype, k_given)",
+        "quantise_parts(keys, dtype)",
+        "test_rotate_and_write",
+    ),
+    "rotated, static: values by the first head's": _mutation(
+        _WRITE,
+        "static is None else static[head] for static",
+        "static is None else static[0] for static",
         "test_rotate_and_write",
     ),
     "rotated: no scale": _mutation(

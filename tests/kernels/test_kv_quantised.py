@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.attention_cases.arguments import AttentionSpec, build
-from pallas_paged import KVCache, paged_attention, write_kv
+from pallas_paged import KVCache, StaticScales, paged_attention, write_kv
 from pallas_paged.quantisation import LARGEST, dequantise, quantise
 from tests.kernels.in_place import assert_donated, assert_updates_in_place
 
@@ -62,12 +62,54 @@ def test_nothing_overflows_and_zeros_stay_zeros(dtype):
 
 @DTYPES
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-def test_what_is_wrong_does_not_become_finite(dtype, wrong):
+@pytest.mark.parametrize("given", [None, 0.25])
+def test_what_is_wrong_does_not_become_finite(dtype, wrong, given):
     x = np.ones((2, 8), np.float32)
     x[1, 3] = wrong
-    back = np.asarray(dequantise(*quantise(jnp.asarray(x), dtype)))
+    given = None if given is None else jnp.full(2, given, jnp.float32)
+    back = np.asarray(dequantise(*quantise(jnp.asarray(x), dtype, given)))
     np.testing.assert_allclose(back[0], 1)
     assert not np.isfinite(back[1, 3])
+
+
+@DTYPES
+def test_given_scales_are_used_and_what_does_not_fit_is_the_last_number(dtype):
+    largest = LARGEST[jnp.dtype(dtype)]
+    lowest = -128 if dtype == "int8" else -448
+    x = jnp.array([[1.0, -0.5, 0.0], [2 * largest, -3 * largest, 1.0]])
+    stored, scale = quantise(x, dtype, jnp.array([0.5, 1.0]))
+    np.testing.assert_array_equal(scale, [0.5, 1.0])
+    expected = [[2, -1, 0], [largest, lowest, 1]]
+    np.testing.assert_array_equal(np.asarray(stored, np.float32), expected)
+
+
+@DTYPES
+@IMPLEMENTATIONS
+def test_each_head_is_written_with_its_static_scale(dtype, implementation):
+    k, v = jnp.ones((2, 3, 32)), jnp.full((2, 3, 32), 3.0)
+    static = StaticScales(jnp.array([1.0, 0.5, 0.25]), jnp.array([3.0, 1.5, 0.75]))
+    cache, slots = KVCache.zeros(2, 3, 8, 32, dtype), jnp.array([9, 10], jnp.int32)
+    cache = write_kv(k, v, cache, slots, implementation=implementation, static_scales=static)
+    for stored, scales, given in zip(cache[:2], cache[2:], static, strict=True):
+        numbers = np.asarray(stored[1, :, 1:3], np.float32)
+        np.testing.assert_array_equal(numbers, np.broadcast_to([[[1]], [[2]], [[4]]], (3, 2, 32)))
+        np.testing.assert_array_equal(scales[1, :, 1:3], np.stack([given] * 2, axis=1))
+        assert not np.asarray(scales)[:, :, [0, 3, 7]].any()
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_static_scales_that_do_not_fit_are_refused():
+    k, slots = jnp.ones((2, 3, 32)), jnp.array([9, 10], jnp.int32)
+    one, three = jnp.ones(1), jnp.ones(3)
+    per_head = r"static_scales.v is float32\[1\], must be float32\[3\]: one number per KV head"
+    for dtype, wrong, message in (
+        ("int8", (three, one), per_head),
+        ("int8", (three.astype(jnp.bfloat16), three), r"static_scales.k is bfloat16\[3\], must be"),
+        ("bfloat16", (three, three), "for quantised caches, not for bfloat16"),
+    ):
+        cache = KVCache.zeros(2, 3, 8, 32, dtype)
+        with pytest.raises(ValueError, match=message):
+            write_kv(k, k, cache, slots, static_scales=StaticScales(*wrong))
 
 
 def written(dtype, implementation, input_dtype="float32"):

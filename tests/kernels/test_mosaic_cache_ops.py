@@ -13,6 +13,7 @@ import pytest
 
 from pallas_paged import (
     KVCache,
+    StaticScales,
     copy_blocks,
     gather_blocks,
     rotate_and_write,
@@ -22,6 +23,7 @@ from pallas_paged import (
 from pallas_paged.deviceless import compile_for, kernel_ptx, kernel_resources, target_device
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.ops.kv_write import mosaic_gpu as kv_write
+from pallas_paged.quantisation import is_quantised
 
 # KV heads, block size, head_dim, dtype: rows of one and of several warps, scales that are moved in
 # vectors, by one warp and one by one, and blocks that several thread blocks share.
@@ -68,29 +70,45 @@ def assert_same_null_block(actual, expected):
 def run(capsys):
     """Runs an operation interpreted, and sees that no race was reported."""
 
-    def run(operation, *args):
+    def run(operation, *args, **options):
         with interpret_kernels(detect_races=True):
-            result = jax.block_until_ready(operation(*args, implementation="mosaic_gpu"))
+            result = operation(*args, implementation="mosaic_gpu", **options)
+            jax.block_until_ready(result)
         assert "RACE DETECTED" not in capsys.readouterr().out
         return result
 
     return run
 
 
-@pytest.mark.parametrize("sizes", CACHES, ids=str)
-def test_write(run, sizes):
+def static_scales(num_kv_heads):
+    """Returns scales that are powers of two, by which a division rounds nothing."""
+    exponents = jnp.arange(num_kv_heads, dtype=jnp.float32)
+    return StaticScales(0.25 * 2.0**exponents, 0.125 / 2.0**exponents)
+
+
+def with_scales(cases):
+    """Returns cases that end with a cache's sizes: with the rows' own scales and static ones."""
+    cases = list(cases)
+    own = [(*case, False) for case in cases]
+    return own + [(*case, True) for case in cases if is_quantised(case[-1][-1])]
+
+
+@pytest.mark.parametrize(("sizes", "is_static"), with_scales((each,) for each in CACHES), ids=str)
+def test_write(run, sizes, is_static):
     num_kv_heads, block_size, head_dim, _ = sizes
     rng = np.random.default_rng(0)
     k, v = rng.standard_normal((2, 6, num_kv_heads, head_dim)).astype(np.float32)
     v[1] *= 100
     k[2] = 0
+    k[3, 0, 1] = np.inf
     k[4:] = v[4:] = np.nan
     input_dtype = "float32" if num_kv_heads == 4 else "bfloat16"
     k, v = jnp.asarray(k, input_dtype), jnp.asarray(v, input_dtype)
     slots = jnp.array([3 * block_size - 1, 2 * block_size, block_size, block_size + 2, 0, 0])
     args = k, v, poisoned(4, *sizes), slots.astype(jnp.int32)
-    expected = write_kv(*args, implementation="reference")
-    written = run(write_kv, *args)
+    given = static_scales(num_kv_heads) if is_static else None
+    expected = write_kv(*args, implementation="reference", static_scales=given)
+    written = run(write_kv, *args, static_scales=given)
     assert args[2].k.is_deleted()
     assert_same_but_for_the_null_block(written, expected)
     assert_same_null_block(written, poisoned(4, *sizes))
@@ -117,8 +135,8 @@ def rotary_arguments(group, num_kv_heads, head_dim, dtype="bfloat16"):
     return q, k, v, *angles
 
 
-@pytest.mark.parametrize(("group", "sizes"), ROTATED, ids=str)
-def test_rotate_and_write(run, group, sizes):
+@pytest.mark.parametrize(("group", "sizes", "is_static"), with_scales(ROTATED), ids=str)
+def test_rotate_and_write(run, group, sizes, is_static):
     num_kv_heads, block_size, head_dim, _ = sizes
     input_dtype = "float32" if group == 3 else "bfloat16"
     q, k, v, *angles = rotary_arguments(group, num_kv_heads, head_dim, input_dtype)
@@ -126,10 +144,10 @@ def test_rotate_and_write(run, group, sizes):
     k = k.at[2].set(0)
     slots = jnp.array([3 * block_size - 1, 2 * block_size, block_size, block_size + 2, 0, 0])
     args = q, k, v, *angles, poisoned(4, *sizes), slots.astype(jnp.int32)
-    expected_q, expected = jax.jit(
-        functools.partial(rotate_and_write, implementation="reference"), keep_unused=True
-    )(*args)
-    rotated, written = run(rotate_and_write, *args)
+    given = static_scales(num_kv_heads) if is_static else None
+    reference = functools.partial(rotate_and_write, implementation="reference", static_scales=given)
+    expected_q, expected = jax.jit(reference, keep_unused=True)(*args)
+    rotated, written = run(rotate_and_write, *args, static_scales=given)
     assert args[5].k.is_deleted()
     np.testing.assert_array_equal(bits(rotated)[:4], bits(expected_q)[:4])
     assert_same_but_for_the_null_block(written, expected)
@@ -247,37 +265,49 @@ def operations(sizes):
 
     With ids that are promised to be inside, as the engine does it: nothing is launched to see.
     """
-    num_kv_heads, _, head_dim, _ = sizes
+    num_kv_heads, _, head_dim, dtype = sizes
     ids = jax.ShapeDtypeStruct((6,), jnp.int32)
     rows = jax.ShapeDtypeStruct((6, num_kv_heads, head_dim), jnp.bfloat16)
 
     def promised(operation):
         return functools.partial(operation, promise_in_bounds=True)
 
-    def write(cache, k, v, slots):
-        return promised(write_kv)(k, v, cache, slots)
+    def write(cache, k, v, slots, given=None):
+        return promised(write_kv)(k, v, cache, slots, static_scales=given)
 
     angles = jax.ShapeDtypeStruct((6, head_dim // 2), jnp.float32)
 
-    def rotate(cache, heads, cos, sin, slots):
+    def rotate(cache, heads, cos, sin, slots, given=None):
         """Of what a merged projection to queries, keys and values makes."""
         end = heads.shape[2] - 2 * head_dim
         q, k, v = (
             part.reshape(6, -1, head_dim)
             for part in jnp.split(heads, [end, end + head_dim], axis=2)
         )
-        return promised(rotate_and_write)(q, k, v, cos, sin, cache, slots)
+        rotated = promised(rotate_and_write)
+        return rotated(q, k, v, cos, sin, cache, slots, static_scales=given)
 
     rotates = {}
-    for name, group in (("", 4), ("_of_7", 7), ("_of_3", 3)):
+    for name, group in (("", 4), ("_of_7", 7), ("_of_3", 3)) if head_dim % 64 == 0 else ():
         heads = jax.ShapeDtypeStruct((6, num_kv_heads, (group + 2) * head_dim), jnp.bfloat16)
         rotates[f"rotate_and_write{name}"] = rotate, (heads, angles, angles, ids)
-    return (rotates if head_dim % 64 == 0 else {}) | {
-        "write_kv": (write, (rows, rows, ids)),
-        "copy_blocks": (promised(copy_blocks), (ids, ids)),
-        "scatter_blocks": (promised(scatter_blocks), (ids, shapes(6, *sizes))),
-        "gather_blocks": (promised(gather_blocks), (ids,)),
-    }
+    writes = {"write_kv": (write, (rows, rows, ids))}
+    if is_quantised(dtype):
+        # With scales that are given, the same operations.
+        given = StaticScales(*[jax.ShapeDtypeStruct((num_kv_heads,), jnp.float32)] * 2)
+        writes["write_kv_static"] = writes["write_kv"][0], (rows, rows, ids, given)
+        if rotates:
+            operation, arguments = rotates["rotate_and_write"]
+            rotates["rotate_and_write_static"] = operation, (*arguments, given)
+    return (
+        rotates
+        | writes
+        | {
+            "copy_blocks": (promised(copy_blocks), (ids, ids)),
+            "scatter_blocks": (promised(scatter_blocks), (ids, shapes(6, *sizes))),
+            "gather_blocks": (promised(gather_blocks), (ids,)),
+        }
+    )
 
 
 def check_one_launch_in_place_without_spills(target, sizes):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_paged.dispatch import Implementation, choose_implementation
-from pallas_paged.kv_cache import KVCache, check_cache
+from pallas_paged.kv_cache import KVCache, StaticScales, check_cache, check_static_scales
 from pallas_paged.ops.blocks import inside_or_null
 from pallas_paged.ops.kv_write import mosaic_gpu, reference, xla
 from pallas_paged.ops.rotary import rotate
@@ -67,6 +67,7 @@ def write_kv(
     kv_cache: KVCache,
     slot_mapping: Int32[Array, "T"],
     *,
+    static_scales: StaticScales | None = None,
     implementation: str | None = None,
     promise_in_bounds: bool = False,
 ) -> KVCache:
@@ -82,6 +83,8 @@ def write_kv(
         null block, which may repeat; what ends up there is unspecified. So it is for all slots that
         the cache does not have: a token with -1, or one of N * S and more, is written to no block
         but the null block. Other slots differ.
+      static_scales: with which a quantised cache's rows are stored, instead of each row's own: what
+        does not fit is stored as the dtype's largest or lowest number.
       implementation: "mosaic_gpu" (NVIDIA GPUs), "xla" (any platform), "reference", or None
         to choose.
       promise_in_bounds: the caller's word that the cache has all of them, so that nothing looks:
@@ -94,11 +97,11 @@ def write_kv(
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the named implementation does not exist or cannot do this here.
     """
-    _check(k, v, kv_cache, slot_mapping)
+    _check(k, v, kv_cache, slot_mapping, static_scales)
     name = write_implementation(implementation, k, kv_cache)
     if not promise_in_bounds:
         slot_mapping = inside_or_null(slot_mapping, kv_cache.k.shape[0] * kv_cache.block_size)
-    return _IMPLEMENTATIONS[name].run(k, v, kv_cache, slot_mapping)
+    return _IMPLEMENTATIONS[name].run(k, v, kv_cache, slot_mapping, static_scales)
 
 
 def rotate_and_write(
@@ -110,6 +113,7 @@ def rotate_and_write(
     kv_cache: KVCache,
     slot_mapping: Int32[Array, "T"],
     *,
+    static_scales: StaticScales | None = None,
     implementation: str | None = None,
     promise_in_bounds: bool = False,
 ) -> tuple[Float[Array, "T Hq D"], KVCache]:
@@ -127,6 +131,7 @@ def rotate_and_write(
       sin: the sine of the same angle.
       kv_cache: donated, as `write_kv` has it.
       slot_mapping: likewise.
+      static_scales: likewise.
       implementation: "mosaic_gpu" (NVIDIA GPUs; D a multiple of 64, at most 16 query heads per KV
         head; not differentiable), "xla" (any platform), "reference", or None to choose.
       promise_in_bounds: as `write_kv` has it.
@@ -138,12 +143,12 @@ def rotate_and_write(
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the named implementation does not exist or cannot do this here.
     """
-    _check(k, v, kv_cache, slot_mapping)
+    _check(k, v, kv_cache, slot_mapping, static_scales)
     _check_rotation(q, k, v, cos, sin)
     name = rotating_implementation(implementation, q, k, kv_cache)
     if not promise_in_bounds:
         slot_mapping = inside_or_null(slot_mapping, kv_cache.k.shape[0] * kv_cache.block_size)
-    return _ROTATING[name].run(q, k, v, cos, sin, kv_cache, slot_mapping)
+    return _ROTATING[name].run(q, k, v, cos, sin, kv_cache, slot_mapping, static_scales)
 
 
 def rotating_implementation(requested: str | None, q: _Shape, k: _Shape, kv_cache: KVCache) -> str:
@@ -183,8 +188,15 @@ def rotates_as_it_writes(
     return rotating_implementation(None, q, k, kv_cache) == "mosaic_gpu"
 
 
-def _check(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array) -> None:
+def _check(
+    k: jax.Array,
+    v: jax.Array,
+    kv_cache: KVCache,
+    slot_mapping: jax.Array,
+    static_scales: StaticScales | None,
+) -> None:
     check_cache(kv_cache)
+    check_static_scales(static_scales, kv_cache)
     for name, new, cache in (("k", k, kv_cache.k), ("v", v, kv_cache.v)):
         expected = (*slot_mapping.shape[:1], cache.shape[1], cache.shape[3])
         if new.shape != expected:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_paged.dispatch import unsupported_target
-from pallas_paged.kv_cache import NULL_BLOCK, KVCache
+from pallas_paged.kv_cache import NULL_BLOCK, KVCache, StaticScales
 from pallas_paged.ops.mosaic_gpu import Ref, layout_of_rows, load, store, unsupported_cast
 from pallas_paged.ops.rotary import rotated_halves
 from pallas_paged.quantisation import is_quantised, quantise, quantise_parts
@@ -37,7 +37,13 @@ def unsupported(k: jax.Array | jax.ShapeDtypeStruct, kv_cache: KVCache) -> str |
 
 
 @functools.partial(jax.jit, donate_argnames="kv_cache")
-def write_kv(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array) -> KVCache:
+def write_kv(
+    k: jax.Array,
+    v: jax.Array,
+    kv_cache: KVCache,
+    slot_mapping: jax.Array,
+    static_scales: StaticScales | None,
+) -> KVCache:
     """Returns the cache with k and v written, in place. See `api.write_kv`.
 
     The null block is never written.
@@ -50,34 +56,42 @@ def write_kv(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Ar
     def write_token(k_ref: Ref, v_ref: Ref, slots: Ref, *refs: Ref) -> None:
         token = jax.lax.axis_index("token")
         block, offset = _place(slots, token, block_size)
-        k_cache, v_cache, *scales = refs
-        parts = zip((k_ref, v_ref), (k_cache, v_cache), scales or (None, None), strict=True)
+        given, (k_cache, v_cache, *scales) = _split(refs, num_given)
+        caches = (k_cache, v_cache), scales or (None, None), given
 
         @pl.when(block != NULL_BLOCK)
         def _() -> None:
-            for x, cache, scale in parts:
-                write_one(x.at[token], cache, scale, block, offset)
+            for x, cache, scale, static in zip((k_ref, v_ref), *caches, strict=True):
+                write_one(x.at[token], cache, scale, static, block, offset)
 
     def write_one(
-        x: Ref, cache: Ref, scale: Ref | None, block: jax.Array, offset: jax.Array
+        x: Ref,
+        cache: Ref,
+        scale: Ref | None,
+        static: Ref | None,
+        block: jax.Array,
+        offset: jax.Array,
     ) -> None:
         if head_dim % 32:
             _write_rows(load(x), cache.at[block, :, offset], None)
         elif num_kv_heads % 4 == 0:
+            layout = layout_of_rows(num_kv_heads, head_dim)
             scales = None if scale is None else scale.at[block, :, offset]
-            rows = load(x, layout_of_rows(num_kv_heads, head_dim))
-            _write_rows(rows, cache.at[block, :, offset], scales)
+            given = None if static is None else load(static, layout.reduce(1))
+            _write_rows(load(x, layout), cache.at[block, :, offset], scales, given)
         else:
 
             @pl.loop(0, num_kv_heads)
             def _(head: jax.Array) -> None:
                 scales = None if scale is None else scale.at[block, head, offset]
                 row = load(x.at[head], layout_of_rows(1, head_dim))
-                _write_rows(row, cache.at[block, head, offset], scales)
+                given = None if static is None else static[head]
+                _write_rows(row, cache.at[block, head, offset], scales, given)
 
+    num_given = len(static_scales or ())
     refs = jax.tree.map(jax.new_ref, kv_cache)
     kernel = plgpu.kernel(write_token, grid=(num_tokens,), grid_names=("token",))
-    kernel(k, v, slot_mapping, *jax.tree.leaves(refs))
+    kernel(k, v, slot_mapping, *(static_scales or ()), *jax.tree.leaves(refs))
     return jax.tree.map(jax.freeze, refs)
 
 
@@ -104,6 +118,7 @@ def rotate_and_write(
     sin: jax.Array,
     kv_cache: KVCache,
     slot_mapping: jax.Array,
+    static_scales: StaticScales | None,
 ) -> tuple[jax.Array, KVCache]:
     """Returns the rotated queries and the cache, in place. See `api.rotate_and_write`.
 
@@ -137,7 +152,7 @@ def rotate_and_write(
     def rotate_and_write_head(
         rows_ref: Ref, cos_ref: Ref, sin_ref: Ref, slots: Ref, *refs: Ref
     ) -> None:
-        *caches, q_out = refs
+        given, (*caches, q_out) = _split(refs, num_given)
         token, head = jax.lax.axis_index("token"), jax.lax.axis_index("head")
         cos, sin = cos_ref.at[token], sin_ref.at[token]
         x, out = rows_ref.at[token, head], q_out.at[token, head]
@@ -149,14 +164,16 @@ def rotate_and_write(
         def _() -> None:
             k_cache, v_cache, *scales = (ref.at[block, head, offset] for ref in caches)
             k_scale, v_scale = scales or (None, None)
+            k_given, v_given = (None if static is None else static[head] for static in given)
             keys = rotated(x.at[group], cos, sin, 1)
             if k_scale is not None:
-                keys, scale = quantise_parts(keys, dtype)
+                keys, scale = quantise_parts(keys, dtype, k_given)
                 store(k_scale, scale)
             store_halves(k_cache, keys)
             value = load(x.at[group + 1], layout_of_rows(1, head_dim))
-            _write_rows(value, v_cache, v_scale)
+            _write_rows(value, v_cache, v_scale, v_given)
 
+    num_given = len(static_scales or ())
     refs = jax.tree.map(jax.new_ref, kv_cache)
     kernel = plgpu.kernel(
         rotate_and_write_head,
@@ -164,7 +181,7 @@ def rotate_and_write(
         grid=(num_kv_heads, num_tokens),  # the last axis alone may exceed 65,535
         grid_names=("head", "token"),
     )
-    out = kernel(rows, cos, sin, slot_mapping, *jax.tree.leaves(refs))
+    out = kernel(rows, cos, sin, slot_mapping, *(static_scales or ()), *jax.tree.leaves(refs))
     return out.reshape(q.shape), jax.tree.map(jax.freeze, refs)
 
 
@@ -180,18 +197,28 @@ def _portions(num_rows: int) -> list[tuple[Any, int]]:
     return [(pl.ds(start, 4), 4) for start in starts]
 
 
+def _split(
+    refs: tuple[Ref, ...], num_given: int
+) -> tuple[tuple[Ref | None, Ref | None], tuple[Ref, ...]]:
+    """Returns the static scales of keys and values, None where none are given, and the rest."""
+    k, v = refs[:num_given] or (None, None)
+    return (k, v), refs[num_given:]
+
+
 def _place(slots: Ref, token: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
     """Returns the block of a token's slot, and where the slot is in it."""
     return slots[token] // block_size, slots[token] % block_size
 
 
-def _write_rows(x: jax.Array, cache: Ref, scales: Ref | None) -> None:
-    """Writes rows of numbers to where they are stored, with their scales if they have any."""
+def _write_rows(
+    x: jax.Array, cache: Ref, scales: Ref | None, given: jax.Array | None = None
+) -> None:
+    """Writes rows of numbers to where they are stored, with scales if they have any."""
     dtype = cache.dtype
     if scales is None:
         # By way of float32: not every pair of dtypes has a cast of its own.
         store(cache, x if x.dtype == dtype else x.astype(jnp.float32).astype(dtype))
     else:
-        stored, scale = quantise(x, dtype)
+        stored, scale = quantise(x, dtype, given)
         store(cache, stored)
         store(scales, scale)
