@@ -1,11 +1,10 @@
 """From a configuration to an engine: the model, the pool, the programs, and what joins them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from pallas_paged.cache_spec import CacheSpec, common_window
@@ -32,16 +31,16 @@ from pallas_paged.engine.core.scheduler import Scheduler
 from pallas_paged.engine.core.speculation import make_proposer, speculation_settings
 from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device import device_memory
+from pallas_paged.engine.device.checks_ahead import ChecksAhead, begin_checks
+from pallas_paged.engine.device.choices import choose
 from pallas_paged.engine.device.compilation_cache import use_compilation_cache
 from pallas_paged.engine.device.drafted import Drafted, draft_model_of
 from pallas_paged.engine.device.implementations import (
-    choose_attention,
-    choose_writes,
     compile_kernels_soon,
     register_kernels,
-    resolve_kv_cache_dtype,
+    warn_of_slow_types,
 )
-from pallas_paged.engine.device.kernel_check import check_kernels, kernel_checks
+from pallas_paged.engine.device.kernel_check import check_kernels
 from pallas_paged.engine.device.placement import Placement
 from pallas_paged.engine.device.pool_size import (
     PoolPlan,
@@ -126,10 +125,11 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         placement = Placement.on(target_device())
     with placement.as_target():
         compile_kernels_soon(config, shape, placement)
+        ahead = begin_checks(config, shape, max_model_len, placement)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     with placement.as_target():
         network = _load_network(config, shape, max_model_len, placement)
-        plan, runner, specs = _build_runner(config, network, max_model_len, placement)
+        plan, runner, specs = _build_runner(config, network, max_model_len, placement, ahead)
     memory = BlockTableMemory(
         num_blocks=plan.num_blocks,
         block_size=config.block_size,
@@ -240,38 +240,31 @@ def _load_network(
 
 
 def _build_runner(
-    config: EngineConfig, network: CausalLM, max_model_len: int, placement: Placement
+    config: EngineConfig,
+    network: CausalLM,
+    max_model_len: int,
+    placement: Placement,
+    ahead: ChecksAhead | None,
 ) -> tuple[PoolPlan, ModelRunner, tuple[CacheSpec, ...]]:
     """Returns the pool's plan, the device with a pool of that size, and what its layers cache."""
-    dtype = jax.tree.leaves(nnx.state(network))[0].dtype
-    platform = placement.device.platform
-    cache_dtype = resolve_kv_cache_dtype(config, dtype, network.config, platform)
-    _warn_of_slow_types(dtype, cache_dtype)
+    choices = choose(config, network, placement) if ahead is None else ahead.choices
+    dtype, cache_dtype, specs, implementation, writes, checks = choices
+    warn_of_slow_types(dtype, cache_dtype)
     if (scaled := network.config.kv_cache_dtype) is not None:
         use = "used" if cache_dtype == scaled else f"not used in a cache of {cache_dtype}"
         logger.info("the checkpoint's scales for a KV cache of %s are %s", scaled, use)
-    specs = network.config.cache_specs(config.block_size, cache_dtype)
-    implementation = choose_attention(config, network.config, dtype, specs)
-    writes = choose_writes(config, dtype, specs)
     bundle = None
     if config.bundle is not None:
         table_width = blocks_for(max_model_len, config.block_size)
         unsized = unsized_programs(config, network, table_width, specs, implementation, placement)
         bundle = bundles.open_matching(config.bundle, unsized)
-    checks = kernel_checks(
-        config,
-        network,
-        specs,
-        dtype,
-        attention=implementation,
-        writes=writes,
-        platform=placement.device.platform,
-    )
     if checks:
-        compiled = {}
+        compiled: Mapping[Any, jax.stages.Compiled] = {}
         if bundle is not None:
             assert config.bundle is not None
             compiled = bundles.load_checks(config.bundle, bundle, checks, placement.device)
+        elif ahead is not None:
+            compiled = ahead.programs()
         check_kernels(checks, compiled)
     plan = plan_pool(
         config,
@@ -313,20 +306,6 @@ def _build_runner(
         assert config.bundle is not None
         bundles.adopt(config.bundle, bundle, runner.programs, runner.block_programs, runner.buckets)
     return plan, runner, specs
-
-
-def _warn_of_slow_types(dtype: jnp.dtype, cache_dtype: jnp.dtype) -> None:
-    """Says what XLA does not have on a CPU, so that every step converts or copies all of it."""
-    if target_device().platform != "cpu":
-        return
-    if dtype == jnp.float16:
-        logger.warning(
-            "a CPU multiplies no float16: every step converts the weights; use dtype='float32'"
-        )
-    if cache_dtype == jnp.float8_e4m3fn:
-        logger.warning(
-            "a CPU has no float8_e4m3fn: every step copies the KV cache; use kv_cache_dtype='int8'"
-        )
 
 
 def _recovery(config: EngineConfig, plan: PoolPlan) -> ChooseRecovery:

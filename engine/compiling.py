@@ -21,16 +21,12 @@ from pallas_paged.engine.config import EngineConfig, resolve_max_model_len
 from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device.block_programs import KINDS, BlockPrograms
+from pallas_paged.engine.device.choices import choose
 from pallas_paged.engine.device.device_memory import stats_of_card
-from pallas_paged.engine.device.drafted import Drafted, draft_model_of
+from pallas_paged.engine.device.drafted import abstract_network
 from pallas_paged.engine.device.fingerprint import fingerprint
-from pallas_paged.engine.device.implementations import (
-    choose_attention,
-    choose_writes,
-    register_kernels,
-    resolve_kv_cache_dtype,
-)
-from pallas_paged.engine.device.kernel_check import KernelCheck, kernel_checks
+from pallas_paged.engine.device.implementations import register_kernels
+from pallas_paged.engine.device.kernel_check import KernelCheck
 from pallas_paged.engine.device.placement import Placement
 from pallas_paged.engine.device.pool_size import (
     PoolPlan,
@@ -42,7 +38,7 @@ from pallas_paged.engine.device.pool_size import (
 from pallas_paged.engine.device.programs import Name, StepPrograms
 from pallas_paged.engine.device.step_report import StepReport, report_step
 from pallas_paged.engine.kv.sharing import blocks_for
-from pallas_paged.models import ModelConfig, abstract_model
+from pallas_paged.models import ModelConfig
 from pallas_paged.models.new_folder import new_folder
 
 HOST = "cpu"
@@ -119,20 +115,14 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
     placement = Placement.on(jax.devices("cpu")[0] if target == HOST else target_device(target))
     max_model_len = resolve_max_model_len(config, shape)
     shape = shape.for_length(max_model_len)
-    model = abstract_model(shape, config.dtype)
-    dtype = jax.tree.leaves(nnx.state(model))[0].dtype
-    if draft := draft_model_of(config, shape, max_model_len):
-        model = Drafted(model, abstract_model(draft[1], dtype))
-        shape = model.config
-    cache_dtype = resolve_kv_cache_dtype(config, dtype, shape, placement.device.platform)
-    specs = shape.cache_specs(config.block_size, cache_dtype)
+    model = abstract_network(config, shape, max_model_len)
+    shape = model.config
     stats = None
     if target != HOST:
         in_use = num_bytes(nnx.state(model)) + _NOT_OURS_BYTES
         stats = stats_of_card(target_memory_bytes(target), in_use)
     with placement.as_target(), without_compilation_cache():
-        attention = choose_attention(config, shape, dtype, specs)
-        writes = choose_writes(config, dtype, specs)
+        dtype, cache_dtype, specs, attention, writes, checks = choose(config, model, placement)
         register_kernels(attention, shape, dtype, specs)  # before threads would, at once
         plan = plan_pool(
             config, model, max_model_len, cache_dtype, attention, placement, stats=stats
@@ -140,15 +130,6 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
         table_width = blocks_for(max_model_len, config.block_size)
         unsized = unsized_programs(config, model, table_width, specs, attention, placement)
         own = fingerprint(unsized)
-        checks = kernel_checks(
-            config,
-            model,
-            specs,
-            dtype,
-            attention=attention,
-            writes=writes,
-            platform=placement.device.platform,
-        )
     caches = tuple(spec.shapes(plan.num_blocks) for spec in specs)
     return Prepared(
         dataclasses.replace(config, dtype=dtype.name, max_model_len=max_model_len),

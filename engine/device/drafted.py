@@ -19,7 +19,7 @@ from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.speculation import DraftModelSettings, speculation_settings
 from pallas_paged.engine.device.sampling import SamplingInputs
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
-from pallas_paged.models import CausalLM, ModelConfig, load_config
+from pallas_paged.models import CausalLM, ModelConfig, abstract_model, load_config
 from pallas_paged.models.attend import paged_attend
 from pallas_paged.models.interface import Attend, Context, Wanted
 
@@ -89,6 +89,20 @@ def draft_model_of(
     draft = draft.for_length(max_model_len)
     DraftedConfig.of(shape, draft)
     return settings.model, draft
+
+
+def abstract_network(config: EngineConfig, shape: ModelConfig, max_model_len: int) -> CausalLM:
+    """Returns an engine's model, with its draft model if it has one, without arrays.
+
+    Raises:
+      ValueError, FileNotFoundError: as `draft_model_of`; ValueError: as `abstract_model`.
+    """
+    model = abstract_model(shape, config.dtype)
+    draft = draft_model_of(config, shape, max_model_len)
+    if draft is None:
+        return model
+    dtype = jax.tree.leaves(nnx.state(model))[0].dtype
+    return Drafted(model, abstract_model(draft[1], dtype))
 
 
 def num_caches(config: ModelConfig) -> int:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_paged.cache_spec import CacheSpec
+from pallas_paged.dispatch import target_device
 from pallas_paged.engine.config import KV_CACHE_DTYPES, EngineConfig
 from pallas_paged.engine.device.background import Background
 from pallas_paged.engine.device.drafted import num_caches, parts_of
@@ -30,6 +31,20 @@ def resolve_kv_cache_dtype(
     if shape.kv_cache_dtype is None or (platform, shape.kv_cache_dtype) == ("cpu", "float8_e4m3fn"):
         return model_dtype
     return jnp.dtype(shape.kv_cache_dtype)
+
+
+def warn_of_slow_types(dtype: jnp.dtype, cache_dtype: jnp.dtype) -> None:
+    """Says what XLA does not have on a CPU, so that every step converts or copies all of it."""
+    if target_device().platform != "cpu":
+        return
+    if dtype == jnp.float16:
+        logger.warning(
+            "a CPU multiplies no float16: every step converts the weights; use dtype='float32'"
+        )
+    if cache_dtype == jnp.float8_e4m3fn:
+        logger.warning(
+            "a CPU has no float8_e4m3fn: every step copies the KV cache; use kv_cache_dtype='int8'"
+        )
 
 
 def choose_attention(

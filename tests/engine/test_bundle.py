@@ -203,8 +203,7 @@ def test_the_check_of_kernels_is_in_the_bundle(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As on a GPU, though what runs here for its kernels are XLA's programs."""
-    for module in ("compiling", "build"):
-        monkeypatch.setattr(f"pallas_paged.engine.{module}.choose_writes", lambda *args: KERNELS)
+    monkeypatch.setattr("pallas_paged.engine.device.choices.choose_writes", lambda *args: KERNELS)
     options = {"attention_implementation": "xla", **LIMITS}
     config = EngineConfig(str(DATA / MODEL), swap_space=0, **options)
     prepared = prepare(load_config(DATA / MODEL), config, HOST)

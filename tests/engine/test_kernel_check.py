@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import re
+import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +14,11 @@ import numpy as np
 import pytest
 
 from pallas_paged.cache_spec import CacheSpec
+from pallas_paged.deviceless import target_device
 from pallas_paged.dispatch import interpret_kernels
 from pallas_paged.engine.config import EngineConfig
-from pallas_paged.engine.device import kernel_check
+from pallas_paged.engine.device import checks_ahead, choices, kernel_check
+from pallas_paged.engine.device.checks_ahead import ChecksAhead, begin_checks
 from pallas_paged.engine.device.kernel_check import (
     KernelCheck,
     KernelCheckError,
@@ -22,6 +26,7 @@ from pallas_paged.engine.device.kernel_check import (
     kernel_checks,
 )
 from pallas_paged.engine.device.kernel_problem import AttentionKind, attention_kinds, make_problem
+from pallas_paged.engine.device.placement import Placement
 from pallas_paged.models import abstract_model
 from pallas_paged.models.mistral import MistralConfig
 from tests.engine.serving import make_llm
@@ -188,7 +193,7 @@ def test_an_engine_checks_what_it_will_run(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("pallas_paged.engine.build.check_kernels", lambda *args: calls.append(args))
     make_llm("llama-mqa-linear")
     assert calls == []
-    monkeypatch.setattr("pallas_paged.engine.build.choose_writes", lambda *args: "mosaic_gpu")
+    monkeypatch.setattr(choices, "choose_writes", lambda *args: "mosaic_gpu")
     make_llm("llama-mqa-linear")
     (((only,), compiled),) = calls
     assert only.name == ("verify_kernels", 0)
@@ -220,6 +225,72 @@ def test_a_program_that_is_there_is_not_compiled(monkeypatch: pytest.MonkeyPatch
     assert min(sizes) > 5
     with pytest.raises(KernelCheckError, match=r"write_kv on cpu: .* 1\.5 times .*window=40"):
         check_kernels(both, compiled | {both[1].name: result(1.5)})
+
+
+def chosen(checked: tuple[KernelCheck, ...]) -> choices.Choices:
+    dtype = jnp.dtype("bfloat16")
+    return choices.Choices(dtype, dtype, (), "mosaic_gpu", "mosaic_gpu", checked)
+
+
+def test_programs_are_compiled_while_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And one that fails there is compiled again, which says what is wrong."""
+    both = checks(num_layers=2)
+    go, devices = threading.Event(), []
+
+    def compile_lowered(lowered: KernelCheck, device: jax.Device) -> KernelCheck:
+        assert go.wait(60)
+        devices.append(device)
+        if lowered is both[1]:
+            raise RuntimeError("ptxas: no such instruction")
+        return lowered
+
+    monkeypatch.setattr(KernelCheck, "lower", lambda check: check)
+    monkeypatch.setattr(checks_ahead, "compile_lowered", compile_lowered)
+    device = jax.devices("cpu")[0]
+    ahead = ChecksAhead(chosen(both), Placement.on(device))
+    assert not devices
+    go.set()
+    assert ahead.programs() == {both[0].name: both[0]}
+    assert devices == [device] * 2
+    assert "was not compiled in the background" in caplog.text
+
+
+def test_checks_begin_before_the_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ChecksAhead, "_compile", lambda *args: None)
+    shape, h100 = SHAPE, Placement.on(target_device("h100"))
+
+    def begin(shape: MistralConfig = shape, placement: Placement = h100, **options: Any) -> Any:
+        config = EngineConfig("m", **{"dtype": "bfloat16"} | options)
+        with placement.as_target():
+            return begin_checks(config, shape, 512, placement)
+
+    made = begin().choices
+    assert [check.name[1] for check in made.checks] == [0, 1]
+    assert (made.attention, made.writes) == ("mosaic_gpu", "mosaic_gpu")
+    scaled = dataclasses.replace(shape, kv_cache_dtype="float8_e4m3fn", checkpoint_dtype="bfloat16")
+    assert begin(scaled, dtype="auto").choices.cache_dtype == "float8_e4m3fn"
+    assert begin(dtype="auto") is None  # the weights say which it is
+    assert begin(verify_kernels=False) is None
+    assert begin(bundle="folder") is None
+    assert begin(placement=Placement.on(jax.devices("cpu")[0])) is None
+
+
+def test_an_engine_uses_what_was_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr("pallas_paged.engine.build.check_kernels", lambda *args: calls.append(args))
+    real = make_llm("llama-mqa-linear").config
+
+    def begin(*args: Any) -> Any:
+        config, shape, _, placement = args
+        network = abstract_model(shape, "float32")
+        made = choices.choose(config, network, placement)._replace(checks=checks())
+        return types.SimpleNamespace(choices=made, programs=lambda: {"name": "program"})
+
+    monkeypatch.setattr("pallas_paged.engine.build.begin_checks", begin)
+    assert make_llm("llama-mqa-linear").config == real
+    assert calls == [(checks(), {"name": "program"})]
 
 
 def test_the_switch_is_a_switch() -> None:

@@ -6,6 +6,7 @@ Two layers stand for all: layers are unrolled, and what a further one adds is wh
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.device.step_report import SHAPES, StepReport, compile_step
 from pallas_paged.models import abstract_model
 from pallas_paged.models.decoder import DecoderConfig
+from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.qwen2 import Qwen2Config
 from pallas_paged.models.qwen3 import Qwen3Config
 
@@ -105,13 +107,15 @@ def test_what_a_layer_adds_to_a_decode_step() -> None:
             {"qkv_bias": True, "num_q_heads": 28, "num_kv_heads": 4, "hidden_size": 3584},
             12,
         ),
+        # As many as with the rows' own scales.
+        (LlamaConfig, {"kv_cache_dtype": "float8_e4m3fn"}, 10),
     ],
-    ids=["qwen3", "qwen2"],
+    ids=["qwen3", "qwen2", "llama-static-scales"],
 )
 @pytest.mark.slow
 def test_what_a_layer_of_another_model_adds(
     config: type[DecoderConfig],
-    changes: dict[str, int],
+    changes: dict[str, Any],
     most: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
