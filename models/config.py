@@ -161,8 +161,9 @@ class HFFields:
 
     def finish(self) -> None:
         """Refuses what no architecture supports; logs the fields that nobody read."""
-        for name in _NEUTRAL.keys() - self._read:
-            self.only(name, _NEUTRAL[name])
+        for name, neutral in _NEUTRAL.items():
+            if name not in self._read:
+                self.only(name, neutral)
         if "layer_types" not in self._read:
             num_layers = self.integer("num_hidden_layers")
             self.layer_types((FULL_ATTENTION,), (FULL_ATTENTION,) * num_layers)

@@ -26,7 +26,8 @@ _OF_MORE = (
 )
 """What is not empty where more than the cache is quantised."""
 _DTYPES = {"float": "float8_e4m3fn", "int": "int8"}
-_FP8 = {"num_bits": 8, "type": "float"}
+_SCHEMES = {None: None, "FP8": {"num_bits": 8, "type": "float"}}
+"""By ModelOpt's field `kv_cache_quant_algo`."""
 _OTHER_NAME = re.compile(r"(.*)\.([kv])_proj\.(?:output|\2)_scale")
 
 
@@ -36,12 +37,15 @@ def kv_cache_dtype_from_hf(fields: HFFields) -> str | None:
     Raises:
       ValueError: something else is quantised, or the cache in another way.
     """
-    config = fields.section("quantization_config") or {}
-    scheme = config.get("kv_cache_scheme")
-    if scheme is None and config.get("kv_cache_quant_algo") == "FP8":
-        scheme = _FP8
-    is_known = config.get("quant_method") in _METHODS and not any(config.get(n) for n in _OF_MORE)
-    if config and (not is_known or not (scheme is None or _is_supported(scheme))):
+    config = fields.section("quantization_config")
+    if not config:
+        return None
+    algorithm, scheme = config.get("kv_cache_quant_algo"), config.get("kv_cache_scheme")
+    is_known = config.get("quant_method") in _METHODS and algorithm in tuple(_SCHEMES)
+    if is_known and scheme is None:
+        scheme = _SCHEMES[algorithm]
+    has_more = any(config.get(name) and not _is_dense(config[name]) for name in _OF_MORE)
+    if not is_known or has_more or not (scheme is None or _is_supported(scheme)):
         raise ValueError(
             f"config.json: quantization_config={config!r:.500} is not supported, only static "
             "scales per tensor or KV head for a KV cache of 8 bits, beside weights that are not "
@@ -50,11 +54,16 @@ def kv_cache_dtype_from_hf(fields: HFFields) -> str | None:
     return None if scheme is None else _DTYPES[scheme["type"]]
 
 
+def _is_dense(sparsity: Any) -> bool:
+    """Whether this says no more than that nothing is sparse."""
+    return isinstance(sparsity, dict) and sparsity.get("format") == "dense"
+
+
 def _is_supported(scheme: Any) -> bool:
     return (
         isinstance(scheme, dict)
         and scheme.get("num_bits") == 8
-        and scheme.get("type") in _DTYPES
+        and scheme.get("type") in tuple(_DTYPES)
         and scheme.get("strategy") in (None, "tensor", "attn_head")
         and scheme.get("symmetric") is not False
         and not scheme.get("dynamic")

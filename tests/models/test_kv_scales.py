@@ -183,6 +183,11 @@ def test_scales_that_the_config_does_not_have_are_refused(tmp_path):
         {"kv_cache_scheme": {"num_bits": 8, "type": "int", "symmetric": False}},
         {"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": True}},
         {"kv_cache_scheme": "static"},
+        {"kv_cache_scheme": {"num_bits": 8, "type": ["float"]}},
+        {"kv_cache_scheme": None, "kv_cache_quant_algo": "NVFP4"},
+        {"kv_cache_scheme": None, "kv_cache_quant_algo": ["FP8"]},
+        {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        {"transform_config": {"config_groups": {"R1": {}}}},
     ],
     ids=str,
 )
@@ -191,6 +196,13 @@ def test_what_else_may_be_quantised_is_refused(tmp_path, change):
     folder = write(tmp_path / "model", scales_of(TENSOR), config)
     with pytest.raises(ValueError, match=r"quantization_config=.* is not supported, only static"):
         load_config(folder)
+
+
+def test_what_is_said_to_be_dense_is_not_sparse(tmp_path):
+    dense = {"sparsity_config": {"format": "dense", "global_sparsity": 0.1}}
+    config = RECORDED[TENSOR]["quantization_config"] | dense
+    folder = write(tmp_path / "model", scales_of(TENSOR), config)
+    assert load_config(folder).kv_cache_dtype == "float8_e4m3fn"
 
 
 def test_a_config_without_a_scheme_quantises_nothing(tmp_path):
