@@ -1,7 +1,8 @@
 """From a configuration to an engine: the model, the pool, the programs, and what joins them."""
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -259,12 +260,13 @@ def _build_runner(
         unsized = unsized_programs(config, network, table_width, specs, implementation, placement)
         bundle = bundles.open_matching(config.bundle, unsized)
     if checks:
-        compiled: Mapping[Any, jax.stages.Compiled] = {}
+        compiled: Callable[[], Mapping[Any, jax.stages.Compiled]] = dict
         if bundle is not None:
             assert config.bundle is not None
-            compiled = bundles.load_checks(config.bundle, bundle, checks, placement.device)
+            arguments = config.bundle, bundle, checks, placement.device
+            compiled = functools.partial(bundles.load_checks, *arguments)
         elif ahead is not None:
-            compiled = ahead.programs()
+            compiled = ahead.programs
         check_kernels(checks, compiled)
     plan = plan_pool(
         config,

@@ -52,7 +52,7 @@ class EngineConfig:
         for the shape in `config.json`, the only file then needed.
       kv_cache_dtype: of the KV cache: "auto", "float32", "bfloat16", "float16", or quantised: "fp8"
         or "fp8_e4m3" (the same), "int8", with a scale per token and KV head or the checkpoint's.
-        "auto" is what that brings scales for (but fp8 on a CPU, which has none), or its own dtype.
+        "auto" is what that has scales for (but not fp8 on a CPU, which has none), else `dtype`.
       max_model_len: most tokens (prompt + output) of a sequence; None means the model's limit, with
         `rope_scaling` as far as that reaches, but for LongRoPE the length before it: longer
         sequences, which compute all with other factors, are to be asked for.

@@ -13,6 +13,7 @@ from flax import nnx
 from pallas_paged.kv_cache import KVCache, StaticScales
 from pallas_paged.models.config import HFFields, ModelConfig
 from pallas_paged.models.layers import parameter
+from pallas_paged.quantisation import LARGEST
 
 SCALES = (".k_scale", ".v_scale")
 """How the names of these parameters end."""
@@ -29,6 +30,9 @@ _DTYPES = {"float": "float8_e4m3fn", "int": "int8"}
 _SCHEMES = {None: None, "FP8": {"num_bits": 8, "type": "float"}}
 """By ModelOpt's field `kv_cache_quant_algo`."""
 _OTHER_NAME = re.compile(r"(.*)\.([kv])_proj\.(?:output|\2)_scale")
+"""ModelOpt's `k_proj.k_scale`, and `k_proj.output_scale` of older checkpoints of llm-compressor."""
+_DRAWN_AMAX = 8.0
+"""What keys and values of weights that are drawn, not read, seldom exceed."""
 
 
 def kv_cache_dtype_from_hf(fields: HFFields) -> str | None:
@@ -40,6 +44,8 @@ def kv_cache_dtype_from_hf(fields: HFFields) -> str | None:
     config = fields.section("quantization_config")
     if not config:
         return None
+    if isinstance(inner := config.get("quantization"), dict):  # as in ModelOpt's own file
+        config = {**config, **inner}
     algorithm, scheme = config.get("kv_cache_quant_algo"), config.get("kv_cache_scheme")
     is_known = config.get("quant_method") in _METHODS and algorithm in tuple(_SCHEMES)
     if is_known and scheme is None:
@@ -76,6 +82,11 @@ def parameter_name(name: str) -> str:
     return name if found is None else f"{found[1]}.{found[2]}_scale"
 
 
+def is_static_scale(name: str) -> bool:
+    """Whether a tensor of that name, in a checkpoint, holds such scales."""
+    return parameter_name(name).endswith(SCALES)
+
+
 def static_scale(config: ModelConfig) -> nnx.Param | None:
     """Returns the parameter `k_scale` or `v_scale` of an attention, f32[Hk]; None without scales.
 
@@ -83,8 +94,9 @@ def static_scale(config: ModelConfig) -> nnx.Param | None:
     """
     if config.kv_cache_dtype is None:
         return None
-    ones = jnp.ones(config.num_kv_heads, jnp.float32)
-    return parameter(ones, ("kv_heads",), is_static_scale=True)
+    scale = _DRAWN_AMAX / LARGEST[jnp.dtype(config.kv_cache_dtype)]
+    scales = jnp.full(config.num_kv_heads, scale, jnp.float32)
+    return parameter(scales, ("kv_heads",), is_static_scale=True)
 
 
 def options_for(

@@ -272,6 +272,11 @@ def _check(
         elif not expected[name].takes(tensor.shape):
             shape = expected[name].shape
             problems.append(f"misshapen: {tensor.name} is {tensor.shape}, by config.json {shape}")
+    if any(name.endswith(SCALES) and name not in tensors for name in expected):
+        problems.append(
+            "quantization_config in config.json promises these scales; without it the KV cache has "
+            "a scale of its own for each token"
+        )
     if problems:
         raise ValueError(
             f"the tensors in {path} are not those of its config.json:\n  " + "\n  ".join(problems)

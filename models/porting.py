@@ -4,15 +4,15 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from pallas_paged.models.checkpoint import TOKENIZER_FILES, HFCheckpoint, read_json
+from pallas_paged.models.checkpoint import TOKENIZER_FILES, HFCheckpoint, Tensor, read_json
 from pallas_paged.models.config import DTYPES
+from pallas_paged.models.kv_scales import is_static_scale
 from pallas_paged.models.loader import cast, load_config, numpy_dtype, open_checkpoint, parameters
 from pallas_paged.models.new_folder import new_folder
 from pallas_paged.models.other_files import OtherFiles, copy_files, other_files
@@ -37,6 +37,7 @@ def port(hf_dir: Path, out: Path, dtype: str = "auto", *, overwrite: bool = Fals
       hf_dir: a Hugging Face folder that `load_model` takes.
       out: the folder to make.
       dtype: "auto" keeps every tensor as it is; another is also written into the `config.json`.
+        Static scales of KV caches are kept in either case.
       overwrite: whether `out` is replaced if it is a ported folder already.
 
     Returns:
@@ -61,14 +62,15 @@ def port(hf_dir: Path, out: Path, dtype: str = "auto", *, overwrite: bool = Fals
     before = largest = 0
 
     with new_folder(out, may_replace=is_ported if overwrite else None) as folder:
-        total = sum(_num_bytes(t.shape, t.dtype, dtype) for t in tensors)
+        total = sum(_num_bytes(t, _dtype_of(t.name, dtype)) for t in tensors)
         with tqdm(total=total, unit="B", unit_scale=True, desc="port") as progress:
 
             def value(name: str) -> np.ndarray:
                 nonlocal before, largest
                 before = before or _peak_bytes()
                 array = checkpoint.value(name)
-                array = array if dtype == "auto" else cast(name, array, numpy_dtype(dtype))
+                if (wanted := _dtype_of(name, dtype)) != "auto":
+                    array = cast(name, array, numpy_dtype(wanted))
                 largest = max(largest, array.nbytes)
                 progress.update(array.nbytes)
                 return array
@@ -102,9 +104,14 @@ def _set_dtype(config_file: Path, dtype: str) -> None:
     config_file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _num_bytes(shape: Sequence[int], own: str, requested: str) -> int:
-    dtype = numpy_dtype(own if requested == "auto" else requested)
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+def _dtype_of(name: str, requested: str) -> str:
+    """Returns the dtype that a tensor gets: "auto" for its own, which static scales keep."""
+    return "auto" if is_static_scale(name) else requested
+
+
+def _num_bytes(tensor: Tensor, requested: str) -> int:
+    dtype = numpy_dtype(tensor.dtype if requested == "auto" else requested)
+    return int(np.prod(tensor.shape, dtype=np.int64)) * dtype.itemsize
 
 
 def _peak_bytes() -> int:

@@ -50,7 +50,7 @@ class Runners:
 
     def stop(self) -> None:
         """Kills what runs, and begins nothing more, whichever stage is under way."""
-        self._is_stopped = True
+        self._is_stopped = True  # first: who makes another worker now kills it
         for worker in list(self._workers_beside):
             worker.kill()
         for thread in self._beside:
@@ -97,6 +97,8 @@ class Runners:
             if worker is None:
                 worker = self._worker(f"runs-{number}", SHARED_MEMORY, case)
                 self._workers_beside.append(worker)
+                if self._is_stopped:
+                    worker.kill()
             self._run_case(stage, case, worker, deadline)
         if worker is not None:
             worker.stop()

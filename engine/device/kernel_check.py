@@ -9,6 +9,7 @@ read is NaN there: free blocks, the null block, the tails of last blocks, paddin
 import dataclasses
 import logging
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ from pallas_paged.ops.attention.api import paged_attention
 from pallas_paged.ops.block_copy.api import copy_blocks
 from pallas_paged.ops.block_transfer.api import gather_blocks, scatter_blocks
 from pallas_paged.ops.kv_write.api import rotate_and_write, rotates_as_it_writes, write_kv
-from pallas_paged.quantisation import is_quantised
+from pallas_paged.quantisation import LARGEST, is_quantised
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,6 @@ TOLERANCES = {"bfloat16": 2e-2, "float16": 3e-3, "float32": 1e-4}
 """Of attention to standard-normal queries, keys and values, by the queries' dtype."""
 CHECK = "verify_kernels"
 """What the names of all checks' programs begin with: the option's."""
-_NOT_COMPILED: Mapping[Any, Callable[..., Any]] = {}
 ROUNDINGS = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 1e-5}
 """Of numbers that are rounded to a dtype, by its name: now and then two ways round differently."""
 
@@ -114,23 +114,24 @@ def kernel_checks(
 
 def check_kernels(
     checks: Sequence[KernelCheck],
-    compiled: Mapping[Any, Callable[..., Any]] = _NOT_COMPILED,
+    compiled: Callable[[], Mapping[Any, Callable[..., Any]]] = dict,
 ) -> None:
     """Runs the checks on the target device.
 
     Args:
       checks: which.
-      compiled: their programs by name, as far as they need not be compiled here.
+      compiled: returns their programs by name, as far as they need not be compiled here.
 
     Raises:
       KernelCheckError: the first kernel that differs by more than its dtypes explain.
     """
     begin = time.perf_counter()
+    programs = compiled()
     num_checked = 0
     for check in checks:
         try:
             arrays = jax.device_put(jax.tree.leaves(make_problem(check.kind)), target_device())
-            run = compiled.get(check.name) or compile_lowered(check.lower(), target_device())
+            run = programs.get(check.name) or compile_lowered(check.lower(), target_device())
             differences = jax.device_get(run(*arrays))
         except Exception as error:
             raise KernelCheckError(
@@ -287,16 +288,22 @@ def _quantised_difference(
     """Returns how far what two caches stand for differs: by a rounding, and nowhere in what is NaN.
 
     A scale that differs by its last bit may round a number the other way. A rotated pair may be as
-    long as the square root of 2 times its larger number.
+    long as the square root of 2 times its larger number. Scales that are given are the same.
     """
     found = []
+    given = problem.static_scales
     for name in ("k", "v"):
         ours_as, theirs_as = (
             getattr(cache, name).astype(jnp.float32) * getattr(cache, f"{name}_scale")[..., None]
             for cache in (ours, theirs)
         )
-        largest = jnp.max(jnp.abs(getattr(problem, name).astype(jnp.float32)))
-        largest *= math.sqrt(2) if rotated else 1
+        if given is not None:
+            scales = (_bits(getattr(cache, f"{name}_scale")) for cache in (ours, theirs))
+            found.append(jnp.where(jnp.any(operator.ne(*scales)), jnp.inf, 0.0))
+            largest = LARGEST[ours.k.dtype] * getattr(given, name)[None, :, None, None]
+        else:
+            largest = jnp.max(jnp.abs(getattr(problem, name).astype(jnp.float32)))
+            largest *= math.sqrt(2) if rotated else 1
         steps = 1 / 127 if ours.k.dtype == jnp.int8 else 2**-3
         tolerance = 1.01 * steps * largest
         same = jnp.isnan(ours_as) & jnp.isnan(theirs_as)

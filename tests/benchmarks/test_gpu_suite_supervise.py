@@ -1,6 +1,5 @@
 """Who prepares and runs the GPU suite's cases, and what becomes of cases that go wrong."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -13,6 +12,7 @@ import types
 import numpy as np
 import pytest
 
+from benchmarks import interrupts
 from benchmarks.gpu_suite import conduct, preparation, programs, rehearsal, supervise
 from benchmarks.gpu_suite import stage as stages
 from benchmarks.gpu_suite.preparation import Preparation, Task, in_order, tasks_of
@@ -250,41 +250,107 @@ def test_a_stage_is_stopped_in_the_middle_and_what_is_killed_has_no_result(conte
     assert not stages.results(context.results, "s")
 
 
+@pytest.mark.usefixtures("terminable")
 @pytest.mark.parametrize("parallel", [False, True])
 def test_a_run_that_is_interrupted_at_any_line_ends_all_that_it_began(context, parallel):
     cases = [case("a", "p"), case("b", "q")]
     tasks = in_order([("s", each) for each in cases], lambda task, case: 0.0)
     stage = Stage("s", 1, lambda context: cases, (), parallel=parallel)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        target = 0
-        while True:
-            target += 1
-            fakes, threads = Fakes(), set(threading.enumerate())
-            preparing = Preparation(tasks, context, fakes, 2, time.monotonic() + FAR)
-            runners = conduct.Runners(context, preparing, fakes)
-            try:
-                with terminated_at_line(target):
-                    preparing.start()
-                    runners.run_stage(stage, cases, time.monotonic() + FAR)
-                was_interrupted = False
-            except KeyboardInterrupt:
-                was_interrupted = True
-            preparing.stop()
-            runners.stop()
-            assert set(threading.enumerate()) <= threads, target
-            assert all(worker.is_stopped for worker in fakes.workers), target
-            if not was_interrupted:
-                break
-    finally:
-        signal.signal(signal.SIGTERM, before)
+
+    def begin_and_run():
+        preparing.start()
+        runners.run_stage(stage, cases, time.monotonic() + FAR)
+
+    target, was_interrupted = 0, True
+    while was_interrupted:
+        target += 1
+        begun, threads = Fakes(), set(threading.enumerate())
+        preparing = Preparation(tasks, context, begun, 2, time.monotonic() + FAR)
+        runners = conduct.Runners(context, preparing, begun)
+        was_interrupted = terminated_at_line(target, begin_and_run)
+        preparing.stop()
+        runners.stop()
+        assert set(threading.enumerate()) <= threads, target
+        assert all(worker.is_stopped for worker in begun.workers), target
     assert target > 20
 
 
-@contextlib.contextmanager
-def terminated_at_line(target):
-    """Sends SIGTERM when this thread comes to the `target`-th line of what begins threads."""
-    files = (conduct.__file__, preparation.__file__)
+def test_what_is_killed_may_still_be_made(context):
+    """A worker that a thread makes while the suite stops is killed as all others."""
+    making, go = threading.Event(), threading.Event()
+
+    class Hanging(FakeWorker):
+        def __init__(self):
+            super().__init__([], {}, {})
+            self.killed = threading.Event()
+
+        def ask(self, message, limit_s, deadline):
+            return {"status": "crashed", "reason": "killed" if self.killed.wait(FAR) else "not"}
+
+        def kill(self):
+            self.killed.set()
+
+        stop = kill
+
+    def new_worker(name, environment):
+        making.set()
+        assert go.wait(FAR)
+        return Hanging()
+
+    cases = [case("a")]
+    runners = conduct.Runners(context, prepare(context, Fakes(), cases), new_worker)
+    stage = Stage("s", 10, lambda context: cases, (), parallel=True)
+    deadline = time.monotonic() + FAR / 2
+    running = threading.Thread(target=runners.run_stage, args=(stage, cases, deadline))
+    running.start()
+    assert making.wait(FAR)
+    stopping = threading.Thread(target=runners.stop)
+    stopping.start()
+    while not runners._is_stopped:
+        time.sleep(0.01)
+    go.set()
+    stopping.join()
+    running.join()
+    assert time.monotonic() < deadline
+
+
+@pytest.mark.usefixtures("terminable")
+def test_an_interrupt_is_held_until_what_began_has_begun():
+    """And is never lost, wherever it comes."""
+    target, was_interrupted = 0, True
+    while was_interrupted:
+        target += 1
+        steps = []
+
+        def begin(steps=steps):
+            with interrupts.held():
+                steps.append("begins")
+                steps.append("has begun")
+
+        was_interrupted = terminated_at_line(target, begin, (interrupts.__file__, __file__))
+        assert len(steps) in (0, 2), target
+        assert interrupts._Held.depth == 0
+        assert not interrupts._Held.came
+    assert target > 8
+
+
+@pytest.fixture
+def terminable():
+    """SIGTERM is an interrupt, as in the suite."""
+    numbers = (signal.SIGTERM, signal.SIGALRM, signal.SIGINT)
+    before, hook = [signal.getsignal(number) for number in numbers], sys.unraisablehook
+    interrupts.interrupt_on_sigterm()
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    sys.unraisablehook = hook
+
+
+def terminated_at_line(target, run, files=(conduct.__file__, preparation.__file__)):
+    """Runs until SIGTERM comes at the `target`-th line of some files, or of what starts threads.
+
+    Returns whether it came.
+    """
     count = 0
 
     def trace(frame, event, _):
@@ -300,9 +366,13 @@ def terminated_at_line(target):
 
     sys.settrace(trace)
     try:
-        yield
+        run()
+    except KeyboardInterrupt:
+        return True
     finally:
         sys.settrace(None)
+    assert count < target, "the interrupt was lost"
+    return False
 
 
 def test_a_process_that_was_killed_before_it_began_does_not_begin(context):

@@ -27,6 +27,7 @@ from pallas_paged.engine.device.kernel_check import (
 )
 from pallas_paged.engine.device.kernel_problem import AttentionKind, attention_kinds, make_problem
 from pallas_paged.engine.device.placement import Placement
+from pallas_paged.kv_cache import StaticScales
 from pallas_paged.models import abstract_model
 from pallas_paged.models.mistral import MistralConfig
 from tests.engine.serving import make_llm
@@ -97,25 +98,59 @@ def test_right_kernels_pass(
     )
 
 
-@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
-def test_kernels_that_do_not_use_static_scales_are_named(
-    cache_dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def writes_alone(cache_dtype: str) -> KernelCheck:
+    """Returns a check of kernels that use static scales, without attention."""
     (only,) = checks(cache_dtype=cache_dtype, is_scaled=True)
     assert "static scales" in str(only.kind)
-    check(cache_dtype=cache_dtype, is_scaled=True)
-    for name in ("write_kv", "rotate_and_write"):
-        right = getattr(kernel_check, name)
+    return dataclasses.replace(only, attention="xla")
 
-        def own(*args: Any, right: Any = right, implementation: Any = None, **options: Any) -> Any:
-            if implementation != "xla":
-                options["static_scales"] = None
-            return right(*args, implementation="xla", **options)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(kernel_check, name, own)
-            with pytest.raises(KernelCheckError, match=f"{name} on cpu: differs .*static scales"):
-                check(cache_dtype=cache_dtype, is_scaled=True)
+def test_kernels_that_use_static_scales_pass() -> None:
+    with interpret_kernels():
+        check_kernels((writes_alone("float8_e4m3fn"),))
+
+
+@pytest.mark.parametrize("name", ["write_kv", "rotate_and_write"])
+def test_a_kernel_that_does_not_use_static_scales_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(kernel_check, name)
+
+    def write(*args: Any, implementation: str | None, **options: Any) -> Any:
+        if implementation != "xla":
+            options["static_scales"] = None
+        return right(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(kernel_check, name, write)
+    with (
+        interpret_kernels(),
+        pytest.raises(KernelCheckError, match=f"{name} on cpu: differs .*static scales"),
+    ):
+        check_kernels((writes_alone("int8"),))
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
+def test_caches_that_were_written_with_other_scales_differ(cache_dtype: str) -> None:
+    problem = make_problem(writes_alone(cache_dtype).kind)
+    k, v = map(jnp.asarray, problem.static_scales)
+
+    def difference(scales: StaticScales | None) -> float:
+        theirs, ours = (
+            kernel_check._written(problem._replace(static_scales=given), "xla")
+            for given in (StaticScales(k, v), scales)
+        )
+        ours, theirs = (jax.tree.map(lambda a: a[1:], cache) for cache in (ours, theirs))
+        return float(kernel_check._quantised_difference(problem, ours, theirs))
+
+    assert difference(StaticScales(k, v)) == 0
+    for wrong in (
+        None,
+        StaticScales(v, k),
+        StaticScales(k[::-1], v[::-1]),
+        StaticScales(jnp.broadcast_to(k[0], k.shape), v),
+        StaticScales(k, v * 1.001),
+    ):
+        assert difference(wrong) > 1
 
 
 def broken(function: Callable[..., Any], change: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -197,7 +232,7 @@ def test_an_engine_checks_what_it_will_run(monkeypatch: pytest.MonkeyPatch) -> N
     make_llm("llama-mqa-linear")
     (((only,), compiled),) = calls
     assert only.name == ("verify_kernels", 0)
-    assert compiled == {}
+    assert compiled() == {}
     make_llm("llama-mqa-linear", verify_kernels=False)
     assert len(calls) == 1
 
@@ -220,11 +255,11 @@ def test_a_program_that_is_there_is_not_compiled(monkeypatch: pytest.MonkeyPatch
         return run
 
     compiled = {both[0].name: result(0.5), both[1].name: result(0.75)}
-    check_kernels(both, compiled)
+    check_kernels(both, lambda: compiled)
     assert len(sizes) == 2
     assert min(sizes) > 5
     with pytest.raises(KernelCheckError, match=r"write_kv on cpu: .* 1\.5 times .*window=40"):
-        check_kernels(both, compiled | {both[1].name: result(1.5)})
+        check_kernels(both, lambda: compiled | {both[1].name: result(1.5)})
 
 
 def chosen(checked: tuple[KernelCheck, ...]) -> choices.Choices:
@@ -290,7 +325,8 @@ def test_an_engine_uses_what_was_compiled_ahead(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("pallas_paged.engine.build.begin_checks", begin)
     assert make_llm("llama-mqa-linear").config == real
-    assert calls == [(checks(), {"name": "program"})]
+    ((checked, compiled),) = calls
+    assert (checked, compiled()) == (checks(), {"name": "program"})
 
 
 def test_the_switch_is_a_switch() -> None:

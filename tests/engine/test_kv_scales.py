@@ -56,10 +56,16 @@ def test_a_cache_of_another_dtype_says_that_it_does_not_use_them(tmp_path, caplo
     assert tokens(llm)[0] == LOGITS["exact"][-1].argmax()
 
 
-def test_dummy_weights_have_scales_too(tmp_path):
+def test_dummy_weights_have_scales_that_fit(tmp_path):
     folder = checkpoint(tmp_path / "model", "int tensor")
     (folder / "model.safetensors").unlink()
-    assert tokens(LLM(folder, load_format="dummy", seed=1, **OPTIONS))
+    llm = LLM(folder, load_format="dummy", seed=1, **OPTIONS)
+    assert tokens(llm)
+    for cache in caches(llm):
+        for stored, scales in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+            written = np.asarray(stored)[np.asarray(scales) > 0]
+            assert 1 < np.abs(written.astype(int)).max() < 127
+            assert np.count_nonzero(written) > 0.5 * written.size
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ LOGITS = np.load(DATA / "kv_scales.npz")
 CASES = pytest.mark.parametrize("case", RECORDED)
 STORED = {"float": jnp.float8_e4m3fn, "int": jnp.int8}
 PROJECTIONS = {"k_scale": "k_proj.k_scale", "v_scale": "v_proj.v_scale"}  # ModelOpt's
-OUTPUTS = {"k_scale": "k_proj.output_scale", "v_scale": "v_proj.output_scale"}  # Quark's
+OUTPUTS = {"k_scale": "k_proj.output_scale", "v_scale": "v_proj.output_scale"}  # older ones'
 TENSOR = "float tensor"
 LAYER = "model.layers.1.self_attn"
 
@@ -92,7 +92,7 @@ def test_training_has_no_cache_and_no_scales(tmp_path):
     np.testing.assert_allclose(model.compute_logits(hidden), LOGITS["exact"], atol=1e-3)
 
 
-@pytest.mark.parametrize("names", [PROJECTIONS, OUTPUTS], ids=["ModelOpt", "Quark"])
+@pytest.mark.parametrize("names", [PROJECTIONS, OUTPUTS], ids=["ModelOpt", "older"])
 def test_other_names_and_shapes_of_the_same(tmp_path, names):
     expected = load_model(checkpoint(tmp_path / "model", TENSOR))
     tensors = {
@@ -112,18 +112,32 @@ def test_other_names_and_shapes_of_the_same(tmp_path, names):
 
 
 def test_an_opt_has_them_too(tmp_path):
+    given = {(layer, kind): 0.01 + layer + (kind == "v") / 2 for layer in range(2) for kind in "kv"}
     scales = {
-        f"model.decoder.layers.{layer}.self_attn.{kind}_scale": np.array([0.01 + layer], np.float32)
-        for layer in range(2)
-        for kind in "kv"
+        f"model.decoder.layers.{layer}.self_attn.{kind}_scale": np.array([scale], np.float32)
+        for (layer, kind), scale in given.items()
     }
     config = RECORDED["int tensor"]["quantization_config"]
     model = load_model(write(tmp_path / "opt", scales, config, "opt-prenorm"))
     paged = PagedRun(model, 1, jnp.int8)
     paged([np.arange(5, 10)], 5)
     for layer, cache in enumerate(paged.kv_caches):
-        found = np.unique(np.asarray(cache.v_scale))
-        np.testing.assert_array_equal(found[np.isfinite(found)], np.float32(0.01 + layer))
+        for kind, found in (("k", cache.k_scale), ("v", cache.v_scale)):
+            written = np.asarray(found)[np.isfinite(found)]
+            assert len(written) >= 5 * model.config.num_kv_heads
+            np.testing.assert_array_equal(written, np.float32(given[layer, kind]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_port_to_another_dtype_keeps_them(tmp_path, dtype):
+    folder = checkpoint(tmp_path / "model", "float attn_head")
+    port(folder, tmp_path / "ported", dtype)
+    expected, ported = load_model(folder, dtype), load_model(tmp_path / "ported")
+    assert ported.model.norm.weight[...].dtype == dtype
+    for one, other in zip(expected.model.layers, ported.model.layers, strict=True):
+        for name in ("k_scale", "v_scale"):
+            scales = (getattr(layer.self_attn, name)[...] for layer in (one, other))
+            np.testing.assert_array_equal(*scales)
 
 
 def test_they_are_ported_and_exported(tmp_path):
@@ -152,6 +166,7 @@ def test_they_are_ported_and_exported(tmp_path):
         ({f"{LAYER}.q_scale": np.ones(1)}, r"unused: .*q_scale"),
         ({f"{LAYER}.k_proj.k_scale": np.ones(1)}, r"k_scale and .*k_scale are the same parameter"),
         ({f"{LAYER}.k_scale": None}, r"missing: .*1.self_attn.k_scale, \(2,\)"),
+        ({f"{LAYER}.k_scale": None}, "quantization_config in config.json promises these scales"),
     ],
     ids=str,
 )
@@ -203,6 +218,17 @@ def test_what_is_said_to_be_dense_is_not_sparse(tmp_path):
     config = RECORDED[TENSOR]["quantization_config"] | dense
     folder = write(tmp_path / "model", scales_of(TENSOR), config)
     assert load_config(folder).kv_cache_dtype == "float8_e4m3fn"
+
+
+def test_modelopts_own_form_is_read(tmp_path):
+    inner = {"quant_algo": None, "kv_cache_quant_algo": "FP8"}
+    config = {"quant_method": "modelopt", "quantization": inner}
+    folder = write(tmp_path / "model", scales_of(TENSOR), config)
+    assert load_config(folder).kv_cache_dtype == "float8_e4m3fn"
+    with pytest.raises(ValueError, match="is not supported, only static"):
+        load_config(
+            write(tmp_path / "fp8", {}, config | {"quantization": inner | {"quant_algo": "FP8"}})
+        )
 
 
 def test_a_config_without_a_scheme_quantises_nothing(tmp_path):
