@@ -110,7 +110,7 @@ def test_many_tokens_are_rotated_and_written(grids):
     angle = jax.ShapeDtypeStruct((num_tokens, 64), jnp.float32)
     cache = shapes(MANY, 8, 16, 128, "bfloat16")
     with jax.default_device(target_device("h100")):
-        rotate_and_write.lower(q, k, k, angle, angle, cache, ints(num_tokens))
+        rotate_and_write.lower(q, k, k, angle, angle, cache, ints(num_tokens), None)
     check(grids, "rotate_and_write_head")
     assert grids["rotate_and_write_head"] == (num_tokens, 8, 1)
 
