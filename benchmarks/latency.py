@@ -2,7 +2,7 @@
 
   python -m benchmarks.latency --request_rate=4
   python -m benchmarks.latency --random_model=100m --length_scale=0.25 --request_rate=2 \
-      --goodput=ttft:500,tpot:100 --baseline=static,continuous
+      --goodput=ttft:500,tpot:100 --baseline=static,orca-max
 
 Requests arrive in real time, at --burstiness=1 as a Poisson process, and the engine runs in this
 process, without a server. A request's clock starts when it was due. With --baseline the same

@@ -61,8 +61,17 @@ class KernelResources(NamedTuple):
 
 def target_memory_bytes(target: str) -> int:
     """Returns the memory of the GPU named `target`, one of `TARGETS`."""
-    found = re.search(r"device_memory_size: (\d+)", _description(target))
-    assert found is not None, target
+    return _figure(target, "device_memory_size")
+
+
+def target_bandwidth(target: str) -> int:
+    """Returns the bytes per second of that memory, as the data sheet has them."""
+    return _figure(target, "memory_bandwidth")
+
+
+def _figure(target: str, name: str) -> int:
+    found = re.search(rf"{name}: (\d+)", _description(target))
+    assert found is not None, f"{target} has no {name}"
     return int(found[1])
 
 

@@ -54,7 +54,7 @@ SLOW = [
         "--plot=PLOT",
     ),
     ("sharing", "--wall_time --random_model=tiny --prefix_len=40 --prefix_requests=3"),
-    ("throughput", f"{SMALL} --baseline=static,continuous"),
+    ("throughput", f"{SMALL} --baseline=static,orca-max"),
     ("http_cost", "--num_seqs=4 --num_steps=60 --warm_steps=4 --repeats=1 --step_ms=5"),
     ("soak", "--seconds=27 --clients=50"),
     ("structured", "--running=2 --prompt_len=40 --output_len=12 --rounds=1"),

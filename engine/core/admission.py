@@ -10,7 +10,7 @@ from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
 from pallas_paged.engine.core.row_columns import Progress, RowColumns
 from pallas_paged.engine.core.swapping import swap_in
 from pallas_paged.engine.kv.host_pool import DROPPED, BlockMove, HostPool
-from pallas_paged.engine.kv.interface import Memory
+from pallas_paged.engine.kv.interface import Memory, Need, Space
 from pallas_paged.engine.kv.sharing import (
     NO_COPIES,
     CopyPairs,
@@ -21,12 +21,11 @@ from pallas_paged.engine.kv.sharing import (
 
 
 class Arrival(NamedTuple):
-    """A waiting group that fits: its blocks, those of them that are cached, how many it takes."""
+    """A waiting group that fits: its blocks, and those of them that are cached."""
 
     group: SequenceGroup
     entry: Entry
     hits: list[list[int]]
-    num_blocks: int
 
 
 class Room(NamedTuple):
@@ -34,12 +33,14 @@ class Room(NamedTuple):
 
     Attributes:
       num_rows: rows.
-      num_blocks: blocks.
+      space: blocks.
+      num_spared: blocks that are to be left.
       freed_rows: rows in use that are counted as free, with their blocks.
     """
 
     num_rows: int
-    num_blocks: int
+    space: Space
+    num_spared: int = 0
     freed_rows: tuple[int, ...] = ()
 
 
@@ -118,14 +119,20 @@ class Admission:
         return needed <= self.memory.num_usable_blocks
 
     def arrival_of(self, group: SequenceGroup, room: Room) -> Arrival | None:
-        """Returns how a waiting group would come in; None if the room does not suffice."""
+        """Returns how a waiting group would come in; None if the room does not suffice.
+
+        What it needs is taken from `room.space`.
+        """
         if group.num_rows > room.num_rows:
             return None
         hits = [self._hits(sequence) for sequence in sequences_to_place(group)]
         entry = self._entry(group, hits)
-        needed = self.memory.blocks_taken(entry.num_needed, group.num_rows)
+        needed = entry.num_needed
         needed += self.memory.num_unreferenced(list(itertools.chain(*hits)), room.freed_rows)
-        return Arrival(group, entry, hits, needed) if needed <= room.num_blocks else None
+        num_tokens = max(len(sequence.token_ids) for sequence in entry.placed)
+        need = Need(needed, group.num_rows, num_tokens, self.max_length(group))
+        fits = room.space.take(need, room.num_spared)
+        return Arrival(group, entry, hits) if fits else None
 
     def enter(self, arrival: Arrival) -> None:
         """Lets a group's sequences begin with what they share, found or kept."""
@@ -157,11 +164,12 @@ class Admission:
         placed: list[tuple[TokenSequence, Progress]] = []
         plans: list[RowPlan] = []
         num_new = 0
-        for group, entry, hits, _ in arrivals:
+        for group, entry, hits in arrivals:
             for sequence, branch, cached in zip(entry.placed, entry.branches, hits, strict=True):
                 blocks = tuple(b if b >= 0 else b - num_new for b in branch.blocks)
                 num_shared, num_tokens = branch.num_shared, len(sequence.token_ids)
-                plans.append(RowPlan(num_tokens if group.swapped is None else num_shared, blocks))
+                num_first = num_tokens if group.swapped is None else num_shared
+                plans.append(RowPlan(num_first, blocks, group.max_length))
                 num_computed = num_shared if branch.leader is None else 0
                 num_remembered = num_shared // self.memory.block_size
                 if group.swapped and sequence.swapped_slots[0] != DROPPED:
@@ -177,8 +185,8 @@ class Admission:
         if not swapped:
             return (), NO_COPIES
         tables = self.memory.tables
-        moves = tuple(swap_in(entry.placed, tables, hits) for _, entry, hits, _ in swapped)
-        growing = [sequence for _, entry, _, _ in swapped for sequence in entry.placed]
+        moves = tuple(swap_in(entry.placed, tables, hits) for _, entry, hits in swapped)
+        growing = [sequence for _, entry, _ in swapped for sequence in entry.placed]
         copies = self.memory.append(
             [sequence.row for sequence in growing if sequence.row is not None],
             [len(sequence.token_ids) - sequence.num_shared for sequence in growing],
@@ -192,13 +200,13 @@ class Admission:
 
     def _worst_case(self, group: SequenceGroup) -> int:
         """Returns the most blocks of the pool that the group can take."""
-        num_blocks = worst_case_blocks(
+        num_tokens, num_seqs, longest = (
             group.num_prompt_tokens,
             group.num_seqs,
             self.max_length(group),
-            self.memory.block_size,
         )
-        return self.memory.blocks_taken(num_blocks, group.num_seqs)
+        most = worst_case_blocks(num_tokens, num_seqs, longest, self.memory.block_size)
+        return self.memory.blocks_taken(Need(most, num_seqs, num_tokens, longest))
 
     def _pinned_for_others(self, group: SequenceGroup) -> int:
         return self.memory.num_pinned_for_others(self._hits(group.sequences[0]))

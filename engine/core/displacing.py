@@ -64,10 +64,10 @@ def _room_beside(
     """Returns what may be taken beside the groups that stay, once these have grown."""
     freed_rows = tuple(s.row for s in placed_of(victims) if s.row is not None)
     growth = _plan_of(staying, admission, max_num_tokens).growth(admission.columns)
-    num_blocks = admission.memory.num_free_after(freed_rows, *growth)
     return Room(
         admission.max_num_seqs - sum(group.num_rows for group in staying),
-        num_blocks - (watermark_blocks if staying else 0),
+        admission.memory.space(freed_rows, *growth),
+        watermark_blocks if staying else 0,
         freed_rows,
     )
 

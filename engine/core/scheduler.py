@@ -310,17 +310,16 @@ class Scheduler:
         """Moves groups from the queue to the running ones, until their tokens fill the budget."""
         arrivals: list[Arrival] = []
         num_rows = self.admission.max_num_seqs - self.queues.num_rows
-        num_blocks = self.memory.num_free_blocks
+        space = self.memory.space()
         for group in self.queues.waiting:
             if budget <= 0 or group.is_in_flight:
                 break  # what a preempted group still has in flight belongs to its earlier life
             spared = self.watermark_blocks if self.queues.running or arrivals else 0
-            arrival = self.admission.arrival_of(group, Room(num_rows, num_blocks - spared))
+            arrival = self.admission.arrival_of(group, Room(num_rows, space, spared))
             if arrival is None:
                 break
             arrivals.append(arrival)
             num_rows -= group.num_rows
-            num_blocks -= arrival.num_blocks
             self.admission.enter(arrival)
             budget -= sum(len(s.token_ids) - s.num_shared for s in group.placed)
         self.queues.run(arrival.group for arrival in arrivals)

@@ -205,6 +205,8 @@ def views(packed: np.ndarray, bucket: Bucket) -> StepInputs[np.ndarray]:
 
 def step_inputs(arrays: dict[str, Any]) -> StepInputs[Any]:
     """Returns the fields by their names."""
+    if len(arrays) == _NUM_PLAIN:  # most steps, and what follows takes longer than all their views
+        return StepInputs(**arrays)
 
     def part[T: tuple[Any, ...]](kind: type[T]) -> T | None:
         fields: Any = kind
@@ -219,6 +221,9 @@ def step_inputs(arrays: dict[str, Any]) -> StepInputs[Any]:
         drafts=part(DraftInputs),
         prefix=part(PrefixInputs),
     )
+
+
+_NUM_PLAIN = len(StepInputs._fields) - len(StepInputs._field_defaults)
 
 
 def seed_words(seed: int) -> tuple[int, int]:

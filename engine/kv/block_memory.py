@@ -9,7 +9,7 @@ import numpy as np
 
 from pallas_paged import block_tables
 from pallas_paged.block_tables import BlockTables
-from pallas_paged.engine.kv.interface import Memory, Numbers
+from pallas_paged.engine.kv.interface import CountedSpace, Memory, Need, Numbers, Space
 from pallas_paged.engine.kv.prefix_cache import BlockListener, Hit, PrefixCache, num_matchable
 from pallas_paged.engine.kv.sharing import CopyPairs, FullBlocks, Root, RowPlan, blocks_for
 from pallas_paged.kv_cache import NULL_BLOCK
@@ -79,8 +79,8 @@ class BlockTableMemory(Memory):
         return self._versions
 
     @override
-    def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
-        return num_blocks
+    def blocks_taken(self, need: Need) -> int:
+        return need.num_blocks
 
     @override
     def match(
@@ -95,17 +95,19 @@ class BlockTableMemory(Memory):
         return self.prefix_cache.match(token_ids, root, num_blocks, known)
 
     @override
-    def num_free_after(
+    def space(
         self,
-        freed_rows: Sequence[int],
-        rows: Numbers,
-        num_tokens: Numbers,
-    ) -> int:
+        freed_rows: Sequence[int] = (),
+        rows: Numbers = (),
+        num_tokens: Numbers = (),
+    ) -> Space:
+        if not len(freed_rows) and not len(rows):
+            return CountedSpace(self.num_free_blocks)
         state = self._without(freed_rows)
         num_new = np.zeros_like(state.seq_lens)
         num_new[np.asarray(rows, np.int32)] = num_tokens
         needed = int(block_tables.num_blocks_needed(state, num_new))
-        return int(state.num_free) + self._num_evictable(state) - needed
+        return CountedSpace(int(state.num_free) + self._num_evictable(state) - needed)
 
     @override
     def num_unreferenced(

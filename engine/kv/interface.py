@@ -1,7 +1,7 @@
 """What a scheduler asks of KV memory, in blocks and rows; it may be anything that keeps this."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -10,6 +10,45 @@ from pallas_paged.engine.kv.sharing import CopyPairs, FullBlocks, Root, RowPlan
 
 type Numbers = np.ndarray | Sequence[int]
 """One of each row: its place, or tokens."""
+
+
+class Need(NamedTuple):
+    """What a group asks of a memory to come in.
+
+    Attributes:
+      num_blocks: blocks that should be free, of a memory that gives out single blocks.
+      num_rows: its sequences.
+      num_tokens: of each of them, as it comes in.
+      max_length: tokens at which they end: what a memory that never moves a sequence has to keep.
+    """
+
+    num_blocks: int
+    num_rows: int
+    num_tokens: int
+    max_length: int
+
+
+class Space(Protocol):
+    """What is free, to be given away group by group; nothing is allocated by that."""
+
+    def take(self, need: Need, num_spared: int) -> bool:
+        """Takes what a group needs, so that so many blocks are left; else takes nothing: False."""
+        ...
+
+
+class CountedSpace(Space):
+    """Blocks of which each is as good as any other."""
+
+    def __init__(self, num_blocks: int) -> None:
+        """Starts with so many free blocks."""
+        self._num_blocks = num_blocks
+
+    def take(self, need: Need, num_spared: int) -> bool:
+        """Counts the blocks."""
+        if need.num_blocks + num_spared > self._num_blocks:
+            return False
+        self._num_blocks -= need.num_blocks
+        return True
 
 
 class Memory(Protocol):
@@ -55,8 +94,8 @@ class Memory(Protocol):
         """
         ...
 
-    def blocks_taken(self, num_blocks: int, num_rows: int) -> int:
-        """Returns how many blocks of the pool so many blocks in so many rows take."""
+    def blocks_taken(self, need: Need) -> int:
+        """Returns how many blocks of the whole pool a group takes that needs this."""
         ...
 
     def match(
@@ -72,15 +111,15 @@ class Memory(Protocol):
         """
         ...
 
-    def num_free_after(
+    def space(
         self,
-        freed_rows: Sequence[int],
-        rows: Numbers,
-        num_tokens: Numbers,
-    ) -> int:
-        """Returns `num_free_blocks` as it would be after `free` and `append`; changes nothing.
+        freed_rows: Sequence[int] = (),
+        rows: Numbers = (),
+        num_tokens: Numbers = (),
+    ) -> Space:
+        """Returns what would be free after `free` and `append`; changes nothing.
 
-        Negative by the blocks that `append` lacks. No row is both freed and appended to.
+        Nothing fits if `append` lacks blocks. No row is both freed and appended to.
         """
         ...
 

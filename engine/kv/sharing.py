@@ -59,10 +59,12 @@ class RowPlan(NamedTuple):
       blocks: its ceil(num_tokens / S) blocks in order. A positive number is a block that has
         references already; a negative one is a block to allocate, the same one wherever the number
         comes in an admission; `GIVEN_BACK`, in front only, is one that the row never gets back.
+      max_length: tokens at which its sequence ends, for a memory that never moves it; 0: unknown.
     """
 
     num_tokens: int
     blocks: tuple[int, ...]
+    max_length: int = 0
 
 
 class Branch(NamedTuple):

@@ -244,8 +244,8 @@ MUTATIONS = {
     ),
     "no watermark beside those that stay": Mutation(
         _DISPLACING,
-        "num_blocks - (watermark_blocks if staying else 0),",
-        "num_blocks,",
+        "watermark_blocks if staying else 0,",
+        "0,",
         _UNIT,
     ),
     "the first preempted, not the last": Mutation(
@@ -265,8 +265,8 @@ MUTATIONS = {
     ),
     "preempted though the others grow into it": Mutation(
         _DISPLACING,
-        "admission.memory.num_free_after(freed_rows, *growth)",
-        "admission.memory.num_free_after(freed_rows, (), ())",
+        "admission.memory.space(freed_rows, *growth)",
+        "admission.memory.space(freed_rows, (), ())",
         _UNIT,
     ),
     "preempted though the head gets no token": Mutation(
@@ -377,8 +377,8 @@ MUTATIONS = {
     ),
     "admitted though the blocks are too few": Mutation(
         _ADMISSION,
-        "return Arrival(group, entry, hits, needed) if needed <= room.num_blocks else None",
-        "return Arrival(group, entry, hits, needed)",
+        "return Arrival(group, entry, hits) if fits else None",
+        "return Arrival(group, entry, hits)",
         _UNIT,
     ),
     "no blocks kept free for copies": Mutation(

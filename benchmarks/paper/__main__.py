@@ -1,0 +1,117 @@
+"""The paper's evaluation: pictures, and a table of its figures beside ours.
+
+  python -m benchmarks.paper --all --out=DIR             # 10-minute traces, within half an hour
+  python -m benchmarks.paper --quick --out=DIR           # one minute: only orders mean anything
+  python -m benchmarks.paper --full --out=DIR            # hours; goes on where it was stopped
+  python -m benchmarks.paper --all --figures=12,13a --out=DIR
+  python -m benchmarks.paper --all --sharegpt=ShareGPT.json --alpaca=alpaca_data.json \\
+      --tokenizer=FOLDER --out=DIR
+
+Two kinds of figures, and each row of the table says which. *Simulated*: this project's scheduler,
+block tables, prefix cache and shapes of steps serve the paper's models and traces, and only the
+device is replaced, by a model of what a step costs (`benchmarks.simulation`). *Measured*: real
+engines on this machine with a small model, where a claim is about policy and not about a chip.
+What only a GPU could tell is "unmeasured".
+
+Writes into DIR: summary.txt, summary.md, summary.json, a PNG for each figure, and curves.jsonl, the
+simulations by which an interrupted run goes on. The same seed gives the same report, but for what
+is measured.
+"""
+
+import pathlib
+import time
+
+from absl import flags
+
+from benchmarks import pictures
+from benchmarks.paper import jobs, measured, report
+from benchmarks.paper.claims import Row
+from benchmarks.paper.figures.every import FIGURES, MEASURED, NAMES
+from benchmarks.paper.scale import SCALES, Scale, Sources
+from pallas_paged.models import command_line
+
+_ALL = flags.DEFINE_bool("all", False, "10-minute traces, at most six rates for each curve.")
+_FULL = flags.DEFINE_bool("full", False, "Traces of an hour, all baselines: many hours.")
+_QUICK = flags.DEFINE_bool("quick", False, "Traces of a minute, few systems.")
+_FIGURES = flags.DEFINE_list("figures", [], f"Only these of {', '.join(NAMES)}; without: all.")
+_OUT = flags.DEFINE_string("out", None, "Folder for what is found; may have an earlier run's.")
+_SEED = flags.DEFINE_integer("seed", 0, "First seed.", lower_bound=0)
+_JOBS = flags.DEFINE_integer("jobs", 2, "Simulations at a time.", lower_bound=1)
+_MEASURE = flags.DEFINE_bool("measure", True, "Also run real engines on this machine.")
+_SHAREGPT = flags.DEFINE_string("sharegpt", None, "ShareGPT's JSON file; without: drawn lengths.")
+_ALPACA = flags.DEFINE_string("alpaca", None, "Alpaca's JSON file; without: drawn lengths.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder of the tokenizer for these files.")
+
+
+def chosen_scale() -> Scale:
+    """Returns the flags' scale, with its seeds.
+
+    Raises:
+      ValueError: not exactly one is chosen.
+    """
+    asked = {"all": _ALL.value, "full": _FULL.value, "quick": _QUICK.value}
+    names = [name for name, is_asked in asked.items() if is_asked]
+    if len(names) != 1:
+        raise ValueError("choose one of --quick, --all and --full")
+    return SCALES[names[0]].from_seed(_SEED.value)
+
+
+def chosen_sources() -> Sources:
+    """Returns the flags' data sets.
+
+    Raises:
+      ValueError: a file has no tokenizer, or there is no such file.
+    """
+    files = [path for path in (_SHAREGPT.value, _ALPACA.value) if path is not None]
+    if files and _TOKENIZER.value is None:
+        raise ValueError(f"{files[0]} needs --tokenizer, the folder of the model's tokenizer")
+    for path in files:
+        if not pathlib.Path(path).is_file():
+            raise ValueError(f"there is no file {path}")
+    return Sources(_SHAREGPT.value, _ALPACA.value, _TOKENIZER.value)
+
+
+def simulate(wanted: set[str], scale: Scale, sources: Sources, folder: pathlib.Path) -> list[Row]:
+    """Returns the rows of the simulated figures, whose pictures are drawn too."""
+    figures = [figure for figure in FIGURES if wanted & set(figure.names)]
+    every = [job for figure in figures for job in figure.jobs(scale, sources)]
+    curves = jobs.run_all(every, folder, _JOBS.value)
+    rows = []
+    for figure in figures:
+        picture = pictures.new_figure(*figure.size)
+        figure.draw(scale, sources, curves, picture)
+        pictures.save(picture, str(folder / f"{figure.file}.png"))
+        found = figure.rows(scale, sources, curves)
+        rows += [row for row in found if row.figure.split(",")[0] in wanted]
+    return rows
+
+
+def main() -> None:
+    """Runs what the flags say, and prints the summary."""
+    scale, sources = chosen_scale(), chosen_sources()
+    unknown = sorted(set(_FIGURES.value) - set(NAMES))
+    if unknown:
+        raise ValueError(f"figures={','.join(unknown)}: choose among {', '.join(NAMES)}")
+    if _OUT.value is None:
+        raise ValueError("--out=DIR is missing: where to write what is found")
+    wanted = set(_FIGURES.value or NAMES)
+    folder = pathlib.Path(_OUT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures.new_figure(1, 1)  # refused now, not after all runs
+    begin = time.monotonic()
+    rows = simulate(wanted, scale, sources, folder)
+    if _MEASURE.value and wanted & set(MEASURED):
+        found = measured.run(scale.measured_seeds, scale.measured_requests, scale.block_sizes)
+        rows += [row for row in found if row.figure in wanted or f"{row.figure}a" in wanted]
+    rows.sort(key=lambda row: (int(row.figure.split(",")[0].rstrip("ab")), row.how))
+    head = (
+        f"Kwon et al. 2023, --{scale.name}: traces of {scale.minutes:g} minutes, seeds "
+        f"{', '.join(map(str, scale.seeds))}; ShareGPT: {sources.data('sharegpt').source}, Alpaca: "
+        f"{sources.data('alpaca').source}. ± is a 95 % confidence interval over seeds."
+    )
+    print(report.write(folder, rows, scale, head))
+    print(f"written to {folder} in {time.monotonic() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,103 @@
+"""Fig. 18b: latencies at one rate, over block sizes.
+
+What larger blocks waste is simulated. What small ones cost a kernel is not: a step's cost does not
+depend on the block size here, and on a GPU it is unmeasured.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from benchmarks.paper.claims import Range, Row
+from benchmarks.paper.figures.figure import Curves, Figure
+from benchmarks.paper.jobs import Job
+from benchmarks.paper.scale import Scale, Sources
+from benchmarks.simulation.serve import Kind
+from benchmarks.simulation.systems import PAPER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
+
+SIZES = (8, 16, 32, 64, 128, 256)
+_RATES = {"sharegpt": 1.6, "alpaca": 30.0}
+
+
+def job(data: str, size: int, scale: Scale, sources: Sources, seed: int) -> Job:
+    """Returns the run with blocks of one size."""
+    return Job(
+        dataclasses.replace(PAPER, block_size=size),
+        "opt-13b",
+        sources.data(data),
+        Kind(),
+        scale.minutes,
+        seed,
+        (_RATES[data],),
+    )
+
+
+def sizes(scale: Scale) -> tuple[int, ...]:
+    """Returns the block sizes that are run."""
+    return (16, 256) if scale.name == "quick" else SIZES
+
+
+def jobs(scale: Scale, sources: Sources) -> list[Job]:
+    """Returns a run for each size and data set."""
+    return [
+        job(data, size, scale, sources, seed)
+        for data in _RATES
+        for size in sizes(scale)
+        for seed in scale.few_seeds
+    ]
+
+
+def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
+    """Returns the latency of each size beside that of blocks of 16."""
+    claims = {
+        ("sharegpt", 32): Range("about 1", 0.8, 1.25),
+        ("sharegpt", 64): Range("about 1", 0.8, 1.25),
+        ("sharegpt", 128): Range("about 1", 0.8, 1.25),
+        ("alpaca", 32): Range("about 1", 0.8, 1.25),
+        ("alpaca", 128): Range("above 1", 1.0, float("inf")),
+        ("alpaca", 256): Range("above 1", 1.0, float("inf")),
+    }
+    found = []
+    for data in _RATES:
+        base = _latencies(data, 16, scale, sources, curves)
+        for size in sizes(scale):
+            if size == 16:
+                continue
+            mine = _latencies(data, size, scale, sources, curves)
+            found.append(
+                Row(
+                    "18b",
+                    f"latency / blocks of 16, {data}, blocks of {size}",
+                    claims.get((data, size)),
+                    tuple(a / b for a, b in zip(mine, base, strict=True)),
+                    "simulated",
+                    sources.data(data).source,
+                    "x",
+                    "a kernel's cost by block size is left out",
+                )
+            )
+    return found
+
+
+def _latencies(
+    data: str, size: int, scale: Scale, sources: Sources, curves: Curves
+) -> tuple[float, ...]:
+    runs = [curves[job(data, size, scale, sources, seed)] for seed in scale.few_seeds]
+    return tuple(run.points[0].outcome.normalized_latency_s for run in runs)
+
+
+def draw(scale: Scale, sources: Sources, curves: Curves, picture: "Picture") -> None:
+    """Draws latencies over block sizes, of the first seed."""
+    axes = picture.subplots()
+    places = range(len(sizes(scale)))
+    for index, data in enumerate(_RATES):
+        values = [_latencies(data, size, scale, sources, curves)[0] for size in sizes(scale)]
+        axes.bar([place + 0.4 * index for place in places], values, width=0.4, label=data)
+    axes.set_xticks(list(places), [str(size) for size in sizes(scale)])
+    axes.set(xlabel="block size", ylabel="normalized latency, s/token", title="Fig. 18b: simulated")
+    axes.legend()
+
+
+FIGURE = Figure(("18b",), "fig18b-block-sizes", jobs, rows, draw, (6, 4))

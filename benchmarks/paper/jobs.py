@@ -1,0 +1,223 @@
+"""Simulations that figures ask for: each is a curve over request rates, kept as it ends.
+
+A job is data, and its result depends on nothing else, so that an interrupted run goes on where it
+stopped, and two figures that ask for the same get one run.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import math
+import multiprocessing
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.contiguous import Shares
+from benchmarks.paper import traces
+from benchmarks.paper.traces import Data
+from benchmarks.simulation.serve import Kind, Outcome, serve
+from benchmarks.simulation.shapes import SHAPES
+from benchmarks.simulation.systems import System, build
+
+LIMIT_S_PER_TOKEN = 0.2
+"""Normalized latency up to which a rate is sustained: some five times that of an idle system.
+
+The paper compares rates "at similar latency", where its curves rise; there they are so steep that
+the limit matters little.
+"""
+OVER_S_PER_TOKEN = 0.5
+"""A run whose normalized latency is certainly above this is given up."""
+BEAM_TEMPERATURE = 0.5
+"""Of simulated candidates: see `figures.sharing`, which shows what beams share by it."""
+_SOURCES = (
+    *(f"benchmarks/{name}.py" for name in ("arrivals", "buddies", "contiguous", "workloads")),
+    *("benchmarks/paper/jobs.py", "benchmarks/paper/traces.py", "pallas_paged/block_tables.py"),
+    *("benchmarks/simulation/*.py", "engine/core/*.py", "engine/kv/*.py"),
+)
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A system that serves a data set at several rates.
+
+    Attributes:
+      system: how it serves.
+      shape: which model, one of `SHAPES`.
+      data: the requests.
+      kind: what each request asks for.
+      minutes: of the trace, simulated.
+      seed: of everything.
+      rates: requests per second. With `searches` the lowest and the highest between which the
+        sustained rate is searched.
+      searches: how many rates to try for that, each between the two that the sustained rate must be
+        between; 0 runs `rates`.
+      drains: whether a run goes on until all requests have ended; else it ends with the last
+        arrival, whatever the latency is.
+    """
+
+    system: System
+    shape: str
+    data: Data
+    kind: Kind
+    minutes: float
+    seed: int
+    rates: tuple[float, ...]
+    searches: int = 0
+    drains: bool = True
+
+    @property
+    def key(self) -> str:
+        """Tells it from all other jobs."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A run at one rate, see `Outcome`."""
+
+    rate: float
+    outcome: Outcome
+
+    @property
+    def is_sustained(self) -> bool:
+        """Whether the latency is below the limit."""
+        return self.outcome.normalized_latency_s <= LIMIT_S_PER_TOKEN
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A job's points, by rate."""
+
+    job: Job
+    points: tuple[Point, ...]
+
+    @property
+    def sustained_rate(self) -> float:
+        """The rate at which the latency meets the limit, between the two rates around it.
+
+        On a straight line between the logarithms; the lowest or highest rate where no other is
+        known beyond the limit.
+        """
+        below = [point for point in self.points if point.is_sustained]
+        above = [point for point in self.points if not point.is_sustained]
+        if not below or not above:
+            return above[0].rate if not below else below[-1].rate
+        left, right = below[-1], next((p for p in above if p.rate > below[-1].rate), None)
+        if right is None:
+            return left.rate
+        ends = [math.log(point.outcome.normalized_latency_s) for point in (left, right)]
+        share = (math.log(LIMIT_S_PER_TOKEN) - ends[0]) / max(1e-9, ends[1] - ends[0])
+        return left.rate * (right.rate / left.rate) ** min(1.0, max(0.0, share))
+
+
+def run(job: Job) -> Curve:
+    """Returns the curve of a job."""
+    if not job.searches:
+        return Curve(job, tuple(run_at(job, rate) for rate in sorted(job.rates)))
+    low, high = job.rates
+    points = []
+    for _ in range(job.searches):
+        point = run_at(job, math.sqrt(low * high))
+        points.append(point)
+        low, high = (point.rate, high) if point.is_sustained else (low, point.rate)
+    return Curve(job, tuple(sorted(points, key=lambda point: point.rate)))
+
+
+def run_at(job: Job, rate: float) -> Point:
+    """Returns a run at one rate. The same seed gives the same requests at any rate, sooner."""
+    num_requests = max(2, round(60 * job.minutes * rate))
+    requests = traces.draw(job.data, num_requests, job.seed)
+    arrivals_s = traces.arrivals(num_requests, rate, job.seed)
+    beam_temperature = BEAM_TEMPERATURE if job.kind.is_beam_search else None
+    simulated = build(
+        job.system, SHAPES[job.shape], seed=job.seed, beam_temperature=beam_temperature
+    )
+    outcome = serve(
+        simulated,
+        requests,
+        arrivals_s,
+        job.kind,
+        shares=job.system.shares,
+        is_static=job.system.is_static,
+        over_s_per_token=OVER_S_PER_TOKEN if job.drains else math.inf,
+        drains=job.drains,
+    )
+    return Point(rate, outcome)
+
+
+def run_all(jobs: Sequence[Job], folder: pathlib.Path, num_processes: int) -> dict[Job, Curve]:
+    """Returns the curves of jobs; those that `folder` has already are not run again.
+
+    Each curve is written to `folder/curves.jsonl` when it is there. Curves that other sources of
+    the simulation made are left out, and said so.
+    """
+    path, code = folder / "curves.jsonl", sources_hash()
+    known, num_stale = _read(path, code)
+    if num_stale:
+        print(
+            f"{path}: {num_stale} curves are of other sources, and are run again", file=sys.stderr
+        )
+    wanted = {job.key: job for job in jobs}
+    found = {job: Curve(job, known[key]) for key, job in wanted.items() if key in known}
+    left = [job for key, job in wanted.items() if key not in known]
+    left.sort(key=lambda job: -job.minutes * job.kind.num_seqs)  # the longest first
+    context = multiprocessing.get_context("spawn")
+    progress = tqdm(total=len(wanted), initial=len(found), unit="curve", disable=None)
+    pool = concurrent.futures.ProcessPoolExecutor(num_processes, context)
+    with pool, progress, path.open("a", encoding="utf-8") as file:
+        futures = {pool.submit(run, job): job for job in left}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                curve = future.result()
+                found[futures[future]] = curve
+                file.write(json.dumps(_row(curve, code)) + "\n")
+                file.flush()
+                progress.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return found
+
+
+def sources_hash() -> str:
+    """Returns a hash of what results depend on: the simulation's sources and the scheduler's."""
+    digest = hashlib.sha256()
+    for pattern in _SOURCES:
+        for path in sorted(_ROOT.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _row(curve: Curve, code: str) -> dict[str, Any]:
+    points = [{"rate": point.rate, **point.outcome._asdict()} for point in curve.points]
+    return {"code": code, "key": curve.job.key, "points": points}
+
+
+def _read(path: pathlib.Path, code: str) -> tuple[dict[str, tuple[Point, ...]], int]:
+    """Returns the points of the curves in a file by key, and how many other sources made."""
+    if not path.exists():
+        return {}, 0
+    known, num_stale = {}, 0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # the last line, when the run was ended in the middle of it
+        if row["code"] != code:
+            num_stale += 1
+            continue
+        known[row["key"]] = tuple(_point(fields) for fields in row["points"])
+    return known, num_stale
+
+
+def _point(fields: dict[str, Any]) -> Point:
+    outcome = {name: value for name, value in fields.items() if name != "rate"}
+    shares = outcome["shares"]
+    outcome["shares"] = None if shares is None else Shares(*shares)
+    return Point(fields["rate"], Outcome(**outcome))

@@ -1,0 +1,74 @@
+"""How much of the evaluation is run, and on which data."""
+
+import dataclasses
+
+from benchmarks.paper.traces import Data
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How long traces are, how many seeds and rates there are.
+
+    Attributes:
+      name: in the report.
+      minutes: of a trace.
+      beam_minutes: of a trace of beam searches, whose steps take the host longer.
+      searches: rates that are tried to find the sustained one.
+      seeds: of the figures with a confidence interval.
+      num_beam_seeds: how many of them beam searches and the larger models have.
+      measured_seeds: of what is measured.
+      measured_requests: of each of those runs.
+      block_sizes: of what is measured; 16 is one of them.
+      every_system: whether all baselines are run with each model and kind of sampling.
+    """
+
+    name: str
+    minutes: float
+    beam_minutes: float
+    searches: int
+    seeds: tuple[int, ...]
+    num_beam_seeds: int
+    measured_seeds: tuple[int, ...]
+    measured_requests: int
+    block_sizes: tuple[int, ...]
+    every_system: bool = False
+
+    def from_seed(self, first: int) -> "Scale":
+        """Returns the same with other seeds."""
+        seeds, measured = (
+            tuple(first + seed for seed in mine) for mine in (self.seeds, self.measured_seeds)
+        )
+        return dataclasses.replace(self, seeds=seeds, measured_seeds=measured)
+
+    @property
+    def few_seeds(self) -> tuple[int, ...]:
+        """Those of the longer runs."""
+        return self.seeds[: self.num_beam_seeds]
+
+
+_SIZES = (8, 16, 32, 64, 128)
+SCALES = {
+    "quick": Scale("quick", 1.0, 0.5, 4, (0,), 1, (0,), 12, (16, 64)),
+    "all": Scale("all", 10.0, 4.0, 6, (0, 1, 2), 1, (0, 1, 2), 48, _SIZES),
+    "full": Scale("full", 60.0, 60.0, 6, (0, 1, 2), 3, (0, 1, 2, 3, 4), 96, _SIZES, True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """Where requests come from.
+
+    Attributes:
+      sharegpt: a published file, or None for drawn lengths.
+      alpaca: likewise.
+      tokenizer: folder of the tokenizer that counts the files' tokens.
+    """
+
+    sharegpt: str | None = None
+    alpaca: str | None = None
+    tokenizer: str | None = None
+
+    def data(self, name: str, prefix: int = 0) -> Data:
+        """Returns a data set, see `traces`."""
+        path = {"sharegpt": self.sharegpt, "chat": self.sharegpt, "alpaca": self.alpaca}.get(name)
+        return Data(name, prefix, path, None if path is None else self.tokenizer)

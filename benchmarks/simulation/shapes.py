@@ -1,0 +1,62 @@
+"""The shapes of the paper's models, and of one of today's, as far as a step's cost depends on them.
+
+Parameters and KV memory of the OPT models are those of the paper's Table 1 (Kwon et al. 2023); the
+rest follows from the published configurations.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A model on the devices that serve it.
+
+    Attributes:
+      name: of the model.
+      num_parameters: how many.
+      num_layers: L.
+      hidden: of an activation.
+      num_heads: Hq, query heads.
+      num_kv_heads: Hk.
+      head_dim: D.
+      gpu: which devices, see `hardware.hardware`.
+      num_gpus: how many.
+      num_slots: tokens that the KV cache holds, over all devices.
+      weight_itemsize: bytes of a parameter.
+      kv_itemsize: bytes of an element of the KV cache.
+    """
+
+    name: str
+    num_parameters: float
+    num_layers: int
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    gpu: str
+    num_gpus: int
+    num_slots: int
+    weight_itemsize: int = 2
+    kv_itemsize: int = 2
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of all parameters."""
+        return self.num_parameters * self.weight_itemsize
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of a token's keys and values in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_itemsize
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("opt-13b", 13e9, 40, 5120, 40, 40, 128, "a100-40gb", 1, 15_700),
+        Shape("opt-66b", 66e9, 64, 9216, 72, 72, 128, "a100-40gb", 4, 9_700),
+        Shape("opt-175b", 173e9, 96, 12288, 96, 96, 128, "a100-80gb", 8, 60_100),
+        Shape("llama-13b", 13e9, 40, 5120, 40, 40, 128, "a100-40gb", 1, 15_700),
+        Shape("llama-8b", 8.03e9, 32, 4096, 32, 8, 128, "h100", 1, 400_000),
+    )
+}
