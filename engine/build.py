@@ -28,8 +28,10 @@ from pallas_paged.engine.core.policies import (
     always_recompute,
     always_swap,
 )
+from pallas_paged.engine.core.request import SequenceGroup
 from pallas_paged.engine.core.scheduler import Scheduler
 from pallas_paged.engine.core.speculation import make_proposer, speculation_settings
+from pallas_paged.engine.core.swapping import num_blocks_to_swap
 from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device import device_memory
 from pallas_paged.engine.device.checks_ahead import ChecksAhead, begin_checks
@@ -49,6 +51,7 @@ from pallas_paged.engine.device.pool_size import (
     plan_pool,
     unsized_programs,
 )
+from pallas_paged.engine.device.recovery_costs import measured_costs
 from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.kv.host_pool import HostPool
@@ -67,13 +70,6 @@ from pallas_paged.models import (
 )
 
 logger = logging.getLogger(__name__)
-
-_COMPUTED_BYTES_PER_S = 200e12
-"""Weights that a prompt's tokens pass in a second: 400 bfloat16 TFLOP/s. For `"auto"` only."""
-_COPIED_BYTES_PER_S = 20e9
-"""Between a GPU and pinned host memory over PCIe 4.0. For `"auto"` only."""
-_SWAP_OVERHEAD_S = 1e-4
-"""Of the launches of one swap. For `"auto"` only."""
 
 
 class Built(NamedTuple):
@@ -139,14 +135,15 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         enable_prefix_caching=config.enable_prefix_caching,
     )
     num_host_blocks = int(config.swap_space * 2**30 / plan.block_bytes)
+    host_pool = HostPool(num_host_blocks, memory.num_usable_blocks)
     scheduler = Scheduler(
         memory,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
         order=PriorityOrder() if config.scheduling_policy == "priority" else Order(),
-        choose_recovery=_recovery(config, plan),
-        host_pool=HostPool(num_host_blocks, memory.num_usable_blocks),
+        choose_recovery=_recovery(config, memory, host_pool, runner),
+        host_pool=host_pool,
         sliding_window=common_window(specs),
         num_scheduler_steps=runner.buckets.num_steps,
         proposer=make_proposer(speculation_settings(config.speculative_config)),
@@ -310,15 +307,25 @@ def _build_runner(
     return plan, runner, specs
 
 
-def _recovery(config: EngineConfig, plan: PoolPlan) -> ChooseRecovery:
-    """Returns the policy that `preemption_mode` names."""
+def _recovery(
+    config: EngineConfig, memory: BlockTableMemory, host_pool: HostPool, runner: ModelRunner
+) -> ChooseRecovery:
+    """Returns the policy that `preemption_mode` names; measures what "auto" needs to know."""
     if config.preemption_mode == "recompute" or not config.swap_space:
         return always_recompute
     if config.preemption_mode == "swap":
         return always_swap
-    return CheaperRecovery(
-        seconds_per_token=plan.weight_bytes / _COMPUTED_BYTES_PER_S,
-        seconds_per_block=plan.block_bytes / _COPIED_BYTES_PER_S,
-        seconds_per_swap=_SWAP_OVERHEAD_S,
-        block_size=config.block_size,
-    )
+    if host_pool.padded(1) > host_pool.num_blocks:
+        logger.warning(
+            "swap_space=%s GiB holds %d blocks, and the smallest swap takes %d: preempted requests "
+            "are computed again",
+            config.swap_space,
+            host_pool.num_blocks,
+            host_pool.padded(1),
+        )
+        return always_recompute
+
+    def num_copied(group: SequenceGroup) -> int:
+        return host_pool.padded(num_blocks_to_swap(group, memory.tables, config.block_size))
+
+    return CheaperRecovery(measured_costs(runner, host_pool.num_blocks), num_copied)

@@ -120,8 +120,9 @@ class EngineConfig:
       swap_space: GiB of host memory for the blocks of requests that are preempted. 0: they are
         computed again instead.
       preemption_mode: how preempted requests come back: "recompute"; "swap", as long as there is
-        room in `swap_space`; "auto" estimates which is faster, from the model's size and rough
-        figures of a device (see `pallas_paged.engine.llm`).
+        room in `swap_space`; "auto", which is faster for each request by its length and blocks,
+        from times of steps and copies that it measures when the engine starts, if `swap_space`
+        is not 0. That takes a few steps and copies, and the compilation of their programs.
       scheduling_policy: "fcfs", first come, first served; "priority": requests with a lower
         `priority` run first, and take the memory of others if they need it.
       step_log: file to append a line of JSON to for each step and compilation, see `StepLog`.

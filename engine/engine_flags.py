@@ -43,7 +43,12 @@ _FLAGS = (
         "gpu_memory_utilization", None, "Share of a GPU's memory to use; by default 0.9."
     ),
     flags.DEFINE_float("swap_space", None, "GiB of host memory for preempted requests."),
-    flags.DEFINE_enum("preemption_mode", None, list(PREEMPTION_MODES), "How they come back."),
+    flags.DEFINE_enum(
+        "preemption_mode",
+        None,
+        list(PREEMPTION_MODES),
+        "How they come back; by default what is faster, by times measured at the start.",
+    ),
     flags.DEFINE_enum(
         "scheduling_policy", None, list(SCHEDULING_POLICIES), "Who runs before whom."
     ),

@@ -24,7 +24,8 @@ from pallas_paged.engine.core.step_inputs import (
 from pallas_paged.engine.core.table_edits import TableEdits
 from pallas_paged.engine.kv.interface import Memory
 
-_NO_TARGETS = np.zeros((2, 0), np.int32)
+NO_TARGETS = np.zeros((2, 0), np.int32)
+"""A plan's `prompt_targets` where nobody asks for log-probabilities of a prompt."""
 
 
 class Planned(NamedTuple):
@@ -189,7 +190,7 @@ class Planner:
         if x.full is not None:
             _fill_full(x.full, scheduled, self._num_rows)
         if x.drafts is not None:
-            _fill_drafts(x.drafts, ends - 1, num_drafts)
+            fill_drafts(x.drafts, ends - 1, num_drafts)
         if x.many is not None:
             x.many.num_steps[:B] = num_steps
             x.many.ending_ids[:B] = self._columns.ending_ids[rows]
@@ -275,7 +276,7 @@ def _take_targets(
 ) -> tuple[np.ndarray, list[tuple[SequenceGroup, int]]]:
     """Returns `prompt_targets` and `Planned.prompts`, and counts them as on their way."""
     if not any(targets):
-        return _NO_TARGETS, []
+        return NO_TARGETS, []
     indices: list[int] = []
     tokens: list[int] = []
     prompts: list[tuple[SequenceGroup, int]] = []
@@ -290,7 +291,7 @@ def _take_targets(
     return np.array([indices, tokens], np.int32), prompts
 
 
-def _fill_drafts(x: DraftInputs[np.ndarray], lasts: np.ndarray, num_drafts: np.ndarray) -> None:
+def fill_drafts(x: DraftInputs[np.ndarray], lasts: np.ndarray, num_drafts: np.ndarray) -> None:
     """Fills the fields of steps with drafts; `lasts` i32[B] are the sequences' last tokens."""
     B = len(lasts)
     counts = num_drafts + 1

@@ -18,13 +18,10 @@ def swap_out(group: SequenceGroup, tables: np.ndarray, S: int, pool: HostPool) -
     Returns:
       What to copy, or None where there is no room, or a sequence has nothing to keep.
     """
-    rows = [(s, s.row, min(s.progress.num_computed, len(s.token_ids) - 1)) for s in group.placed]
+    rows = _kept(group)
     if any(row is None or not num_kept for _, row, num_kept in rows):
         return None
-    slots = {GIVEN_BACK: DROPPED}
-    for _, row, num_kept in rows:
-        for block in tables[row, : blocks_for(num_kept, S)].tolist():
-            slots.setdefault(block, len(slots) - 1)
+    slots = _slots(rows, tables, S)
     group.swapped = pool.take(len(slots) - 1)
     if group.swapped is None:
         return None
@@ -33,6 +30,27 @@ def swap_out(group: SequenceGroup, tables: np.ndarray, S: int, pool: HostPool) -
         sequence.num_swapped = num_kept
         sequence.swapped_slots = tuple(slots[block] for block in blocks)
     return BlockMove(group.swapped, np.array(list(slots)[1:], np.int32))
+
+
+def num_blocks_to_swap(group: SequenceGroup, tables: np.ndarray, S: int) -> int:
+    """Returns how many blocks `swap_out` would copy of a running group."""
+    return len(_slots(_kept(group), tables, S)) - 1
+
+
+def _kept(group: SequenceGroup) -> list[tuple[TokenSequence, int | None, int]]:
+    """Returns the sequences that have a row, with it and the tokens that a swap keeps."""
+    return [(s, s.row, min(s.progress.num_computed, len(s.token_ids) - 1)) for s in group.placed]
+
+
+def _slots(
+    rows: Sequence[tuple[TokenSequence, int | None, int]], tables: np.ndarray, S: int
+) -> dict[int, int]:
+    """Returns the place in a chunk of each block that is kept, and `GIVEN_BACK` beside them."""
+    slots = {GIVEN_BACK: DROPPED}
+    for _, row, num_kept in rows:
+        for block in [] if row is None else tables[row, : blocks_for(num_kept, S)].tolist():
+            slots.setdefault(block, len(slots) - 1)
+    return slots
 
 
 def swap_in(

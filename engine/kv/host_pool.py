@@ -61,9 +61,13 @@ class HostPool:
         self._numbers = itertools.count()
         self._dropped: list[int] = []
 
+    def padded(self, num_blocks: int) -> int:
+        """Returns the blocks of the chunk for so many: all of them are copied."""
+        return self._sizes[bisect.bisect_left(self._sizes, num_blocks)]
+
     def take(self, num_blocks: int) -> SwappedChunk | None:
         """Returns room for so many blocks, or None if there is none."""
-        size = self._sizes[bisect.bisect_left(self._sizes, num_blocks)]
+        size = self.padded(num_blocks)
         if self.num_used + size > self.num_blocks:
             return None
         self.num_used += size

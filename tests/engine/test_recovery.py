@@ -59,21 +59,22 @@ def unpressured() -> list[list[tuple[int, ...]]]:
     return tokens
 
 
-@pytest.mark.parametrize("mode", ["recompute", "swap"])
+@pytest.mark.parametrize("mode", ["recompute", "swap", "auto"])
 def test_a_tenth_of_the_memory_gives_the_same_tokens(
     unpressured: list[list[tuple[int, ...]]], mode: str
 ) -> None:
     _, params, kinds = requests()
     widths = [3 if isinstance(one, BeamSearchParams) else one.n for one in params]
     needed = sum(widths) * LENGTH // BLOCK_SIZE
-    swaps = {"swap_space": 0.01} if mode == "swap" else {}
+    swaps = {"swap_space": 0.01} if mode != "recompute" else {}
     tokens, llm, preempted = run(num_blocks=1 + needed // 10, preemption_mode=mode, **swaps)
     for kind in KINDS:
         of_kind = [place for place, one in enumerate(kinds) if one == kind]
         assert [tokens[i] for i in of_kind] == [unpressured[i] for i in of_kind], kind
     assert all(preempted.values()), preempted
     stats = llm.kv_stats()
-    assert (stats.num_swaps > 0) == (mode == "swap")
+    if mode != "auto":  # which does what is faster on this device
+        assert (stats.num_swaps > 0) == (mode == "swap")
     assert stats.num_swapped_blocks == stats.num_allocated_blocks == 0
 
 

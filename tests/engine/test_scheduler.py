@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine.core import token_plan
-from pallas_paged.engine.core.policies import CheaperRecovery, PriorityOrder, always_swap
+from pallas_paged.engine.core.policies import (
+    CheaperRecovery,
+    PriorityOrder,
+    RecoveryCosts,
+    always_swap,
+)
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
 from pallas_paged.engine.core.row_columns import Progress, RowColumns
 from pallas_paged.engine.core.scheduler import ScheduledStep, Scheduler
@@ -664,7 +669,7 @@ class TestSwapping:
         a = request("a", 40)
         a.take_row(RowColumns(1), 0, Progress(40, 40, 40, 10))
         for seconds_per_token, expected in ((1.0, "swap"), (0.01, "recompute")):
-            choose = CheaperRecovery(seconds_per_token, 0.1, 0.5, block_size=4)
+            choose = CheaperRecovery(RecoveryCosts(seconds_per_token, 0.1, 0.5), lambda _: 10)
             assert choose(a.group) == expected
 
 
