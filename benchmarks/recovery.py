@@ -1,12 +1,18 @@
-"""Recomputation beside swapping under memory pressure, by block size (the paper's Fig. 19).
+"""Recomputation beside swapping, by block size (the paper's Fig. 19).
 
   python -m benchmarks.recovery --block_sizes=8,16,32,64,128
   python -m benchmarks.recovery --pool_share=0.1 --random_model=100m
+  python -m benchmarks.recovery --parts=costs --swap_tokens=512 --random_model=20m
 
-Requests of several kinds (greedy, sampled with a seed, n samples, beams, a common prefix) run
-together through one model: with memory for all of them, and with a pool of `pool_share` of that,
-once computing again what was preempted, once swapping it to host memory. All three give the same
-tokens, which is checked. Only ratios of one line mean anything.
+Part "pressure" (19b): requests of several kinds (greedy, sampled with a seed, n samples, beams, a
+common prefix) run together through one model: with memory for all of them, and with a pool of
+`pool_share` of that, once computing again what was preempted, once swapping it to host memory. All
+three give the same tokens, which is checked. Only ratios of one line mean anything.
+
+Part "costs" (19a): the time of one swap of `swap_tokens` tokens out and back in, and that of
+computing them again; what `preemption_mode="auto"` does with such a request, and from how many
+tokens on it swaps one; and what it measures to decide that. The paper copies each block by itself,
+so that small blocks are slow to swap; here all blocks of a request are one copy.
 """
 
 import dataclasses
@@ -21,6 +27,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import random_models, tables
+from benchmarks.recovery_costs import engine_for, measure_costs
 from pallas_paged.engine import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from pallas_paged.engine.kv.sharing import blocks_for, worst_case_blocks
 from pallas_paged.models import command_line
@@ -38,6 +45,13 @@ _N = flags.DEFINE_integer(
 )
 _POOL_SHARE = flags.DEFINE_float("pool_share", 0.1, "Pool, as a share of what all need.")
 _PREFIX_CACHING = flags.DEFINE_bool("prefix_caching", True, "Whether prefixes are cached.")
+_PARTS = flags.DEFINE_list("parts", ["pressure", "costs"], "What to measure: pressure, costs.")
+flags.register_validator(
+    "parts", lambda parts: bool(parts) and {*parts} <= {"pressure", "costs"}, "has no such part"
+)
+_SWAP_TOKENS = flags.DEFINE_integer(
+    "swap_tokens", 256, "Tokens of the one request that part costs swaps.", lower_bound=1
+)
 _JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
 
@@ -154,16 +168,26 @@ def compare(folder: str, block_size: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints a line per block size."""
+    """Prints a table per part with a line per block size; one line of both goes to the file."""
+    sizes = [int(size) for size in _BLOCK_SIZES.value]
+    rows: list[dict[str, Any]] = [{} for _ in sizes]
     with tempfile.TemporaryDirectory() as folder:
         random_models.write_config(_MODEL.value, pathlib.Path(folder))
-        rows = [compare(folder, int(size)) for size in _BLOCK_SIZES.value]
-    kinds = ", ".join(make_kinds(_N.value, _OUTPUT_LEN.value))
-    tables.show(
-        f"{_NUM_REQUESTS.value} requests ({kinds}), {_PROMPT_LEN.value} + {_OUTPUT_LEN.value} "
-        f"tokens, n={_N.value}, pool {_POOL_SHARE.value:.0%} of the need",
-        rows,
-    )
+        if "pressure" in _PARTS.value:
+            found = [compare(folder, size) for size in sizes]
+            kinds = ", ".join(make_kinds(_N.value, _OUTPUT_LEN.value))
+            tables.show(
+                f"{_NUM_REQUESTS.value} requests ({kinds}), {_PROMPT_LEN.value} + "
+                f"{_OUTPUT_LEN.value} tokens, n={_N.value}, pool {_POOL_SHARE.value:.0%} of need",
+                found,
+            )
+            rows = [row | new for row, new in zip(rows, found, strict=True)]
+        if "costs" in _PARTS.value:
+            found = [
+                measure_costs(engine_for(folder, size), _SWAP_TOKENS.value).row() for size in sizes
+            ]
+            tables.show(f"one request of {_SWAP_TOKENS.value} tokens", found)
+            rows = [row | new for row, new in zip(rows, found, strict=True)]
     if _JSON.value:
         with open(_JSON.value, "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=2)
