@@ -56,6 +56,10 @@ _DISPLACING = "pallas_paged/engine/core/displacing.py"
         "core/row_columns",
     )
 )
+_BUILD, _RECOVERY = (
+    f"pallas_paged/engine/{name}.py" for name in ("build", "device/recovery_costs")
+)
+_COSTS = "tests/engine/test_recovery_costs.py"
 _UNIT = (
     "tests/engine/test_memory.py tests/engine/test_scheduler.py "
     "tests/engine/test_sharing.py::TestEqualBlocks"
@@ -250,6 +254,42 @@ MUTATIONS = {
     ),
     "the first preempted, not the last": Mutation(
         _POLICIES, "return running[-1]", "return running[0]", _UNIT
+    ),
+    "the dearer recovery": Mutation(
+        _POLICIES,
+        "faster = self.swap_s(num_blocks) <",
+        "faster = self.swap_s(num_blocks) >",
+        _COSTS,
+    ),
+    "the padding of a swap not counted": Mutation(
+        _BUILD,
+        "return host_pool.padded(num_blocks_to_swap(group, memory.tables, config.block_size))",
+        "return num_blocks_to_swap(group, memory.tables, config.block_size)",
+        _COSTS,
+    ),
+    "measured although it was not asked for": Mutation(
+        _BUILD,
+        'if config.preemption_mode == "swap":\n',
+        'measured_costs(runner, 99)\n    if config.preemption_mode == "swap":\n',
+        _COSTS,
+    ),
+    "a measured step writes into a block": Mutation(
+        _RECOVERY, "= x.positions[:T] % S", "= x.positions[:T] % S + S", _COSTS
+    ),
+    "a measured step samples into a row": Mutation(
+        _RECOVERY, "x.rows[:], x.sample_rows[:] = padding, padding", "x.rows[:] = padding", _COSTS
+    ),
+    "a measured swap brings blocks back elsewhere": Mutation(
+        _RECOVERY,
+        "swap_in(runner.kv_caches, move, chunk)",
+        "swap_in(runner.kv_caches, move._replace(block_ids=block_ids[::-1].copy()), chunk)",
+        _COSTS,
+    ),
+    "a measured prompt in steps as large as can be": Mutation(
+        _RECOVERY,
+        "start + runner.buckets.worth_while(min(most, num_tokens - start), 0)",
+        "start + min(most, num_tokens - start)",
+        _COSTS,
     ),
     "equals displaced": Mutation(
         _POLICIES,
