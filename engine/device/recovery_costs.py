@@ -41,10 +41,10 @@ class _Span(NamedTuple):
 def measured_costs(runner: ModelRunner, num_host_blocks: int) -> RecoveryCosts:
     """Times a step of prompts, and swaps of a small and a large chunk; logs what it found.
 
-    A token of a prompt costs its share of one full step, as the scheduler cuts prompts: the
-    smallest bucket of those in which little goes to the step itself (`Buckets.worth_while`), not
-    the largest, in which no prompt is computed alone. The cost of a swap is a straight line through
-    both sizes; it has no negative part.
+    A token of a prompt costs its share of the largest step that the scheduler makes of prompts
+    alone (`Buckets.worth_while`): a larger bucket runs only beside many sequences that decode, and
+    would have to be compiled for this. The cost of a swap is a straight line through both sizes; it
+    has no negative part.
 
     What any block but the null block holds, the rows but that of padding, and the row state stay.
     No other step may be under way. Compiles the bucket's program and those of both chunks, where
@@ -52,7 +52,10 @@ def measured_costs(runner: ModelRunner, num_host_blocks: int) -> RecoveryCosts:
 
     Args:
       runner: the device.
-      num_host_blocks: of host memory for swapped blocks; at least the smallest of `chunk_sizes`.
+      num_host_blocks: of host memory for swapped blocks.
+
+    Raises:
+      ValueError: host memory does not hold the smallest of `chunk_sizes`.
     """
     plan = _step_of_prompts(runner)
     num_tokens = int(views(plan.inputs, plan.bucket).query_start_loc[-1])
