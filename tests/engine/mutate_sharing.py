@@ -282,7 +282,7 @@ MUTATIONS = {
     "a measured swap brings blocks back elsewhere": Mutation(
         _RECOVERY,
         "swap_in(runner.kv_caches, move, chunk)",
-        "swap_in(runner.kv_caches, move._replace(block_ids=block_ids[::-1].copy()), chunk)",
+        "swap_in(runner.kv_caches, move._replace(block_ids=np.roll(block_ids, 1)), chunk)",
         _COSTS,
     ),
     "a measured prompt in steps as large as can be": Mutation(
