@@ -148,6 +148,7 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         num_scheduler_steps=runner.buckets.num_steps,
         proposer=make_proposer(speculation_settings(config.speculative_config)),
         worth_while=runner.buckets.worth_while,
+        step_cost=runner.buckets.step_cost,
     )
     vocab_size = network.config.vocab_size
     eos_token_ids = load_eos_token_ids(config.model)

@@ -125,7 +125,7 @@ class Admission:
         """
         if group.num_rows > room.num_rows:
             return None
-        hits = [self._hits(sequence) for sequence in sequences_to_place(group)]
+        hits = self.hits(group)
         entry = self._entry(group, hits)
         needed = entry.num_needed
         needed += self.memory.num_unreferenced(list(itertools.chain(*hits)), room.freed_rows)
@@ -133,6 +133,10 @@ class Admission:
         need = Need(needed, group.num_rows, num_tokens, self.max_length(group))
         fits = room.space.take(need, room.num_spared)
         return Arrival(group, entry, hits) if fits else None
+
+    def hits(self, group: SequenceGroup) -> list[list[int]]:
+        """Returns the cached blocks that the sequences which need a row may begin with."""
+        return [self._hits(sequence) for sequence in sequences_to_place(group)]
 
     def enter(self, arrival: Arrival) -> None:
         """Lets a group's sequences begin with what they share, found or kept."""

@@ -213,17 +213,19 @@ class Committer:
         repeated: dict[int, int] = {}
         for group in dict.fromkeys(sequence.group for sequence in filled):
             if len(group.sequences) > 1:
-                repeated |= repeated_blocks(group.placed, self._memory.tables, S)
+                memory = self._memory
+                repeated |= repeated_blocks(group.placed, memory.tables, memory.is_cached, S)
         if repeated:
             self._memory.replace(repeated)
         full: list[FullBlocks] = []
         for sequence in filled:
             group, row, end = sequence.group, sequence.row, sequence.progress.num_computed // S
             assert row is not None
-            if group.writes_cache:
-                first, ids = sequence.progress.num_remembered, sequence.token_ids
+            first, ids = int(self._columns.num_entered[row]), sequence.token_ids
+            if group.writes_cache and first < end:
                 full.append(FullBlocks(row, ids, first, end, group.cache_root, group.reads_cache))
             self._columns.num_remembered[row] = end
+            self._columns.num_entered[row] = max(first, end)
         self._memory.remember(full)
         if self._window_blocks is not None:
             self._drop_left_of_window(filled, self._window_blocks)

@@ -4,6 +4,7 @@ import bisect
 from collections.abc import Sequence
 
 from pallas_paged.engine.core.admission import Admission, Room
+from pallas_paged.engine.core.common_prefixes import ComingPrefixes
 from pallas_paged.engine.core.policies import displaceable, next_to_admit
 from pallas_paged.engine.core.queues import Queues, placed_of, rows_of
 from pallas_paged.engine.core.request import SequenceGroup
@@ -11,7 +12,11 @@ from pallas_paged.engine.core.token_plan import StepSize, TokenPlan, plan, with_
 
 
 def groups_to_displace(
-    queues: Queues, admission: Admission, size: StepSize, *, watermark_blocks: int
+    queues: Queues,
+    admission: Admission,
+    size: StepSize,
+    coming: ComingPrefixes,
+    watermark_blocks: int,
 ) -> list[SequenceGroup]:
     """Returns the groups to preempt, as few as let the head of the queue run in this step.
 
@@ -21,6 +26,7 @@ def groups_to_displace(
       queues: those of the scheduler.
       admission: over the same memory.
       size: of a step.
+      coming: the blocks that running groups fill next, for which the head may wait.
       watermark_blocks: see `Scheduler`.
     """
     if not queues.waiting or not queues.running:
@@ -50,6 +56,8 @@ def groups_to_displace(
     planned = _plan_of(staying(num_needed), admission, size.max_num_tokens)
     if size.left_beside(admission.columns, planned) <= 0:
         return []  # the others compute so much that it would not get a token
+    if coming.holds_back(head, admission.hits(head)[0]):
+        return []
     return victims[:num_needed]
 
 

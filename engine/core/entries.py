@@ -12,13 +12,13 @@ from pallas_paged.engine.kv.sharing import GIVEN_BACK, Branch, blocks_for, plan_
 
 
 def repeated_blocks(
-    placed: Sequence[TokenSequence], tables: np.ndarray, block_size: int
+    placed: Sequence[TokenSequence], tables: np.ndarray, is_cached: np.ndarray, block_size: int
 ) -> dict[int, int]:
     """Returns which full blocks of a group's rows repeat another one, and that one: {old: kept}.
 
     Blocks are equal that hold the same tokens behind equal blocks. Those before the first that is
-    new since the memory was told (`num_remembered`) differ already, and one that it was told of is
-    kept rather than a new one. A block behind one that its row has given back is taken to differ.
+    new since the memory was told (`num_remembered`) differ already. One that `is_cached`, bool[N],
+    is kept rather than another. A block behind one that its row has given back is taken to differ.
     """
     S = block_size
     num_full = [sequence.progress.num_computed // S for sequence in placed]
@@ -29,9 +29,8 @@ def repeated_blocks(
         return kept
     owners: dict[tuple[int, tuple[int, ...]], int] = {}
     for place in range(min(new), max(num_full)):
-        having = [index for index in range(len(placed)) if place < num_full[index]]
-        for index in sorted(having, key=lambda index: place >= num_told[index]):
-            sequence = placed[index]
+        having = [s for s, end in zip(placed, num_full, strict=True) if place < end]
+        for sequence in sorted(having, key=lambda s: not is_cached[tables[s.row, place]]):
             before = int(tables[sequence.row, place - 1]) if place else 0
             block = int(tables[sequence.row, place])
             if block == GIVEN_BACK or (place and before == GIVEN_BACK):
@@ -50,12 +49,13 @@ def part_from(leader: TokenSequence, columns: RowColumns) -> None:
     """
     if leader.row is None:
         return
-    num_told = columns.num_remembered[leader.row]
+    num_told, num_entered = columns.num_remembered[leader.row], columns.num_entered[leader.row]
     done = int(columns.num_dispatched[leader.row])
     for other in leader.group.live:
         if other.leader is leader and other.num_shared > done:
             columns.num_dispatched[other.row] = other.num_shared = done
             columns.num_remembered[other.row] = min(num_told, columns.num_remembered[other.row])
+            columns.num_entered[other.row] = min(num_entered, columns.num_entered[other.row])
             other.leader = leader.leader
 
 

@@ -56,6 +56,14 @@ def check_columns(placed: Sequence[TokenSequence], rows: np.ndarray, columns: Ro
         assert columns.token_ids[row] is sequence.token_ids
 
 
+def check_groups(groups: Iterable[SequenceGroup], in_flight: Sequence[ScheduledStep]) -> None:
+    """Asserts that groups and the counts of their sequences fit the steps in flight."""
+    for group in groups:
+        check_in_flight(group, in_flight)
+        for sequence in group.live:
+            check_counts(sequence, in_flight)
+
+
 def check_in_flight(group: SequenceGroup, in_flight: Iterable[ScheduledStep]) -> None:
     """Asserts that a preempted group waits for the steps in flight with its tokens alone."""
     mine = any(one.sequence.group is group for step in in_flight for one in step.scheduled)
@@ -71,3 +79,5 @@ def check_counts(sequence: TokenSequence, in_flight: Iterable[ScheduledStep]) ->
     assert not mine or sequence.candidates is None
     progress = sequence.progress
     assert progress.num_computed <= progress.num_dispatched <= progress.num_reserved
+    if sequence.columns is not None:
+        assert progress.num_remembered <= sequence.columns.num_entered[sequence.row]

@@ -154,10 +154,10 @@ class TokenSequence:
         columns.num_known[row] = columns.num_tokens[row] = num_known
         columns.num_dispatched[row], columns.num_computed[row] = progress[:2]
         columns.num_reserved[row], columns.num_remembered[row] = progress[2:]
+        columns.num_entered[row] = progress.num_remembered
         columns.max_length[row] = group.max_length
         columns.waits_for_host[row], columns.is_held[row] = group.waits_for_host, group.is_held
-        columns.speculates[row] = group.speculates
-        columns.uses_mask[row] = group.uses_mask
+        columns.speculates[row], columns.uses_mask[row] = group.speculates, group.uses_mask
         columns.has_told[row] = False
         columns.runs_on[row] = group.runs_on
         columns.token_ids[row], columns.ending_ids[row] = self.token_ids, group.ending_ids

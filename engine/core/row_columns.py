@@ -30,8 +30,12 @@ class RowColumns:
       num_reserved: i32[R], tokens that the row has blocks for.
       num_dispatched: i32[R], tokens whose keys and values are computed, or will be by a step in
         flight.
-      num_computed: i32[R], tokens whose keys and values a committed step computed.
-      num_remembered: i32[R], full blocks that the memory was told of, see `Memory.remember`.
+      num_computed: i32[R], tokens whose keys and values a committed step computed, or that were
+        found in the prefix cache: a step in flight may still compute those.
+      num_remembered: i32[R], full blocks of `num_computed` that the memory was told of, see
+        `Memory.remember`.
+      num_entered: i32[R], full blocks that the memory keeps, or was told of: those of
+        `num_remembered`, and others from the dispatch of the step on that fills them.
       max_length: i32[R], the group's, as are the next four.
       waits_for_host: bool[R].
       speculates: bool[R].
@@ -60,7 +64,7 @@ class RowColumns:
         self.numbers = np.full(R, -1, np.int64)
         self.num_known, self.num_tokens, self.max_length = np.zeros((3, R), np.int32)
         self.num_reserved, self.num_dispatched, self.num_computed = np.zeros((3, R), np.int32)
-        self.num_remembered = np.zeros(R, np.int32)
+        self.num_remembered, self.num_entered = np.zeros((2, R), np.int32)
         self.waits_for_host, self.is_held, self.has_told = np.zeros((3, R), bool)
         self.runs_on, self.speculates, self.uses_mask = np.zeros((3, R), bool)
         self.num_drafts = np.zeros(R, np.int32)

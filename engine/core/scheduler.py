@@ -9,7 +9,9 @@ It moves whole groups: the sequences of a request are admitted, preempted and re
 
 Why every request finishes: groups are admitted in order of arrival and preempted in the reverse
 order, so the running groups are always the earliest ones. The earliest of all is preempted only
-when it runs alone, and alone it fits, or `add` had refused it.
+when it runs alone, and alone it fits, or `add` had refused it. Nor does it wait for another one's
+blocks: a group waits for those only of one before it that runs, with tokens left that the host
+knows. These precede its own in every step, so that it waits until they are dispatched at the most.
 """
 
 import collections
@@ -19,16 +21,17 @@ from collections.abc import Callable, Sequence
 from pallas_paged.engine.core import invariants, token_plan
 from pallas_paged.engine.core.admission import Admission, Arrival, Room
 from pallas_paged.engine.core.committer import Committed, Committer, Result
+from pallas_paged.engine.core.common_prefixes import ComingPrefixes, enter_dispatched
 from pallas_paged.engine.core.core_output import FinishReason
 from pallas_paged.engine.core.displacing import groups_to_displace
 from pallas_paged.engine.core.forks import fork_ready
 from pallas_paged.engine.core.policies import ChooseRecovery, Order, always_recompute, choose_victim
 from pallas_paged.engine.core.queues import Queues, placed_of, rows_of
-from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
+from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
 from pallas_paged.engine.core.row_columns import RowColumns
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.core.speculation import Proposer, propose
-from pallas_paged.engine.core.swapping import swap_out
+from pallas_paged.engine.core.swapping import lose_blocks
 from pallas_paged.engine.core.token_plan import StepSize, TokenPlan
 from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
 from pallas_paged.engine.kv.interface import Memory
@@ -56,6 +59,7 @@ class Scheduler:
       num_scheduler_steps: the most decode steps that are scheduled at once, by `token_plan.run_on`.
       proposer: guesses tokens of the groups that wait for the host; None guesses none.
       worth_while: says how many tokens a step with prompts computes, see `Buckets.worth_while`.
+      step_cost: tokens that a request waits for if another computes them; 0: it does not wait.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Scheduler:
         num_scheduler_steps: int = 1,
         proposer: Proposer | None = None,
         worth_while: Callable[[int, int], int] = lambda num_tokens, num_fixed: num_tokens,
+        step_cost: int = 0,
     ) -> None:
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1),
@@ -81,11 +86,11 @@ class Scheduler:
             ("watermark_blocks", watermark_blocks, 0),
             ("sliding_window", sliding_window, 1),
             ("num_scheduler_steps", num_scheduler_steps, 1),
+            ("step_cost", step_cost, 0),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
-        self.memory = memory
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.memory, self.max_num_batched_tokens = memory, max_num_batched_tokens
         if watermark_blocks is None:
             watermark_blocks = max(1, memory.num_usable_blocks // 100)
         self.watermark_blocks = watermark_blocks
@@ -99,7 +104,7 @@ class Scheduler:
             memory, columns, self.queues, self.host_pool, sliding_window, proposer
         )
         self._choose_recovery, self.num_scheduler_steps = choose_recovery, num_scheduler_steps
-        self._size = StepSize(max_num_batched_tokens, worth_while)
+        self._size, self._step_cost = StepSize(max_num_batched_tokens, worth_while), step_cost
         self._arrivals = itertools.count()
         self._swap_outs: list[BlockMove] = []  # for the next step
         self._in_flight: collections.deque[ScheduledStep] = collections.deque()
@@ -124,8 +129,7 @@ class Scheduler:
     def row_lens(self) -> dict[int, int]:
         """The tokens of each row in use that are computed, or will be by the step in flight."""
         rows = self.queues.placed_rows
-        lens = self._columns.num_dispatched[rows].tolist()
-        return dict(zip(rows.tolist(), lens, strict=True))
+        return dict(zip(rows.tolist(), self._columns.num_dispatched[rows].tolist(), strict=True))
 
     def add(self, group: SequenceGroup) -> None:
         """Puts a new group at the end of the queue; raises `ValueError` as `check` does."""
@@ -185,7 +189,7 @@ class Scheduler:
         if self.proposer is not None:
             propose(self.proposer, self._columns, self.queues.placed, self.queues.placed_rows)
         preempted = self._displace()
-        planned = self._plan()
+        displaces, planned = bool(preempted), self._plan()
         while (copies := self._reserve(planned)) is None:
             if planned.has_more:
                 planned = planned.least()
@@ -193,7 +197,7 @@ class Scheduler:
             preempted.append(self._preempt(choose_victim(self.queues.running)))
             planned = self._plan()
         budget = self._size.left_beside(self._columns, planned) if self.queues.waiting else 0
-        arrivals = self._admit(budget)
+        arrivals = self._admit(budget, displaces)
         swap_ins, more_copies = self.admission.give_blocks(arrivals)
         if arrivals:
             entering = placed_of(arrival.group for arrival in arrivals)
@@ -219,6 +223,7 @@ class Scheduler:
             tuple(arrival.group for arrival in arrivals),
             tuple(preempted),
         )
+        enter_dispatched(self.memory, self._columns, step.batch)
         self._swap_outs.clear()
         self._in_flight.append(step)
         return step
@@ -270,10 +275,7 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Asserts that the queues, the counts, the steps in flight and the memory agree."""
         invariants.check_queues(self.queues, self.host_pool)
-        for group in self.queues.unfinished.values():
-            invariants.check_in_flight(group, self._in_flight)
-            for sequence in group.live:
-                invariants.check_counts(sequence, self._in_flight)
+        invariants.check_groups(self.queues.unfinished.values(), self._in_flight)
         assert self.queues.num_rows <= self.admission.max_num_seqs
         placed = self.queues.placed
         invariants.check_columns(placed, self.queues.placed_rows, self._columns)
@@ -302,13 +304,17 @@ class Scheduler:
     def _displace(self) -> list[SequenceGroup]:
         """Preempts the groups that the head of the queue displaces."""
         victims = groups_to_displace(
-            self.queues, self.admission, self._size, watermark_blocks=self.watermark_blocks
+            self.queues, self.admission, self._size, self._coming(), self.watermark_blocks
         )
         return [self._preempt(victim) for victim in victims]
 
-    def _admit(self, budget: int) -> list[Arrival]:
+    def _coming(self) -> ComingPrefixes:
+        return ComingPrefixes(self.memory, self._columns, self.queues, self._step_cost)
+
+    def _admit(self, budget: int, displaces: bool) -> list[Arrival]:
         """Moves groups from the queue to the running ones, until their tokens fill the budget."""
         arrivals: list[Arrival] = []
+        coming = self._coming()
         num_rows = self.admission.max_num_seqs - self.queues.num_rows
         space = self.memory.space()
         for group in self.queues.waiting:
@@ -318,9 +324,13 @@ class Scheduler:
             arrival = self.admission.arrival_of(group, Room(num_rows, space, spared))
             if arrival is None:
                 break
+            if not displaces and coming.holds_back(group, arrival.hits[0]):
+                break
+            displaces = False  # only the first may; whether it has to wait was asked before
             arrivals.append(arrival)
             num_rows -= group.num_rows
             self.admission.enter(arrival)
+            coming.add(group, arrival.hits)
             budget -= sum(len(s.token_ids) - s.num_shared for s in group.placed)
         self.queues.run(arrival.group for arrival in arrivals)
         return arrivals
@@ -329,18 +339,11 @@ class Scheduler:
         """Takes all blocks; what is not swapped out starts again, prompt and output as a prompt."""
         self.queues.stop(group)
         self.num_preemptions += 1  # before the host pool counts a swap, which is one of them
-        move = None
-        if self._choose_recovery(group) == "swap":
-            move = swap_out(group, self.memory.tables, self.memory.block_size, self.host_pool)
+        swaps = self._choose_recovery(group) == "swap"
+        move = lose_blocks(group, self.memory, self.host_pool if swaps else None)
         if move is not None:
             self._swap_outs.append(move)
-        self.memory.free([s.row for s in group.placed if s.row is not None])
-        for sequence in group.sequences:
-            sequence.give_up_blocks()
         in_flight = itertools.chain(*(step.batch.sequences for step in self._in_flight))
         group.is_in_flight = any(sequence.group is group for sequence in in_flight)
-        group.status = SequenceStatus.WAITING if move is None else SequenceStatus.SWAPPED
-        group.is_forked = False
         self.queues.wait(group)
-        group.stats = group.stats._replace(num_preemptions=group.num_preemptions + 1)
         return group

@@ -1,12 +1,31 @@
-"""What a group's blocks are copied from and to when it is swapped out, and when it comes back."""
+"""How a group loses its blocks, and what these are copied from and to if they are swapped."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
+from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
 from pallas_paged.engine.kv.host_pool import DROPPED, BlockMove, HostPool
+from pallas_paged.engine.kv.interface import Memory
 from pallas_paged.engine.kv.sharing import GIVEN_BACK, blocks_for
+
+
+def lose_blocks(group: SequenceGroup, memory: Memory, pool: HostPool | None) -> BlockMove | None:
+    """Takes a running group's rows and blocks, so that it waits; the caller moves it to the queue.
+
+    Returns what to copy to the host pool; None if it has no room, or there is none, so that the
+    group is computed again.
+    """
+    move = None
+    if pool is not None:
+        move = swap_out(group, memory.tables, memory.block_size, pool)
+    memory.free([sequence.row for sequence in group.placed if sequence.row is not None])
+    for sequence in group.sequences:
+        sequence.give_up_blocks()
+    group.status = SequenceStatus.WAITING if move is None else SequenceStatus.SWAPPED
+    group.is_forked = False
+    group.stats = group.stats._replace(num_preemptions=group.num_preemptions + 1)
+    return move
 
 
 def swap_out(group: SequenceGroup, tables: np.ndarray, S: int, pool: HostPool) -> BlockMove | None:

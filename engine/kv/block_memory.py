@@ -37,8 +37,7 @@ class BlockTableMemory(Memory):
         """`num_blocks` counts the null block; one row for each of `max_num_seqs` sequences."""
         self.prefix_cache = PrefixCache(num_blocks, block_size) if enable_prefix_caching else None
         self.pins: collections.Counter[int] = collections.Counter()
-        self._pinned: collections.Counter[tuple[tuple[int, ...], Root]]
-        self._pinned = collections.Counter()
+        self._pinned: collections.Counter[tuple[tuple[int, ...], Root]] = collections.Counter()
         width = blocks_for(max_model_len, block_size)
         self.state = block_tables.create(num_blocks, max_num_seqs, width, block_size, in_place=True)
         self._versions = np.zeros(max_num_seqs, np.int64)
@@ -62,6 +61,17 @@ class BlockTableMemory(Memory):
     @override
     def block_size(self) -> int:
         return self.state.block_size
+
+    @property
+    @override
+    def caches_prefixes(self) -> bool:
+        return self.prefix_cache is not None
+
+    @property
+    @override
+    def is_cached(self) -> np.ndarray:
+        cache = self.prefix_cache
+        return np.zeros_like(self._ref_counts, bool) if cache is None else cache.is_cached
 
     @property
     @override
@@ -168,9 +178,10 @@ class BlockTableMemory(Memory):
         return blocks if len(blocks) == num_full else None
 
     @override
-    def remember(self, full: Sequence[FullBlocks]) -> None:
+    def remember(self, full: Sequence[FullBlocks]) -> list[int]:
         if self.prefix_cache is None or not full:
-            return
+            return [item.first for item in full]
+        ends: list[int] = []
         entered: list[int] = []
         replaced: dict[int, int] = {}
         for item, blocks in zip(full, self._blocks_of(full), strict=True):
@@ -180,9 +191,12 @@ class BlockTableMemory(Memory):
             entered += new
             if others:
                 replaced |= others
+            own = [others.get(block, block) for block in blocks[item.first - item.end :]]
+            ends.append(item.first + int(np.count_nonzero(self.is_cached[own])))
         if entered:
             self.state = block_tables.hold(self.state, np.array(entered, np.int32))
         self.replace(replaced)
+        return ends
 
     def _blocks_of(self, full: Sequence[FullBlocks]) -> Iterator[list[int]]:
         """Yields the new full blocks of each item, behind the one before them if there is one."""
@@ -208,8 +222,7 @@ class BlockTableMemory(Memory):
         if not blocks:
             return
         old, new = (np.array(list(ids), np.int32) for ids in (blocks.keys(), blocks.values()))
-        if self.prefix_cache is not None:
-            assert not self.prefix_cache.is_cached[old].any(), f"{old} are cached"
+        assert not self.is_cached[old].any(), f"{old} are cached"
         self.state = block_tables.replace(self.state, old, new)
         self._versions += 1  # it is rare, and any row may have one of the old blocks
 
@@ -326,8 +339,7 @@ class BlockTableMemory(Memory):
 
     def _held(self) -> list[int]:
         """Returns the block of each reference that is not a row's."""
-        cached = () if self.prefix_cache is None else np.flatnonzero(self.prefix_cache.is_cached)
-        return [*(int(block) for block in cached), *self.pins.elements()]
+        return [*np.flatnonzero(self.is_cached).tolist(), *self.pins.elements()]
 
     def _empty_rows(self, count: int) -> list[int]:
         rows: list[int] = np.flatnonzero(self.state.seq_lens == 0)[:count].tolist()

@@ -74,6 +74,16 @@ class Memory(Protocol):
         ...
 
     @property
+    def caches_prefixes(self) -> bool:
+        """Whether full blocks are kept for later requests."""
+        ...
+
+    @property
+    def is_cached(self) -> np.ndarray:
+        """Which blocks are kept, bool[N]; only read by callers."""
+        ...
+
+    @property
     def tables(self) -> np.ndarray:
         """The blocks of each row in order, i32[R, M]; only read by callers.
 
@@ -150,10 +160,13 @@ class Memory(Protocol):
         """Returns how many pinned blocks are none of these."""
         ...
 
-    def remember(self, full: Sequence[FullBlocks]) -> None:
+    def remember(self, full: Sequence[FullBlocks]) -> list[int]:
         """Keeps full blocks for later requests that begin with the same tokens.
 
         A row that `merges` has the blocks that are kept already in place of its equal ones then.
+
+        Returns for each item up to which of the row's blocks, between `first` and `end`, all are
+        kept.
         """
         ...
 

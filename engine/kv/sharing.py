@@ -32,7 +32,7 @@ NO_COPIES = CopyPairs(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 class FullBlocks(NamedTuple):
-    """Blocks of a row that computed tokens have filled.
+    """Blocks of a row that computed tokens have filled, or will in a step that is dispatched.
 
     Attributes:
       row: the row.
@@ -40,7 +40,7 @@ class FullBlocks(NamedTuple):
       first: how many full blocks the row had when this was told before.
       end: how many it has.
       root: blocks of unequal roots are never shared.
-      merges: whether the row may have other requests' equal blocks in place of its own.
+      merges: whether the row may have other requests' equal blocks in place of its own now.
     """
 
     row: int

@@ -37,6 +37,7 @@ FILES = {
         "queues.py",
         "forks.py",
         "committer.py",
+        "common_prefixes.py",
         "token_plan.py",
         "row_columns.py",
         "request.py",

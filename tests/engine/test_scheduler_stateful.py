@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import hypothesis.strategies as st
@@ -31,6 +32,7 @@ from hypothesis.stateful import (
 
 from pallas_paged.engine.core.beam_search import BeamSearch
 from pallas_paged.engine.core.committer import Committed
+from pallas_paged.engine.core.common_prefixes import ComingPrefixes
 from pallas_paged.engine.core.policies import (
     ChooseRecovery,
     Order,
@@ -99,6 +101,7 @@ class Setting:
     num_scheduler_steps: int
     speculates: bool
     worth_while: int  # tokens of a step with prompts
+    step_cost: int  # tokens that a group waits for
     sliding_window: int | None = None
 
     @property
@@ -111,7 +114,7 @@ class Setting:
 SETTING: dict[str, Any] = {
     "block_size": st.sampled_from([1, 2, 3, 4, 4, 8]),
     "largest": st.tuples(st.integers(8, 24), st.sampled_from([1, 1, 2])),
-    "spare_blocks": st.sampled_from([0, 0, 1, 2]),
+    "spare_blocks": st.sampled_from([0, 0, 0, 1, 2, 14]),
     "max_num_seqs": st.integers(3, 6),
     "max_num_batched_tokens": st.sampled_from([64, 64, 16, 8, 5, 3, 1]),
     "watermark_blocks": st.sampled_from([0, 0, 1, 3]),
@@ -122,6 +125,7 @@ SETTING: dict[str, Any] = {
     "num_scheduler_steps": st.sampled_from([1, 3, 8, 8]),
     "speculates": st.booleans(),
     "worth_while": st.sampled_from([64, 64, 64, 9, 3]),
+    "step_cost": st.sampled_from([0, 1, 1, 1, 4]),
 }
 SETTINGS = st.builds(Setting, **SETTING)
 WINDOW_SETTINGS = st.builds(
@@ -172,6 +176,7 @@ REQUESTS = st.builds(
         ),
     ),
 )
+ALIKE: dict[str, Any] = {"num_common": 12, "salt": None, "reads_cache": True, "writes_cache": True}
 OVERLAPS = st.lists(st.sampled_from([True, True, True, False]), max_size=10)
 MAX_MODEL_LEN = 32
 PREFIX = tuple((7 * i * i + 3) % VOCAB_SIZE for i in range(12))
@@ -205,10 +210,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_scheduler_steps=setting.num_scheduler_steps,
             proposer=Guesses(setting.spare_blocks % 4) if setting.speculates else None,
             worth_while=self.worth_while,
+            step_cost=setting.step_cost,
         )
         self.scheduler = self.engine.scheduler
         self.displace, self.scheduler._displace = self.scheduler._displace, self.displace_for_head
         self.displacer: SequenceGroup | None = None  # in the step that is being scheduled
+        self.coming, self.scheduler._coming = self.scheduler._coming, self.coming_prefixes
         self.arrived: list[SequenceGroup] = []
         self.pinned: list[tuple[int, ...]] = []
 
@@ -217,8 +224,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.seen["fewer are worth while"] += most < num_tokens
         return min(num_tokens, most)
 
-    @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4), overlaps=OVERLAPS)
-    def arrive(self, requests: list[Request], overlaps: list[bool]) -> None:
+    @rule(
+        requests=st.lists(REQUESTS, min_size=1, max_size=4),
+        are_alike=st.sampled_from([False, False, True]),
+        overlaps=OVERLAPS,
+    )
+    def arrive(self, requests: list[Request], are_alike: bool, overlaps: list[bool]) -> None:
+        if are_alike:
+            requests = [dataclasses.replace(request, **ALIKE) for request in requests]
         for request in requests:
             group = self.make_group(request)
             length = min(group.num_prompt_tokens + group.max_tokens, MAX_MODEL_LEN)
@@ -289,7 +302,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(place=st.integers(0, 5))
     def abort(self, place: int) -> None:
         live = [group for group in self.arrived if place == 0 or not group.is_finished]
-        waiting = [group for group in live if any(s.candidates for s in group.live)]
+        waiting = [g for g in live if g.swapped is not None or any(s.candidates for s in g.live)]
         group = (waiting or live)[place % len(waiting or live)]
         self.seen[f"abort while {group.status.name}"] += 1
         self.seen["abort in flight"] += any(
@@ -343,9 +356,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.seen["displaced"] += len(displaced)
         return displaced
 
+    def coming_prefixes(self) -> ComingPrefixes:
+        """Notes who waits for blocks that another one fills."""
+        coming = self.coming()
+        holds_back = coming.holds_back
+
+        def noted(group: SequenceGroup, hits: Sequence[int]) -> bool:
+            waits = holds_back(group, hits)
+            self.seen["waits for a prefix"] += waits
+            return waits
+
+        coming.holds_back = noted  # type: ignore[method-assign]
+        return coming
+
     def turn(self, overlap: bool) -> None:
         """Turns the engine's loop once."""
         held = self.engine.in_flight[0].scheduled if self.engine.in_flight else ()
+        S, tables = self.setting.block_size, self.scheduler.memory.tables
+        written = {
+            int(tables[one.row, place // S])
+            for one in held
+            if one.sequence.row is not None
+            for place in range(one.start, one.start + one.num_tokens)
+        }
         self.displacer = None
         step = self.engine.step(overlap)
         if self.displacer is not None:
@@ -357,6 +390,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             states = [g.status is SequenceStatus.RUNNING for g in self.arrived if not g.is_finished]
             assert states == sorted(states, reverse=True), "somebody overtook"
         if step is not None:
+            found = [s for g in step.admitted for s in g.live if s.row is not None]
+            begins = (self.scheduler.memory.tables[s.row, : s.num_shared // S] for s in found)
+            self.seen["hit in flight"] += any(not written.isdisjoint(b.tolist()) for b in begins)
             self.count(step, {share.sequence.group for share in held})
 
     def count(self, step: ScheduledStep, in_flight: set[SequenceGroup]) -> None:
@@ -536,13 +572,14 @@ def live(machine: type[SchedulerMachine], num_lives: int) -> collections.Counter
 
 
 def test_random_lives_with_a_sliding_window() -> None:
-    seen = live(WindowMachine, 200)
+    seen = live(WindowMachine, 280)
     for event in (
         "dropped",
         "in use and forgotten",
         "swapped without the first",
         "swapped in",
         "prefix hit",
+        "hit in flight",
         "pin",
         "chunk",
         "forked",
@@ -557,12 +594,14 @@ def test_random_lives_with_a_sliding_window() -> None:
 
 
 def test_random_lives() -> None:
-    seen = live(SchedulerMachine, 140)
+    seen = live(SchedulerMachine, 240)
     for event in (
         "chunk",
         "forked",
         "blocks saved",
         "prefix hit",
+        "hit in flight",
+        "waits for a prefix",
         "pin",
         "refused",
         "swapped out",

@@ -84,7 +84,9 @@ class TestEqualBlocks:
             sequence.take_row(columns, row, Progress(8, 8, 8, 2 if row == told else 0))
         tables = np.array([[5, 6, 1], [7, 8, 2]])
         old, kept = tables[1 - told].tolist(), tables[told].tolist()
-        assert repeated_blocks(sequences, tables, 4) == dict(zip(old[:2], kept[:2], strict=True))
+        is_cached = np.isin(np.arange(9), kept[:2])
+        repeated = repeated_blocks(sequences, tables, is_cached, 4)
+        assert repeated == dict(zip(old[:2], kept[:2], strict=True))
 
     @pytest.mark.parametrize("ahead", [0, 1])
     def test_each_block_that_the_memory_knows_is_kept(self, ahead: int) -> None:
@@ -96,7 +98,18 @@ class TestEqualBlocks:
             sequence.take_row(columns, row, progress)
         tables = np.array([[5, 6, 1], [5, 8, 2]])
         old, kept = tables[1 - ahead][1], tables[ahead][1]
-        assert repeated_blocks(sequences, tables, 4) == {old: kept}
+        is_cached = np.isin(np.arange(9), [5, kept])
+        assert repeated_blocks(sequences, tables, is_cached, 4) == {old: kept}
+
+    def test_what_was_told_of_and_is_not_cached_gives_way(self) -> None:
+        """Another request's equal block was cached, and is not any more; then came a new one."""
+        sequences = SequenceGroup("a", PROMPT[:9], 8, num_seqs=2, reads_cache=False).sequences
+        columns = RowColumns(2)
+        for row, sequence in enumerate(sequences):
+            sequence.take_row(columns, row, Progress(8, 8, 8, 2 - row))
+        tables = np.array([[5, 6, 1], [5, 8, 2]])
+        is_cached = np.isin(np.arange(9), [5, 8])
+        assert repeated_blocks(sequences, tables, is_cached, 4) == {6: 8}
 
     def test_what_is_behind_an_equal_block_is_found(self) -> None:
         """The row's own block is not cached, the one in its place is."""
