@@ -31,6 +31,7 @@ _DISPLACING = "pallas_paged/engine/core/displacing.py"
     _LOOP,
     _SEQUENCE,
     _COLUMNS,
+    _PREFIXES,
 ) = (
     f"pallas_paged/engine/{name}.py"
     for name in (
@@ -54,6 +55,7 @@ _DISPLACING = "pallas_paged/engine/core/displacing.py"
         "core/engine_core",
         "core/request",
         "core/row_columns",
+        "core/common_prefixes",
     )
 )
 _BUILD, _RECOVERY = (
@@ -71,6 +73,7 @@ _PROCESSOR = "tests/engine/test_output_processor.py"
 _DELTAS = "tests/engine/test_core.py::test_each_delta_has_the_metrics_of_its_moment"
 _LIVES = "tests/engine/test_scheduler_stateful.py"
 _SENT = "tests/engine/test_table_edits.py"
+_TOGETHER = "tests/engine/test_common_prefixes.py"
 _WINDOW = "tests/engine/test_sliding_window.py"
 _HITS, _PINS, _EVICTION = (
     f"tests/engine/test_prefix_caching.py::Test{name}" for name in ("Hits", "Pins", "Eviction")
@@ -152,6 +155,54 @@ MUTATIONS = {
         "row, end = sequence.group, sequence.row, sequence.progress.num_computed // S",
         "row, end = sequence.group, sequence.row, sequence.progress.num_dispatched // S",
         f"{_HITS} {_LIVES}",
+    ),
+    "blocks not found before they are committed": Mutation(
+        _SCHEDULER,
+        "        enter_dispatched(self.memory, self._columns, step.batch)\n",
+        "",
+        _TOGETHER,
+    ),
+    "blocks of tokens that are not known entered": Mutation(
+        _PREFIXES,
+        "np.minimum(columns.num_dispatched[rows], columns.num_known[rows])",
+        "columns.num_dispatched[rows]",
+        f"tests/engine/test_scheduler_steps.py {_LIVES}",
+    ),
+    "blocks replaced that a step is about to write": Mutation(
+        _PREFIXES, "merges=False", "merges=group.reads_cache", _UNIT
+    ),
+    "nobody waits for another's blocks": Mutation(
+        _SCHEDULER,
+        "if not displaces and coming.holds_back(group, arrival.hits[0]):",
+        "if False:",
+        _TOGETHER,
+    ),
+    "who enters in the same step not waited for": Mutation(
+        _SCHEDULER, "            coming.add(group, arrival.hits)\n", "", _TOGETHER
+    ),
+    "the urgent wait for others": Mutation(
+        _PREFIXES,
+        "return owner is not None and key(owner) < key(group)",
+        "return owner is not None",
+        _TOGETHER,
+    ),
+    "waiting for what is never entered": Mutation(
+        _PREFIXES,
+        "if not self._is_on or not group.writes_cache or group.swapped is not None:",
+        "if not self._is_on or group.swapped is not None:",
+        _TOGETHER,
+    ),
+    "waiting for what is not read": Mutation(
+        _PREFIXES,
+        "if not self._is_on or not group.reads_cache or group.swapped is not None:",
+        "if not self._is_on or group.swapped is not None:",
+        _TOGETHER,
+    ),
+    "preempted though the head waits for another's blocks": Mutation(
+        _DISPLACING,
+        "if coming.holds_back(head, admission.hits(head)[0]):",
+        "if False:",
+        _TOGETHER,
     ),
     "the root evicted before its leaves": Mutation(
         _CACHE,
@@ -453,8 +504,8 @@ MUTATIONS = {
     ),
     "a new block kept instead of the cached one": Mutation(
         _ENTRIES,
-        "key=lambda index: place >= num_told[index]",
-        "key=lambda index: place < num_told[index]",
+        "key=lambda s: not is_cached[tables[s.row, place]]",
+        "key=lambda s: bool(is_cached[tables[s.row, place]])",
         _UNIT,
     ),
     "a block given back that the window still touches": Mutation(
@@ -488,12 +539,6 @@ MUTATIONS = {
     ),
     "unwritten blocks read behind one that has ended": Mutation(
         _ENTRIES, "if other.leader is leader and other.num_shared > done:", "if False:", _UNIT
-    ),
-    "a new block kept where its sequence has others": Mutation(
-        _ENTRIES,
-        "key=lambda index: place >= num_told[index]",
-        "key=lambda index: num_told[index] < num_full[index]",
-        _UNIT,
     ),
     "blocks behind those that are gone taken for equal": Mutation(
         _ENTRIES,
