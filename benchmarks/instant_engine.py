@@ -145,12 +145,14 @@ def build_parts(
         max_model_len=max_model_len,
         enable_prefix_caching=config.enable_prefix_caching,
     )
+    buckets = buckets_for(config, memory.tables.shape[1], "gpu", ())
     scheduler = Scheduler(
         memory,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
         watermark_blocks=growth,
+        step_cost=buckets.step_cost,
     )
     device = make_device(
         config.max_num_seqs,
@@ -162,7 +164,7 @@ def build_parts(
         scheduler,
         memory,
         device,
-        buckets_for(config, memory.tables.shape[1], "gpu", ()),
+        buckets,
         vocab_size=vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=(1,),
