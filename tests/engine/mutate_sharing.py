@@ -508,6 +508,12 @@ MUTATIONS = {
         "key=lambda s: bool(is_cached[tables[s.row, place]])",
         _UNIT,
     ),
+    "a block that is cached replaced by another": Mutation(
+        _ENTRIES,
+        "in sorted(having, key=lambda s: not is_cached[tables[s.row, place]]):",
+        "in having:",
+        _UNIT,
+    ),
     "a block given back that the window still touches": Mutation(
         _SHARING,
         "return blocks_for(sliding_window, block_size)",
