@@ -26,7 +26,7 @@ def enter_dispatched(memory: Memory, columns: RowColumns, batch: Batch) -> None:
     those of a row that repeats cached ones: it takes these in place of its own then, and not now,
     because the step has still to write into its own.
     """
-    if not memory.caches_prefixes:
+    if not memory.caches_prefixes or batch.input_on_device.all():
         return
     rows, S = batch.rows, memory.block_size
     ends = np.minimum(columns.num_dispatched[rows], columns.num_known[rows]) // S
@@ -38,8 +38,10 @@ def enter_dispatched(memory: Memory, columns: RowColumns, batch: Batch) -> None:
         if group.writes_cache:
             root, ids = group.cache_root, sequence.token_ids
             full.append(FullBlocks(row, ids, first, int(ends[b]), root, merges=False))
-    if full:
-        columns.num_entered[[item.row for item in full]] = memory.remember(full)
+    memory.remember(full)
+    for row, _, first, end, *_ in full:
+        is_cached = memory.is_cached[memory.tables[row, first:end]]
+        columns.num_entered[row] = first + np.count_nonzero(is_cached)
 
 
 class ComingPrefixes:

@@ -178,10 +178,9 @@ class BlockTableMemory(Memory):
         return blocks if len(blocks) == num_full else None
 
     @override
-    def remember(self, full: Sequence[FullBlocks]) -> list[int]:
+    def remember(self, full: Sequence[FullBlocks]) -> None:
         if self.prefix_cache is None or not full:
-            return [item.first for item in full]
-        ends: list[int] = []
+            return
         entered: list[int] = []
         replaced: dict[int, int] = {}
         for item, blocks in zip(full, self._blocks_of(full), strict=True):
@@ -191,12 +190,9 @@ class BlockTableMemory(Memory):
             entered += new
             if others:
                 replaced |= others
-            own = [others.get(block, block) for block in blocks[item.first - item.end :]]
-            ends.append(item.first + int(np.count_nonzero(self.is_cached[own])))
         if entered:
             self.state = block_tables.hold(self.state, np.array(entered, np.int32))
         self.replace(replaced)
-        return ends
 
     def _blocks_of(self, full: Sequence[FullBlocks]) -> Iterator[list[int]]:
         """Yields the new full blocks of each item, behind the one before them if there is one."""

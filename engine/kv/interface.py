@@ -160,13 +160,11 @@ class Memory(Protocol):
         """Returns how many pinned blocks are none of these."""
         ...
 
-    def remember(self, full: Sequence[FullBlocks]) -> list[int]:
+    def remember(self, full: Sequence[FullBlocks]) -> None:
         """Keeps full blocks for later requests that begin with the same tokens.
 
-        A row that `merges` has the blocks that are kept already in place of its equal ones then.
-
-        Returns for each item up to which of the row's blocks, between `first` and `end`, all are
-        kept.
+        A row that `merges` has the blocks that are kept already in place of its equal ones then. Of
+        another row none is kept from the first on that repeats one.
         """
         ...
 

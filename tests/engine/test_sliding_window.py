@@ -166,6 +166,6 @@ def test_blocks_behind_those_that_are_gone_are_not_taken_for_equal() -> None:
         sequence.take_row(columns, index, Progress(6, 6, 6, 0))
     group.is_forked = True
     tables = np.array([[0, 0, 3], [0, 0, 6]], np.int32)
-    assert repeated_blocks(group.placed, tables, 2) == {}
+    assert repeated_blocks(group.placed, tables, np.zeros(7, bool), 2) == {}
     tables = np.array([[0, 2, 3], [4, 5, 6]], np.int32)  # one of them is behind
-    assert repeated_blocks(group.placed, tables, 2) == {}
+    assert repeated_blocks(group.placed, tables, np.zeros(7, bool), 2) == {}
