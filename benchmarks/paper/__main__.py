@@ -19,9 +19,10 @@ is measured.
 """
 
 import pathlib
+import re
 import time
 
-from absl import flags
+from absl import flags, logging
 
 from benchmarks import pictures
 from benchmarks.paper import jobs, measured, report
@@ -86,15 +87,22 @@ def simulate(wanted: set[str], scale: Scale, sources: Sources, folder: pathlib.P
     return rows
 
 
+def _number_of(figure: str) -> int:
+    """Returns where a figure stands in the paper; behind all others what is none of the paper's."""
+    digits = re.match(r"\d+", figure)
+    return int(digits[0]) if digits else 100
+
+
 def main() -> None:
     """Runs what the flags say, and prints the summary."""
+    logging.set_verbosity(logging.WARNING)  # each engine tells its memory, and what it compiles
     scale, sources = chosen_scale(), chosen_sources()
     unknown = sorted(set(_FIGURES.value) - set(NAMES))
     if unknown:
         raise ValueError(f"figures={','.join(unknown)}: choose among {', '.join(NAMES)}")
     if _OUT.value is None:
         raise ValueError("--out=DIR is missing: where to write what is found")
-    wanted = set(_FIGURES.value or NAMES)
+    wanted = set(_FIGURES.value or (*NAMES, "all"))
     folder = pathlib.Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     pictures.new_figure(1, 1)  # refused now, not after all runs
@@ -102,8 +110,8 @@ def main() -> None:
     rows = simulate(wanted, scale, sources, folder)
     if _MEASURE.value and wanted & set(MEASURED):
         found = measured.run(scale.measured_seeds, scale.measured_requests, scale.block_sizes)
-        rows += [row for row in found if row.figure in wanted or f"{row.figure}a" in wanted]
-    rows.sort(key=lambda row: (int(row.figure.split(",")[0].rstrip("ab")), row.how))
+        rows += [row for row in found if {row.figure, f"{row.figure}a", "all"} & wanted]
+    rows.sort(key=lambda row: (_number_of(row.figure), row.how))
     head = (
         f"Kwon et al. 2023, --{scale.name}: traces of {scale.minutes:g} minutes, seeds "
         f"{', '.join(map(str, scale.seeds))}; ShareGPT: {sources.data('sharegpt').source}, Alpaca: "

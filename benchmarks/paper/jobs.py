@@ -32,8 +32,8 @@ the limit matters little.
 """
 OVER_S_PER_TOKEN = 0.5
 """A run whose normalized latency is certainly above this is given up."""
-BEAM_TEMPERATURE = 0.5
-"""Of simulated candidates: see `figures.sharing`, which shows what beams share by it."""
+BEAM_TEMPERATURE = 0.05
+"""Of simulated candidates: chosen so that beams on Alpaca share what the paper's Fig. 15 says."""
 _SOURCES = (
     *(f"benchmarks/{name}.py" for name in ("arrivals", "buddies", "contiguous", "workloads")),
     *("benchmarks/paper/jobs.py", "benchmarks/paper/traces.py", "pallas_paged/block_tables.py"),
@@ -57,6 +57,7 @@ class Job:
         sustained rate is searched.
       searches: how many rates to try for that, each between the two that the sustained rate must be
         between; 0 runs `rates`.
+      num_requests: that come; None: as many as fill the minutes.
       drains: whether a run goes on until all requests have ended; else it ends with the last
         arrival, whatever the latency is.
     """
@@ -69,6 +70,7 @@ class Job:
     seed: int
     rates: tuple[float, ...]
     searches: int = 0
+    num_requests: int | None = None
     drains: bool = True
 
     @property
@@ -131,7 +133,7 @@ def run(job: Job) -> Curve:
 
 def run_at(job: Job, rate: float) -> Point:
     """Returns a run at one rate. The same seed gives the same requests at any rate, sooner."""
-    num_requests = max(2, round(60 * job.minutes * rate))
+    num_requests = job.num_requests or max(2, round(60 * job.minutes * rate))
     requests = traces.draw(job.data, num_requests, job.seed)
     arrivals_s = traces.arrivals(num_requests, rate, job.seed)
     beam_temperature = BEAM_TEMPERATURE if job.kind.is_beam_search else None

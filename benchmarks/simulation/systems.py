@@ -28,6 +28,8 @@ from pallas_paged.engine.kv.sharing import blocks_for
 MAX_MODEL_LEN = 2048
 MAX_NUM_SEQS = 256
 VOCAB_SIZE = 32_000
+STEP_COST = 256
+"""Tokens that a GPU computes as long as it reads weights, see `Buckets`."""
 BEAM_LOGPROBS = 16
 """The most candidates of a beam: twice the widest beam, and some."""
 PAPER_HOST = (6e-3, 0.12e-3)
@@ -53,6 +55,7 @@ class System:
       is_of_paper: whether host and kernels cost what the paper's did; else ours, whose shapes are
         padded.
       kv_itemsize: bytes of an element of the cache; 1 doubles the pool.
+      waits: whether a request waits for a step that computes a prefix of its own.
       swaps: whether what loses its memory is swapped out, and not computed again.
       shares: whether samples and beams of a request share blocks; else each is a request.
     """
@@ -67,6 +70,7 @@ class System:
     cascades: bool = False
     is_of_paper: bool = True
     kv_itemsize: int = 2
+    waits: bool = False
     swaps: bool = False
     shares: bool = True
 
@@ -84,8 +88,9 @@ _OVERLAPS = dataclasses.replace(PAPER, name="overlapped steps", overlaps=True, i
 _MIXES = dataclasses.replace(_OVERLAPS, name="+ chunked prefill", mixes=True)
 TODAY = (_OVERLAPS, _MIXES, dataclasses.replace(_MIXES, name="+ fp8 KV cache", kv_itemsize=1))
 """This project's host and kernels, and what they do today, each with all before it."""
-_CACHES = dataclasses.replace(_MIXES, name="+ prefix cache", caches_prefixes=True)
-TODAY_SHARING = (_CACHES, dataclasses.replace(_CACHES, name="+ cascade", cascades=True))
+CACHES = dataclasses.replace(_MIXES, name="+ prefix cache", caches_prefixes=True)
+WAITS = dataclasses.replace(CACHES, name="+ waiting for a prefix", waits=True)
+TODAY_SHARING = (CACHES, dataclasses.replace(WAITS, name="+ cascade", cascades=True))
 """Likewise for requests with a common prefix."""
 
 
@@ -141,7 +146,7 @@ def build(
         max_num_seqs,
         max_num_batched_tokens,
         blocks_for(max_model_len, S),
-        step_cost=256 if system.mixes else 0,
+        step_cost=STEP_COST if system.mixes else 0,
         shares_prefix=system.cascades,
     )
     scheduler = Scheduler(
@@ -153,6 +158,7 @@ def build(
         choose_recovery=always_swap if system.swaps else always_recompute,
         host_pool=HostPool(num_blocks if system.swaps else 0, memory.num_usable_blocks),
         worth_while=buckets.worth_while if system.mixes else whole_prompts,
+        step_cost=STEP_COST if system.waits else 0,
     )
     candidates = None
     if beam_temperature is not None:

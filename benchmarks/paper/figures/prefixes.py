@@ -9,12 +9,14 @@ from benchmarks.paper.jobs import Job
 from benchmarks.paper.scale import Scale, Sources
 from benchmarks.simulation.serve import Kind
 from benchmarks.simulation.systems import (
+    CACHES,
     OF_PAPER,
     ORCA_ORACLE,
     PAPER,
     PAPER_SHARING,
     TODAY,
     TODAY_SHARING,
+    WAITS,
     System,
 )
 
@@ -25,6 +27,8 @@ _CLAIMS = {80: Range.about(1.67, "1.67"), 341: Range.about(3.58, "3.58")}
 _CHAT = Range.about(2.0, "2")
 _RATES = {80: (4.0, 160.0), 341: (2.0, 160.0)}
 _CHAT_RATES = (0.05, 3.0)
+_BURST = 64
+"""Requests with one prefix that come at once."""
 
 
 def prefix_job(system: System, prefix: int, scale: Scale, sources: Sources, seed: int) -> Job:
@@ -47,6 +51,13 @@ def chat_job(system: System, scale: Scale, sources: Sources, seed: int) -> Job:
     return Job(system, "opt-13b", data, Kind(), scale.minutes, seed, rates, scale.searches)
 
 
+def burst_job(system: System, sources: Sources, seed: int) -> Job:
+    """Returns the run of requests with a common prefix that all come at once."""
+    rate = 1e6
+    data = sources.data("translation", max(_CLAIMS))
+    return Job(system, "llama-13b", data, Kind(), _BURST / rate / 60, seed, (rate,))
+
+
 def _translators(scale: Scale) -> tuple[System, ...]:
     today = () if scale.name == "quick" else (*TODAY[:2], *TODAY_SHARING)
     return (PAPER_SHARING, ORCA_ORACLE, *today)
@@ -63,6 +74,9 @@ def jobs(scale: Scale, sources: Sources) -> list[Job]:
         for prefix in _CLAIMS
         for system in _translators(scale)
         for seed in scale.few_seeds
+    ]
+    found += [
+        burst_job(system, sources, seed) for system in (CACHES, WAITS) for seed in scale.seeds
     ]
     return found + [
         chat_job(system, scale, sources, seed)
@@ -102,6 +116,19 @@ def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
             for system in searches
             if system not in (PAPER_SHARING, ORCA_ORACLE)
         ]
+    for system in (CACHES, WAITS):
+        runs = [curves[burst_job(system, sources, seed)] for seed in scale.seeds]
+        found.append(
+            Row(
+                "16, today",
+                f"prompt tokens found, {_BURST} requests at once: {system.name}",
+                None,
+                tuple(100 * run.points[0].outcome.cached_share for run in runs),
+                "simulated",
+                runs[0].job.data.source,
+                " %",
+            )
+        )
     paged = [chat_job(PAPER, scale, sources, seed) for seed in seeds]
     for system in _chatters(scale):
         if system == PAPER:

@@ -27,6 +27,10 @@ _SAVED = {
     ("sharegpt", False): Range("16.2-30.5 %", 16.2, 30.5),
     ("sharegpt", True): Range("44.3-66.3 %", 44.3, 66.3),
 }
+_NOTES = {
+    ("alpaca", True): "how beams die is chosen so",
+    ("sharegpt", True): "beams die as on Alpaca",
+}
 _RATES = {1: (0.5, 60.0), 2: (0.3, 40.0), 4: (0.15, 24.0), 6: (0.1, 16.0)}
 _SAVED_RATE = {"alpaca": 6.0, "sharegpt": 0.35}
 """Requests per second of the runs on which savings are counted, beside the searches."""
@@ -123,7 +127,7 @@ def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
                     "simulated",
                     curve.job.data.source,
                     " %",
-                    "which beams die is drawn" if kind.is_beam_search else "",
+                    _NOTES.get((data, kind.is_beam_search), ""),
                 )
             )
     return found
