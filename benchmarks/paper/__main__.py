@@ -18,6 +18,7 @@ simulations by which an interrupted run goes on. The same seed gives the same re
 is measured.
 """
 
+import dataclasses
 import pathlib
 import re
 import time
@@ -37,6 +38,12 @@ _QUICK = flags.DEFINE_bool("quick", False, "Traces of a minute, few systems.")
 _FIGURES = flags.DEFINE_list("figures", [], f"Only these of {', '.join(NAMES)}; without: all.")
 _OUT = flags.DEFINE_string("out", None, "Folder for what is found; may have an earlier run's.")
 _SEED = flags.DEFINE_integer("seed", 0, "First seed.", lower_bound=0)
+_LIMIT = flags.DEFINE_float(
+    "limit",
+    None,
+    "Normalized latency up to which a rate is sustained, s/token; without: 0.5, --quick: 0.2.",
+    lower_bound=0.01,
+)
 _JOBS = flags.DEFINE_integer("jobs", 2, "Simulations at a time.", lower_bound=1)
 _MEASURE = flags.DEFINE_bool("measure", True, "Also run real engines on this machine.")
 _SHAREGPT = flags.DEFINE_string("sharegpt", None, "ShareGPT's JSON file; without: drawn lengths.")
@@ -54,7 +61,8 @@ def chosen_scale() -> Scale:
     names = [name for name, is_asked in asked.items() if is_asked]
     if len(names) != 1:
         raise ValueError("choose one of --quick, --all and --full")
-    return SCALES[names[0]].from_seed(_SEED.value)
+    scale = SCALES[names[0]].from_seed(_SEED.value)
+    return scale if _LIMIT.value is None else dataclasses.replace(scale, limit_s=_LIMIT.value)
 
 
 def chosen_sources() -> Sources:
@@ -115,7 +123,8 @@ def main() -> None:
     head = (
         f"Kwon et al. 2023, --{scale.name}: traces of {scale.minutes:g} minutes, seeds "
         f"{', '.join(map(str, scale.seeds))}; ShareGPT: {sources.data('sharegpt').source}, Alpaca: "
-        f"{sources.data('alpaca').source}. ± is a 95 % confidence interval over seeds."
+        f"{sources.data('alpaca').source}. A rate is sustained up to {scale.limit_s:g} s/token. "
+        "± is a 95 % confidence interval over seeds."
     )
     print(report.write(folder, rows, scale, head))
     print(f"written to {folder} in {time.monotonic() - begin:.0f} s")

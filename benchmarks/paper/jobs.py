@@ -24,14 +24,8 @@ from benchmarks.simulation.serve import Kind, Outcome, serve
 from benchmarks.simulation.shapes import SHAPES
 from benchmarks.simulation.systems import System, build
 
-LIMIT_S_PER_TOKEN = 0.2
-"""Normalized latency up to which a rate is sustained: some five times that of an idle system.
-
-The paper compares rates "at similar latency", where its curves rise; there they are so steep that
-the limit matters little.
-"""
-OVER_S_PER_TOKEN = 0.5
-"""A run whose normalized latency is certainly above this is given up."""
+OVER = 1.2
+"""A run whose normalized latency is certainly above so many times the limit is given up."""
 BEAM_TEMPERATURE = 0.05
 """Of simulated candidates: chosen so that beams on Alpaca share what the paper's Fig. 15 says."""
 _SOURCES = (
@@ -58,6 +52,7 @@ class Job:
       searches: how many rates to try for that, each between the two that the sustained rate must be
         between; 0 runs `rates`.
       num_requests: that come; None: as many as fill the minutes.
+      limit_s: normalized latency up to which a rate is sustained, s/token.
       drains: whether a run goes on until all requests have ended; else it ends with the last
         arrival, whatever the latency is.
     """
@@ -71,6 +66,7 @@ class Job:
     rates: tuple[float, ...]
     searches: int = 0
     num_requests: int | None = None
+    limit_s: float = 0.5
     drains: bool = True
 
     @property
@@ -86,10 +82,9 @@ class Point:
     rate: float
     outcome: Outcome
 
-    @property
-    def is_sustained(self) -> bool:
-        """Whether the latency is below the limit."""
-        return self.outcome.normalized_latency_s <= LIMIT_S_PER_TOKEN
+    def is_within(self, limit_s: float) -> bool:
+        """Whether the latency is."""
+        return self.outcome.normalized_latency_s <= limit_s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +101,16 @@ class Curve:
         On a straight line between the logarithms; the lowest or highest rate where no other is
         known beyond the limit.
         """
-        below = [point for point in self.points if point.is_sustained]
-        above = [point for point in self.points if not point.is_sustained]
+        limit_s = self.job.limit_s
+        below = [point for point in self.points if point.is_within(limit_s)]
+        above = [point for point in self.points if not point.is_within(limit_s)]
         if not below or not above:
             return above[0].rate if not below else below[-1].rate
         left, right = below[-1], next((p for p in above if p.rate > below[-1].rate), None)
         if right is None:
             return left.rate
         ends = [math.log(point.outcome.normalized_latency_s) for point in (left, right)]
-        share = (math.log(LIMIT_S_PER_TOKEN) - ends[0]) / max(1e-9, ends[1] - ends[0])
+        share = (math.log(limit_s) - ends[0]) / max(1e-9, ends[1] - ends[0])
         return left.rate * (right.rate / left.rate) ** min(1.0, max(0.0, share))
 
 
@@ -127,7 +123,7 @@ def run(job: Job) -> Curve:
     for _ in range(job.searches):
         point = run_at(job, math.sqrt(low * high))
         points.append(point)
-        low, high = (point.rate, high) if point.is_sustained else (low, point.rate)
+        low, high = (point.rate, high) if point.is_within(job.limit_s) else (low, point.rate)
     return Curve(job, tuple(sorted(points, key=lambda point: point.rate)))
 
 
@@ -147,7 +143,7 @@ def run_at(job: Job, rate: float) -> Point:
         job.kind,
         shares=job.system.shares,
         is_static=job.system.is_static,
-        over_s_per_token=OVER_S_PER_TOKEN if job.drains else math.inf,
+        over_s_per_token=OVER * job.limit_s if job.drains else math.inf,
         drains=job.drains,
     )
     return Point(rate, outcome)

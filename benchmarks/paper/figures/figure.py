@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.paper.claims import Row
-from benchmarks.paper.jobs import OVER_S_PER_TOKEN, Curve, Job
+from benchmarks.paper.jobs import OVER, Curve, Job
 from benchmarks.paper.scale import Scale, Sources
 
 if TYPE_CHECKING:
@@ -50,18 +50,18 @@ def ratios(above: Sequence[Job], below: Sequence[Job], curves: Curves) -> tuple[
 
 def draw_curve(axes: "Axes", curve: Curve, label: str | None = None, **style: Any) -> None:
     """Draws normalized latency over rates; a run that was given up leaves the picture."""
-    name = curve.job.system.name
+    name, top = curve.job.system.name, OVER * curve.job.limit_s
     style = {"color": COLORS.get(name, ""), **style}
     style = {key: value for key, value in style.items() if value}
     axes.plot(
         [point.rate for point in curve.points],
         [
-            2 * OVER_S_PER_TOKEN if point.outcome.is_over else point.outcome.normalized_latency_s
+            2 * top if point.outcome.is_over else point.outcome.normalized_latency_s
             for point in curve.points
         ],
         marker=".",
         label=label or name,
         **style,
     )
-    axes.set(ylim=(0, OVER_S_PER_TOKEN), xlim=(0, None))
+    axes.set(ylim=(0, top), xlim=(0, None))
     axes.set(xlabel="requests/s", ylabel="normalized latency, s/token")

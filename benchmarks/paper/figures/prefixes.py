@@ -1,6 +1,7 @@
 """Figs. 16 and 17: prompts that begin with the same tokens, and prompts of whole conversations."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from benchmarks.paper.claims import Range, Row
@@ -42,20 +43,31 @@ def prefix_job(system: System, prefix: int, scale: Scale, sources: Sources, seed
         seed,
         _RATES[prefix],
         scale.searches,
+        limit_s=scale.limit_s,
     )
 
 
 def chat_job(system: System, scale: Scale, sources: Sources, seed: int) -> Job:
     """Returns the search for a system's sustained rate of chats."""
     data, rates = sources.data("chat"), _CHAT_RATES
-    return Job(system, "opt-13b", data, Kind(), scale.minutes, seed, rates, scale.searches)
+    return Job(
+        system,
+        "opt-13b",
+        data,
+        Kind(),
+        scale.minutes,
+        seed,
+        rates,
+        scale.searches,
+        limit_s=scale.limit_s,
+    )
 
 
 def burst_job(system: System, sources: Sources, seed: int) -> Job:
     """Returns the run of requests with a common prefix that all come at once."""
-    rate = 1e6
     data = sources.data("translation", max(_CLAIMS))
-    return Job(system, "llama-13b", data, Kind(), _BURST / rate / 60, seed, (rate,))
+    at_once = (math.inf,)
+    return Job(system, "llama-13b", data, Kind(), 0.0, seed, at_once, num_requests=_BURST)
 
 
 def _translators(scale: Scale) -> tuple[System, ...]:

@@ -59,6 +59,7 @@ def job(system: System, kind: Kind, scale: Scale, sources: Sources, seed: int) -
         seed,
         _RATES[kind.num_seqs],
         max(3, scale.searches - 1),
+        limit_s=scale.limit_s,
     )
 
 
