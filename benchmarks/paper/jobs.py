@@ -12,7 +12,7 @@ import math
 import multiprocessing
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -165,22 +165,31 @@ def run_all(jobs: Sequence[Job], folder: pathlib.Path, num_processes: int) -> di
     found = {job: Curve(job, known[key]) for key, job in wanted.items() if key in known}
     left = [job for key, job in wanted.items() if key not in known]
     left.sort(key=lambda job: -job.minutes * job.kind.num_seqs)  # the longest first
-    context = multiprocessing.get_context("spawn")
     progress = tqdm(total=len(wanted), initial=len(found), unit="curve", disable=None)
-    pool = concurrent.futures.ProcessPoolExecutor(num_processes, context)
-    with pool, progress, path.open("a", encoding="utf-8") as file:
-        futures = {pool.submit(run, job): job for job in left}
+    with progress, path.open("a", encoding="utf-8") as file:
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            file.write("\n")  # behind a line in which the run before was ended
+        for curve in _each(left, num_processes):
+            found[curve.job] = curve
+            file.write(json.dumps(_row(curve, code)) + "\n")
+            file.flush()
+            progress.update()
+    return found
+
+
+def _each(wanted: Sequence[Job], num_processes: int) -> Iterator[Curve]:
+    """Yields the curves of jobs as they end."""
+    if num_processes == 1:
+        yield from map(run, wanted)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
+        futures = [pool.submit(run, job) for job in wanted]
         try:
             for future in concurrent.futures.as_completed(futures):
-                curve = future.result()
-                found[futures[future]] = curve
-                file.write(json.dumps(_row(curve, code)) + "\n")
-                file.flush()
-                progress.update()
-        except BaseException:
+                yield future.result()
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return found
 
 
 def sources_hash() -> str:

@@ -1,0 +1,237 @@
+"""The paper's evaluation: the summary by hand, resuming, and that quick runs show its orders."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+import pytest
+
+from benchmarks.paper import jobs, report
+from benchmarks.paper.claims import HEAD, Range, Row, half_width
+from benchmarks.paper.figures.every import FIGURES, NAMES
+from benchmarks.paper.jobs import Curve, Job, Point
+from benchmarks.paper.scale import SCALES, Sources
+from benchmarks.paper.traces import Data
+from benchmarks.simulation.calibration import calibrate, make_llm
+from benchmarks.simulation.serve import Kind, Outcome
+from benchmarks.simulation.systems import ORCA_ORACLE, PAPER
+from tests.models.references import DATA
+from tests.programs import run_program
+
+JOB = Job(PAPER, "opt-13b", Data("sharegpt"), Kind(), 0.05, 0, (1.0,))
+OUTCOME = Outcome(0.1, False, 1.0, 2.0, 3, 4, 5, 0.9, None, 0.0, 0.0)
+
+
+def row(*values: float, paper: Range | None = None) -> Row:
+    return Row("12", "what", paper, values, "simulated", "drawn lengths", "x")
+
+
+class TestClaims:
+    def test_intervals_by_hand(self) -> None:
+        """Of 1, 2, 3: the deviation is 1, and t with two degrees of freedom is 4.303."""
+        assert half_width((1.0, 2.0, 3.0)) == pytest.approx(4.303 / 3**0.5)
+        assert half_width((1.0,)) is None
+        assert row(1.0, 2.0, 3.0).ours == "2.00 ± 2.48x"
+        assert row(12.345).ours == "12.3x"
+
+    @pytest.mark.parametrize(
+        ("value", "verdict"),
+        [(1.7, "in range"), (2.7, "in range"), (1.53, "10% below"), (3.24, "20% above")],
+    )
+    def test_verdicts(self, value: float, verdict: str) -> None:
+        assert row(value, paper=Range("1.7-2.7", 1.7, 2.7)).verdict == verdict
+
+    def test_what_nobody_measured_says_so(self) -> None:
+        unmeasured = dataclasses.replace(row(paper=Range.about(1.2, "1.2")), how="unmeasured")
+        assert (unmeasured.ours, unmeasured.verdict, unmeasured.agrees) == ("-", "unmeasured", None)
+        assert len(unmeasured.cells()) == len(HEAD)
+
+    def test_the_report_counts(self, tmp_path: pathlib.Path) -> None:
+        rows = [
+            row(2.0, paper=Range("1.7-2.7", 1.7, 2.7)),
+            row(9.0, paper=Range("1.7-2.7", 1.7, 2.7)),
+            row(1.0),
+            dataclasses.replace(row(), how="unmeasured"),
+        ]
+        text = report.write(tmp_path, rows, SCALES["quick"], "head")
+        assert "1 of 2 figures are in the paper's range; 1 unmeasured; 1 rows have no" in text
+        assert (tmp_path / "summary.txt").read_text() == text
+        assert (tmp_path / "summary.md").read_text().count("\n|") == len(rows) + 2
+        saved = json.loads((tmp_path / "summary.json").read_text())
+        assert [one["mean"] for one in saved["rows"]] == [2.0, 9.0, 1.0, None]
+
+
+def curve(*latencies: tuple[float, float]) -> Curve:
+    points = [
+        Point(rate, OUTCOME._replace(normalized_latency_s=latency)) for rate, latency in latencies
+    ]
+    return Curve(JOB, tuple(points))
+
+
+class TestSustainedRates:
+    def test_between_two_rates(self) -> None:
+        """The limit is 0.5: half way from 0.25 to 1 by logarithms, and so half way from 2 to 8."""
+        assert curve((1, 0.1), (2, 0.25), (8, 1.0)).sustained_rate == pytest.approx(4.0)
+
+    def test_beyond_what_was_run(self) -> None:
+        assert curve((1, 0.1), (2, 0.2)).sustained_rate == 2
+        assert curve((1, 0.9), (2, 2.0)).sustained_rate == 1
+
+    def test_a_search_closes_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A system whose latency is its rate squared has 0.5 at 0.707."""
+        tried = []
+
+        def run_at(job: Job, rate: float) -> Point:
+            tried.append(rate)
+            return Point(rate, OUTCOME._replace(normalized_latency_s=rate**2))
+
+        monkeypatch.setattr(jobs, "run_at", run_at)
+        job = dataclasses.replace(JOB, rates=(0.1, 10.0), searches=6)
+        found = jobs.run(job)
+        assert len(tried) == 6
+        assert tried[0] == pytest.approx(1.0)
+        assert found.sustained_rate == pytest.approx(0.5**0.5, rel=1e-3)
+        assert [point.rate for point in found.points] == sorted(tried)
+
+
+class TestResuming:
+    def test_only_what_is_missing_is_run(
+        self, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        first, second = JOB, dataclasses.replace(JOB, system=ORCA_ORACLE)
+        before = jobs.run_all([first], tmp_path, 1)
+        path = tmp_path / "curves.jsonl"
+        with path.open("a") as file:
+            file.write('{"code": "cut off')  # the run was ended in the middle of a line
+        ran: list[Job] = []
+
+        def run(job: Job) -> Curve:
+            ran.append(job)
+            return Curve(job, (Point(1.0, OUTCOME),))
+
+        monkeypatch.setattr(jobs, "run", run)
+        after = jobs.run_all([first, second], tmp_path, 1)
+        assert ran == [second]
+        assert after[first] == before[first]
+        ran.clear()
+        assert jobs.run_all([first, second], tmp_path, 1) == after
+        assert not ran
+
+    def test_other_sources_make_other_curves(
+        self,
+        tmp_path: pathlib.Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(jobs, "run", lambda job: Curve(job, (Point(1.0, OUTCOME),)))
+        jobs.run_all([JOB], tmp_path, 1)
+        monkeypatch.setattr(jobs, "sources_hash", lambda: "other")
+        jobs.run_all([JOB], tmp_path, 1)
+        assert "1 curves are of other sources, and are run again" in capsys.readouterr().err
+        assert len((tmp_path / "curves.jsonl").read_text().splitlines()) == 2
+
+    def test_keys_tell_jobs_apart(self) -> None:
+        every = [
+            job
+            for scale in SCALES.values()
+            for figure in FIGURES
+            for job in figure.jobs(scale, Sources())
+        ]
+        assert len({job.key for job in every}) == len(set(every))
+        assert all(math.isfinite(job.minutes) for job in every)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--out=DIR"], "choose one of --quick, --all and --full"),
+        (["--quick", "--all", "--out=DIR"], "choose one of --quick, --all and --full"),
+        (["--quick"], "--out=DIR is missing"),
+        (["--quick", "--out=DIR", "--figures=3"], "figures=3: choose among 12"),
+        (["--quick", "--out=DIR", "--sharegpt=x.json"], "x.json needs --tokenizer"),
+        (["--quick", "--out=DIR", "--alpaca=x.json", "--tokenizer=y"], "there is no file x.json"),
+    ],
+)
+def test_wrong_flags_are_refused(flags: list[str], message: str, tmp_path: pathlib.Path) -> None:
+    done = run_program("benchmarks.paper", *(flag.replace("DIR", str(tmp_path)) for flag in flags))
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error:")
+    assert message in done.stderr
+
+
+def quick(folder: pathlib.Path, *flags: str) -> dict[str, Any]:
+    done = run_program("benchmarks.paper", "--quick", f"--out={folder}", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((folder / "summary.json").read_text())["rows"]
+    return {f"{one['figure']}: {one['what']}": one["mean"] for one in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_quick_runs_show_the_papers_orders(seed: int, tmp_path: pathlib.Path) -> None:
+    found = quick(tmp_path, "--nomeasure", f"--seed={seed}")
+
+    def values(*starts: str) -> list[float]:
+        (*matching,) = (
+            next(value for name, value in found.items() if name.startswith(start))
+            for start in starts
+        )
+        return matching
+
+    memories = ("orca-max", "orca-pow2", "orca-oracle", "paged")
+    for prefix in (
+        "2: KV memory with tokens, ",
+        "13a: mean batch, sharegpt, ",
+        "13b: mean batch, alpaca, ",
+    ):
+        ordered = values(*(prefix + name for name in memories))
+        assert ordered == sorted(ordered), prefix
+    rate = "12: sustained rate / "
+    oracle, most, static = values(rate + "orca-oracle", rate + "orca-max", rate + "static")
+    assert 1.2 < oracle < most < static
+    one, beams = values(*(f"14: sustained rate / orca-oracle, alpaca, {k}" for k in ("one", "6 b")))
+    assert beams > one
+    short, long = values(*(f"16: sustained rate / orca-oracle, prefix of {n}" for n in (80, 341)))
+    assert 1.2 < short < long
+    plain, waits = values(
+        "16, today: prompt tokens found, 64 requests at once: + prefix",
+        "16, today: prompt tokens found, 64 requests at once: + waiting",
+    )
+    assert plain < waits
+    assert values("17: sustained rate / orca-oracle")[0] > 1.2
+    assert values("18b: latency / blocks of 16, alpaca, blocks of 256")[0] > 1
+    assert values("15: blocks saved, alpaca, 6 beams")[0] > 30
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    assert pictures == {figure.file for figure in FIGURES}
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_report(tmp_path: pathlib.Path) -> None:
+    first = quick(tmp_path / "1", "--figures=13a,16", "--jobs=2")
+    again = quick(tmp_path / "2", "--figures=13a,16", "--jobs=1", "--nomeasure")
+    simulated = {name: value for name, value in first.items() if name in again}
+    assert simulated == again
+    assert len(simulated) > 5
+
+
+@pytest.mark.slow
+def test_what_is_measured(tmp_path: pathlib.Path) -> None:
+    """Which rows there are; their values are this machine's."""
+    found = quick(tmp_path, "--figures=15,18a,19")
+    assert {name.split(":")[0] for name in found} >= {"15", "18a", "19"}
+    assert all(value > 0 for name, value in found.items() if "GPU" not in name)
+    assert found["18a: kernel's time on a GPU / contiguous"] is None
+
+
+@pytest.mark.slow
+def test_the_cost_model_is_near_a_real_engine(tmp_path: pathlib.Path) -> None:
+    """A busy machine's steps scatter: loose bounds, that wrong terms are far outside of."""
+    found = calibrate(make_llm(str(DATA / "llama-mqa-linear")), 12, 0)
+    assert found.step_error < 0.5
+    assert 0.5 < found.run_ratio < 2.0
+
+
+def test_every_figure_of_the_papers_table_has_a_program() -> None:
+    assert {"2", "12", "13a", "13b", "14", "15", "16", "17", "18a", "18b", "19"} <= set(NAMES)
