@@ -49,12 +49,7 @@ SLOW = [
     ("sampling", "--shapes=2x300 --rounds=1 --hidden=16 --layers=1 --heads=2/1 --context=4"),
     ("recovery", "--block_sizes=8 --num_requests=8 --prompt_len=9 --output_len=20"),
     ("recovery", "--parts=costs --block_sizes=8,128 --swap_tokens=100"),
-    (
-        "sharing",
-        "--num_requests=3 --max_num_seqs=8 --prefix_len=40 --prefix_requests=3 --beam_requests=1 "
-        "--plot=PLOT",
-    ),
-    ("sharing", "--wall_time --random_model=tiny --prefix_len=40 --prefix_requests=3"),
+    ("cost_model", "--random_model=tiny --num_requests=3"),
     ("throughput", f"{SMALL} --baseline=static,orca-max"),
     ("http_cost", "--num_seqs=4 --num_steps=60 --warm_steps=4 --repeats=1 --step_ms=5"),
     ("soak", "--seconds=27 --clients=50"),
