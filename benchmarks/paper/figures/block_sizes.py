@@ -1,7 +1,8 @@
-"""Fig. 18b: latencies at one rate, over block sizes.
+"""Figs. 18b and 19b: latencies at one rate over block sizes, and by how lost memory comes back.
 
 What larger blocks waste is simulated. What small ones cost a kernel is not: a step's cost does not
-depend on the block size here, and on a GPU it is unmeasured.
+depend on the block size here, and on a GPU it is unmeasured. Nor does a swap's, but by its bytes:
+this project copies all blocks of a request at once, and the paper copies each by itself.
 """
 
 import dataclasses
@@ -12,13 +13,16 @@ from benchmarks.paper.figures.figure import Curves, Figure
 from benchmarks.paper.jobs import Job
 from benchmarks.paper.scale import Scale, Sources
 from benchmarks.simulation.serve import Kind
-from benchmarks.simulation.systems import PAPER
+from benchmarks.simulation.systems import PAPER, System
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
 SIZES = (8, 16, 32, 64, 128, 256)
 _RATES = {"sharegpt": 1.6, "alpaca": 30.0}
+_PRESSED_RATE = 2.0
+"""On ShareGPT: requests lose their memory now and then."""
+_SWAPS = dataclasses.replace(PAPER, name="paged, swapping", swaps=True)
 
 
 def job(data: str, size: int, scale: Scale, sources: Sources, seed: int) -> Job:
@@ -34,18 +38,43 @@ def job(data: str, size: int, scale: Scale, sources: Sources, seed: int) -> Job:
     )
 
 
+def pressed_job(system: System, size: int, scale: Scale, sources: Sources, seed: int) -> Job:
+    """Returns a run in which requests lose their memory, and are swapped or computed again."""
+    return Job(
+        dataclasses.replace(system, block_size=size),
+        "opt-13b",
+        sources.data("sharegpt"),
+        Kind(),
+        scale.minutes,
+        seed,
+        (_PRESSED_RATE,),
+        limit_s=scale.limit_s * 4,
+    )
+
+
+def pressed_sizes(scale: Scale) -> tuple[int, ...]:
+    """Returns the block sizes of those runs."""
+    return (16,) if scale.name == "quick" else (16, 32, 64)
+
+
 def sizes(scale: Scale) -> tuple[int, ...]:
     """Returns the block sizes that are run."""
     return (16, 256) if scale.name == "quick" else SIZES
 
 
 def jobs(scale: Scale, sources: Sources) -> list[Job]:
-    """Returns a run for each size and data set."""
-    return [
+    """Returns a run for each size and data set, then those with and without swapping."""
+    found = [
         job(data, size, scale, sources, seed)
         for data in _RATES
         for size in sizes(scale)
         for seed in scale.few_seeds
+    ]
+    return found + [
+        pressed_job(system, size, scale, sources, seed)
+        for system in (PAPER, _SWAPS)
+        for size in pressed_sizes(scale)
+        for seed in scale.seeds
     ]
 
 
@@ -78,6 +107,30 @@ def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
                     "a kernel's cost by block size is left out",
                 )
             )
+    for size in pressed_sizes(scale):
+        again, swapped = (
+            [
+                curves[pressed_job(system, size, scale, sources, seed)].points[0].outcome
+                for seed in scale.seeds
+            ]
+            for system in (PAPER, _SWAPS)
+        )
+        lost = sum(outcome.num_preemptions for outcome in again)
+        found.append(
+            Row(
+                "19",
+                f"latency, recompute / swap, sharegpt, blocks of {size}",
+                Range("comparable", 0.8, 1.25),
+                tuple(
+                    a.normalized_latency_s / b.normalized_latency_s
+                    for a, b in zip(again, swapped, strict=True)
+                ),
+                "simulated",
+                sources.data("sharegpt").source,
+                "x",
+                f"{lost} times memory was lost; a swap is one copy",
+            )
+        )
     return found
 
 
@@ -100,4 +153,4 @@ def draw(scale: Scale, sources: Sources, curves: Curves, picture: "Picture") -> 
     axes.legend()
 
 
-FIGURE = Figure(("18b",), "fig18b-block-sizes", jobs, rows, draw, (6, 4))
+FIGURE = Figure(("18b", "19"), "fig18b-block-sizes", jobs, rows, draw, (6, 4))

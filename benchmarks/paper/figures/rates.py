@@ -32,7 +32,7 @@ _RATES = {
 _CLAIMS = {
     "orca-oracle": Range("1.7-2.7", 1.7, 2.7),
     "orca-max": Range("2.7-8", 2.7, 8.0),
-    "static": Range("up to 22", 2.7, 22.0),
+    "static": Range("up to 22", 1.0, 22.0),
 }
 
 
