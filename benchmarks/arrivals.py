@@ -27,5 +27,6 @@ def arrival_times(num_requests: int, rate: float, burstiness: float, seed: int) 
         raise ValueError(f"burstiness={burstiness} must be positive and finite; 1 is Poisson")
     if math.isinf(rate):
         return np.zeros(num_requests)
-    gaps = np.random.default_rng(seed).gamma(burstiness, 1 / burstiness, num_requests)
+    # With the lengths' own stream, which has the same seed, gaps and lengths would go together.
+    gaps = np.random.default_rng([seed, 1]).gamma(burstiness, 1 / burstiness, num_requests)
     return np.cumsum(gaps) / rate

@@ -79,6 +79,7 @@ def baseline_engine(llm: LLM, reserve: Reserve = "max") -> tuple[Engine, int]:
         max_model_len=llm.max_model_len,
         watermark_blocks=0,  # nobody grows beyond what is reserved
         num_scheduler_steps=llm.runner.buckets.num_steps,
+        worth_while=llm.runner.buckets.worth_while,
     )
     engine = Engine(
         join(

@@ -13,9 +13,9 @@ device is replaced, by a model of what a step costs (`benchmarks.simulation`). *
 engines on this machine with a small model, where a claim is about policy and not about a chip.
 What only a GPU could tell is "unmeasured".
 
-Writes into DIR: summary.txt, summary.md, summary.json, a PNG for each figure, and curves.jsonl, the
-simulations by which an interrupted run goes on. The same seed gives the same report, but for what
-is measured.
+Writes into DIR: summary.txt, summary.md, summary.json (with --figures, by names of their own), a
+PNG for each figure, and curves.jsonl, the simulations by which an interrupted run goes on. The same
+seed gives the same report, but for what is measured.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ import time
 from absl import flags, logging
 
 from benchmarks import pictures
-from benchmarks.paper import jobs, measured, report
+from benchmarks.paper import jobs, measured, report, traces
 from benchmarks.paper.claims import Row
-from benchmarks.paper.figures.every import FIGURES, MEASURED, NAMES
+from benchmarks.paper.figures.every import FIGURES, NAMES
 from benchmarks.paper.scale import SCALES, Scale, Sources
 from pallas_paged.models import command_line
 
@@ -65,19 +65,24 @@ def chosen_scale() -> Scale:
     return scale if _LIMIT.value is None else dataclasses.replace(scale, limit_s=_LIMIT.value)
 
 
-def chosen_sources() -> Sources:
-    """Returns the flags' data sets.
+def chosen_sources(folder: pathlib.Path) -> Sources:
+    """Returns the flags' data sets, whose lengths are counted into the folder.
 
     Raises:
-      ValueError: a file has no tokenizer, or there is no such file.
+      ValueError, FileNotFoundError: see `traces.count_lengths`; or a file has no tokenizer, or a
+        tokenizer no file.
     """
-    files = [path for path in (_SHAREGPT.value, _ALPACA.value) if path is not None]
-    if files and _TOKENIZER.value is None:
-        raise ValueError(f"{files[0]} needs --tokenizer, the folder of the model's tokenizer")
-    for path in files:
-        if not pathlib.Path(path).is_file():
-            raise ValueError(f"there is no file {path}")
-    return Sources(_SHAREGPT.value, _ALPACA.value, _TOKENIZER.value)
+    files = {"sharegpt": _SHAREGPT.value, "alpaca": _ALPACA.value}
+    given = {name: path for name, path in files.items() if path is not None}
+    tokenizer = _TOKENIZER.value
+    if tokenizer is None:
+        for name, path in given.items():
+            raise ValueError(f"--{name}={path} needs --tokenizer, the folder of the model's")
+        return Sources()
+    if not given:
+        raise ValueError("--tokenizer counts the tokens of --sharegpt and --alpaca: give one")
+    data = {name: traces.count_lengths(path, tokenizer, folder) for name, path in given.items()}
+    return Sources(**data)
 
 
 def simulate(wanted: set[str], scale: Scale, sources: Sources, folder: pathlib.Path) -> list[Row]:
@@ -104,29 +109,32 @@ def _number_of(figure: str) -> int:
 def main() -> None:
     """Runs what the flags say, and prints the summary."""
     logging.set_verbosity(logging.WARNING)  # each engine tells its memory, and what it compiles
-    scale, sources = chosen_scale(), chosen_sources()
+    scale = chosen_scale()
     unknown = sorted(set(_FIGURES.value) - set(NAMES))
     if unknown:
         raise ValueError(f"figures={','.join(unknown)}: choose among {', '.join(NAMES)}")
     if _OUT.value is None:
         raise ValueError("--out=DIR is missing: where to write what is found")
-    wanted = set(_FIGURES.value or (*NAMES, "all"))
+    wanted = set(_FIGURES.value or NAMES)
     folder = pathlib.Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     pictures.new_figure(1, 1)  # refused now, not after all runs
     begin = time.monotonic()
+    sources = chosen_sources(folder)
     rows = simulate(wanted, scale, sources, folder)
-    if _MEASURE.value and wanted & set(MEASURED):
-        found = measured.run(scale.measured_seeds, scale.measured_requests, scale.block_sizes)
-        rows += [row for row in found if {row.figure, f"{row.figure}a", "all"} & wanted]
-    rows.sort(key=lambda row: (_number_of(row.figure), row.how))
     head = (
-        f"Kwon et al. 2023, --{scale.name}: traces of {scale.minutes:g} minutes, seeds "
-        f"{', '.join(map(str, scale.seeds))}; ShareGPT: {sources.data('sharegpt').source}, Alpaca: "
-        f"{sources.data('alpaca').source}. A rate is sustained up to {scale.limit_s:g} s/token. "
-        "± is a 95 % confidence interval over seeds."
+        f"Kwon et al. 2023, --{scale.name}: traces of {scale.minutes:g} minutes (of "
+        f"{scale.beam_minutes:g} for several samples or beams), first seed {scale.seeds[0]}; "
+        f"ShareGPT: {sources.data('sharegpt').source}, Alpaca: {sources.data('alpaca').source}. A "
+        f"rate is sustained up to {scale.limit_s:g} s/token. ± is a 95 % confidence interval over "
+        "runs with other seeds."
     )
-    print(report.write(folder, rows, scale, head))
+    name = "-".join(["summary", *sorted(_FIGURES.value)])
+    report.write(folder, rows, scale, head, name)  # whatever happens below
+    if _MEASURE.value:
+        rows += measured.run(wanted, scale)
+    rows.sort(key=lambda row: (_number_of(row.figure), row.how))
+    print(report.write(folder, rows, scale, head, name))
     print(f"written to {folder} in {time.monotonic() - begin:.0f} s")
 
 

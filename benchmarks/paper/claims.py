@@ -22,16 +22,25 @@ class Range:
       text: as it says it.
       low: from here on we agree.
       high: up to here.
+      value: the single figure that the range is around, if there is one.
+      is_order: whether only an order is claimed: what is above 1 agrees.
     """
 
     text: str
     low: float
     high: float
+    value: float | None = None
+    is_order: bool = False
 
     @classmethod
     def about(cls, value: float, text: str, tolerance: float = 0.25) -> "Range":
         """Returns a range around a single figure of the paper's."""
-        return cls(text, value * (1 - tolerance), value * (1 + tolerance))
+        return cls(text, value * (1 - tolerance), value * (1 + tolerance), value)
+
+    @classmethod
+    def order(cls, text: str) -> "Range":
+        """Returns the claim that a ratio is above 1."""
+        return cls(text, 1.0, float("inf"), is_order=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Row:
       data: where the requests are from.
       unit: behind a value.
       note: why it differs, or what is left out.
+      chosen: what of the simulation was chosen so that this comes out; then it confirms nothing.
     """
 
     figure: str
@@ -57,6 +67,7 @@ class Row:
     data: str
     unit: str = ""
     note: str = ""
+    chosen: str = ""
 
     @property
     def mean(self) -> float | None:
@@ -82,10 +93,16 @@ class Row:
             return ""
         if self.mean is None:
             return "unmeasured"
-        if self.agrees:
-            return "in range"
-        edge = self.paper.low if self.mean < self.paper.low else self.paper.high
-        return f"{abs(self.mean / edge - 1):.0%} {'below' if self.mean < edge else 'above'}"
+        if self.paper.is_order:
+            return "order holds" if self.agrees else "order does not hold"
+        edge = self.paper.value
+        if edge is None:
+            edge = self.paper.low if self.mean < self.paper.low else self.paper.high
+        off = f"{abs(self.mean / edge - 1):.0%} {'below' if self.mean < edge else 'above'}"
+        found = "in range" if self.agrees else off
+        if self.agrees and self.paper.value is not None:
+            found += f", {off}"
+        return found
 
     @property
     def ours(self) -> str:
@@ -102,11 +119,14 @@ class Row:
         paper = "-" if self.paper is None else self.paper.text
         seeds = str(len(self.values) or "-")
         cells = (self.figure, self.what, paper, self.ours, self.verdict, self.how, seeds, self.data)
-        return [*cells, self.note]
+        chosen = f"{self.chosen} chosen so" if self.chosen else ""
+        return [*cells, "; ".join(filter(None, (chosen, self.note)))]
 
     def as_dict(self) -> dict[str, Any]:
         """Returns what the JSON file has of it."""
         fields = dataclasses.asdict(self)
+        if self.paper is not None and self.paper.high == float("inf"):
+            fields["paper"]["high"] = None
         return fields | {
             "mean": self.mean,
             "half_width": self.half_width,
@@ -114,7 +134,7 @@ class Row:
         }
 
 
-HEAD = ["figure", "what", "paper", "ours", "", "how", "seeds", "data", "note"]
+HEAD = ["figure", "what", "paper", "ours", "verdict", "how", "runs", "data", "note"]
 
 
 def half_width(values: Sequence[float]) -> float | None:

@@ -5,6 +5,7 @@ stopped, and two figures that ask for the same get one run.
 """
 
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import hashlib
 import json
@@ -29,6 +30,8 @@ OVER = 1.2
 BEAM_TEMPERATURE = 0.05
 """Of simulated candidates: chosen so that beams on Alpaca share what the paper's Fig. 15 says."""
 _SOURCES = (
+    *("pallas_paged/targets/*.txtpb", "benchmarks/results/*/device.jsonl"),
+    *("engine/sampling_params.py", "pallas_paged/deviceless.py"),
     *(f"benchmarks/{name}.py" for name in ("arrivals", "buddies", "contiguous", "workloads")),
     *("benchmarks/paper/jobs.py", "benchmarks/paper/traces.py", "pallas_paged/block_tables.py"),
     *("benchmarks/simulation/*.py", "engine/core/*.py", "engine/kv/*.py"),
@@ -95,11 +98,16 @@ class Curve:
     points: tuple[Point, ...]
 
     @property
+    def crosses(self) -> bool:
+        """Whether there are rates on both sides of the limit."""
+        return len({point.is_within(self.job.limit_s) for point in self.points}) == 2
+
+    @property
     def sustained_rate(self) -> float:
         """The rate at which the latency meets the limit, between the two rates around it.
 
-        On a straight line between the logarithms; the lowest or highest rate where no other is
-        known beyond the limit.
+        On a straight line between the logarithms; in the middle where all that is known of the
+        higher rate is that its latency is above; the lowest or highest rate unless it `crosses`.
         """
         limit_s = self.job.limit_s
         below = [point for point in self.points if point.is_within(limit_s)]
@@ -109,6 +117,8 @@ class Curve:
         left, right = below[-1], next((p for p in above if p.rate > below[-1].rate), None)
         if right is None:
             return left.rate
+        if right.outcome.is_over:
+            return math.sqrt(left.rate * right.rate)
         ends = [math.log(point.outcome.normalized_latency_s) for point in (left, right)]
         share = (math.log(limit_s) - ends[0]) / max(1e-9, ends[1] - ends[0])
         return left.rate * (right.rate / left.rate) ** min(1.0, max(0.0, share))
@@ -128,7 +138,7 @@ def run(job: Job) -> Curve:
 
 
 def run_at(job: Job, rate: float) -> Point:
-    """Returns a run at one rate. The same seed gives the same requests at any rate, sooner."""
+    """Returns a run at one rate; at a higher one the same requests come sooner, and others too."""
     num_requests = job.num_requests or max(2, round(60 * job.minutes * rate))
     requests = traces.draw(job.data, num_requests, job.seed)
     arrivals_s = traces.arrivals(num_requests, rate, job.seed)
@@ -156,12 +166,12 @@ def run_all(jobs: Sequence[Job], folder: pathlib.Path, num_processes: int) -> di
     the simulation made are left out, and said so.
     """
     path, code = folder / "curves.jsonl", sources_hash()
-    known, num_stale = _read(path, code)
-    if num_stale:
+    known, stale = _read(path, code)
+    wanted = {job.key: job for job in jobs}
+    if num_stale := len((stale & wanted.keys()) - known.keys()):
         print(
             f"{path}: {num_stale} curves are of other sources, and are run again", file=sys.stderr
         )
-    wanted = {job.key: job for job in jobs}
     found = {job: Curve(job, known[key]) for key, job in wanted.items() if key in known}
     left = [job for key, job in wanted.items() if key not in known]
     left.sort(key=lambda job: -job.minutes * job.kind.num_seqs)  # the longest first
@@ -188,6 +198,11 @@ def _each(wanted: Sequence[Job], num_processes: int) -> Iterator[Curve]:
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise ValueError(
+                "a process that simulates was ended, by lack of memory perhaps; run again with "
+                "--jobs=1: what was done is kept"
+            ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -206,21 +221,22 @@ def _row(curve: Curve, code: str) -> dict[str, Any]:
     return {"code": code, "key": curve.job.key, "points": points}
 
 
-def _read(path: pathlib.Path, code: str) -> tuple[dict[str, tuple[Point, ...]], int]:
-    """Returns the points of the curves in a file by key, and how many other sources made."""
+def _read(path: pathlib.Path, code: str) -> tuple[dict[str, tuple[Point, ...]], set[str]]:
+    """Returns a file's points by the key of their curve, and the keys of those of other sources."""
     if not path.exists():
-        return {}, 0
-    known, num_stale = {}, 0
+        return {}, set()
+    known: dict[str, tuple[Point, ...]] = {}
+    stale: set[str] = set()
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue  # the last line, when the run was ended in the middle of it
         if row["code"] != code:
-            num_stale += 1
+            stale.add(row["key"])
             continue
         known[row["key"]] = tuple(_point(fields) for fields in row["points"])
-    return known, num_stale
+    return known, stale
 
 
 def _point(fields: dict[str, Any]) -> Point:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from benchmarks import beam_runs, random_models, workloads
 from benchmarks.drive import BASELINES, baseline_engine, drive
 from benchmarks.paper.claims import Range, Row
+from benchmarks.paper.scale import Scale
 from benchmarks.recovery_costs import engine_for, measure_costs
 from benchmarks.simulation.calibration import calibrate
 from benchmarks.simulation.calibration import make_llm as make_timed_llm
@@ -37,28 +38,33 @@ NUM_PLACES = 6
 LENGTH_SCALE = 0.25
 NUM_OUTPUT = 32
 NUM_PREFIX = 192
-_ORDER = "above 1"
-COST_MODEL = "cost model"
-"""In the place of a figure."""
+_ORDER = Range.order("above 1")
+COST_MODEL = "cost"
+"""In the place of a figure: the simulation's cost model."""
+MEASURED = ("12", "13", "14", "15", "16", "18a", "18b", "19", COST_MODEL)
+"""Figures of which something is measured here."""
 
 
-def run(seeds: Sequence[int], num_requests: int, block_sizes: Sequence[int]) -> list[Row]:
-    """Returns the summary's rows of all comparisons, a value per seed."""
-    parts: list[Callable[[str], list[Row]]] = [
-        lambda folder: throughput(folder, seeds, num_requests),
-        lambda folder: by_block_size(folder, seeds, num_requests, block_sizes),
-        lambda folder: sharing(folder, seeds, num_requests),
-        lambda folder: beams(seeds, max(4, num_requests // 4)),
-        lambda folder: recovery(folder, seeds, block_sizes),
-        lambda folder: kernel(),
-        lambda folder: cost_model(folder, seeds, num_requests),
-    ]
-    rows = []
+def run(wanted: Collection[str], scale: Scale) -> list[Row]:
+    """Returns the summary's rows of the wanted figures, a value per seed."""
+    seeds, count, sizes = scale.measured_seeds, scale.measured_requests, scale.block_sizes
+    parts: dict[tuple[str, ...], Callable[[str], list[Row]]] = {
+        ("12", "13"): lambda folder: throughput(folder, seeds, count),
+        ("14", "16"): lambda folder: sharing(folder, seeds, count),
+        ("15",): lambda folder: beams(seeds, max(4, count // 4)),
+        ("18a",): lambda folder: kernel(),
+        ("18b",): lambda folder: by_block_size(folder, seeds, count, sizes),
+        ("19",): lambda folder: recovery(folder, seeds, sizes),
+        (COST_MODEL,): lambda folder: cost_model(folder, seeds, count),
+    }
+    assert {name for names in parts for name in names} == set(MEASURED)
+    chosen = [part for names, part in parts.items() if not set(names).isdisjoint(wanted)]
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         random_models.write_config(MODEL, pathlib.Path(folder))
-        for part in tqdm(parts, unit="comparison", disable=None):
+        for part in tqdm(chosen, unit="comparison", disable=None):
             rows += part(folder)
-    return rows
+    return [row for row in rows if row.figure in wanted]
 
 
 def make_llm(folder: str, *, block_size: int = 16, **options: Any) -> LLM:
@@ -104,10 +110,7 @@ def throughput(folder: str, seeds: Sequence[int], num_requests: int) -> list[Row
             running[name].append(mean_running)
         for name in BASELINES:
             ratios[name].append(seconds[name] / seconds["paged"])
-    rows = [
-        _row("12", f"tokens/s / {name}", Range(_ORDER, 1.0, 22.0), ratios[name], "x")
-        for name in BASELINES
-    ]
+    rows = [_row("12", f"tokens/s / {name}", _ORDER, ratios[name], "x") for name in BASELINES]
     return rows + [
         _row("13", f"mean batch, {name}", None, values) for name, values in running.items()
     ]
@@ -186,11 +189,10 @@ def sharing(folder: str, seeds: Sequence[int], num_requests: int) -> list[Row]:
         alone = SamplingParams(temperature=1.0, max_tokens=NUM_OUTPUT, ignore_eos=True, seed=seed)
         plain.generate([prompt for prompt in few for _ in range(4)], alone, use_tqdm=False)
         sample_gains.append((time.perf_counter() - middle) / (middle - begin))
-    above = Range(_ORDER, 1.0, float("inf"))
     return [
-        _row("16", f"tokens/s / no cache, prefix of {NUM_PREFIX}", above, prefix_gains[1:], "x"),
+        _row("16", f"tokens/s / no cache, prefix of {NUM_PREFIX}", _ORDER, prefix_gains[1:], "x"),
         _row("16", "prompt tokens found, all requests at once", None, computed[1:], " %"),
-        _row("14", "tokens/s, 4 samples / 4 requests", above, sample_gains[1:], "x"),
+        _row("14", "tokens/s, 4 samples / 4 requests", _ORDER, sample_gains[1:], "x"),
     ]
 
 
@@ -239,9 +241,14 @@ def recovery(folder: str, seeds: Sequence[int], block_sizes: Sequence[int]) -> l
         for size, values in seconds.items()
     ]
     return rows + [
-        _row("19", f"tokens from which on auto swaps, blocks of {size}", None, values)
+        _row(
+            "19",
+            f"tokens from which on auto swaps, blocks of {size}",
+            None,
+            [value for value in values if np.isfinite(value)],
+            note=f"never in {sum(map(np.isinf, values))} of {len(values)} runs",
+        )
         for size, values in crossovers.items()
-        if all(np.isfinite(values))
     ]
 
 
@@ -261,7 +268,7 @@ def kernel() -> list[Row]:
         Row(
             "18a",
             "kernel's time on a GPU / contiguous",
-            Range("1.20-1.26", 0.0, 1.26),
+            Range("1.20-1.26", 1.0, 1.26),
             (),
             "unmeasured",
             "-",

@@ -10,18 +10,21 @@ from benchmarks.paper.claims import HEAD, Row
 from benchmarks.paper.scale import Scale
 
 
-def write(folder: pathlib.Path, rows: Sequence[Row], scale: Scale, head: str) -> str:
-    """Writes `summary.json`, `summary.txt` and `summary.md`; returns the text."""
+def write(
+    folder: pathlib.Path, rows: Sequence[Row], scale: Scale, head: str, name: str = "summary"
+) -> str:
+    """Writes `summary.json`, `summary.txt` and `summary.md`, or by that name; returns the text."""
     lines = [HEAD, *(row.cells() for row in rows)]
     text = f"{head}\n\n{tables.render(lines, left=len(HEAD))}\n\n{counts(rows)}\n"
-    (folder / "summary.txt").write_text(text, encoding="utf-8")
-    (folder / "summary.md").write_text(markdown(rows, head), encoding="utf-8")
+    (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown(rows, head), encoding="utf-8")
     report: dict[str, Any] = {
         "scale": scale.name,
         "about": head,
         "rows": [row.as_dict() for row in rows],
     }
-    (folder / "summary.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    saved = json.dumps(report, indent=1, allow_nan=False)
+    (folder / f"{name}.json").write_text(saved + "\n", encoding="utf-8")
     return text
 
 
@@ -33,10 +36,15 @@ def markdown(rows: Sequence[Row], head: str) -> str:
 
 def counts(rows: Sequence[Row]) -> str:
     """Returns how many claims were checked, and how many of them are in the paper's range."""
-    checked = [row for row in rows if row.agrees is not None]
-    agree = sum(bool(row.agrees) for row in checked)
+    checked = [row for row in rows if row.agrees is not None and not row.chosen]
+    orders = [row for row in checked if row.paper is not None and row.paper.is_order]
+    ranges = [row for row in checked if row not in orders]
+    chosen = sum(bool(row.chosen) for row in rows)
     unmeasured = sum(row.how == "unmeasured" for row in rows)
+    others = len(rows) - len(checked) - chosen - unmeasured
     return (
-        f"{agree} of {len(checked)} figures are in the paper's range; {unmeasured} unmeasured; "
-        f"{len(rows) - len(checked) - unmeasured} rows have no figure of the paper's"
+        f"{sum(bool(row.agrees) for row in ranges)} of {len(ranges)} figures are in the paper's "
+        f"range, {sum(bool(row.agrees) for row in orders)} of {len(orders)} orders hold; by "
+        f"{chosen} figures something was chosen; {unmeasured} unmeasured; {others} rows have no "
+        "figure of the paper's"
     )

@@ -63,16 +63,16 @@ class Sources:
     """Where requests come from.
 
     Attributes:
-      sharegpt: a published file, or None for drawn lengths.
+      sharegpt: a published file's lengths, or None for drawn ones.
       alpaca: likewise.
-      tokenizer: folder of the tokenizer that counts the files' tokens.
     """
 
-    sharegpt: str | None = None
-    alpaca: str | None = None
-    tokenizer: str | None = None
+    sharegpt: Data | None = None
+    alpaca: Data | None = None
 
     def data(self, name: str, prefix: int = 0) -> Data:
         """Returns a data set, see `traces`."""
-        path = {"sharegpt": self.sharegpt, "chat": self.sharegpt, "alpaca": self.alpaca}.get(name)
-        return Data(name, prefix, path, None if path is None else self.tokenizer)
+        file = {"sharegpt": self.sharegpt, "chat": self.sharegpt, "alpaca": self.alpaca}.get(name)
+        if file is None:
+            return Data(name, prefix)
+        return dataclasses.replace(file, name=name, prefix=prefix)

@@ -1,9 +1,9 @@
 """How well the cost model says what a real engine's steps take, once it is calibrated on them.
 
 An engine serves requests one step at a time, and each step's seconds are kept with its work. The
-constants of `cost_model.Costs` are fitted to half of the requests. The errors are those of the
-other half, whose steps the constants have not seen: of single steps, and of the whole run, which
-the same scheduler repeats on a simulated device.
+constants of `cost_model.Costs`, and the host's seconds, are fitted to half of the requests. The
+errors are those of the other half, whose steps they have not seen: of single steps, and of the
+whole run, which the same scheduler repeats on a simulated device.
 """
 
 import statistics
@@ -103,9 +103,11 @@ def calibrate(llm: LLM, num_requests: int, seed: int) -> Fit:
     device = TimedDevice(core.executor, way)
     core.executor = device
     try:
-        _run(llm, num_requests, 3 * seed)  # first touches of memory cost extra
+        _drive(
+            llm, make_workload(llm, num_requests, 3 * seed)
+        )  # first touches of memory cost extra
         device.steps.clear()
-        _run(llm, num_requests, 3 * seed + 1)
+        known_s = _drive(llm, make_workload(llm, num_requests, 3 * seed + 1))
         known = list(device.steps)
         device.steps.clear()
         workload = make_workload(llm, num_requests, 3 * seed + 2)
@@ -114,7 +116,7 @@ def calibrate(llm: LLM, num_requests: int, seed: int) -> Fit:
     finally:
         core.executor = device._device
     costs = fit(known)
-    host_s = max(0.0, (seconds - sum(step.seconds for step in unseen)) / len(unseen))
+    host_s = max(0.0, (known_s - sum(step.seconds for step in known)) / len(known))
     simulated = _simulated(llm, costs, way._replace(host_s=host_s), seed)
     outcome = serve(
         simulated, workload.requests, [0.0] * num_requests, over_s_per_token=float("inf")
@@ -125,16 +127,15 @@ def calibrate(llm: LLM, num_requests: int, seed: int) -> Fit:
 
 def fit(steps: Sequence[Timed]) -> Costs:
     """Returns the constants with the least relative errors, outliers of a busy machine aside."""
-    works = np.array(
-        [(s.work.num_tokens, s.work.num_kv_tokens, s.work.num_pairs) for s in steps], float
-    )
+    works = np.array([(s.work.num_tokens, *s.work.decodes, *s.work.prompts) for s in steps], float)
     seconds = np.array([step.seconds for step in steps])
 
     def errors(logs: np.ndarray) -> np.ndarray:
         weights_s, token_s, kv_token_s, pair_s, step_s = np.exp(logs)
-        tokens, kv_tokens, pairs = works.T
+        tokens, kv_tokens, pairs, prompt_kv_tokens, prompt_pairs = works.T
         products = np.maximum(weights_s, tokens * token_s)
         attention = np.maximum(kv_tokens * kv_token_s, pairs * pair_s)
+        attention += np.maximum(prompt_kv_tokens * kv_token_s, prompt_pairs * pair_s)
         return (step_s + products + attention) / seconds - 1
 
     found = least_squares(errors, np.log(_GUESS), loss="soft_l1", f_scale=0.1)
@@ -169,10 +170,6 @@ def make_workload(llm: LLM, num_requests: int, seed: int) -> Workload:
         vocab_size=llm.model_config.vocab_size,
         seed=seed,
     )
-
-
-def _run(llm: LLM, num_requests: int, seed: int) -> None:
-    _drive(llm, make_workload(llm, num_requests, seed))
 
 
 def _drive(llm: LLM, workload: Workload) -> float:

@@ -2,8 +2,9 @@
 
 A step reads the weights once and multiplies each token with all of them: the longer of the two.
 Attention reads the keys and values of each sequence once, or multiplies each token with all before
-it: the longer of the two. Launches, blocks copied, copies to and from the host, and the all-reduces
-of several devices come on top. Nothing overlaps but those pairs.
+it: the longer of the two, for prompts and for sequences that decode apart, because the ones do not
+hide the others. Launches, blocks copied, copies to and from the host, and the all-reduces of
+several devices come on top. Writing keys and values, norms and sampling are left out.
 """
 
 import dataclasses
@@ -18,21 +19,33 @@ _ALL_REDUCE_S = 15e-6
 """Of a small all-reduce between the devices of one machine; an assumption."""
 
 
+class Attention(NamedTuple):
+    """What attention does for some sequences of a step.
+
+    Attributes:
+      num_kv_tokens: whose keys and values it reads.
+      num_pairs: of a query's and a key's token.
+    """
+
+    num_kv_tokens: int = 0
+    num_pairs: int = 0
+
+
 class Work(NamedTuple):
     """What a step, or the part of it that is a program of its own, does.
 
     Attributes:
       num_tokens: whose products are computed, padding included.
-      num_kv_tokens: whose keys and values attention reads.
-      num_pairs: of a query's and a key's token.
+      decodes: attention of the sequences with one token.
+      prompts: attention of the others.
       num_copied_blocks: inside the pool.
       num_moved_blocks: to and from the host.
       num_moves: copies to and from the host that these are.
     """
 
     num_tokens: int
-    num_kv_tokens: int
-    num_pairs: int
+    decodes: Attention = Attention()
+    prompts: Attention = Attention()
     num_copied_blocks: int = 0
     num_moved_blocks: int = 0
     num_moves: int = 0
@@ -51,7 +64,7 @@ class Costs:
       copied_block_s: to copy one block inside the pool.
       moved_block_s: to copy one block to or from the host.
       move_s: to start such a copy.
-      row_s: of each token, beside the products: norms, sampling, all-reduces.
+      row_s: of each token, in the all-reduces of several devices.
     """
 
     weights_s: float
@@ -67,7 +80,10 @@ class Costs:
     def seconds(self, work: Work) -> float:
         """Returns what a program that does this takes."""
         products = max(self.weights_s, work.num_tokens * self.token_s)
-        attention = max(work.num_kv_tokens * self.kv_token_s, work.num_pairs * self.pair_s)
+        attention = sum(
+            max(part.num_kv_tokens * self.kv_token_s, part.num_pairs * self.pair_s)
+            for part in (work.decodes, work.prompts)
+        )
         moves = work.num_moves * self.move_s + work.num_moved_blocks * self.moved_block_s
         copies = work.num_copied_blocks * self.copied_block_s
         return self.step_s + products + attention + work.num_tokens * self.row_s + moves + copies

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.simulation.cost_model import Costs, Work
+from benchmarks.simulation.cost_model import Attention, Costs, Work
 from pallas_paged.engine.core import logprobs
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.plan import StepPlan, StepResult
@@ -22,7 +22,7 @@ class Way(NamedTuple):
       mixes: whether prompts and tokens that decode are computed in one program; else a step with
         both is two programs, one after the other, as in an engine that computes whole prompts.
       pads: whether what fills up a step's shape costs as much as tokens do.
-      host_s: the host's seconds for each step.
+      host_s: the host's seconds for each program.
       host_s_per_seq: and for each sequence in it.
       group: Hq / Hk, query heads that read the same keys; for shared prefixes.
       block_size: S; likewise.
@@ -46,7 +46,7 @@ class Candidates:
 
     def __init__(self, temperature: float, vocab_size: int, seed: int) -> None:
         self._scale, self._vocab_size = 1 / temperature, vocab_size
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng([seed, 3])
 
     def draw(self, num_rows: int, width: int) -> np.ndarray:
         """Returns packed log-probabilities, i32[num_rows, 3 + 2 * width], see `logprobs`."""
@@ -102,7 +102,7 @@ class SimulatedDevice:
     def dispatch(self, plan: StepPlan) -> tuple[float, StepResult]:
         """Lets the host's time pass, and begins the step when the one before has ended."""
         parts, num_seqs, num_tokens = works_of(plan, self._way)
-        self.now_s += self._way.host_s + num_seqs * self._way.host_s_per_seq
+        self.now_s += len(parts) * self._way.host_s + num_seqs * self._way.host_s_per_seq
         seconds = sum(map(self._costs.seconds, parts))
         self._free_at_s = max(self.now_s, self._free_at_s) + seconds
         self.busy_s += seconds
@@ -129,7 +129,10 @@ class SimulatedDevice:
 
 
 def works_of(plan: StepPlan, way: Way) -> tuple[list[Work], int, int]:
-    """Returns the programs that a step is, how many sequences it has, and how many tokens."""
+    """Returns the programs that a step is, how many sequences it has, and how many tokens.
+
+    A plan does not say what is of a prompt: a chunk of one token counts as one that decodes.
+    """
     bucket = plan.bucket
     assert bucket.num_steps == 1, "several decode steps in one program are not simulated"
     x = views(plan.inputs, bucket)
@@ -138,32 +141,21 @@ def works_of(plan: StepPlan, way: Way) -> tuple[list[Work], int, int]:
     counts = np.diff(x.query_start_loc[: num_seqs + 1]).astype(np.int64)
     num_tokens = int(counts.sum())
     moves = (*plan.swap_outs, *plan.swap_ins)
-    extra = {
-        "num_copied_blocks": len(plan.copies.src),
-        "num_moved_blocks": sum(int(np.count_nonzero(move.block_ids)) for move in moves),
-        "num_moves": len(moves),
-    }
+    moved = sum(int(np.count_nonzero(move.block_ids)) for move in moves)
+    copied = len(plan.copies.src), moved, len(moves)
     padding = bucket.num_tokens - num_tokens if way.pads else 0
-    num_shared = _num_read_once(x, way)
-    if bucket.is_decode:
-        num_kv = int(lens.sum())
-        return (
-            [Work(num_tokens + padding, num_kv - num_shared, num_kv, **extra)],
-            num_seqs,
-            num_tokens,
-        )
     pairs = counts * lens - counts * (counts - 1) // 2
-    decodes = counts == 1
-    if way.mixes or not decodes.any() or decodes.all():
-        work = Work(num_tokens + padding, int(lens.sum()), int(pairs.sum()), **extra)
-        return [work], num_seqs, num_tokens
-    prompts = ~decodes
-    num_decodes = int(np.count_nonzero(decodes))
-    first = Work(
-        num_tokens - num_decodes, int(lens[prompts].sum()), int(pairs[prompts].sum()), **extra
-    )
-    second = Work(num_decodes, int(lens[decodes].sum()), int(pairs[decodes].sum()))
-    return [first, second], num_seqs, num_tokens
+    is_decode = counts <= 1  # a sequence forked in a prompt's last step has none
+
+    def attention(chosen: np.ndarray, num_read_once: int = 0) -> Attention:
+        return Attention(int(lens[chosen].sum()) - num_read_once, int(pairs[chosen].sum()))
+
+    decodes, prompts = attention(is_decode, _num_read_once(x, way)), attention(~is_decode)
+    if way.mixes or not is_decode.any() or is_decode.all():
+        return [Work(num_tokens + padding, decodes, prompts, *copied)], num_seqs, num_tokens
+    num_decodes = int(counts[is_decode].sum())
+    first = Work(num_tokens - num_decodes, Attention(), prompts, *copied)
+    return [first, Work(num_decodes, decodes)], num_seqs, num_tokens
 
 
 def _num_read_once(x: StepInputs[np.ndarray], way: Way) -> int:

@@ -19,8 +19,8 @@ SHARE_OF_RATE = 0.60
 """Of the peak, what large products get; an assumption."""
 LAUNCH_S = 4e-6
 """From one kernel to the next in a CUDA graph; an assumption."""
-SHARE_OF_PCIE = 0.80
-"""Of the peak, what copies from pinned memory get; an assumption."""
+SHARE_OF_LINKS = 0.80
+"""Of the peak of PCIe and NVLink, what copies get; an assumption."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,8 @@ def hardware(name: str, num_devices: int = 1, results: pathlib.Path = RESULTS) -
         name,
         SHARE_OF_BANDWIDTH * target_bandwidth(name),
         SHARE_OF_RATE * rate,
-        SHARE_OF_PCIE * pcie,
-        SHARE_OF_PCIE * link,
+        SHARE_OF_LINKS * pcie,
+        SHARE_OF_LINKS * link,
         target_memory_bytes(name),
         num_devices=num_devices,
         source=f"data sheet, {SHARE_OF_BANDWIDTH:.0%} of its bandwidth and {SHARE_OF_RATE:.0%} of "
@@ -91,9 +91,8 @@ def hardware(name: str, num_devices: int = 1, results: pathlib.Path = RESULTS) -
 
 def _measured(name: str, results: pathlib.Path) -> tuple[str, float, float] | None:
     """Returns the last run's folder on such a GPU, its read bandwidth and its rate of products."""
-    plain = name.split("-")[0]
     for path in sorted(results.glob("*/device.jsonl"), reverse=True):
-        if plain not in path.parent.name.lower():
+        if not all(part in path.parent.name.lower() for part in name.split("-")):
             continue
         rows = {row["case"]: row for row in map(json.loads, path.read_text().splitlines())}
         needed = [

@@ -4,7 +4,9 @@
 their own, no prefix cache, a host that prepares a step while the device waits. What its host and
 kernels cost is not in the paper. `PAPER_HOST` and `PAPER_SHARE_OF_BANDWIDTH` are chosen so that two
 figures come out, vLLM's mean batches in Fig. 13 (30.42 and 132.44 requests); all systems of the
-paper, the baselines too, have the same. Every other figure is a prediction.
+paper, the baselines too, have the same. The lengths of drawn outputs (`workloads.LENGTHS`) and how
+drawn beams die (`jobs.BEAM_TEMPERATURE`) are chosen by figures of the paper's, too. Rows of the
+summary by which something was chosen say so, and count as no confirmation.
 """
 
 import dataclasses
@@ -26,7 +28,8 @@ from pallas_paged.engine.kv.host_pool import HostPool
 from pallas_paged.engine.kv.sharing import blocks_for
 
 MAX_MODEL_LEN = 2048
-MAX_NUM_SEQS = 256
+MAX_NUM_SEQS = 1024
+"""More than memory holds in any figure: the paper does not say what its systems allow."""
 VOCAB_SIZE = 32_000
 STEP_COST = 256
 """Tokens that a GPU computes as long as it reads weights, see `Buckets`."""
@@ -49,7 +52,8 @@ class System:
       is_static: whether a batch starts when the one before has ended.
       block_size: S.
       caches_prefixes: whether blocks of earlier requests are found.
-      mixes: whether prompts and decoding are one program, and prompts are cut where that is better.
+      mixes: whether prompts and decoding are one program, and prompts are cut where that is better;
+        else prompts are whole as far as they fit into a step, and programs of their own.
       overlaps: whether the host prepares a step while the one before runs.
       cascades: whether a shared prefix is read for several sequences at once.
       is_of_paper: whether host and kernels cost what the paper's did; else ours, whose shapes are
@@ -84,10 +88,15 @@ OF_PAPER = (PAPER, ORCA_ORACLE, ORCA_POW2, ORCA_MAX)
 """Which Figs. 12 and 13 compare, beside `STATIC`."""
 PAPER_SHARING = dataclasses.replace(PAPER, caches_prefixes=True)
 """Of Fig. 16: a prefix that is known stays in memory."""
-_OVERLAPS = dataclasses.replace(PAPER, name="overlapped steps", overlaps=True, is_of_paper=False)
+_OVERLAPS = dataclasses.replace(
+    PAPER, name="our host and kernels, overlapped", overlaps=True, is_of_paper=False
+)
 _MIXES = dataclasses.replace(_OVERLAPS, name="+ chunked prefill", mixes=True)
 TODAY = (_OVERLAPS, _MIXES, dataclasses.replace(_MIXES, name="+ fp8 KV cache", kv_itemsize=1))
-"""This project's host and kernels, and what they do today, each with all before it."""
+"""This project's host and kernels, and what they do today, each with all before it.
+
+What converting an 8-bit cache costs a GPU without such units, as an A100, is left out.
+"""
 CACHES = dataclasses.replace(_MIXES, name="+ prefix cache", caches_prefixes=True)
 WAITS = dataclasses.replace(CACHES, name="+ waiting for a prefix", waits=True)
 TODAY_SHARING = (CACHES, dataclasses.replace(WAITS, name="+ cascade", cascades=True))

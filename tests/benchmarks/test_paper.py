@@ -17,6 +17,7 @@ from benchmarks.paper.traces import Data
 from benchmarks.simulation.calibration import calibrate, make_llm
 from benchmarks.simulation.serve import Kind, Outcome
 from benchmarks.simulation.systems import ORCA_ORACLE, PAPER
+from pallas_paged.models.demo import DEMO_MODEL
 from tests.models.references import DATA
 from tests.programs import run_program
 
@@ -43,6 +44,13 @@ class TestClaims:
     def test_verdicts(self, value: float, verdict: str) -> None:
         assert row(value, paper=Range("1.7-2.7", 1.7, 2.7)).verdict == verdict
 
+    def test_verdicts_on_single_figures_are_by_these(self) -> None:
+        batch = Range.about(30.42, "30.42")
+        assert row(21.0, paper=batch).verdict == "31% below"
+        assert row(28.0, paper=batch).verdict == "in range, 8% below"
+        assert row(0.9, paper=Range.order("above 1")).verdict == "order does not hold"
+        assert row(1.1, paper=Range.order("above 1")).verdict == "order holds"
+
     def test_what_nobody_measured_says_so(self) -> None:
         unmeasured = dataclasses.replace(row(paper=Range.about(1.2, "1.2")), how="unmeasured")
         assert (unmeasured.ours, unmeasured.verdict, unmeasured.agrees) == ("-", "unmeasured", None)
@@ -54,13 +62,17 @@ class TestClaims:
             row(9.0, paper=Range("1.7-2.7", 1.7, 2.7)),
             row(1.0),
             dataclasses.replace(row(), how="unmeasured"),
+            row(1.1, paper=Range.order("above 1")),
+            dataclasses.replace(row(2.0, paper=Range.about(2.0, "2")), chosen="all is"),
         ]
         text = report.write(tmp_path, rows, SCALES["quick"], "head")
-        assert "1 of 2 figures are in the paper's range; 1 unmeasured; 1 rows have no" in text
+        assert "1 of 2 figures are in the paper's range, 1 of 1 orders hold; by 1 figures" in text
+        assert "1 unmeasured; 1 rows have no" in text
         assert (tmp_path / "summary.txt").read_text() == text
         assert (tmp_path / "summary.md").read_text().count("\n|") == len(rows) + 2
         saved = json.loads((tmp_path / "summary.json").read_text())
-        assert [one["mean"] for one in saved["rows"]] == [2.0, 9.0, 1.0, None]
+        assert [one["mean"] for one in saved["rows"]] == [2.0, 9.0, 1.0, None, 1.1, 2.0]
+        assert "Infinity" not in (tmp_path / "summary.json").read_text()
 
 
 def curve(*latencies: tuple[float, float]) -> Curve:
@@ -78,6 +90,15 @@ class TestSustainedRates:
     def test_beyond_what_was_run(self) -> None:
         assert curve((1, 0.1), (2, 0.2)).sustained_rate == 2
         assert curve((1, 0.9), (2, 2.0)).sustained_rate == 1
+        assert not curve((1, 0.1), (2, 0.2)).crosses
+        assert not curve((1, 0.9), (2, 2.0)).crosses
+        assert curve((1, 0.1), (2, 2.0)).crosses
+
+    def test_a_run_that_was_given_up_says_no_more_than_above(self) -> None:
+        found = curve((1, 0.1), (4, 0.6))
+        given_up = found.points[1].outcome._replace(is_over=True)
+        found = Curve(JOB, (found.points[0], Point(4, given_up)))
+        assert found.sustained_rate == 2.0
 
     def test_a_search_closes_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A system whose latency is its rate squared has 0.5 at 0.707."""
@@ -150,8 +171,9 @@ class TestResuming:
         (["--quick", "--all", "--out=DIR"], "choose one of --quick, --all and --full"),
         (["--quick"], "--out=DIR is missing"),
         (["--quick", "--out=DIR", "--figures=3"], "figures=3: choose among 12"),
-        (["--quick", "--out=DIR", "--sharegpt=x.json"], "x.json needs --tokenizer"),
-        (["--quick", "--out=DIR", "--alpaca=x.json", "--tokenizer=y"], "there is no file x.json"),
+        (["--quick", "--out=DIR", "--sharegpt=x.json"], "--sharegpt=x.json needs --tokenizer"),
+        (["--quick", "--out=DIR", "--tokenizer=y"], "give one"),
+        (["--quick", "--out=DIR", "--alpaca=x.json", f"--tokenizer={DEMO_MODEL}"], "x.json"),
     ],
 )
 def test_wrong_flags_are_refused(flags: list[str], message: str, tmp_path: pathlib.Path) -> None:
@@ -164,7 +186,8 @@ def test_wrong_flags_are_refused(flags: list[str], message: str, tmp_path: pathl
 def quick(folder: pathlib.Path, *flags: str) -> dict[str, Any]:
     done = run_program("benchmarks.paper", "--quick", f"--out={folder}", *flags)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((folder / "summary.json").read_text())["rows"]
+    (summary,) = folder.glob("summary*.json")
+    rows = json.loads(summary.read_text())["rows"]
     return {f"{one['figure']}: {one['what']}": one["mean"] for one in rows}
 
 
@@ -219,8 +242,8 @@ def test_the_same_seed_gives_the_same_report(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_what_is_measured(tmp_path: pathlib.Path) -> None:
     """Which rows there are; their values are this machine's."""
-    found = quick(tmp_path, "--figures=15,18a,19")
-    assert {name.split(":")[0] for name in found} >= {"15", "18a", "19"}
+    found = quick(tmp_path, "--figures=15,18a,19,cost")
+    assert {name.split(":")[0] for name in found} == {"15", "18a", "19", "cost"}
     assert all(value > 0 for name, value in found.items() if "GPU" not in name)
     assert found["18a: kernel's time on a GPU / contiguous"] is None
 

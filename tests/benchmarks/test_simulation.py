@@ -13,7 +13,7 @@ from benchmarks.paper import traces
 from benchmarks.paper.traces import Data
 from benchmarks.simulation import hardware as hardware_module
 from benchmarks.simulation.calibration import FITTED, Timed, fit
-from benchmarks.simulation.cost_model import Costs, Work, costs_on
+from benchmarks.simulation.cost_model import Attention, Costs, Work, costs_on
 from benchmarks.simulation.device import Candidates, SimulatedDevice, Way, works_of
 from benchmarks.simulation.hardware import Hardware, hardware
 from benchmarks.simulation.serve import Kind, Outcome, serve
@@ -32,6 +32,7 @@ from benchmarks.simulation.systems import (
 )
 from benchmarks.workloads import Request
 from pallas_paged.engine.core.plan import StepPlan
+from pallas_paged.models.demo import DEMO_MODEL
 
 ONE_SECOND = Costs(weights_s=0, token_s=0, kv_token_s=0, pair_s=0, step_s=1.0)
 SMALL = Shape("small", 1e9, 4, 64, 4, 2, 16, "h100", 1, num_slots=1024)
@@ -65,9 +66,12 @@ def request(num_prompt: int, num_output: int, seed: int = 0) -> Request:
 class TestCosts:
     def test_by_hand(self) -> None:
         costs = Costs(10, 1, 0.5, 0.25, 3, copied_block_s=7, moved_block_s=2, move_s=4, row_s=0.1)
-        assert costs.seconds(Work(4, 100, 100)) == pytest.approx(3 + 10 + 50 + 0.4)
-        assert costs.seconds(Work(40, 10, 100)) == pytest.approx(3 + 40 + 25 + 4)
-        moved = Work(1, 0, 0, num_copied_blocks=2, num_moved_blocks=3, num_moves=1)
+        assert costs.seconds(Work(4, Attention(100, 100))) == pytest.approx(3 + 10 + 50 + 0.4)
+        prompt = Attention(10, 100)
+        assert costs.seconds(Work(40, prompts=prompt)) == pytest.approx(3 + 40 + 25 + 4)
+        both = Work(40, Attention(100, 100), prompt)  # neither hides the other
+        assert costs.seconds(both) == pytest.approx(3 + 40 + 50 + 25 + 4)
+        moved = Work(1, num_copied_blocks=2, num_moved_blocks=3, num_moves=1)
         assert costs.seconds(moved) == pytest.approx(3 + 10 + 0.1 + 14 + 6 + 4)
 
     def test_of_a_model_on_one_and_four_devices(self) -> None:
@@ -99,8 +103,14 @@ class TestCosts:
         true = Costs(8e-4, 1e-4, 3e-7, 2e-7, 1.5e-3)
         rng = np.random.default_rng(0)
         works = [
-            *(Work(int(n), int(n * rng.integers(20, 400)), 0) for n in rng.integers(1, 33, 100)),
-            *(Work(int(n), int(n), int(n * n / 2)) for n in rng.integers(32, 513, 100)),
+            *(
+                Work(int(n), Attention(int(n * rng.integers(20, 400))))
+                for n in rng.integers(1, 33, 100)
+            ),
+            *(
+                Work(int(n), prompts=Attention(int(n), int(n * n / 2)))
+                for n in rng.integers(32, 513, 100)
+            ),
         ]
         steps = [Timed(w, true.seconds(w) * rng.uniform(0.97, 1.03)) for w in works]
         found = fit(steps)
@@ -143,7 +153,8 @@ class TestWorks:
         serve(simulated, [request(10, 3)], [0.0])
         way = Way(pads=False)
         works = [works_of(plan, way)[0] for plan in plans]
-        assert works == [[Work(10, 10, 55)], [Work(1, 11, 11)], [Work(1, 12, 12)]]
+        prompt = Work(10, prompts=Attention(10, 55))
+        assert works == [[prompt], *([Work(1, Attention(n, n))] for n in (11, 12))]
 
     def test_padding_counts_where_it_is_paid(self) -> None:
         simulated, plans = make()
@@ -160,8 +171,9 @@ class TestWorks:
         mixed = next(plan for plan in plans[1:] if not plan.bucket.is_decode)
         two, *_ = works_of(mixed, Way(pads=False, mixes=False))
         (one,), *_ = works_of(mixed, Way(pads=False, mixes=True))
-        assert two == [Work(7, 7, 28), Work(1, 13, 13)]
-        assert one == Work(8, 20, 41)
+        prompt, decode = Attention(7, 28), Attention(13, 13)
+        assert two == [Work(7, prompts=prompt), Work(1, decode)]
+        assert one == Work(8, decode, prompt)
 
     def test_a_cascade_reads_a_prefix_once(self) -> None:
         system = dataclasses.replace(TODAY_SHARING[-1], is_of_paper=True, overlaps=False)
@@ -175,7 +187,7 @@ class TestWorks:
         way = Way(pads=False, group=2, block_size=16)
         ((work,), num_seqs, _) = works_of(sharing[0], way)
         assert num_seqs >= 8
-        assert work.num_pairs - work.num_kv_tokens == (num_seqs - 1) * 480
+        assert work.decodes.num_pairs - work.decodes.num_kv_tokens == (num_seqs - 1) * 480
 
 
 class TestClock:
@@ -334,6 +346,42 @@ class TestTraces:
     def test_the_same_requests_at_any_rate(self) -> None:
         slow, fast = (traces.arrivals(50, rate, 7) for rate in (1.0, 4.0))
         np.testing.assert_allclose(slow, 4 * np.array(fast))
+
+    @pytest.mark.parametrize("name", ["sharegpt", "alpaca", "translation", "chat"])
+    def test_the_first_of_many_are_those_of_few(self, name: str) -> None:
+        data = Data(name, 8 if name == "translation" else 0)
+        many = traces.draw(data, 1100, 3)
+        assert traces.draw(data, 1050, 3) == many[:1050]
+        assert traces.draw(data, 7, 3) == many[:7]
+        assert many[:70] != many[1024:1094]
+        assert traces.draw(data, 7, 4) != many[:7]
+
+    @pytest.mark.parametrize("name", ["sharegpt", "alpaca", "translation", "chat"])
+    def test_pauses_and_lengths_have_nothing_in_common(self, name: str) -> None:
+        """Drawn from one stream they would go together: long requests behind long pauses."""
+        for seed in range(4):
+            requests = traces.draw(Data(name), 1000, seed)
+            gaps = np.diff(traces.arrivals(1001, 1.0, seed))
+            for lengths in zip(*((len(p), n) for p, n in requests), strict=True):
+                assert abs(np.corrcoef(gaps, lengths)[0, 1]) < 0.13
+
+    def test_lengths_of_a_file(self, tmp_path: pathlib.Path) -> None:
+        entries = [
+            {"instruction": "def " * count, "input": "", "output": "x = 1\n" * count}
+            for count in range(1, 40)
+        ]
+        file = tmp_path / "alpaca.json"
+        file.write_text(json.dumps(entries))
+        data = traces.count_lengths(str(file), str(DEMO_MODEL), tmp_path)
+        assert (data.source, data.file) == ("file alpaca.json", "alpaca.json")
+        assert data.lengths is not None
+        every = {tuple(pair) for pair in np.load(data.lengths).tolist()}
+        assert len(every) > 20
+        mine = traces.draw(dataclasses.replace(data, name="alpaca"), 50, 0)
+        assert {(len(p), n) for p, n in mine} <= every
+        file.write_text(json.dumps(entries[:20]))
+        other = traces.count_lengths(str(file), str(DEMO_MODEL), tmp_path)
+        assert other.lengths != data.lengths
 
 
 def test_the_device_gives_back_what_it_was_given() -> None:

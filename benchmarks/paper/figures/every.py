@@ -2,6 +2,7 @@
 
 from benchmarks.paper.figures import block_sizes, memory, prefixes, rates, sampling
 from benchmarks.paper.figures.figure import Figure
+from benchmarks.paper.measured import MEASURED
 
 FIGURES: tuple[Figure, ...] = (
     memory.FIGURE,
@@ -10,6 +11,5 @@ FIGURES: tuple[Figure, ...] = (
     prefixes.FIGURE,
     block_sizes.FIGURE,
 )
-MEASURED = ("12", "13", "14", "15", "16", "18a", "18b", "19")
-"""Those of which `benchmarks.paper.measured` has something."""
 NAMES = tuple(sorted({name for figure in FIGURES for name in figure.names} | set(MEASURED)))
+"""What can be asked for."""

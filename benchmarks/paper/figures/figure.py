@@ -1,6 +1,6 @@
 """What a figure of the evaluation is, and what several of them need."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.paper.claims import Row
@@ -46,6 +46,12 @@ def ratios(above: Sequence[Job], below: Sequence[Job], curves: Curves) -> tuple[
     """Returns the ratio of two systems' sustained rates for each seed, which has the same trace."""
     pairs = zip(above, below, strict=True)
     return tuple(curves[a].sustained_rate / curves[b].sustained_rate for a, b in pairs)
+
+
+def bounds(found: Iterable[Job], curves: Curves) -> str:
+    """Returns a note if a sustained rate lies beyond the rates that were tried."""
+    beyond = {job.system.name for job in found if not curves[job].crosses}
+    return f"beyond the rates tried: {', '.join(sorted(beyond))}" if beyond else ""
 
 
 def draw_curve(axes: "Axes", curve: Curve, label: str | None = None, **style: Any) -> None:

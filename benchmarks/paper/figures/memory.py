@@ -6,6 +6,7 @@ from benchmarks.paper.claims import Range, Row
 from benchmarks.paper.figures.figure import COLORS, Curves, Figure
 from benchmarks.paper.jobs import Job
 from benchmarks.paper.scale import Scale, Sources
+from benchmarks.paper.traces import Data
 from benchmarks.simulation.serve import Kind
 from benchmarks.simulation.systems import OF_PAPER, System
 
@@ -20,10 +21,12 @@ _BATCHES = {
 }
 _POINTS = 5.0
 """Percentage points by which a share may differ."""
+_HOST, _LENGTHS = "host and kernels are", "lengths are"
 _CHOSEN = {
-    ("13a", "paged"): "host and kernels are chosen so",
-    ("13b", "paged"): "host and kernels are chosen so",
-    ("13b", "orca-oracle"): "lengths are chosen so",
+    ("2", "orca-max"): _LENGTHS,
+    ("13a", "paged"): _HOST,
+    ("13b", "paged"): _HOST,
+    ("13b", "orca-oracle"): _LENGTHS,
 }
 _FILL_NOTE = "of the slots of allocated blocks"
 
@@ -71,6 +74,7 @@ def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
                 runs[0].job.data.source,
                 " %",
                 _FILL_NOTE if name == "paged" else "",
+                _chosen("2", system, runs[0].job.data),
             )
         )
     for name in _CASES:
@@ -85,10 +89,16 @@ def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
                     tuple(run.points[0].outcome.mean_running for run in runs),
                     "simulated",
                     runs[0].job.data.source,
-                    note=_CHOSEN.get((name, system.name), ""),
+                    chosen=_chosen(name, system, runs[0].job.data),
                 )
             )
     return found
+
+
+def _chosen(name: str, system: System, data: Data) -> str:
+    """Returns what was chosen by this figure; lengths of a file were not."""
+    chosen = _CHOSEN.get((name, system.name), "")
+    return "" if chosen == _LENGTHS and data.lengths is not None else chosen
 
 
 def draw(scale: Scale, sources: Sources, curves: Curves, picture: "Picture") -> None:

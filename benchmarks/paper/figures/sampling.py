@@ -1,9 +1,10 @@
 """Figs. 14 and 15: several samples or beams per prompt, and the blocks that they share."""
 
+import math
 from typing import TYPE_CHECKING
 
 from benchmarks.paper.claims import Range, Row
-from benchmarks.paper.figures.figure import Curves, Figure, draw_curve, ratios
+from benchmarks.paper.figures.figure import Curves, Figure, bounds, draw_curve, ratios
 from benchmarks.paper.jobs import Job
 from benchmarks.paper.scale import Scale, Sources
 from benchmarks.simulation.serve import Kind
@@ -18,7 +19,7 @@ _KINDS = (
     *(Kind(width, is_beam_search=True) for width in (2, 4, 6)),
 )
 _GAINS = {
-    Kind(): Range.about(1.3, "1.3"),
+    Kind(): Range("1.3", 1.1, 1.6, 1.3),
     Kind(6, is_beam_search=True): Range.about(2.3, "2.3"),
 }
 _SAVED = {
@@ -27,13 +28,9 @@ _SAVED = {
     ("sharegpt", False): Range("16.2-30.5 %", 16.2, 30.5),
     ("sharegpt", True): Range("44.3-66.3 %", 44.3, 66.3),
 }
-_NOTES = {
-    ("alpaca", True): "how beams die is chosen so",
-    ("sharegpt", True): "beams die as on Alpaca",
-}
-_RATES = {1: (0.5, 60.0), 2: (0.3, 40.0), 4: (0.15, 24.0), 6: (0.1, 16.0)}
-_SAVED_RATE = {"alpaca": 6.0, "sharegpt": 0.35}
-"""Requests per second of the runs on which savings are counted, beside the searches."""
+_RATES = {1: (2.0, 80.0), 2: (1.0, 40.0), 4: (0.5, 24.0), 6: (0.3, 16.0)}
+_SAVED_RATE = {"alpaca": 12.0, "sharegpt": 0.7}
+"""Requests per second, for each sequence, of the runs on which savings are counted."""
 
 
 def title_of(kind: Kind) -> str:
@@ -49,7 +46,12 @@ def kinds(scale: Scale) -> tuple[Kind, ...]:
 
 
 def job(system: System, kind: Kind, scale: Scale, sources: Sources, seed: int) -> Job:
-    """Returns the search for a system's sustained rate on Alpaca."""
+    """Returns the search for a system's sustained rate on Alpaca.
+
+    Beams that share nothing cost what as many samples do.
+    """
+    if not system.shares:
+        kind = Kind(kind.num_seqs)
     return Job(
         system,
         "opt-13b",
@@ -58,23 +60,23 @@ def job(system: System, kind: Kind, scale: Scale, sources: Sources, seed: int) -
         scale.beam_minutes,
         seed,
         _RATES[kind.num_seqs],
-        max(3, scale.searches - 1),
+        scale.searches,
         limit_s=scale.limit_s,
     )
 
 
-def saving_job(data: str, kind: Kind, scale: Scale, sources: Sources) -> Job:
+def saving_job(data: str, kind: Kind, scale: Scale, sources: Sources, seed: int) -> Job:
     """Returns the run at one rate on which savings are counted."""
-    rate = _SAVED_RATE[data] / kind.num_seqs * 2
     return Job(
         PAPER,
         "opt-13b",
         sources.data(data),
         kind,
         scale.beam_minutes,
-        scale.seeds[0],
-        (rate,),
-        drains=False,
+        seed,
+        (_SAVED_RATE[data] / kind.num_seqs,),
+        num_requests=20 if scale.name == "quick" else 200,
+        limit_s=math.inf,
     )
 
 
@@ -89,7 +91,10 @@ def jobs(scale: Scale, sources: Sources) -> list[Job]:
     ]
     several = [kind for kind in kinds(scale) if kind.num_seqs > 1]
     return found + [
-        saving_job(data, kind, scale, sources) for data in _SAVED_RATE for kind in several
+        saving_job(data, kind, scale, sources, seed)
+        for data in _SAVED_RATE
+        for kind in several
+        for seed in scale.few_seeds
     ]
 
 
@@ -101,7 +106,8 @@ def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
             [job(system, kind, scale, sources, seed) for seed in scale.few_seeds]
             for system in (PAPER, ORCA_ORACLE)
         )
-        note = "beams of the baseline copy nothing" if kind.is_beam_search else ""
+        left_out = "beams of the baseline copy nothing" if kind.is_beam_search else ""
+        notes = (left_out, bounds([*paged, *other], curves))
         found.append(
             Row(
                 "14",
@@ -111,24 +117,26 @@ def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
                 "simulated",
                 paged[0].data.source,
                 "x",
-                note,
+                "; ".join(filter(None, notes)),
             )
         )
     for data in _SAVED_RATE:
         for kind in kinds(scale):
             if kind.num_seqs == 1:
                 continue
-            curve = curves[saving_job(data, kind, scale, sources)]
+            runs = [curves[saving_job(data, kind, scale, sources, s)] for s in scale.few_seeds]
+            is_beam = kind.is_beam_search
             found.append(
                 Row(
                     "15",
                     f"blocks saved, {data}, {title_of(kind)}",
-                    _SAVED[data, kind.is_beam_search],
-                    (100 * curve.points[0].outcome.saved_share,),
+                    _SAVED[data, is_beam],
+                    tuple(100 * run.points[0].outcome.saved_share for run in runs),
                     "simulated",
-                    curve.job.data.source,
+                    runs[0].job.data.source,
                     " %",
-                    _NOTES.get((data, kind.is_beam_search), ""),
+                    "beams die as on Alpaca" if (data, is_beam) == ("sharegpt", True) else "",
+                    "how beams die is" if (data, is_beam) == ("alpaca", True) else "",
                 )
             )
     return found
@@ -151,7 +159,7 @@ def draw(scale: Scale, sources: Sources, curves: Curves, picture: "Picture") -> 
     for place, data in enumerate(_SAVED_RATE):
         several = [kind for kind in kinds(scale) if kind.num_seqs > 1]
         saved = [
-            100 * curves[saving_job(data, kind, scale, sources)].points[0].outcome.saved_share
+            100 * curves[saving_job(data, kind, scale, sources, seed)].points[0].outcome.saved_share
             for kind in several
         ]
         places = [index + 0.4 * place for index in range(len(several))]
