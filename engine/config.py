@@ -122,7 +122,8 @@ class EngineConfig:
       preemption_mode: how preempted requests come back: "recompute"; "swap", as long as there is
         room in `swap_space`; "auto", which is faster for each request by its length and blocks,
         from times of steps and copies that it measures when the engine starts, if `swap_space`
-        is not 0. That takes a few steps and copies, and the compilation of their programs.
+        is not 0. That takes a few steps and copies, and the compilation of their programs, and
+        two starts may decide differently.
       scheduling_policy: "fcfs", first come, first served; "priority": requests with a lower
         `priority` run first, and take the memory of others if they need it.
       step_log: file to append a line of JSON to for each step and compilation, see `StepLog`.

@@ -12,7 +12,8 @@ where 0 is the data parallel rank. An event is one of
 
 Hashes are integers of 64 bits, see `kv/block_events.py`; `lora_id` and `lora_name` are null. Only
 an event with the first block of a salted sequence has `extra_keys`: a list with `[salt]` for that
-block and null for each other one. Whoever can connect reads the prompts' tokens and salts.
+block and null for each other one. Whoever can connect reads the prompts' tokens and salts. A block
+is stored when the step that fills it is dispatched: it is there for every later step.
 
 Numbers count the batches from 0; one that is missing was lost. To the ROUTER socket for replays a
 client's DEALER socket sends a number, 8 bytes, behind an empty part or alone. It gets each batch

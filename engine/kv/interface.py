@@ -32,7 +32,10 @@ class Space(Protocol):
     """What is free, to be given away group by group; nothing is allocated by that."""
 
     def take(self, need: Need, num_spared: int) -> bool:
-        """Takes what a group needs, so that so many blocks are left; else takes nothing: False."""
+        """Takes what a group needs, and returns whether it could.
+
+        It could not, and nothing is taken, where fewer than `num_spared` blocks would be left.
+        """
         ...
 
 
