@@ -38,6 +38,9 @@ _QUICK = flags.DEFINE_bool("quick", False, "Traces of a minute, few systems.")
 _FIGURES = flags.DEFINE_list("figures", [], f"Only these of {', '.join(NAMES)}; without: all.")
 _OUT = flags.DEFINE_string("out", None, "Folder for what is found; may have an earlier run's.")
 _SEED = flags.DEFINE_integer("seed", 0, "First seed.", lower_bound=0)
+_MINUTES = flags.DEFINE_float(
+    "minutes", None, "Of each trace, in place of what the scale says.", lower_bound=0.1
+)
 _LIMIT = flags.DEFINE_float(
     "limit",
     None,
@@ -62,6 +65,9 @@ def chosen_scale() -> Scale:
     if len(names) != 1:
         raise ValueError("choose one of --quick, --all and --full")
     scale = SCALES[names[0]].from_seed(_SEED.value)
+    if _MINUTES.value is not None:
+        minutes = _MINUTES.value
+        scale = dataclasses.replace(scale, minutes=minutes, beam_minutes=minutes)
     return scale if _LIMIT.value is None else dataclasses.replace(scale, limit_s=_LIMIT.value)
 
 
@@ -90,6 +96,8 @@ def simulate(wanted: set[str], scale: Scale, sources: Sources, folder: pathlib.P
     figures = [figure for figure in FIGURES if wanted & set(figure.names)]
     every = [job for figure in figures for job in figure.jobs(scale, sources)]
     curves = jobs.run_all(every, folder, _JOBS.value)
+    if curves:
+        print(jobs.slowest(curves.values()), flush=True)
     rows = []
     for figure in figures:
         picture = pictures.new_figure(*figure.size)

@@ -102,7 +102,7 @@ class Row:
         found = "in range" if self.agrees else off
         if self.agrees and self.paper.value is not None:
             found += f", {off}"
-        return found
+        return f"chosen; {found}" if self.chosen else found
 
     @property
     def ours(self) -> str:

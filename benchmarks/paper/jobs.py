@@ -13,7 +13,8 @@ import math
 import multiprocessing
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -80,10 +81,17 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A run at one rate, see `Outcome`."""
+    """A run at one rate.
+
+    Attributes:
+      rate: requests per second.
+      outcome: what it showed.
+      cpu_s: seconds that simulating it took a core; not a part of the result.
+    """
 
     rate: float
     outcome: Outcome
+    cpu_s: float = dataclasses.field(default=0.0, compare=False)
 
     def is_within(self, limit_s: float) -> bool:
         """Whether the latency is."""
@@ -139,6 +147,7 @@ def run(job: Job) -> Curve:
 
 def run_at(job: Job, rate: float) -> Point:
     """Returns a run at one rate; at a higher one the same requests come sooner, and others too."""
+    begin = time.process_time()
     num_requests = job.num_requests or max(2, round(60 * job.minutes * rate))
     requests = traces.draw(job.data, num_requests, job.seed)
     arrivals_s = traces.arrivals(num_requests, rate, job.seed)
@@ -156,7 +165,20 @@ def run_at(job: Job, rate: float) -> Point:
         over_s_per_token=OVER * job.limit_s if job.drains else math.inf,
         drains=job.drains,
     )
-    return Point(rate, outcome)
+    return Point(rate, outcome, time.process_time() - begin)
+
+
+def slowest(curves: Iterable[Curve]) -> str:
+    """Returns which run took longest to simulate, in words."""
+    job, point = max(
+        ((curve.job, point) for curve in curves for point in curve.points),
+        key=lambda pair: pair[1].cpu_s,
+    )
+    return (
+        f"the longest run: {point.outcome.duration_s / 60:.0f} minutes of {job.system.name}, "
+        f"{job.shape}, {job.data.name} at {point.rate:.3g} requests/s, {point.outcome.num_steps} "
+        f"steps, simulated in {point.cpu_s:.0f} s of one core"
+    )
 
 
 def run_all(jobs: Sequence[Job], folder: pathlib.Path, num_processes: int) -> dict[Job, Curve]:
@@ -217,7 +239,10 @@ def sources_hash() -> str:
 
 
 def _row(curve: Curve, code: str) -> dict[str, Any]:
-    points = [{"rate": point.rate, **point.outcome._asdict()} for point in curve.points]
+    points = [
+        {"rate": point.rate, "cpu_s": point.cpu_s, **point.outcome._asdict()}
+        for point in curve.points
+    ]
     return {"code": code, "key": curve.job.key, "points": points}
 
 
@@ -240,7 +265,7 @@ def _read(path: pathlib.Path, code: str) -> tuple[dict[str, tuple[Point, ...]], 
 
 
 def _point(fields: dict[str, Any]) -> Point:
-    outcome = {name: value for name, value in fields.items() if name != "rate"}
+    outcome = {name: value for name, value in fields.items() if name not in ("rate", "cpu_s")}
     shares = outcome["shares"]
     outcome["shares"] = None if shares is None else Shares(*shares)
-    return Point(fields["rate"], Outcome(**outcome))
+    return Point(fields["rate"], Outcome(**outcome), fields["cpu_s"])

@@ -9,6 +9,9 @@ from benchmarks import tables
 from benchmarks.paper.claims import HEAD, Row
 from benchmarks.paper.scale import Scale
 
+_SHORT = 7
+"""Columns of the table in Markdown."""
+
 
 def write(
     folder: pathlib.Path, rows: Sequence[Row], scale: Scale, head: str, name: str = "summary"
@@ -29,9 +32,11 @@ def write(
 
 
 def markdown(rows: Sequence[Row], head: str) -> str:
-    """Returns the table in Markdown."""
-    lines = [HEAD, ["---"] * len(HEAD), *(row.cells() for row in rows)]
-    return f"{head}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    """Returns what is compared with the paper's figures as a table in Markdown, without notes."""
+    compared = [row.cells() for row in rows if row.paper is not None]
+    lines = [HEAD, ["---"] * len(HEAD), *compared]
+    table = "\n".join("| " + " | ".join(line[:_SHORT]) + " |" for line in lines)
+    return f"{head}\n\n{table}\n\n{counts(rows)}\n"
 
 
 def counts(rows: Sequence[Row]) -> str:
