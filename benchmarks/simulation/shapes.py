@@ -1,4 +1,4 @@
-"""The shapes of the paper's models, and of one of today's, as far as a step's cost depends on them.
+"""The shapes of the paper's models, as far as a step's cost depends on them.
 
 Parameters and KV memory of the OPT models are those of the paper's Table 1 (Kwon et al. 2023); the
 rest follows from the published configurations.
@@ -57,6 +57,5 @@ SHAPES = {
         Shape("opt-66b", 66e9, 64, 9216, 72, 72, 128, "a100-40gb", 4, 9_700),
         Shape("opt-175b", 173e9, 96, 12288, 96, 96, 128, "a100-80gb", 8, 60_100),
         Shape("llama-13b", 13e9, 40, 5120, 40, 40, 128, "a100-40gb", 1, 15_700),
-        Shape("llama-8b", 8.03e9, 32, 4096, 32, 8, 128, "h100", 1, 400_000),
     )
 }
