@@ -60,31 +60,29 @@ class Kind:
 class _Progress:
     """Who has ended, and how bad the metric is at least."""
 
-    def __init__(self, requests: Sequence[Request], arrivals_s: Sequence[float], per: int) -> None:
+    def __init__(
+        self, requests: Sequence[Request], arrivals_s: Sequence[float], num_parts: int
+    ) -> None:
+        """`num_parts` have to end until a request has ended."""
         self._weights = [1 / request.num_output_tokens for request in requests]
         self._arrivals_s = arrivals_s
-        self._left = [per] * len(requests)
-        self._open: dict[int, None] = {}
+        self._left = [num_parts] * len(requests)
         self._sum = self._open_weight = self._open_due = 0.0
-        self.num_done = 0
 
     def begin(self, index: int) -> None:
-        """A request has arrived."""
-        self._open[index] = None
+        """A request runs from now on, or is in the queue."""
         self._open_weight += self._weights[index]
         self._open_due += self._weights[index] * self._arrivals_s[index]
 
     def end(self, index: int, now_s: float) -> None:
-        """A sequence of it has ended; the last one ends it."""
+        """A part of it has ended; the last one ends it."""
         self._left[index] -= 1
         if self._left[index]:
             return
-        del self._open[index]
         weight, arrival_s = self._weights[index], self._arrivals_s[index]
         self._sum += weight * (now_s - arrival_s)
         self._open_weight -= weight
         self._open_due -= weight * arrival_s
-        self.num_done += 1
 
     def least_mean_s(self, now_s: float) -> float:
         """Returns the metric if all that are open ended now, and all others at once."""
@@ -118,9 +116,9 @@ def serve(
     """
     core, device, memory = simulated.core, simulated.device, simulated.memory
     copies = 1 if shares else kind.num_seqs
-    per = 1 if kind.is_beam_search and shares else kind.num_seqs
+    num_parts = 1 if kind.is_beam_search and shares else kind.num_seqs
     waiting = collections.deque(range(len(requests)))
-    progress = _Progress(requests, arrivals_s, per)
+    progress = _Progress(requests, arrivals_s, num_parts)
     running: list[int] = []
     seen = _Seen()
     is_over, num_cached, num_prompt = False, 0, 0
@@ -142,7 +140,7 @@ def serve(
             continue
         outputs = core.step()
         for output in outputs.outputs:
-            if output.finish_reason is None or not (per > 1 or output.is_last):
+            if output.finish_reason is None or not (num_parts > 1 or output.is_last):
                 continue
             index = int(output.request_id.split(".")[0])
             ended.append(index)
@@ -186,6 +184,8 @@ class _Seen:
     def look(self, simulated: Simulated) -> None:
         """Looks at the memory between two steps."""
         memory, scheduler = simulated.memory, simulated.core.scheduler
+        if not scheduler.num_running:
+            return
         if isinstance(memory, ContiguousMemory):
             shares = memory.shares(scheduler.row_lens)
             self._shares.append(shares)
