@@ -28,8 +28,10 @@ from pallas_paged.engine.core.plan import Executor, StepPlan, StepResult
 from pallas_paged.engine.core.planner import Planner
 from pallas_paged.engine.core.scheduler import Scheduler
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
+from pallas_paged.engine.kv.sharing import blocks_for
+from pallas_paged.models import load_config
 
-MAX_MODEL_LEN, MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, BLOCK_SIZE = 512, 32, 512, 16
+_MAX_MODEL_LEN, _MAX_NUM_SEQS, _MAX_NUM_BATCHED_TOKENS, _BLOCK_SIZE = 512, 32, 512, 16
 FITTED = ("weights_s", "token_s", "kv_token_s", "pair_s", "step_s")
 """The constants that are fitted; the others are of what these runs do not do."""
 _GUESS = (1e-3, 1e-4, 1e-7, 1e-8, 5e-4)
@@ -98,7 +100,7 @@ def calibrate(llm: LLM, num_requests: int, seed: int) -> Fit:
       num_requests: of each half.
       seed: of both.
     """
-    way = Way(pads=True, block_size=BLOCK_SIZE)
+    way = Way(pads=True, block_size=_BLOCK_SIZE)
     core = llm.engine.core
     device = TimedDevice(core.executor, way)
     core.executor = device
@@ -144,14 +146,15 @@ def fit(steps: Sequence[Timed]) -> Costs:
 
 def make_llm(folder: str) -> LLM:
     """Returns an engine that makes one step at a time, and none in flight, compiled."""
+    max_model_len = min(_MAX_MODEL_LEN, load_config(folder).default_max_model_len)
     llm = LLM(
         folder,
         load_format="dummy",
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
-        block_size=BLOCK_SIZE,
-        num_blocks=1 + MAX_NUM_SEQS * MAX_MODEL_LEN // BLOCK_SIZE,
+        max_model_len=max_model_len,
+        max_num_seqs=_MAX_NUM_SEQS,
+        max_num_batched_tokens=_MAX_NUM_BATCHED_TOKENS,
+        block_size=_BLOCK_SIZE,
+        num_blocks=1 + _MAX_NUM_SEQS * blocks_for(max_model_len, _BLOCK_SIZE),
         enable_prefix_caching=False,
         num_scheduler_steps=1,
         async_scheduling=False,
@@ -166,7 +169,7 @@ def make_workload(llm: LLM, num_requests: int, seed: int) -> Workload:
         "sharegpt",
         num_requests,
         scale=0.25,
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=llm.max_model_len,
         vocab_size=llm.model_config.vocab_size,
         seed=seed,
     )
@@ -184,15 +187,15 @@ def _simulated(llm: LLM, costs: Costs, way: Way, seed: int) -> Simulated:
     buckets = llm.runner.buckets
     memory = BlockTableMemory(
         num_blocks=llm.engine.memory.num_usable_blocks + 1,
-        block_size=BLOCK_SIZE,
-        max_num_seqs=MAX_NUM_SEQS,
-        max_model_len=MAX_MODEL_LEN,
+        block_size=_BLOCK_SIZE,
+        max_num_seqs=_MAX_NUM_SEQS,
+        max_model_len=llm.max_model_len,
     )
     scheduler = Scheduler(
         memory,
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
-        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=_MAX_NUM_SEQS,
+        max_num_batched_tokens=_MAX_NUM_BATCHED_TOKENS,
+        max_model_len=llm.max_model_len,
         worth_while=buckets.worth_while,
     )
     vocab_size = llm.model_config.vocab_size
