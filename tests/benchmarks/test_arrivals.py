@@ -48,3 +48,10 @@ def test_infinite_rate_is_now():
 def test_wrong_rates_are_refused(rate, burstiness, message):
     with pytest.raises(ValueError, match=message):
         arrival_times(1, rate, burstiness, seed=0)
+
+
+def test_gaps_are_not_what_a_workload_of_the_same_seed_is_drawn_from():
+    """Else long prompts would come behind long pauses."""
+    for seed in range(3):
+        same = np.cumsum(np.random.default_rng(seed).gamma(1.0, 1.0, 20))
+        assert not np.allclose(arrival_times(20, 1.0, 1.0, seed), same)
