@@ -53,8 +53,8 @@ class Scale:
 _SIZES = (8, 16, 32, 64, 128)
 SCALES = {
     "quick": Scale("quick", 1.0, 0.5, 4, (0,), 1, (0,), 12, (16, 64), limit_s=0.2),
-    "all": Scale("all", 10.0, 3.0, 6, (0, 1, 2), 1, (0, 1, 2), 48, _SIZES),
-    "full": Scale("full", 60.0, 60.0, 6, (0, 1, 2), 3, (0, 1, 2, 3, 4), 96, _SIZES, True),
+    "all": Scale("all", 10.0, 3.0, 5, (0, 1, 2), 1, (0, 1, 2), 48, _SIZES),
+    "full": Scale("full", 60.0, 60.0, 5, (0, 1, 2), 3, (0, 1, 2, 3, 4), 96, _SIZES, True),
 }
 
 

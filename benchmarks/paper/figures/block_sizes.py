@@ -76,7 +76,7 @@ def jobs(scale: Scale, sources: Sources) -> list[Job]:
         pressed_job(system, size, scale, sources, seed)
         for system in (PAPER, _SWAPS)
         for size in pressed_sizes(scale)
-        for seed in scale.seeds
+        for seed in scale.few_seeds
     ]
 
 
@@ -113,7 +113,7 @@ def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
         again, swapped = (
             [
                 curves[pressed_job(system, size, scale, sources, seed)].points[0].outcome
-                for seed in scale.seeds
+                for seed in scale.few_seeds
             ]
             for system in (PAPER, _SWAPS)
         )

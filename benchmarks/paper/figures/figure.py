@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from benchmarks.paper.claims import Row
 from benchmarks.paper.jobs import OVER, Curve, Job
 from benchmarks.paper.scale import Scale, Sources
+from benchmarks.simulation.systems import System
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +41,21 @@ class Figure(NamedTuple):
     rows: Callable[[Scale, Sources, Curves], list[Row]]
     draw: "Callable[[Scale, Sources, Curves, Picture], None]"
     size: tuple[float, float] = (9, 4)
+
+
+def bracket(system: System, most: float) -> tuple[float, float]:
+    """Returns between which rates a system's sustained one is searched.
+
+    `most` is more than the paper's paged system sustains. A search that begins closer needs fewer
+    runs; one that ends at an edge is told by `bounds`.
+    """
+    if system.is_static:
+        return most / 80, most / 4
+    if system.reserve == "max":
+        return most / 60, most / 2
+    if system.reserve is not None:
+        return most / 15, most / 1.25
+    return (most / 8, most) if system.is_of_paper else (most / 4, 2 * most)
 
 
 def ratios(above: Sequence[Job], below: Sequence[Job], curves: Curves) -> tuple[float, ...]:

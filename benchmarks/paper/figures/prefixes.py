@@ -5,7 +5,7 @@ import math
 from typing import TYPE_CHECKING
 
 from benchmarks.paper.claims import Range, Row
-from benchmarks.paper.figures.figure import Curves, Figure, bounds, draw_curve, ratios
+from benchmarks.paper.figures.figure import Curves, Figure, bounds, bracket, draw_curve, ratios
 from benchmarks.paper.jobs import Job
 from benchmarks.paper.scale import Scale, Sources
 from benchmarks.simulation.serve import Kind
@@ -15,7 +15,6 @@ from benchmarks.simulation.systems import (
     ORCA_ORACLE,
     PAPER,
     PAPER_SHARING,
-    TODAY,
     TODAY_SHARING,
     WAITS,
     System,
@@ -26,16 +25,15 @@ if TYPE_CHECKING:
 
 _CLAIMS = {80: Range.about(1.67, "1.67"), 341: Range.about(3.58, "3.58")}
 _CHAT = Range.about(2.0, "2")
-_RATES = {80: (4.0, 160.0), 341: (2.0, 160.0)}
-_CHAT_RATES = (0.05, 3.0)
+_MOST = {80: 160.0, 341: 110.0}
+_MOST_CHATS = 4.0
+"""Requests per second, likewise; see `bracket`."""
 _BURST = 64
 """Requests with one prefix that come at once."""
 
 
 def prefix_job(system: System, prefix: int, scale: Scale, sources: Sources, seed: int) -> Job:
     """Returns the search for a system's sustained rate of translations with a common prefix."""
-    low, high = _RATES[prefix]
-    rates = (low, high) if system.is_of_paper else (4 * low, 3 * high)
     return Job(
         system,
         "llama-13b",
@@ -43,7 +41,7 @@ def prefix_job(system: System, prefix: int, scale: Scale, sources: Sources, seed
         Kind(),
         min(scale.minutes, max(1.0, scale.minutes / 3)),
         seed,
-        rates,
+        bracket(system, _MOST[prefix]),
         scale.searches,
         limit_s=scale.limit_s,
     )
@@ -51,15 +49,14 @@ def prefix_job(system: System, prefix: int, scale: Scale, sources: Sources, seed
 
 def chat_job(system: System, scale: Scale, sources: Sources, seed: int) -> Job:
     """Returns the search for a system's sustained rate of chats."""
-    data, rates = sources.data("chat"), _CHAT_RATES
     return Job(
         system,
         "opt-13b",
-        data,
+        sources.data("chat"),
         Kind(),
         scale.minutes,
         seed,
-        rates,
+        bracket(system, _MOST_CHATS),
         scale.searches,
         limit_s=scale.limit_s,
     )
@@ -72,9 +69,9 @@ def burst_job(system: System, sources: Sources, seed: int) -> Job:
     return Job(system, "llama-13b", data, Kind(), 0.0, seed, at_once, num_requests=_BURST)
 
 
-def _translators(scale: Scale) -> tuple[System, ...]:
-    today = () if scale.name == "quick" else (*TODAY[:2], *TODAY_SHARING)
-    return (PAPER_SHARING, ORCA_ORACLE, *today)
+def _translators(prefix: int, scale: Scale) -> tuple[System, ...]:
+    shows_today = prefix == max(_CLAIMS) and scale.name != "quick"
+    return (PAPER_SHARING, ORCA_ORACLE, *(TODAY_SHARING if shows_today else ()))
 
 
 def _chatters(scale: Scale) -> tuple[System, ...]:
@@ -86,7 +83,7 @@ def jobs(scale: Scale, sources: Sources) -> list[Job]:
     found = [
         prefix_job(system, prefix, scale, sources, seed)
         for prefix in _CLAIMS
-        for system in _translators(scale)
+        for system in _translators(prefix, scale)
         for seed in scale.few_seeds
     ]
     found += [
@@ -106,7 +103,7 @@ def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
     for prefix, claim in _CLAIMS.items():
         searches = {
             system: [prefix_job(system, prefix, scale, sources, seed) for seed in seeds]
-            for system in _translators(scale)
+            for system in _translators(prefix, scale)
         }
         shared = searches[PAPER_SHARING]
         row = Row(
@@ -170,7 +167,7 @@ def draw(scale: Scale, sources: Sources, curves: Curves, picture: "Picture") -> 
     panels = picture.subplots(1, 3)
     seed = scale.seeds[0]
     for axes, prefix in zip(panels[:2], _CLAIMS, strict=True):
-        for system in _translators(scale):
+        for system in _translators(prefix, scale):
             style = "-" if system in (PAPER_SHARING, ORCA_ORACLE) else "--"
             curve = curves[prefix_job(system, prefix, scale, sources, seed)]
             draw_curve(axes, curve, linestyle=style)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from benchmarks.paper.claims import Range, Row
-from benchmarks.paper.figures.figure import Curves, Figure, bounds, draw_curve, ratios
+from benchmarks.paper.figures.figure import Curves, Figure, bounds, bracket, draw_curve, ratios
 from benchmarks.paper.jobs import Job
 from benchmarks.paper.scale import Scale, Sources
 from benchmarks.simulation.serve import Kind
@@ -20,15 +20,15 @@ from benchmarks.simulation.systems import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
-_RATES = {
-    ("opt-13b", "sharegpt"): (0.05, 4.0),
-    ("opt-66b", "sharegpt"): (0.03, 2.0),
-    ("opt-175b", "sharegpt"): (0.05, 4.0),
-    ("opt-13b", "alpaca"): (0.5, 60.0),
-    ("opt-66b", "alpaca"): (0.3, 40.0),
-    ("opt-175b", "alpaca"): (0.5, 60.0),
+_MOST = {
+    ("opt-13b", "sharegpt"): 4.0,
+    ("opt-66b", "sharegpt"): 2.0,
+    ("opt-175b", "sharegpt"): 8.0,
+    ("opt-13b", "alpaca"): 60.0,
+    ("opt-66b", "alpaca"): 40.0,
+    ("opt-175b", "alpaca"): 80.0,
 }
-"""Where sustained rates are searched."""
+"""Requests per second; see `bracket`."""
 _CLAIMS = {
     "orca-oracle": Range("1.7-2.7", 1.7, 2.7),
     "orca-max": Range("2.7-8", 2.7, 8.0),
@@ -38,8 +38,6 @@ _CLAIMS = {
 
 def job(system: System, shape: str, data: str, scale: Scale, sources: Sources, seed: int) -> Job:
     """Returns the search for a system's sustained rate."""
-    low, high = _RATES[shape, data]
-    rates = (low, high) if system.is_of_paper else (10 * low, 3 * high)
     return Job(
         system,
         shape,
@@ -47,7 +45,7 @@ def job(system: System, shape: str, data: str, scale: Scale, sources: Sources, s
         Kind(),
         scale.minutes,
         seed,
-        rates,
+        bracket(system, _MOST[shape, data]),
         scale.searches,
         limit_s=scale.limit_s,
     )
@@ -59,7 +57,7 @@ def panels(scale: Scale) -> dict[tuple[str, str], tuple[System, ...]]:
     if scale.name == "quick":
         return {("opt-13b", "sharegpt"): (PAPER, ORCA_ORACLE, ORCA_MAX, STATIC)}
     few = everyone if scale.every_system else (PAPER, ORCA_ORACLE, ORCA_MAX)
-    return {case: everyone if case[0] == "opt-13b" else few for case in _RATES}
+    return {case: everyone if case[0] == "opt-13b" else few for case in _MOST}
 
 
 def seeds_of(shape: str, data: str, scale: Scale) -> tuple[int, ...]:
