@@ -28,6 +28,8 @@ _CHAT = Range.about(2.0, "2")
 _MOST = {80: 160.0, 341: 110.0}
 _MOST_CHATS = 4.0
 """Requests per second, likewise; see `bracket`."""
+_LENGTHS = "lengths of translations are assumed: 32 tokens each way"
+_CHATS = "how many rounds a chat has is assumed"
 _BURST = 64
 """Requests with one prefix that come at once."""
 
@@ -114,7 +116,7 @@ def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
             "simulated",
             shared[0].data.source,
             "x",
-            bounds([*shared, *searches[ORCA_ORACLE]], curves),
+            "; ".join(filter(None, (_LENGTHS, bounds([*shared, *searches[ORCA_ORACLE]], curves)))),
         )
         found.append(row)
         found += [
@@ -156,7 +158,7 @@ def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
                 "simulated",
                 paged[0].data.source,
                 "x",
-                bounds([*paged, *others], curves),
+                "; ".join(filter(None, (_CHATS, bounds([*paged, *others], curves)))),
             )
         )
     return found

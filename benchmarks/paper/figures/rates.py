@@ -36,6 +36,13 @@ _CLAIMS = {
 }
 
 
+_NOTES = {
+    "opt-175b": "the host's share per sequence, chosen on OPT-13B, weighs more in its large batches",
+    "static": "few batches fit into a trace: the rate scatters",
+}
+"""What we take to be the reason where a ratio is not the paper's."""
+
+
 def job(system: System, shape: str, data: str, scale: Scale, sources: Sources, seed: int) -> Job:
     """Returns the search for a system's sustained rate."""
     return Job(
@@ -101,7 +108,16 @@ def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
                     "simulated",
                     others[0].data.source,
                     "x",
-                    bounds([*paged, *others], curves),
+                    "; ".join(
+                        filter(
+                            None,
+                            (
+                                _NOTES.get(shape) if data == "sharegpt" else None,
+                                _NOTES.get(system.name),
+                                bounds([*paged, *others], curves),
+                            ),
+                        )
+                    ),
                 )
             )
     if scale.name == "quick":

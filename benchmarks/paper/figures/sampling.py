@@ -28,6 +28,11 @@ _SAVED = {
     ("sharegpt", False): Range("16.2-30.5 %", 16.2, 30.5),
     ("sharegpt", True): Range("44.3-66.3 %", 44.3, 66.3),
 }
+_NOTES = {
+    ("sharegpt", True): "beams die as on Alpaca",
+    ("alpaca", False): "by drawn prompts, of which more may fill a block than in the data set",
+    ("sharegpt", False): "by drawn prompts",
+}
 _RATES = {1: (2.0, 80.0), 2: (1.0, 40.0), 4: (0.5, 24.0), 6: (0.3, 16.0)}
 _SAVED_RATE = {"alpaca": 12.0, "sharegpt": 0.7}
 """Requests per second, for each sequence, of the runs on which savings are counted."""
@@ -135,7 +140,7 @@ def rows(scale: Scale, sources: Sources, curves: Curves) -> list[Row]:
                     "simulated",
                     runs[0].job.data.source,
                     " %",
-                    "beams die as on Alpaca" if (data, is_beam) == ("sharegpt", True) else "",
+                    _NOTES.get((data, is_beam), ""),
                     "how beams die is" if (data, is_beam) == ("alpaca", True) else "",
                 )
             )
