@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 import pytest
@@ -283,3 +284,18 @@ def test_the_cost_model_is_near_a_real_engine() -> None:
 
 def test_every_figure_of_the_papers_table_has_a_program() -> None:
     assert {"2", "12", "13a", "13b", "14", "15", "16", "17", "18a", "18b", "19"} <= set(NAMES)
+
+
+def test_the_readme_shows_what_the_program_wrote() -> None:
+    root = pathlib.Path(__file__).parents[2]
+    results = root / "benchmarks/results/paper"
+    written = [
+        line for line in (results / "summary.md").read_text().splitlines() if line[:1] == "|"
+    ]
+    readme = (root / "README.md").read_text()
+    section = readme.split("### The paper's evaluation")[1].split("\n## ")[0]
+    assert [line for line in section.splitlines() if line[:1] == "|"] == written
+    assert len(written) > 20
+    pictures = re.findall(r"\(benchmarks/results/paper/([^)]*\.png)\)", section)
+    assert len(pictures) == 3
+    assert all((results / name).exists() for name in pictures)

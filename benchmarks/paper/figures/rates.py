@@ -37,7 +37,7 @@ _CLAIMS = {
 
 
 _NOTES = {
-    "opt-175b": "the host's share per sequence, chosen on OPT-13B, weighs more in its large batches",
+    "opt-175b": "the host's share per sequence, chosen on OPT-13B, weighs more in large batches",
     "static": "few batches fit into a trace: the rate scatters",
 }
 """What we take to be the reason where a ratio is not the paper's."""
