@@ -85,5 +85,6 @@ def draw_curve(axes: "Axes", curve: Curve, label: str | None = None, **style: An
         label=label or name,
         **style,
     )
-    axes.set(ylim=(0, top), xlim=(0, None))
+    axes.set(ylim=(0, top))
+    axes.set_xlim(left=0, auto=True)  # later curves may reach further
     axes.set(xlabel="requests/s", ylabel="normalized latency, s/token")
