@@ -203,6 +203,17 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be positive")
 
 
+def check_split(config: Any, num_devices: int, name: str) -> None:
+    """Raises `ValueError` if the attribute `name` is no multiple of the number of devices."""
+    if num_devices < 1:
+        raise ValueError(f"num_devices={num_devices} must be positive")
+    if (size := getattr(config, name)) % num_devices:
+        raise ValueError(
+            f"{name}={size} cannot be split over {num_devices} devices: use a number of devices "
+            f"that divides {size}"
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What the engine needs to know of any model; each family adds its own fields.
@@ -211,9 +222,12 @@ class ModelConfig:
       architecture: the name in the field `architectures` of a `config.json`.
       max_position_embeddings: of `config.json`; see `max_model_len` for the most tokens that a
         sequence may have.
+      num_kv_heads: with their copies, if there are any.
       checkpoint_dtype: one of `DTYPES`, or None where the checkpoint's config gives none.
       kv_cache_dtype: of the quantised KV cache that the checkpoint brings scales for, "int8" or
         "float8_e4m3fn"; None without.
+      kv_head_copies: how many times in a row each KV head of a checkpoint stands in the model, each
+        time for its share of the query heads; see `for_devices`.
     """
 
     architecture: ClassVar[str]
@@ -228,14 +242,20 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     checkpoint_dtype: str | None = None
     kv_cache_dtype: str | None = None
+    kv_head_copies: int = 1
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_q_heads", "num_kv_heads")
-        check_positive(self, *sizes, "head_dim", "max_position_embeddings")
+        check_positive(self, *sizes, "head_dim", "max_position_embeddings", "kv_head_copies")
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_q_heads={self.num_q_heads} must be divisible by "
                 f"num_kv_heads={self.num_kv_heads}"
+            )
+        if self.num_kv_heads % self.kv_head_copies:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} counts the copies, so it must be divisible by "
+                f"kv_head_copies={self.kv_head_copies}"
             )
         if self.checkpoint_dtype not in (None, *DTYPES):
             raise ValueError(
@@ -280,3 +300,25 @@ class ModelConfig:
         `LongRope`.
         """
         return self
+
+    def for_devices(self, num_devices: int) -> Self:
+        """Returns the configuration for weights that are split over so many devices.
+
+        Where there are fewer KV heads than devices, each is there several times, so that every
+        device has one, next to the query heads that read it. A family also checks what else it
+        splits; a vocabulary that cannot be split stays whole.
+
+        Raises:
+          ValueError: heads cannot be split over so many devices.
+        """
+        check_split(self, num_devices, "num_q_heads")
+        if self.num_kv_heads % num_devices == 0:
+            return self
+        if num_devices % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} cannot be split over {num_devices} devices, nor "
+                "can each be on as many of them: use a number of devices that divides "
+                f"{self.num_kv_heads} or is a multiple of it"
+            )
+        copies = self.kv_head_copies * (num_devices // self.num_kv_heads)
+        return dataclasses.replace(self, num_kv_heads=num_devices, kv_head_copies=copies)

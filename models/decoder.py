@@ -19,6 +19,7 @@ from pallas_paged.models.config import (
     HFFields,
     ModelConfig,
     check_positive,
+    check_split,
     checkpoint_dtype_from_hf,
     head_dim_from_hidden,
 )
@@ -92,6 +93,12 @@ class DecoderConfig(ModelConfig):
     def for_length(self, max_model_len: int) -> "DecoderConfig":
         """See `ModelConfig.for_length`."""
         return dataclasses.replace(self, rope=self.rope.for_length(max_model_len))
+
+    def for_devices(self, num_devices: int) -> "DecoderConfig":
+        """See `ModelConfig.for_devices`."""
+        config = super().for_devices(num_devices)
+        check_split(self, num_devices, "intermediate_size")
+        return config
 
     def first_layers(self, num_layers: int) -> "DecoderConfig":
         """See `ModelConfig.first_layers`."""

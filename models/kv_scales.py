@@ -90,13 +90,15 @@ def is_static_scale(name: str) -> bool:
 def static_scale(config: ModelConfig) -> nnx.Param | None:
     """Returns the parameter `k_scale` or `v_scale` of an attention, f32[Hk]; None without scales.
 
-    Whatever dtype the others have. A tensor of one number stands for all heads.
+    Whatever dtype the others have. A tensor of one number stands for all heads; copies of a head
+    have its scale.
     """
     if config.kv_cache_dtype is None:
         return None
     scale = _DRAWN_AMAX / LARGEST[jnp.dtype(config.kv_cache_dtype)]
     scales = jnp.full(config.num_kv_heads, scale, jnp.float32)
-    return parameter(scales, ("kv_heads",), is_static_scale=True)
+    copies = config.kv_head_copies
+    return parameter(scales, ("kv_heads",), is_static_scale=True, copies=copies)
 
 
 def options_for(

@@ -31,10 +31,13 @@ class Part(NamedTuple):
       module: its name in the checkpoint, where the merged one's is in our path.
       slices: of its features in the first two axes of the merged parameters. A checkpoint's tensor
         has one axis for them, in the order of these two.
+      copies: how many times in a row the tensor's features for one index of the first axis are
+        there.
     """
 
     module: str
     slices: tuple[slice, slice]
+    copies: int = 1
 
 
 def parameter(
@@ -43,11 +46,13 @@ def parameter(
     parts: tuple[Part, ...] = (),
     *,
     is_static_scale: bool = False,
+    copies: int = 1,
 ) -> nnx.Param:
     """Returns a parameter whose dimensions carry the logical names `axes`.
 
     With `parts` it holds that many tensors of a checkpoint, see `pallas_paged.models.tensors`.
-    `is_static_scale` is for `pallas_paged.models.kv_scales`.
+    `is_static_scale` is for `pallas_paged.models.kv_scales`, as is `copies`: how many times in a
+    row each number of a checkpoint is there.
     """
     return nnx.Param(
         value,
@@ -55,6 +60,7 @@ def parameter(
         eager_sharding=False,
         parts=parts,
         is_static_scale=is_static_scale,
+        copies=copies,
     )
 
 
@@ -94,18 +100,15 @@ class MergedLinear(nnx.Module):
 
     def __init__(
         self,
-        in_features: int,
-        features: tuple[int, int],
+        weight: Float[Array, "outer inner in"],
         parts: tuple[Part, ...],
         *,
         axes: tuple[str, str, str],
         bias: bool = False,
-        dtype: jax.typing.DTypeLike,
-        rngs: nnx.Rngs,
     ):
-        weight = _random(rngs, (*features, in_features), dtype)
+        zeros = jnp.zeros(weight.shape[:2], weight.dtype)
         self.weight = parameter(weight, axes, parts)
-        self.bias = parameter(jnp.zeros(features, dtype), axes[:2], parts) if bias else None
+        self.bias = parameter(zeros, axes[:2], parts) if bias else None
 
     def __call__(self, x: Float[Array, "*n in"]) -> tuple[Float[Array, "*n _"], ...]:
         """Returns the projections of `x` in the order of the parts, in its dtype."""
@@ -121,23 +124,25 @@ class MergedLinear(nnx.Module):
 def qkv_projection(
     config: ModelConfig, *, bias: bool, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
 ) -> MergedLinear:
-    """Returns the projections to queries, keys and values: by KV head, each with its queries."""
-    size = config.head_dim
+    """Returns the projections to queries, keys and values: by KV head, each with its queries.
+
+    A KV head that is there several times has a share of its queries each time.
+    """
+    size, copies = config.head_dim, config.kv_head_copies
     end = config.num_q_heads // config.num_kv_heads * size
-    rows = {
-        "q_proj": slice(0, end),
-        "k_proj": slice(end, end + size),
-        "v_proj": slice(end + size, end + 2 * size),
-    }
-    return MergedLinear(
-        config.hidden_size,
-        (config.num_kv_heads, end + 2 * size),
-        tuple(Part(module, (slice(None), inner)) for module, inner in rows.items()),
-        axes=("kv_heads", "qkv", "embed"),
-        bias=bias,
-        dtype=dtype,
-        rngs=rngs,
+    # Drawn without copies, so that a seed gives the same model with them.
+    features = (config.num_kv_heads // copies, end * copies + 2 * size)
+    weight = _random(rngs, (*features, config.hidden_size), dtype)
+    if copies > 1:
+        queries = weight[:, : end * copies].reshape(-1, end, config.hidden_size)
+        keys_values = jnp.repeat(weight[:, end * copies :], copies, axis=0)
+        weight = jnp.concatenate([queries, keys_values], axis=1)
+    parts = (
+        Part("q_proj", (slice(None), slice(0, end))),
+        Part("k_proj", (slice(None), slice(end, end + size)), copies),
+        Part("v_proj", (slice(None), slice(end + size, end + 2 * size)), copies),
     )
+    return MergedLinear(weight, parts, axes=("kv_heads", "qkv", "embed"), bias=bias)
 
 
 def gate_up_projection(
@@ -149,18 +154,12 @@ def gate_up_projection(
     rngs: nnx.Rngs,
 ) -> MergedLinear:
     """Returns the projections to a gated MLP's gate and to what it lets through."""
-    return MergedLinear(
-        hidden_size,
-        (intermediate_size, 2),
-        tuple(
-            Part(module, (slice(None), slice(inner, inner + 1)))
-            for inner, module in enumerate(("gate_proj", "up_proj"))
-        ),
-        axes=("mlp", "gate_up", "embed"),
-        bias=bias,
-        dtype=dtype,
-        rngs=rngs,
+    weight = _random(rngs, (intermediate_size, 2, hidden_size), dtype)
+    parts = tuple(
+        Part(module, (slice(None), slice(inner, inner + 1)))
+        for inner, module in enumerate(("gate_proj", "up_proj"))
     )
+    return MergedLinear(weight, parts, axes=("mlp", "gate_up", "embed"), bias=bias)
 
 
 class Embedding(nnx.Module):

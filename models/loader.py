@@ -22,10 +22,10 @@ from pallas_paged.models.interface import CausalLM, CheckpointNames
 from pallas_paged.models.kv_scales import SCALES, parameter_name
 from pallas_paged.models.ported import PortedCheckpoint, is_ported
 from pallas_paged.models.registry import FAMILIES, config_from_hf
-from pallas_paged.models.tensors import Place, places
+from pallas_paged.models.tensors import Place, places, spread
 
-ShardingOf = Callable[[tuple[str, ...]], jax.sharding.Sharding]
-"""From the logical names of a parameter's axes to where it goes."""
+ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
+"""From the logical names of a parameter's axes, and its shape, to where it goes."""
 
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -70,9 +70,10 @@ def load_model(
         `model.safetensors.index.json` and the files that it names; or a ported folder.
       dtype: of the parameters: float32, bfloat16 or float16; "auto" takes the one in `config.json`,
         or where that names none the one of the tensors.
-      sharding: of a parameter, from the logical names of its axes; without it, all parameters go to
-        JAX's default device.
-      config: what `load_config` returned, if it was changed, as `ModelConfig.for_length` does.
+      sharding: of a parameter, from the logical names of its axes and its shape; without it, all
+        parameters go to JAX's default device.
+      config: what `load_config` returned, if it was changed, as `ModelConfig.for_length` and
+        `ModelConfig.for_devices` do.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
@@ -92,23 +93,25 @@ def load_model(
     loaded = []
 
     def put(name: str, value: np.ndarray) -> None:
-        path, slices, _, is_static_scale = where[name]
+        path, slices, shape, is_static_scale, copies = where[name]
         param = params[path]
         value = cast(name, value, param.dtype)
         if is_static_scale:
-            value = np.broadcast_to(value.reshape(-1), param.shape)
+            value = np.broadcast_to(value.reshape(-1), shape)
             if not (np.isfinite(value) & (value > 0)).all():
                 raise ValueError(f"{name}={value}: scales must be positive and finite")
         if slices:
             if path not in begun:
                 begun[path] = np.empty(param.shape, param_dtype)
             merged = begun[path]
-            merged[slices] = value.reshape(merged[slices].shape)
+            merged[slices] = spread(value, merged[slices].shape, copies)
             value = merged
+        else:
+            value = spread(value, param.shape, copies)
         missing[path] -= 1
         if not missing[path]:
             begun.pop(path, None)
-            device = None if sharding is None else sharding(param.out_sharding)
+            device = None if sharding is None else sharding(param.out_sharding, param.shape)
             loaded.append((path, param.replace(jnp.asarray(value, device=device))))
 
     checkpoint.read(list(where), put)

@@ -15,6 +15,7 @@ from pallas_paged.models.config import (
     HFFields,
     ModelConfig,
     check_positive,
+    check_split,
     checkpoint_dtype_from_hf,
     head_dim_from_hidden,
 )
@@ -70,6 +71,12 @@ class OPTConfig(ModelConfig):
                 f"activation_function={self.activation_function!r} must be one of "
                 f"{', '.join(_ACTIVATIONS)}"
             )
+
+    def for_devices(self, num_devices: int) -> "OPTConfig":
+        """See `ModelConfig.for_devices`."""
+        config = super().for_devices(num_devices)
+        check_split(self, num_devices, "ffn_dim")
+        return config
 
     @property
     def has_final_layer_norm(self) -> bool:

@@ -22,12 +22,15 @@ class Place(NamedTuple):
       slices: of the tensor in the parameter; empty where that is the tensor.
       shape: of the tensor.
       is_static_scale: whether the tensor holds scales of KV heads, and may have other shapes.
+      copies: how many times in a row each index of the parameter's first axis that the tensor has
+        is there; it has one in so many of them.
     """
 
     path: tuple[Any, ...]
     slices: tuple[slice, ...]
     shape: tuple[int, ...]
     is_static_scale: bool = False
+    copies: int = 1
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of such a shape is in place here.
@@ -46,11 +49,14 @@ def places(params: nnx.State) -> dict[str, Place]:
         *parents, module, leaf = path
         for part in param.parts:
             sides = (len(range(n)[rows]) for n, rows in zip(param.shape, part.slices, strict=False))
-            shape = (math.prod(sides), *param.shape[2:])
-            found[_name(*parents, part.module, leaf)] = Place(path, part.slices, shape)
+            shape = (math.prod(sides) // part.copies, *param.shape[2:])
+            place = Place(path, part.slices, shape, copies=part.copies)
+            found[_name(*parents, part.module, leaf)] = place
         if not param.parts:
-            name = _name(*parents, module, leaf)
-            found[name] = Place(path, (), param.shape, param.is_static_scale)
+            copies = param.copies
+            shape = (param.shape[0] // copies, *param.shape[1:])
+            place = Place(path, (), shape, param.is_static_scale, copies)
+            found[_name(*parents, module, leaf)] = place
     return found
 
 
@@ -58,7 +64,7 @@ def tensors_of(params: nnx.State) -> dict[str, jax.Array]:
     """Returns the tensors in a model's parameters by their names."""
     values = {path: param[...] for path, param in nnx.to_flat_state(params)}
     return {
-        name: values[place.path][place.slices].reshape(place.shape)
+        name: values[place.path][place.slices][:: place.copies].reshape(place.shape)
         for name, place in places(params).items()
     }
 
@@ -69,13 +75,20 @@ def with_tensors(params: nnx.State, tensors: Mapping[str, jax.Array]) -> nnx.Sta
     values: dict[tuple[Any, ...], jax.Array] = {}
     for name, place in places(params).items():
         value = tensors[name]
+        merged = values.get(place.path, jnp.zeros(flat[place.path].shape, value.dtype))
+        value = spread(value, merged[place.slices].shape, place.copies)
         if place.slices:
-            merged = values.get(place.path, jnp.zeros(flat[place.path].shape, value.dtype))
-            value = merged.at[place.slices].set(value.reshape(merged[place.slices].shape))
+            value = merged.at[place.slices].set(value)
         values[place.path] = value
     return nnx.from_flat_state(
         [(path, flat[path].replace(value)) for path, value in values.items()]
     )
+
+
+def spread(value: Any, shape: tuple[int, ...], copies: int) -> Any:
+    """Returns a tensor, of NumPy or JAX, in the shape that it has in a parameter."""
+    value = value.reshape(shape[0] // copies, *shape[1:])
+    return value if copies == 1 else value.repeat(copies, axis=0)
 
 
 def _name(*path: Any) -> str:

@@ -68,8 +68,8 @@ class Placement:
         kind = "pinned_host" if "pinned_host" in kinds else self.device.default_memory().kind
         return self._sharding(_WHOLE, kind)
 
-    def parameter(self, axes: tuple[str, ...]) -> Sharding:
-        """Of a parameter, from the logical names of its axes; see `load_model`."""
+    def parameter(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> Sharding:
+        """Of a parameter, from the logical names of its axes and its shape; see `load_model`."""
         return self._sharding(_WHOLE)
 
     def put_parameters(self, params: Any) -> Any:

@@ -393,7 +393,8 @@ def test_parameters_go_where_their_axes_say(ported):
     mesh = jax.make_mesh((2,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
     over = {"heads", "kv_heads", "mlp", "vocab"}
 
-    def sharding(axes):
+    def sharding(axes, shape):
+        assert len(axes) == len(shape)
         spec = jax.P(*("tensor" if axis in over else None for axis in axes))
         return jax.sharding.NamedSharding(mesh, spec)
 
