@@ -44,7 +44,7 @@ from pallas_paged.engine.device.implementations import (
     warn_of_slow_types,
 )
 from pallas_paged.engine.device.kernel_check import check_kernels
-from pallas_paged.engine.device.placement import Placement
+from pallas_paged.engine.device.placement import Placement, devices_for
 from pallas_paged.engine.device.pool_size import (
     PoolPlan,
     buckets_for,
@@ -108,7 +108,8 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
 
     Args:
       config: what the engine is like.
-      placement: the devices that it runs on; None for JAX's default device.
+      placement: the devices that it runs on, as many as `tensor_parallel_size`; None for JAX's
+        default device, or the first ones of its platform.
 
     Raises:
       ValueError: an option or the checkpoint is not usable; the message names the field or tensor.
@@ -117,9 +118,14 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
     use_compilation_cache(config.compilation_cache_dir)
     shape = load_config(config.model)  # first: what is wrong with it is not the tokenizer's
     max_model_len = resolve_max_model_len(config, shape)
-    shape = shape.for_length(max_model_len)
+    shape = shape.for_length(max_model_len).for_devices(config.tensor_parallel_size)
     if placement is None:
-        placement = Placement.on(target_device())
+        placement = Placement.on(*devices_for(config.tensor_parallel_size))
+    if placement.num_devices != config.tensor_parallel_size:
+        raise ValueError(
+            f"tensor_parallel_size={config.tensor_parallel_size} does not go with a placement on "
+            f"{placement.num_devices} devices"
+        )
     with placement.as_target():
         compile_kernels_soon(config, shape, placement)
         ahead = begin_checks(config, shape, max_model_len, placement)
@@ -134,7 +140,8 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         max_model_len=plan.max_blocks_per_seq * config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
     )
-    num_host_blocks = int(config.swap_space * 2**30 / plan.block_bytes)
+    host_block_bytes = plan.block_bytes * len(placement.local_devices)
+    num_host_blocks = placement.least(int(config.swap_space * 2**30 / host_block_bytes))
     host_pool = HostPool(num_host_blocks, memory.num_usable_blocks)
     scheduler = Scheduler(
         memory,
@@ -247,7 +254,7 @@ def _build_runner(
 ) -> tuple[PoolPlan, ModelRunner, tuple[CacheSpec, ...]]:
     """Returns the pool's plan, the device with a pool of that size, and what its layers cache."""
     choices = choose(config, network, placement) if ahead is None else ahead.choices
-    dtype, cache_dtype, specs, implementation, writes, checks = choices
+    dtype, cache_dtype, specs, share, share_specs, implementation, writes, checks = choices
     warn_of_slow_types(dtype, cache_dtype)
     if (scaled := network.config.kv_cache_dtype) is not None:
         use = "used" if cache_dtype == scaled else f"not used in a cache of {cache_dtype}"
@@ -302,7 +309,7 @@ def _build_runner(
         placement=placement,
     )
     if bundle is not None and bundle.has_pool_of(plan.num_blocks):
-        register_kernels(implementation, network.config, dtype, specs)
+        register_kernels(implementation, share, dtype, share_specs)
         assert config.bundle is not None
         bundles.adopt(config.bundle, bundle, runner.programs, runner.block_programs, runner.buckets)
     return plan, runner, specs

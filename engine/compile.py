@@ -87,6 +87,9 @@ _CACHE = flags.DEFINE_enum(
 _NUM_SCHEDULER_STEPS = flags.DEFINE_integer(
     "num_scheduler_steps", None, "Most decode steps in one program; by default the device's."
 )
+_TENSOR_PARALLEL_SIZE = flags.DEFINE_integer(
+    "tensor_parallel_size", 1, "Devices that share the model.", lower_bound=1
+)
 _DETERMINISTIC = flags.DEFINE_bool("deterministic", False, "Every step in one fixed shape.")
 _SWAP_SPACE = flags.DEFINE_float("swap_space", 0.0, "GiB of host memory for preempted requests.")
 
@@ -122,6 +125,7 @@ def main() -> None:
         num_scheduler_steps=_NUM_SCHEDULER_STEPS.value,
         deterministic=_DETERMINISTIC.value,
         swap_space=_SWAP_SPACE.value,
+        tensor_parallel_size=_TENSOR_PARALLEL_SIZE.value,
     )
     begin = time.perf_counter()
     print("sizing the pool ...", flush=True)

@@ -13,7 +13,7 @@ from flax import nnx
 from pallas_paged.cache_spec import CacheSpec
 from pallas_paged.deviceless import (
     compile_lowered,
-    target_device,
+    target_devices,
     target_memory_bytes,
     without_compilation_cache,
 )
@@ -27,7 +27,7 @@ from pallas_paged.engine.device.drafted import abstract_network
 from pallas_paged.engine.device.fingerprint import fingerprint
 from pallas_paged.engine.device.implementations import register_kernels
 from pallas_paged.engine.device.kernel_check import KernelCheck
-from pallas_paged.engine.device.placement import Placement
+from pallas_paged.engine.device.placement import Placement, devices_for, share_shapes
 from pallas_paged.engine.device.pool_size import (
     PoolPlan,
     buckets_for,
@@ -112,18 +112,25 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
       NotImplementedError: a named implementation cannot do this on the target.
       RuntimeError: as `target_device`.
     """
-    placement = Placement.on(jax.devices("cpu")[0] if target == HOST else target_device(target))
+    count = config.tensor_parallel_size
+    devices = _host_devices(count) if target == HOST else target_devices(target, count)
+    placement = Placement.on(*devices)
     max_model_len = resolve_max_model_len(config, shape)
-    shape = shape.for_length(max_model_len)
+    shape = shape.for_length(max_model_len).for_devices(count)
     model = abstract_network(config, shape, max_model_len)
     shape = model.config
     stats = None
     if target != HOST:
-        in_use = num_bytes(nnx.state(model)) + _NOT_OURS_BYTES
+        state = nnx.state(model)
+        specs_of = placement.parameter_specs(state)
+        weights = share_shapes(jax.tree.leaves(state), specs_of, count)
+        in_use = num_bytes(weights) + _NOT_OURS_BYTES
         stats = stats_of_card(target_memory_bytes(target), in_use)
     with placement.as_target(), without_compilation_cache():
-        dtype, cache_dtype, specs, attention, writes, checks = choose(config, model, placement)
-        register_kernels(attention, shape, dtype, specs)  # before threads would, at once
+        dtype, cache_dtype, specs, share, share_specs, attention, writes, checks = choose(
+            config, model, placement
+        )
+        register_kernels(attention, share, dtype, share_specs)  # before threads would, at once
         plan = plan_pool(
             config, model, max_model_len, cache_dtype, attention, placement, stats=stats
         )
@@ -152,6 +159,12 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
         ),
         checks,
     )
+
+
+def _host_devices(count: int) -> Sequence[jax.Device]:
+    """Returns this machine's CPU, or as many of it as JAX was told to see."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        return devices_for(count)
 
 
 def compile_bundle(

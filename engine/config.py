@@ -136,7 +136,10 @@ class EngineConfig:
       kv_events_topic: what each message begins with.
       kv_events_replay_endpoint: where routers can ask for batches that they missed; None has none.
       kv_events_buffer_steps: how many batches are kept for that, one per step.
-      tensor_parallel_size: not supported yet; only 1 is accepted.
+      tensor_parallel_size: how many devices share the model: each has a part of the heads, of the
+        MLPs' features and of the vocabulary, see `pallas_paged.models.sharding`. KV heads fewer
+        than devices are kept several times. Of several processes (`jax.distributed`) it is the
+        number of all their devices, see `pallas_paged.engine.distributed`.
     """
 
     model: str
@@ -186,7 +189,10 @@ class EngineConfig:
         _require(ok, self, "load_format", f"must be one of {LOAD_FORMATS}")
         for name, choices in (("dtype", DTYPES), ("kv_cache_dtype", ("auto", *KV_CACHE_DTYPES))):
             _require(getattr(self, name) in choices, self, name, f"must be one of {choices}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in (
+            *("max_num_seqs", "max_num_batched_tokens", "block_size"),
+            "tensor_parallel_size",
+        ):
             _require(_is_int(getattr(self, name), 1), self, name, "must be an integer >= 1")
         for name, least in (
             ("max_model_len", 2),
@@ -276,13 +282,6 @@ class EngineConfig:
                 self,
                 name,
                 f"must be None or one of {KNOWN_IMPLEMENTATIONS}",
-            )
-        for name, neutral in (("tensor_parallel_size", 1),):
-            _require(
-                getattr(self, name) == neutral,
-                self,
-                name,
-                f"is not supported yet; leave it at {neutral!r}",
             )
 
 

@@ -42,6 +42,7 @@ _FLAGS = (
     flags.DEFINE_float(
         "gpu_memory_utilization", None, "Share of a GPU's memory to use; by default 0.9."
     ),
+    flags.DEFINE_integer("tensor_parallel_size", None, "Devices that share the model; 1."),
     flags.DEFINE_float("swap_space", None, "GiB of host memory for preempted requests."),
     flags.DEFINE_enum(
         "preemption_mode",

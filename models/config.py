@@ -289,6 +289,13 @@ class ModelConfig:
             for layer in range(self.num_layers)
         )
 
+    def share(self, num_devices: int) -> Self:
+        """Returns the shape of the attention of one of so many devices, each with its own heads."""
+        q_heads, kv_heads = self.num_q_heads // num_devices, self.num_kv_heads // num_devices
+        return dataclasses.replace(
+            self, num_q_heads=q_heads, num_kv_heads=kv_heads, kv_head_copies=1
+        )
+
     def first_layers(self, num_layers: int) -> Self:
         """Returns the configuration of a model with only the first of these layers."""
         return dataclasses.replace(self, num_layers=num_layers)

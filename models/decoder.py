@@ -163,14 +163,13 @@ class Attention(nnx.Module):
         self, config: DecoderConfig, layer: int, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
     ):
         self.head_dim = config.head_dim
-        self.num_features = config.num_q_heads * config.head_dim
         self.qk_norm = config.qk_norm
         self.sliding_window = config.sliding_window(layer)
         self.scaled_dtype = config.kv_cache_dtype
         self.k_scale, self.v_scale = static_scale(config), static_scale(config)
         self.qkv_proj = qkv_projection(config, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.o_proj = Linear(
-            self.num_features,
+            config.num_q_heads * config.head_dim,
             config.hidden_size,
             axes=("embed", "heads"),
             bias=config.output_bias,
@@ -204,7 +203,7 @@ class Attention(nnx.Module):
         options = {name: value for name, value in asked.items() if value is not None}
         options |= options_for(kv_cache, self.scaled_dtype, self.k_scale, self.v_scale)
         out, kv_cache = attend_to_wanted(attend, wanted, q, k, v, kv_cache, metadata, **options)
-        return self.o_proj(out.reshape(-1, self.num_features)), kv_cache
+        return self.o_proj(out.reshape(len(out), -1)), kv_cache
 
 
 class MLP(nnx.Module):
@@ -348,7 +347,7 @@ class Decoder(nnx.Module):
         """Returns the float32 logits of those hidden states that need them."""
         tied = self.config.tie_word_embeddings
         output = self.model.embed_tokens if tied else self.lm_head
-        return logits(hidden, output.weight[...])
+        return logits(hidden, output.weight[...], self.config.vocab_size)
 
 
 NAMES = CheckpointNames(embedding="model.embed_tokens.weight", derived=(".rotary_emb.inv_freq",))

@@ -1,10 +1,9 @@
 """The layers all families share, with the parameter names and layouts of Hugging Face checkpoints.
 
 Those of `MergedLinear` hold several tensors of a checkpoint; all others are one each. Parameters
-carry logical axis names as Flax's `out_sharding` metadata, so that `flax.nnx.get_partition_spec`
-under `flax.core.spmd.logical_axis_rules` gives their sharding; on one device the names mean
-nothing, and no mesh is needed. The precision of float32 products follows
-`jax.default_matmul_precision`.
+carry logical axis names as Flax's `out_sharding` metadata, by which
+`pallas_paged.models.sharding` divides them among devices; on one device the names mean nothing, and
+no mesh is needed. The precision of float32 products follows `jax.default_matmul_precision`.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.models.config import ModelConfig
 from pallas_paged.models.interface import Attend, Context, Wanted
+from pallas_paged.models.sharding import device_index, gathered, has_divided, summed
 from pallas_paged.ops.product.api import product
 from pallas_paged.ops.rotary import rotate
 
@@ -69,7 +69,11 @@ def _random(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jax.typing.DTypeLike)
 
 
 class Linear(nnx.Module):
-    """`x @ weight.T + bias`, with `weight` `[out_features, in_features]` as checkpoints have it."""
+    """`x @ weight.T + bias`, with `weight` `[out_features, in_features]` as checkpoints have it.
+
+    Where devices share the output features, each has its own; where they share the input features,
+    all have the sum.
+    """
 
     def __init__(
         self,
@@ -81,12 +85,15 @@ class Linear(nnx.Module):
         dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
     ):
+        self.axes = axes
         self.weight = parameter(_random(rngs, (out_features, in_features), dtype), axes)
         self.bias = parameter(jnp.zeros(out_features, dtype), axes[:1]) if bias else None
 
     def __call__(self, x: Float[Array, "*n in"]) -> Float[Array, "*n out"]:
         """Returns the projection of `x`, in its dtype."""
         y = product(x, self.weight[...])
+        if has_divided(self.axes[1]):
+            y = summed(y)
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
 
@@ -163,7 +170,10 @@ def gate_up_projection(
 
 
 class Embedding(nnx.Module):
-    """A table of row vectors, `weight` `[num_embeddings, features]`."""
+    """A table of row vectors, `weight` `[num_embeddings, features]`.
+
+    Where devices share the rows, each looks up its own, and all have the sum.
+    """
 
     def __init__(
         self,
@@ -174,11 +184,18 @@ class Embedding(nnx.Module):
         dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
     ):
+        self.num_embeddings = num_embeddings
         self.weight = parameter(_random(rngs, (num_embeddings, features), dtype), axes)
 
     def __call__(self, ids: Int32[Array, "T"]) -> Float[Array, "T features"]:
         """Returns the rows `ids`; an id outside the table takes the nearest row."""
-        return jnp.take(self.weight[...], ids, axis=0, mode="clip")
+        weight, num_rows = self.weight[...], self.weight.shape[0]
+        if num_rows == self.num_embeddings:
+            return jnp.take(weight, ids, axis=0, mode="clip")
+        places = jnp.clip(ids, 0, self.num_embeddings - 1) - device_index() * num_rows
+        is_here = (places >= 0) & (places < num_rows)
+        found = jnp.take(weight, places, axis=0, mode="clip")
+        return summed(jnp.where(is_here[:, None], found, jnp.zeros((), found.dtype)))
 
 
 class RMSNorm(nnx.Module):
@@ -223,9 +240,15 @@ class LayerNorm(nnx.Module):
         return normed.astype(x.dtype)
 
 
-def logits(hidden: Float[Array, "*n E"], weight: Float[Array, "V E"]) -> Float[Array, "*n V"]:
-    """Returns float32 logits of `hidden` under the output embedding `weight`."""
-    return product(hidden, weight, jnp.float32)
+def logits(
+    hidden: Float[Array, "*n E"], weight: Float[Array, "W E"], vocab_size: int
+) -> Float[Array, "*n V"]:
+    """Returns float32 logits of `hidden` under the output embedding `weight`, of all V tokens.
+
+    `weight` has their rows, or where devices share them this device's.
+    """
+    own = product(hidden, weight, jnp.float32)
+    return own if own.shape[-1] == vocab_size else gathered(own)
 
 
 def wanted_by_layer(

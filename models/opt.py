@@ -118,10 +118,15 @@ class OPTAttention(nnx.Module):
         self.head_dim = config.head_dim
         self.scaled_dtype = config.kv_cache_dtype
         self.k_scale, self.v_scale = static_scale(config), static_scale(config)
-        size, bias = config.hidden_size, config.enable_bias
+        bias = config.enable_bias
         self.qkv_proj = qkv_projection(config, bias=bias, dtype=dtype, rngs=rngs)
         self.out_proj = Linear(
-            size, size, axes=("embed", "heads"), bias=bias, dtype=dtype, rngs=rngs
+            config.num_q_heads * config.head_dim,
+            config.hidden_size,
+            axes=("embed", "heads"),
+            bias=bias,
+            dtype=dtype,
+            rngs=rngs,
         )
 
     def __call__(
@@ -138,7 +143,7 @@ class OPTAttention(nnx.Module):
         options = {} if context is None else {"context": context}
         options |= options_for(kv_cache, self.scaled_dtype, self.k_scale, self.v_scale)
         out, kv_cache = attend_to_wanted(attend, wanted, q, k, v, kv_cache, metadata, **options)
-        return self.out_proj(out.reshape(-1, x.shape[1])), kv_cache
+        return self.out_proj(out.reshape(len(out), -1)), kv_cache
 
 
 class OPTDecoderLayer(nnx.Module):
@@ -267,7 +272,7 @@ class OPT(nnx.Module):
         if self._has_projections:
             hidden = decoder.project_out(hidden)
         output = decoder.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return logits(hidden, output.weight[...])
+        return logits(hidden, output.weight[...], self.config.vocab_size)
 
     @property
     def _has_projections(self) -> bool:

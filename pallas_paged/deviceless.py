@@ -79,11 +79,20 @@ def _description(target: str) -> str:
     return resources.files("pallas_paged.targets").joinpath(f"{target}.txtpb").read_text()
 
 
-@functools.cache
 def target_device(target: str) -> jax.Device:
     """Returns a compile-only device for the GPU named `target`, one of `TARGETS`.
 
     Under `jax.default_device(...)` of it, tracing chooses implementations for that GPU.
+
+    Raises:
+      ValueError, RuntimeError: as `target_devices`.
+    """
+    return target_devices(target, 1)[0]
+
+
+@functools.cache
+def target_devices(target: str, num_devices: int) -> tuple[jax.Device, ...]:
+    """Returns compile-only devices for so many GPUs of one machine, all like the one `target`.
 
     Raises:
       ValueError: an unknown target.
@@ -97,7 +106,7 @@ def target_device(target: str) -> jax.Device:
     description = _description(target).replace(str(memory_bytes), str(memory_bytes * 5 // 4))
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=description, topology="1x1x1"
+            platform="cuda", target_config=description, topology=f"1x1x{num_devices}"
         )
     except Exception as error:
         raise RuntimeError(
@@ -105,7 +114,7 @@ def target_device(target: str) -> jax.Device:
             f"jax-cuda12-plugin and jax-cuda12-pjrt, both {jax.__version__}, "
             "nvidia-cuda-nvcc-cu12, and JAX_PLATFORMS=cpu in the environment"
         ) from error
-    return topology.devices[0]
+    return tuple(topology.devices)
 
 
 def compile_for(

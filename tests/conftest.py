@@ -1,4 +1,4 @@
-"""Settings of every test: two CPU devices, strict dtypes, checked shapes."""
+"""Settings of every test: eight CPU devices, strict dtypes, checked shapes."""
 
 import atexit
 import concurrent.futures
@@ -23,7 +23,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=2",
+        "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_gpu_autotune_level=0",

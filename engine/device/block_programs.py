@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
+from pallas_paged.engine.device.placement import BY_HEAD, DEFAULT_DEVICE, WHOLE, Placement
 from pallas_paged.engine.kv.host_pool import BlockMove, chunk_sizes
 from pallas_paged.engine.kv.sharing import CopyPairs
 from pallas_paged.kv_cache import NULL_BLOCK, KVCache
@@ -56,19 +56,21 @@ class BlockPrograms:
     def copy(self, kv_caches: Caches, pairs: CopyPairs) -> Caches:
         """Copies `pairs.src` to `pairs.dst` in every layer; donates `kv_caches`."""
         size = self._copy_sizes[bisect.bisect_left(self._copy_sizes, len(pairs.src))]
-        src, dst = (_padded(blocks, size) for blocks in pairs)
+        src, dst = (self._blocks(blocks, size) for blocks in pairs)
         return self._program("copy", size)(kv_caches, src, dst)
 
     def swap_out(self, kv_caches: Caches, move: BlockMove) -> Caches:
         """Returns blocks of every layer in host memory; copies in one launch, without waiting."""
         size = move.chunk.num_blocks
-        gathered = self._program("gather", size)(kv_caches, _padded(move.block_ids, size))
+        gathered = self._program("gather", size)(kv_caches, self._blocks(move.block_ids, size))
         return jax.device_put(gathered, self._placement.host_blocks)
 
     def swap_in(self, kv_caches: Caches, move: BlockMove, chunk: Caches) -> Caches:
         """Copies blocks of every layer back from what `swap_out` returned; donates `kv_caches`."""
+        size = move.chunk.num_blocks
         blocks = jax.device_put(chunk, self._placement.kv_caches)
-        return self._program("scatter", move.chunk.num_blocks)(kv_caches, move.block_ids, blocks)
+        ids = self._blocks(move.block_ids, size)
+        return self._program("scatter", size)(kv_caches, ids, blocks)
 
     def names(self) -> list[tuple[str, int]]:
         """Returns every program that copies may run: what it does, and to how many blocks."""
@@ -98,10 +100,16 @@ class BlockPrograms:
 
     def _lower(self, name: str, size: int) -> jax.stages.Lowered:
         self.num_traces[name, size] = self.num_traces.get((name, size), 0) + 1
-        ids = jax.ShapeDtypeStruct((size,), jnp.int32)
+        ids = self._placement.input_shapes(jax.ShapeDtypeStruct((size,), jnp.int32))
         copy, gather, scatter = (
-            functools.partial(function, implementation=self._implementation)
-            for function in (_copy, _gather, _scatter)
+            self._placement.per_device(
+                functools.partial(function, implementation=self._implementation), specs, BY_HEAD
+            )
+            for function, specs in (
+                (_copy, (BY_HEAD, WHOLE, WHOLE)),
+                (_gather, (BY_HEAD, WHOLE)),
+                (_scatter, (BY_HEAD, WHOLE, BY_HEAD)),
+            )
         )
         if name == "copy":
             return jax.jit(copy, donate_argnums=0).lower(self._caches, ids, ids)
@@ -109,6 +117,12 @@ class BlockPrograms:
             return jax.jit(gather).lower(self._caches, ids)
         blocks = self._placement.cache_shapes(jax.eval_shape(gather, self._caches, ids))
         return jax.jit(scatter, donate_argnums=0).lower(self._caches, ids, blocks)
+
+    def _blocks(self, block_ids: np.ndarray, size: int) -> np.ndarray | jax.Array:
+        """Returns i32[`size`], blocks and padding, where a program takes them from."""
+        padded = _padded(block_ids, size)
+        # A program on one device takes the host's arrays as they are, which is faster.
+        return padded if self._placement.num_devices == 1 else self._placement.put_inputs(padded)
 
 
 def _copy(

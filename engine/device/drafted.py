@@ -86,7 +86,7 @@ def draft_model_of(
             f"the draft model in {settings.model} serves {draft.max_model_len} tokens, fewer than "
             f"max_model_len={max_model_len}"
         )
-    draft = draft.for_length(max_model_len)
+    draft = draft.for_length(max_model_len).for_devices(config.tensor_parallel_size)
     DraftedConfig.of(shape, draft)
     return settings.model, draft
 
@@ -103,6 +103,18 @@ def abstract_network(config: EngineConfig, shape: ModelConfig, max_model_len: in
         return model
     dtype = jax.tree.leaves(nnx.state(model))[0].dtype
     return Drafted(model, abstract_model(draft[1], dtype))
+
+
+def share_of(network: CausalLM, num_devices: int) -> CausalLM:
+    """Returns a model with the attention that one of so many devices has of `network`'s.
+
+    Without arrays, but for one device, which has it all.
+    """
+    if num_devices == 1:
+        return network
+    dtype = jax.tree.leaves(nnx.state(network))[0].dtype
+    models = [abstract_model(part.share(num_devices), dtype) for part in parts_of(network.config)]
+    return models[0] if len(models) == 1 else Drafted(*models)
 
 
 def num_caches(config: ModelConfig) -> int:

@@ -35,6 +35,7 @@ def fingerprint(programs: StepPrograms) -> dict[str, str]:
     return {
         **_software(),
         **_device(programs.placement.device),
+        "tensor_parallel_size": str(programs.placement.num_devices),
         **_model(programs.model.config),
         "weights": _shapes(jax.tree.leaves(programs.params)),
         "kv_caches": _shapes(jax.tree.leaves(programs.kv_caches), first_axis=1),

@@ -87,6 +87,7 @@ def compile_kernels_soon(config: EngineConfig, shape: ModelConfig, placement: Pl
         return
     dtype = jnp.dtype(name)
     cache_dtype = resolve_kv_cache_dtype(config, dtype, shape, placement.device.platform)
+    shape = shape.share(placement.num_devices)
     specs = shape.cache_specs(config.block_size, cache_dtype)
     chosen = [
         (_implementation(config, q, cache), q, cache)

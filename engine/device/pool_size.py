@@ -22,7 +22,12 @@ from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.logprobs import width_for
 from pallas_paged.engine.core.speculation import DraftModelSettings, speculation_settings
 from pallas_paged.engine.device.device_memory import memory_stats, usable_bytes
-from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement, may_look
+from pallas_paged.engine.device.placement import (
+    DEFAULT_DEVICE,
+    Placement,
+    may_look,
+    share_shapes,
+)
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.device.row_state import RowState
 from pallas_paged.engine.device.rows import Rows
@@ -51,7 +56,7 @@ class BundledPool(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PoolPlan:
-    """The pool's size and the bytes beside it.
+    """The pool's size and the bytes beside it, of one device if several share the model.
 
     Attributes:
       num_blocks: N, the null block included.
@@ -170,9 +175,14 @@ def plan_pool(
     S = config.block_size
     shape = model.config
     specs = shape.cache_specs(S, cache_dtype)
-    block_bytes = sum(spec.block_bytes for spec in specs)
+    block_bytes = sum(spec.block_bytes for spec in specs) // placement.num_devices
     max_blocks_per_seq = math.ceil(max_model_len / S)
-    weight_bytes = num_bytes(nnx.state(model))
+    state = nnx.state(model)
+    weight_bytes = num_bytes(
+        share_shapes(
+            jax.tree.leaves(state), placement.parameter_specs(state), placement.num_devices
+        )
+    )
     row_state = jax.eval_shape(lambda: RowState.zeros(config.max_num_seqs, shape.vocab_size))
     row_state_bytes = num_bytes(row_state)
     rows_bytes = _rows_bytes(config.max_num_seqs, max_blocks_per_seq)
@@ -187,7 +197,7 @@ def plan_pool(
             source, pool_bytes = "the default on a CPU", DEFAULT_CPU_KV_CACHE_BYTES
         else:
             source = f"gpu_memory_utilization={config.gpu_memory_utilization}"
-            stats = memory_stats(placement.device) if stats is None else stats
+            stats = _memory_stats(placement) if stats is None else stats
             if stats is None:
                 raise ValueError(
                     "JAX does not tell the memory of this device, so that no share of it is known; "
@@ -213,6 +223,7 @@ def plan_pool(
                 f"{block_bytes}; at least 2 blocks are needed: give it more memory, or choose a "
                 "smaller block_size or model"
             )
+        num_blocks = placement.least(num_blocks)
         num_blocks = min(num_blocks, config.max_num_seqs * max_blocks_per_seq + 1)
         if bundled is not None and config.kv_cache_memory_bytes is None:
             room = pool_bytes if stats is not None else _memory_bytes(placement.device)
@@ -252,6 +263,13 @@ def round_num_blocks(num_blocks: int) -> int:
     """
     step = 1 << max(0, num_blocks.bit_length() - 4)
     return num_blocks // step * step
+
+
+def _memory_stats(placement: Placement) -> Mapping[str, int] | None:
+    """Returns those of the device that has the least left; None if JAX does not tell them."""
+    every = [memory_stats(device) for device in placement.local_devices]
+    known = [stats for stats in every if stats is not None]
+    return min(known, key=lambda s: s["bytes_limit"] - s["bytes_in_use"], default=None)
 
 
 def _memory_bytes(device: jax.Device) -> int:

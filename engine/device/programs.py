@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import logging
 import threading
 import time
@@ -21,9 +20,10 @@ from pallas_paged.engine.core.step_inputs import packed_size
 from pallas_paged.engine.core.table_edits import NUM_ENTRIES
 from pallas_paged.engine.device.background import Background
 from pallas_paged.engine.device.compilation_cache import cache_counts
-from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
-from pallas_paged.engine.device.row_state import RowState, edit_masks, edit_rows
-from pallas_paged.engine.device.rows import Rows, edit_tables
+from pallas_paged.engine.device.placement import BY_HEAD, DEFAULT_DEVICE, WHOLE, Placement
+from pallas_paged.engine.device.row_edits import edit_function
+from pallas_paged.engine.device.row_state import RowState
+from pallas_paged.engine.device.rows import Rows
 from pallas_paged.engine.device.step import (
     NUM_PROMPT_ROWS,
     Caches,
@@ -80,6 +80,7 @@ class StepPrograms:
 
     def __post_init__(self) -> None:
         self.graphdef, params = nnx.split(self.model)
+        self._specs = self.placement.parameter_specs(params)
         self.params = self.placement.put_parameters(params)
         # Not the arrays: they would stay in memory beside the ones that take their place.
         self.kv_caches = self.placement.cache_shapes(self.kv_caches)
@@ -138,7 +139,7 @@ class StepPrograms:
         num_tokens = hidden.shape[0]
         if num_tokens not in self._hidden:
             self._hidden[num_tokens] = self.placement.input_shapes(hidden)
-        return self._other("prompt_logprobs", num_tokens)(self.params, hidden, packed)
+        return self._other("prompt_logprobs", num_tokens)(self._leaves, hidden, packed)
 
     def _other(self, kind: str, size: int) -> jax.stages.Compiled:
         """Returns a program that is no step, compiled if it is not."""
@@ -248,28 +249,29 @@ class StepPrograms:
 
     def _lower_other(self, kind: str, size: int) -> jax.stages.Lowered:
         """Traces a program that is no step: one of `others`."""
-        if kind == "edit_tables":
-
-            def edit(rows: Rows, edit: jax.Array) -> Rows:
-                return edit_tables(rows, *edit)
-
-            return self._lower(jax.jit(edit, donate_argnums=0), self._rows(), self._input(2, size))
         if kind == "new_row_state":
             return self._lower(jax.jit(self._zero_rows, out_shardings=self.placement.inputs))
-        if kind == "edit_rows":
-            state, tokens = self._row_state(), self._input(self.max_num_seqs + 1)
-            packed = self._input(edit_size(self.max_num_seqs))
-            edit_state = functools.partial(edit_rows, looks=self.placement.may_look)
-            return self._lower(jax.jit(edit_state, donate_argnums=0), state, tokens, packed)
-        if kind == "edit_masks":
-            masks = self._row_state().masks
-            edit_shape = self._input(size, 1 + masks.shape[1])
-            return self._lower(jax.jit(edit_masks, donate_argnums=0), masks, edit_shape)
-        assert kind == "prompt_logprobs", kind
-        run = functools.partial(prompt_logprobs, graphdef=self.graphdef, width=self.logprobs_width)
-        params = self.placement.parameter_shapes(self.params)
-        packed = self._input(2, NUM_PROMPT_ROWS)
-        return self._lower(jax.jit(run), params, self._hidden[size], packed)
+        if kind == "prompt_logprobs":
+            run = self.placement.per_device(
+                self._prompt_logprobs, (self._specs, WHOLE, WHOLE), WHOLE
+            )
+            arguments = self._parameters(), self._hidden[size], self._input(2, NUM_PROMPT_ROWS)
+            return self._lower(jax.jit(run), *arguments)
+        state = self._row_state()
+        edited = {
+            "edit_tables": (self._rows(), self._input(2, size)),
+            "edit_rows": (state, self._input(size + 1), self._input(edit_size(size))),
+            "edit_masks": (state.masks, self._input(size, 1 + state.masks.shape[1])),
+        }[kind]
+        edit = edit_function(kind, looks=self.placement.may_look)
+        on_each = self.placement.per_device(edit, WHOLE, WHOLE)
+        return self._lower(jax.jit(on_each, donate_argnums=0), *edited)
+
+    def _prompt_logprobs(
+        self, leaves: list[Any], hidden: jax.Array, packed: jax.Array
+    ) -> jax.Array:
+        params, width = jax.tree.unflatten(self._tree, leaves), self.logprobs_width
+        return prompt_logprobs(params, hidden, packed, graphdef=self.graphdef, width=width)
 
     def function(
         self, bucket: Bucket
@@ -302,9 +304,11 @@ class StepPrograms:
 
         packed = self._input(packed_size(bucket))
         state = self._row_state() if bucket.is_full else ()
-        leaves = self.placement.parameter_shapes(self._leaves)
-        arguments = (leaves, self.kv_caches, self._rows(), packed, *state)
-        return step, arguments, (1, 2, 4) if bucket.is_full else (1, 2)
+        arguments = (self._parameters(), self.kv_caches, self._rows(), packed, *state)
+        in_specs = (self._specs, BY_HEAD, *(WHOLE for _ in arguments[2:]))
+        out_specs: Any = StepArrays._make((BY_HEAD, *(WHOLE for _ in StepArrays._fields[1:])))
+        on_each = self.placement.per_device(step, in_specs, out_specs)
+        return on_each, arguments, (1, 2, 4) if bucket.is_full else (1, 2)
 
     def _lower(self, jitted: Any, *args: Any) -> jax.stages.Lowered:
         """Traces a program for the placement's devices."""
@@ -317,6 +321,9 @@ class StepPrograms:
             kernels_later(self._kernels),
         ):
             return jitted.lower(*args)
+
+    def _parameters(self) -> list[Any]:
+        return self.placement.parameter_shapes(self._leaves, self._specs)
 
     def _input(self, *shape: int) -> jax.ShapeDtypeStruct:
         return self.placement.input_shapes(jax.ShapeDtypeStruct(shape, jnp.int32))

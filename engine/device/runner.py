@@ -74,7 +74,7 @@ class ModelRunner:
         specs = config.cache_specs(block_size, kv_cache_dtype)
         if placement.mesh is None:  # what lies there now is not moved by another setting later
             placement = Placement.on(placement.device)
-        self._inputs = placement.inputs
+        self._placement = placement
         self._make_caches = lambda: tuple(
             spec.zeros(num_blocks, placement.kv_caches) for spec in specs
         )
@@ -131,8 +131,8 @@ class ModelRunner:
     def _dispatch(self, plan: StepPlan) -> InFlight:
         self._move_blocks(plan)
         for edit in plan.table_edits:
-            self.rows = self.programs.edit_tables(self.rows, jax.device_put(edit, self._inputs))
-        packed = jax.device_put(plan.inputs, self._inputs)
+            self.rows = self.programs.edit_tables(self.rows, self._placement.put_inputs(edit))
+        packed = self._placement.put_inputs(plan.inputs)
         row_state = self._edited_rows(plan) if plan.bucket.is_full else None
         result = self.programs(plan.bucket, self.kv_caches, self.rows, packed, row_state)
         self.kv_caches, self.rows = result.kv_caches, result.rows
@@ -169,10 +169,10 @@ class ModelRunner:
             self.row_state = self.programs.new_row_state()
         for edit in plan.row_edits:
             self.row_state = self.programs.edit_rows(
-                self.row_state, self.rows.last_tokens, jax.device_put(edit, self._inputs)
+                self.row_state, self.rows.last_tokens, self._placement.put_inputs(edit)
             )
         for edit in plan.mask_edits:
-            there = jax.device_put(edit, self._inputs)
+            there = self._placement.put_inputs(edit)
             self.row_state = self.programs.edit_masks(self.row_state, there)
         return self.row_state
 
@@ -183,7 +183,7 @@ class ModelRunner:
             piece = targets[:, start : start + NUM_PROMPT_ROWS]
             packed = np.zeros((2, NUM_PROMPT_ROWS), np.int32)
             packed[:, : piece.shape[1]] = piece
-            packed_there = jax.device_put(packed, self._inputs)
+            packed_there = self._placement.put_inputs(packed)
             arrays.append(self.programs.prompt_logprobs(hidden, packed_there))
             arrays[-1].copy_to_host_async()
         return tuple(arrays)
@@ -206,7 +206,7 @@ class ModelRunner:
         self.rows = self._fresh_rows()
 
     def _fresh_rows(self) -> Rows:
-        return Rows.zeros(self._num_rows, self.buckets.table_widths[-1], self._inputs)
+        return Rows.zeros(self._num_rows, self.buckets.table_widths[-1], self._placement.inputs)
 
     def warm_up(self) -> None:
         """Compiles every program, so that no step waits for a compilation."""

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from pallas_paged.collectives import Collective, collectives
 from pallas_paged.deviceless import compile_with_schedule, target_device
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.logprobs import width_for
 from pallas_paged.engine.device.implementations import resolve_kv_cache_dtype
+from pallas_paged.engine.device.placement import BY_HEAD, share_shapes
 from pallas_paged.engine.device.pool_size import num_bytes
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.kv.sharing import blocks_for
@@ -54,12 +56,13 @@ class StepReport:
     Attributes:
       bucket: the step's shape.
       peak_bytes: the most that it takes at a time, weights and caches included.
-      weight_bytes, cache_bytes: of the parameters and of the caches.
+      weight_bytes, cache_bytes: of the parameters and of the caches, on one device.
       in_place_bytes: of the arguments that the step overwrites.
       temporary_bytes: of everything beside its arguments and results.
       launches: what it launches; None on a CPU, as is the next one.
       schedule: which of that is in command buffers.
       moves: instructions that write a weight, or an array of a cache, anew; see `moves`.
+      collectives: what it exchanges with the other devices that share the model.
     """
 
     bucket: Bucket
@@ -71,6 +74,7 @@ class StepReport:
     launches: Launches | None
     schedule: Schedule | None
     moves: tuple[str, ...]
+    collectives: tuple[Collective, ...]
 
 
 def compile_step(
@@ -116,14 +120,28 @@ def report_step(programs: StepPrograms, bucket: Bucket) -> StepReport:
     assert memory is not None, "XLA gave no memory analysis of a compiled program"
     if schedule is not None:
         found = launches(text)
+    weights, caches = _shares(programs)
     return StepReport(
         bucket,
         peak_bytes=memory.peak_memory_in_bytes,
-        weight_bytes=num_bytes(programs.params),
-        cache_bytes=num_bytes(programs.kv_caches),
+        weight_bytes=num_bytes(weights),
+        cache_bytes=num_bytes(caches),
         in_place_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         launches=found,
         schedule=schedule,
-        moves=tuple(moves(text, jax.tree.leaves((programs.params, programs.kv_caches)))),
+        moves=tuple(moves(text, weights + caches)),
+        collectives=tuple(collectives(text)),
+    )
+
+
+def _shares(
+    programs: StepPrograms,
+) -> tuple[list[jax.ShapeDtypeStruct], list[jax.ShapeDtypeStruct]]:
+    """Returns what one device has of the parameters, and of the caches."""
+    placement, params, caches = programs.placement, programs.params, programs.kv_caches
+    arrays, count = jax.tree.leaves(caches), placement.num_devices
+    return (
+        share_shapes(jax.tree.leaves(params), placement.parameter_specs(params), count),
+        share_shapes(arrays, [BY_HEAD] * len(arrays), count),
     )

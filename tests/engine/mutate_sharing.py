@@ -119,7 +119,7 @@ MUTATIONS = {
     ),
     "edits before a step left out": Mutation(
         _RUNNER,
-        "self.rows = self.programs.edit_tables(self.rows, jax.device_put(edit, self._inputs))",
+        "self.rows = self.programs.edit_tables(self.rows, self._placement.put_inputs(edit))",
         "pass",
         _PLANS,
     ),

@@ -49,7 +49,7 @@ from pallas_paged.models.llama import LlamaConfig
         ("max_logprobs", -2, "max_logprobs=-2 must be an integer >= -1"),
         ("attention_implementation", "triton", "attention_implementation='triton' must be"),
         ("cache_implementation", "triton", "cache_implementation='triton' must be"),
-        ("tensor_parallel_size", 2, "tensor_parallel_size=2 is not supported yet"),
+        ("tensor_parallel_size", 0, "tensor_parallel_size=0 must be an integer >= 1"),
         ("enable_prefix_caching", 1, "enable_prefix_caching=1 must be True or False"),
         ("swap_space", -1, "swap_space=-1 must be a number of GiB >= 0"),
         ("swap_space", float("nan"), "swap_space=nan must be"),

@@ -264,7 +264,7 @@ def test_a_program_that_is_there_is_not_compiled(monkeypatch: pytest.MonkeyPatch
 
 def chosen(checked: tuple[KernelCheck, ...]) -> choices.Choices:
     dtype = jnp.dtype("bfloat16")
-    return choices.Choices(dtype, dtype, (), "mosaic_gpu", "mosaic_gpu", checked)
+    return choices.Choices(dtype, dtype, (), SHAPE, (), "mosaic_gpu", "mosaic_gpu", checked)
 
 
 def test_programs_are_compiled_while_weights_are_read(

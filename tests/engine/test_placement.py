@@ -30,7 +30,7 @@ PARAMS = [
 ]
 
 
-def engine_on(placement: Placement | None) -> Built:
+def engine_on(placement: Placement | None, num_devices: int = 1) -> Built:
     """Returns an engine with one shape of steps, whose pool is so small that groups are swapped."""
     config = EngineConfig(
         str(DATA / NAME),
@@ -42,6 +42,7 @@ def engine_on(placement: Placement | None) -> Built:
         preemption_mode="swap",
         deterministic=True,
         seed=0,
+        tensor_parallel_size=num_devices,
         compilation_cache_dir=None,
     )
     return build(config, placement)
@@ -63,13 +64,13 @@ def test_an_engine_runs_on_the_devices_of_its_placement(
     devices: slice, expected: list[list[int]]
 ) -> None:
     mine = set(jax.devices()[devices])
-    built = engine_on(Placement.on(*jax.devices()[devices]))
+    built = engine_on(Placement.on(*jax.devices()[devices]), len(mine))
     assert tokens_of(built) == expected
     runner = built.runner
-    state = runner.kv_caches, runner.rows, runner.row_state, runner.programs.params
-    for array in jax.tree.leaves(state):
+    on_each = runner.rows, runner.row_state
+    for array in jax.tree.leaves((on_each, runner.kv_caches, runner.programs.params)):
         assert array.devices() == mine
-        assert array.sharding.is_fully_replicated
+    assert all(array.sharding.is_fully_replicated for array in jax.tree.leaves(on_each))
 
 
 def test_one_device_is_not_part_of_the_programs() -> None:
