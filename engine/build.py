@@ -234,7 +234,7 @@ def _load_network(
     def load(folder: str, shape: ModelConfig, dtype: Any) -> CausalLM:
         if config.load_format == "dummy":
             assert config.seed is not None
-            return init_model(folder, dtype, config.seed, config=shape)
+            return init_model(folder, dtype, config.seed, shape, placement.parameter)
         return load_model(folder, dtype, placement.parameter, shape)
 
     network = load(config.model, shape, config.dtype)

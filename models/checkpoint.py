@@ -7,12 +7,14 @@ loader both are names, shapes and values.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 import safetensors
 
@@ -28,6 +30,12 @@ TOKENIZER_FILES = (
 _HUB_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*/[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+_MAPPED_BYTES = 64 << 20
+"""Of a file's tensor that are mapped at once where a slice of it is read."""
+
+Slices = tuple[slice, ...]
+"""Of an array, with a start and a stop for each axis, and no step."""
 
 Take = Callable[[str, np.ndarray], object]
 """Called with a tensor's name and its value, which it may keep."""
@@ -60,6 +68,13 @@ class Checkpoint(Protocol):
 
         Raises:
           ValueError: the files are damaged; what `take` raises.
+        """
+
+    def read_slices(self, name: str, slices: Sequence[Slices]) -> list[np.ndarray]:
+        """Returns slices of one tensor; the whole of it is not in memory, unless they are that.
+
+        Raises:
+          ValueError: the files are damaged, as far as what is read of them can show it.
         """
 
 
@@ -148,6 +163,39 @@ class HFCheckpoint:
         """See `Checkpoint.read`."""
         for name in names:
             take(name, self.value(name))
+
+    def read_slices(self, name: str, slices: Sequence[Slices]) -> list[np.ndarray]:
+        """See `Checkpoint.read_slices`; safetensors files have no checksums."""
+        tensor = self.tensors[name]
+        if not tensor.shape:
+            return [self.value(name) for _ in slices]
+        found = [np.empty(size_of(index), numpy_dtype(tensor.dtype)) for index in slices]
+        for index, value in zip(slices, found, strict=True):
+            # Columns lie all over the file: of the pages between them few are mapped at a time.
+            for rows in row_blocks(tensor, index[0], _MAPPED_BYTES):
+                with _opened(self._files[name]) as opened:
+                    begin = index[0].start
+                    target = value[rows.start - begin : rows.stop - begin]
+                    target[...] = opened.get_slice(name)[(rows, *index[1:])]
+        return found
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """Returns the NumPy type with a name of `DTYPES`, bfloat16 among them."""
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def size_of(index: Slices) -> tuple[int, ...]:
+    """Returns the shape of such a slice."""
+    return tuple(axis.stop - axis.start for axis in index)
+
+
+def row_blocks(tensor: Tensor, rows: slice, num_bytes: int) -> Iterator[slice]:
+    """Yields the rows of a tensor in blocks of so many bytes of it, or of one row."""
+    of_row = math.prod(tensor.shape[1:]) * numpy_dtype(tensor.dtype).itemsize
+    step = max(num_bytes // max(of_row, 1), 1)
+    for begin in range(rows.start, rows.stop, step):
+        yield slice(begin, min(begin + step, rows.stop))
 
 
 @contextlib.contextmanager

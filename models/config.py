@@ -203,22 +203,12 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name}={getattr(config, name)} must be positive")
 
 
-def check_split(config: Any, num_devices: int, name: str) -> None:
-    """Raises `ValueError` if the attribute `name` is no multiple of the number of devices."""
-    if num_devices < 1:
-        raise ValueError(f"num_devices={num_devices} must be positive")
-    if (size := getattr(config, name)) % num_devices:
-        raise ValueError(
-            f"{name}={size} cannot be split over {num_devices} devices: use a number of devices "
-            f"that divides {size}"
-        )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What the engine needs to know of any model; each family adds its own fields.
 
     Attributes:
+      must_split: the fields that have to be multiples of a number of devices, see `for_devices`.
       architecture: the name in the field `architectures` of a `config.json`.
       max_position_embeddings: of `config.json`; see `max_model_len` for the most tokens that a
         sequence may have.
@@ -230,6 +220,7 @@ class ModelConfig:
         time for its share of the query heads; see `for_devices`.
     """
 
+    must_split: ClassVar[tuple[str, ...]] = ("num_q_heads",)
     architecture: ClassVar[str]
 
     vocab_size: int
@@ -312,13 +303,20 @@ class ModelConfig:
         """Returns the configuration for weights that are split over so many devices.
 
         Where there are fewer KV heads than devices, each is there several times, so that every
-        device has one, next to the query heads that read it. A family also checks what else it
-        splits; a vocabulary that cannot be split stays whole.
+        device has one, next to the query heads that read it. A vocabulary that cannot be split
+        stays whole.
 
         Raises:
-          ValueError: heads cannot be split over so many devices.
+          ValueError: heads, or one of `must_split`, cannot be split over so many devices.
         """
-        check_split(self, num_devices, "num_q_heads")
+        if num_devices < 1:
+            raise ValueError(f"num_devices={num_devices} must be positive")
+        for name in self.must_split:
+            if (size := getattr(self, name)) % num_devices:
+                raise ValueError(
+                    f"{name}={size} cannot be split over {num_devices} devices: use a number of "
+                    f"devices that divides {size}"
+                )
         if self.num_kv_heads % num_devices == 0:
             return self
         if num_devices % self.num_kv_heads:

@@ -19,7 +19,6 @@ from pallas_paged.models.config import (
     HFFields,
     ModelConfig,
     check_positive,
-    check_split,
     checkpoint_dtype_from_hf,
     head_dim_from_hidden,
 )
@@ -53,6 +52,8 @@ class DecoderConfig(ModelConfig):
       sliding_windows: by layer, how many tokens a query sees, itself included, None for all of
         them; empty means None in every layer.
     """
+
+    must_split = ("num_q_heads", "intermediate_size")
 
     intermediate_size: int
     rope: Rope = dataclasses.field(default_factory=Rope)
@@ -93,12 +94,6 @@ class DecoderConfig(ModelConfig):
     def for_length(self, max_model_len: int) -> "DecoderConfig":
         """See `ModelConfig.for_length`."""
         return dataclasses.replace(self, rope=self.rope.for_length(max_model_len))
-
-    def for_devices(self, num_devices: int) -> "DecoderConfig":
-        """See `ModelConfig.for_devices`."""
-        config = super().for_devices(num_devices)
-        check_split(self, num_devices, "intermediate_size")
-        return config
 
     def first_layers(self, num_layers: int) -> "DecoderConfig":
         """See `ModelConfig.first_layers`."""

@@ -7,7 +7,7 @@ error that names it.
 
 import collections
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ from flax import nnx
 
 from pallas_paged.models.checkpoint import Checkpoint, HFCheckpoint, Tensor, model_file, read_json
 from pallas_paged.models.config import DTYPES, ModelConfig
-from pallas_paged.models.interface import CausalLM, CheckpointNames
-from pallas_paged.models.kv_scales import SCALES, parameter_name
+from pallas_paged.models.interface import CausalLM
+from pallas_paged.models.kv_scales import SCALES
+from pallas_paged.models.matching import abstract_parameters, parameters
 from pallas_paged.models.ported import PortedCheckpoint, is_ported
 from pallas_paged.models.registry import FAMILIES, config_from_hf
+from pallas_paged.models.sharded import ShardingOf, is_split, read_parameter
 from pallas_paged.models.tensors import Place, places, spread
-
-ShardingOf = Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
-"""From the logical names of a parameter's axes, and its shape, to where it goes."""
 
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -62,8 +61,9 @@ def load_model(
     """Returns the model in the folder `path`, its weights where `sharding` puts them.
 
     Tensors are read and placed one after the other; the host holds none but the one in hand, and
-    of a merged parameter those that were read before. A ported folder's are held against their
-    checksums.
+    of a merged parameter those that were read before. A parameter that is split over devices is
+    made of the slices that this process's devices need, and nothing else is read. What is read of
+    a ported folder is held against its checksums.
 
     Args:
       path: a folder with `config.json` and either `model.safetensors`, or
@@ -85,24 +85,45 @@ def load_model(
     config = load_config(path) if config is None else config
     tensors = parameters(path, checkpoint, config)
     param_dtype = _param_dtype(dtype, config, tensors)
-    graph, abstract = _abstract(config, param_dtype)
+    graph, abstract = abstract_parameters(config, param_dtype)
     params = dict(nnx.to_flat_state(abstract))
     where = {tensors[name].name: place for name, place in places(abstract).items()}
+    shardings = {
+        path: None if sharding is None else sharding(param.out_sharding, param.shape)
+        for path, param in params.items()
+    }
+    whole, split = dict[str, Place](), dict[tuple[Any, ...], dict[str, Place]]()
+    for name, place in where.items():
+        of_path = split.setdefault(place.path, {}) if is_split(shardings[place.path]) else whole
+        of_path[name] = place
+    loaded = _read_whole(checkpoint, params, whole, shardings)
+    for at, parts in split.items():
+        to = shardings[at]
+        assert to is not None
+        value = read_parameter(params[at], to, parts, checkpoint, _prepared)
+        loaded.append((at, params[at].replace(value)))
+    return nnx.merge(graph, nnx.from_flat_state(loaded))
+
+
+def _read_whole(
+    checkpoint: Checkpoint,
+    params: Mapping[tuple[Any, ...], Any],
+    where: Mapping[str, Place],
+    shardings: Mapping[tuple[Any, ...], jax.sharding.Sharding | None],
+) -> list[tuple[tuple[Any, ...], Any]]:
+    """Returns the parameters that the tensors in `where` make up, each on one device."""
     missing = collections.Counter(place.path for place in where.values())
     begun: dict[tuple[Any, ...], np.ndarray] = {}
     loaded = []
 
     def put(name: str, value: np.ndarray) -> None:
-        path, slices, shape, is_static_scale, copies = where[name]
+        place = where[name]
+        path, slices, copies = place.path, place.slices, place.copies
         param = params[path]
-        value = cast(name, value, param.dtype)
-        if is_static_scale:
-            value = np.broadcast_to(value.reshape(-1), shape)
-            if not (np.isfinite(value) & (value > 0)).all():
-                raise ValueError(f"{name}={value}: scales must be positive and finite")
+        value = _prepared(name, value, place, param.dtype)
         if slices:
             if path not in begun:
-                begun[path] = np.empty(param.shape, param_dtype)
+                begun[path] = np.empty(param.shape, param.dtype)
             merged = begun[path]
             merged[slices] = spread(value, merged[slices].shape, copies)
             value = merged
@@ -111,11 +132,25 @@ def load_model(
         missing[path] -= 1
         if not missing[path]:
             begun.pop(path, None)
-            device = None if sharding is None else sharding(param.out_sharding, param.shape)
-            loaded.append((path, param.replace(jnp.asarray(value, device=device))))
+            loaded.append((path, param.replace(jnp.asarray(value, device=shardings[path]))))
 
-    checkpoint.read(list(where), put)
-    return nnx.merge(graph, nnx.from_flat_state(loaded))
+    if where:
+        checkpoint.read(list(where), put)
+    return loaded
+
+
+def _prepared(name: str, value: np.ndarray, place: Place, dtype: Any) -> np.ndarray:
+    """Returns a tensor, or a slice of it, in the dtype of its parameter; scales one for each head.
+
+    Raises:
+      ValueError: a value is too large for the dtype, or a scale is none.
+    """
+    value = cast(name, value, dtype)
+    if place.is_static_scale:
+        value = np.broadcast_to(value.reshape(-1), place.shape)
+        if not (np.isfinite(value) & (value > 0)).all():
+            raise ValueError(f"{name}={value}: scales must be positive and finite")
+    return value
 
 
 def init_model(
@@ -123,16 +158,20 @@ def init_model(
     dtype: jax.typing.DTypeLike = "auto",
     seed: int = 0,
     config: ModelConfig | None = None,
+    sharding: ShardingOf | None = None,
 ) -> CausalLM:
     """Returns a model of the shape in the folder `path`, its weights drawn and not read.
 
-    Only `config.json` is read. The same seed gives the same weights on the same platform.
+    Only `config.json` is read. The same seed gives the same weights on the same platform, up to
+    rounding in the last place, however they are split. Those that are split are drawn where they
+    go, by one program for all of them.
 
     Args:
       path: a folder with `config.json`.
       dtype: of the parameters: float32, bfloat16 or float16; "auto" takes the one in `config.json`.
       seed: of the weights.
-      config: see `load_model`.
+      config: see `load_model`, as is `sharding`.
+      sharding: without it, or where it splits nothing, JAX's default device has all parameters.
 
     Raises:
       FileNotFoundError: no such folder, or no `config.json` in it.
@@ -141,7 +180,25 @@ def init_model(
     """
     config = load_config(path) if config is None else config
     param_dtype = _param_dtype(dtype, config, {})
-    return FAMILIES[config.architecture].model(config, dtype=param_dtype, rngs=nnx.Rngs(seed))
+    build = FAMILIES[config.architecture].model
+
+    def draw() -> CausalLM:
+        return build(config, dtype=param_dtype, rngs=nnx.Rngs(seed))
+
+    if sharding is None:
+        return draw()
+    graph, abstract = abstract_parameters(config, param_dtype)
+    params = nnx.to_flat_state(abstract)
+    shardings = [sharding(param.out_sharding, param.shape) for _, param in params]
+    if not any(map(is_split, shardings)):
+        return draw()
+
+    def values() -> list[jax.Array]:
+        return [param[...] for _, param in nnx.to_flat_state(nnx.state(draw()))]
+
+    drawn = jax.jit(values, out_shardings=shardings)()
+    of_paths = [(path, p.replace(x)) for (path, p), x in zip(params, drawn, strict=True)]
+    return nnx.merge(graph, nnx.from_flat_state(of_paths))
 
 
 def abstract_model(config: ModelConfig, dtype: jax.typing.DTypeLike = "auto") -> CausalLM:
@@ -150,29 +207,8 @@ def abstract_model(config: ModelConfig, dtype: jax.typing.DTypeLike = "auto") ->
     Raises:
       ValueError: as `init_model`, of `dtype`.
     """
-    graph, abstract = _abstract(config, _param_dtype(dtype, config, {}))
+    graph, abstract = abstract_parameters(config, _param_dtype(dtype, config, {}))
     return nnx.merge(graph, abstract)
-
-
-def parameters(
-    path: str | os.PathLike[str], checkpoint: Checkpoint, config: ModelConfig
-) -> dict[str, Tensor]:
-    """Returns the checkpoint's tensors by the names that the model has for its own: one for each.
-
-    Raises:
-      ValueError: tensors are missing, unused or misshapen, all listed under the name `path`, or of
-        an unsupported dtype; tied embeddings differ.
-    """
-    tensors = _by_parameter(checkpoint, FAMILIES[config.architecture].names, config)
-    _, abstract = _abstract(config, jnp.float32)
-    _check(path, tensors, places(abstract))
-    unsupported = [f"{t.name} ({t.dtype})" for t in tensors.values() if t.dtype not in DTYPES]
-    if unsupported:
-        raise ValueError(
-            f"tensors of a dtype that is not supported, only {', '.join(DTYPES)}: "
-            + ", ".join(unsupported)
-        )
-    return tensors
 
 
 def cast(name: str, value: np.ndarray, dtype: jax.typing.DTypeLike) -> np.ndarray:
@@ -196,53 +232,6 @@ def cast(name: str, value: np.ndarray, dtype: jax.typing.DTypeLike) -> np.ndarra
     return narrow
 
 
-def numpy_dtype(name: str) -> np.dtype:
-    """Returns the NumPy type with a name of `DTYPES`, bfloat16 among them."""
-    return np.dtype(jnp.dtype(name))
-
-
-def _abstract(config: ModelConfig, dtype: jax.typing.DTypeLike) -> tuple[Any, nnx.State]:
-    """Returns a model's graph and its parameters, without any values."""
-    build = FAMILIES[config.architecture].model
-    return nnx.split(nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0))))
-
-
-def _by_parameter(
-    checkpoint: Checkpoint, names: CheckpointNames, config: ModelConfig
-) -> dict[str, Tensor]:
-    """Returns the tensors by our names for them, without those that are no parameters."""
-    found: dict[str, Tensor] = {}
-    for tensor in checkpoint.tensors.values():
-        if tensor.name.endswith(names.derived):
-            continue
-        name = tensor.name
-        for prefix, ours in names.prefixes:
-            if name.startswith(prefix):
-                name = ours + name.removeprefix(prefix)
-                break
-        if config.kv_cache_dtype is not None:
-            name = parameter_name(name)
-        if name in found:
-            raise ValueError(f"{found[name].name} and {tensor.name} are the same parameter {name}")
-        found[name] = tensor
-    if config.tie_word_embeddings and names.output in found:
-        output = found.pop(names.output)
-        if names.embedding in found:
-            _check_equal(checkpoint, found[names.embedding], output)
-        found.setdefault(names.embedding, output)
-    return found
-
-
-def _check_equal(checkpoint: Checkpoint, embedding: Tensor, output: Tensor) -> None:
-    values: dict[str, np.ndarray] = {}
-    checkpoint.read((embedding.name, output.name), values.__setitem__)
-    if not np.array_equal(values[embedding.name], values[output.name]):
-        raise ValueError(
-            f"{output.name} differs from {embedding.name}, but by config.json they are one tensor: "
-            "set tie_word_embeddings to false there to use both"
-        )
-
-
 def _param_dtype(
     requested: jax.typing.DTypeLike, config: ModelConfig, tensors: Mapping[str, Tensor]
 ) -> jnp.dtype:
@@ -258,29 +247,3 @@ def _param_dtype(
     if name not in DTYPES:
         raise ValueError(f"dtype={requested!r} must be 'auto' or one of {', '.join(DTYPES)}")
     return jnp.dtype(name)
-
-
-def _check(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    expected: Mapping[str, Place],
-) -> None:
-    """Raises `ValueError` with all tensors that are missing, unused or misshapen."""
-    problems = [
-        f"missing: {name}, {place.shape}" for name, place in expected.items() if name not in tensors
-    ]
-    for name, tensor in tensors.items():
-        if name not in expected:
-            problems.append(f"unused: {tensor.name}, {tensor.shape}")
-        elif not expected[name].takes(tensor.shape):
-            shape = expected[name].shape
-            problems.append(f"misshapen: {tensor.name} is {tensor.shape}, by config.json {shape}")
-    if any(name.endswith(SCALES) and name not in tensors for name in expected):
-        problems.append(
-            "quantization_config in config.json promises these scales; without it the KV cache has "
-            "a scale of its own for each token"
-        )
-    if problems:
-        raise ValueError(
-            f"the tensors in {path} are not those of its config.json:\n  " + "\n  ".join(problems)
-        )

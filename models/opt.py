@@ -15,7 +15,6 @@ from pallas_paged.models.config import (
     HFFields,
     ModelConfig,
     check_positive,
-    check_split,
     checkpoint_dtype_from_hf,
     head_dim_from_hidden,
 )
@@ -54,6 +53,7 @@ class OPTConfig(ModelConfig):
     """
 
     architecture: ClassVar[str] = "OPTForCausalLM"
+    must_split = ("num_q_heads", "ffn_dim")
 
     ffn_dim: int
     word_embed_proj_dim: int
@@ -71,12 +71,6 @@ class OPTConfig(ModelConfig):
                 f"activation_function={self.activation_function!r} must be one of "
                 f"{', '.join(_ACTIVATIONS)}"
             )
-
-    def for_devices(self, num_devices: int) -> "OPTConfig":
-        """See `ModelConfig.for_devices`."""
-        config = super().for_devices(num_devices)
-        check_split(self, num_devices, "ffn_dim")
-        return config
 
     @property
     def has_final_layer_norm(self) -> bool:

@@ -1,29 +1,30 @@
 """Ported folders: the tensors of a Hugging Face folder as an Orbax checkpoint.
 
     params/       the checkpoint: a tree of arrays, a tensor's name split at its dots
-    port.json     written last: every tensor's dtype, shape and CRC-32, every file's size
+    port.json     written last: every tensor's dtype, shape and CRC-32, and those of its chunks
+                  (see `pallas_paged.models.chunks`), every file's size
     config.json and all other files but weights, as in the source (see `other_files`)
 
 Orbax is handed one array at a time, in both directions, through a type handler of ours. To anybody
 else `params` is a plain checkpoint, such as `orbax.checkpoint.PyTreeCheckpointer().restore` reads.
+Slices of arrays are read by TensorStore, which Orbax reads with.
 """
 
 import contextlib
+import functools
 import json
 import logging
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pallas_paged.models.checkpoint import Take, Tensor, read_json
+from pallas_paged.models.checkpoint import Slices, Take, Tensor, read_json
+from pallas_paged.models.chunks import Checksums, ChunkReader, chunk_bytes, crc32
 
 PARAMS, MANIFEST = "params", "port.json"
 _FORMAT = 1
-_CHUNK_BYTES = 64 << 20
-"""Of a large array in the files, so that a part of it can be read without the rest."""
 
 
 def is_ported(folder: Path) -> bool:
@@ -62,9 +63,12 @@ class PortedCheckpoint:
                 name: Tensor(name, tuple(entry["shape"]), entry["dtype"])
                 for name, entry in manifest["tensors"].items()
             }
-            self._crc32 = {name: entry["crc32"] for name, entry in manifest["tensors"].items()}
+            self._checksums = {
+                name: Checksums.from_json(entry, self.tensors[name].shape)
+                for name, entry in manifest["tensors"].items()
+            }
             sizes = dict(manifest["files"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{folder / MANIFEST} is damaged ({error!r}): port again") from error
         found = _sizes(folder)
         if differing := [name for name, size in sizes.items() if found.get(name) != size]:
@@ -100,6 +104,17 @@ class PortedCheckpoint:
         if wanted:
             raise self._damaged(f"{PARAMS} has no {', '.join(sorted(wanted))}")
 
+    def read_slices(self, name: str, slices: Sequence[Slices]) -> list[np.ndarray]:
+        """See `Checkpoint.read_slices`; what is read is held against its checksums."""
+        try:
+            return self._reader.read(self.tensors[name], self._checksums[name], slices)
+        except Exception as error:  # of whichever kinds TensorStore has
+            raise self._damaged(f"{name} cannot be read ({error})") from error
+
+    @functools.cached_property
+    def _reader(self) -> ChunkReader:
+        return ChunkReader(self._folder / PARAMS)
+
     def _check(self, name: str, value: np.ndarray) -> None:
         tensor = self.tensors[name]
         if (value.shape, value.dtype.name) != (tensor.shape, tensor.dtype):
@@ -107,16 +122,11 @@ class PortedCheckpoint:
                 f"{name} is {value.dtype.name} {value.shape}, ported was {tensor.dtype} "
                 f"{tensor.shape}"
             )
-        if crc32(value) != self._crc32[name]:
+        if crc32(value) != self._checksums[name].whole:
             raise self._damaged(f"{name} has not the checksum it was ported with")
 
     def _damaged(self, what: str) -> ValueError:
         return ValueError(f"{self._folder} is damaged: {what}. Copy it or port it again")
-
-
-def crc32(value: np.ndarray) -> int:
-    """Returns the CRC-32 of an array's bytes."""
-    return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
 
 
 def write_params(
@@ -139,21 +149,17 @@ def write_params(
         entries[name] = {
             "dtype": array.dtype.name,
             "shape": list(array.shape),
-            "crc32": crc32(array),
+            **Checksums.of(array).to_json(),
         }
         return array
 
     import orbax.checkpoint as ocp  # about a second to import
 
     tree: dict[str, Any] = {}
-    save_args: dict[str, Any] = {}
     for name in names:
         _insert(tree, name, _Leaf(name))
-        _insert(save_args, name, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
     with _checkpointer(_Leaf, read=read) as checkpointer:
-        checkpointer.save(
-            (folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args)
-        )
+        checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(tree))
     return entries
 
 
@@ -224,6 +230,7 @@ class _OneByOne:
         assert self._read is not None
         for leaf, info, arg in zip(values, infos, args, strict=True):
             value = self._read(leaf.name)
+            arg.chunk_byte_size = chunk_bytes(value.shape, value.itemsize)
             for future in await self._arrays.serialize([value], [info], [arg]):
                 future.result()
         return []

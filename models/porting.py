@@ -10,10 +10,17 @@ import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from pallas_paged.models.checkpoint import TOKENIZER_FILES, HFCheckpoint, Tensor, read_json
+from pallas_paged.models.checkpoint import (
+    TOKENIZER_FILES,
+    HFCheckpoint,
+    Tensor,
+    numpy_dtype,
+    read_json,
+)
 from pallas_paged.models.config import DTYPES
 from pallas_paged.models.kv_scales import is_static_scale
-from pallas_paged.models.loader import cast, load_config, numpy_dtype, open_checkpoint, parameters
+from pallas_paged.models.loader import cast, load_config, open_checkpoint
+from pallas_paged.models.matching import parameters
 from pallas_paged.models.new_folder import new_folder
 from pallas_paged.models.other_files import OtherFiles, copy_files, other_files
 from pallas_paged.models.ported import (

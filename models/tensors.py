@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+
+from pallas_paged.models.checkpoint import Slices
 
 
 class Place(NamedTuple):
@@ -89,6 +92,41 @@ def spread(value: Any, shape: tuple[int, ...], copies: int) -> Any:
     """Returns a tensor, of NumPy or JAX, in the shape that it has in a parameter."""
     value = value.reshape(shape[0] // copies, *shape[1:])
     return value if copies == 1 else value.repeat(copies, axis=0)
+
+
+def source(place: Place, index: Slices) -> Slices:
+    """Returns the slice of a tensor that the slice `index` of its parameter needs.
+
+    A merged parameter's second axis is taken whole, whatever the index says: nobody splits it.
+    """
+    first = slice(index[0].start // place.copies, -(-index[0].stop // place.copies))
+    if not place.slices:
+        return (first, *index[1:])
+    width = _width(place)
+    return (slice(first.start * width, first.stop * width), *index[2:])
+
+
+def paste(place: Place, index: Slices, value: np.ndarray, shard: np.ndarray) -> None:
+    """Writes a tensor's slice, as `source` says, into the slice `index` of its parameter."""
+    if place.slices:
+        value = value.reshape(-1, _width(place), *value.shape[1:])
+    skip = index[0].start % place.copies
+    value = value if place.copies == 1 else value.repeat(place.copies, axis=0)
+    value = value[skip : skip + len(shard)]
+    if not place.slices:
+        shard[...] = value
+        return
+    (inner, part) = (index[1], place.slices[1])
+    begin, end = max(inner.start, part.start), min(inner.stop, part.stop)
+    if begin < end:
+        target = shard[:, begin - inner.start : end - inner.start]
+        target[...] = value[:, begin - part.start : end - part.start]
+
+
+def _width(place: Place) -> int:
+    """Returns how many features of a part belong to one index of the merged first axis."""
+    assert place.slices[0] == slice(None), "a part has the whole of the first axis"
+    return place.slices[1].stop - place.slices[1].start
 
 
 def _name(*path: Any) -> str:
