@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,13 +62,13 @@ def copied(folder: Path) -> Any:
     return dataclasses.replace(config, num_kv_heads=num_heads, kv_head_copies=copies)
 
 
-def assert_shards_are_slices(split: Any, whole: Any, num_devices: int) -> None:
+def assert_shards_are_slices(split: Any, whole: Any, num_local: int) -> None:
     flat = dict(nnx.to_flat_state(nnx.state(whole)))
     num_split = 0
     for path, param in nnx.to_flat_state(nnx.state(split)):
         expected = np.asarray(flat[path][...])
         shards = param[...].addressable_shards
-        assert len(shards) == num_devices
+        assert len(shards) == num_local
         for shard in shards:
             value, wanted = np.asarray(shard.data), expected[shard.index]
             assert (value.dtype, value.tobytes()) == (wanted.dtype, wanted.tobytes()), path
@@ -208,6 +209,32 @@ def check_drawn_weights(num_devices: int) -> None:
     whole = init_model(folder, "bfloat16", seed=3, config=config)
     split = init_model(folder, "bfloat16", 3, config, over(num_devices))
     assert_shards_are_slices(split, whole, num_devices)
+
+
+def check_process(number: int, coordinator: str, ported: Path) -> None:
+    """One of two processes with two devices each: its two of four slices, from either form."""
+    jax.distributed.initialize(coordinator, 2, number)
+    assert (jax.device_count(), jax.local_device_count()) == (4, 2)
+    folder = load_reference(TIED).path
+    whole = load_model(folder)
+    for source in (folder, ported):
+        split = load_model(source, sharding=over(4))
+        assert_shards_are_slices(split, whole, num_local=2)
+    drawn = init_model(folder, seed=3, sharding=over(4))
+    assert_shards_are_slices(drawn, init_model(folder, seed=3), num_local=2)
+
+
+def test_two_processes_have_their_slices(tmp_path):
+    port(load_reference(TIED).path, tmp_path / "ported")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=spawn) as pool:
+        arguments = coordinator, tmp_path / "ported"
+        processes = [pool.submit(check_process, number, *arguments) for number in range(2)]
+        for process in processes:
+            process.result(timeout=120)
 
 
 @pytest.fixture(scope="module")
