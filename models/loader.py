@@ -7,11 +7,12 @@ error that names it.
 
 import collections
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -25,6 +26,9 @@ from pallas_paged.models.ported import PortedCheckpoint, is_ported
 from pallas_paged.models.registry import FAMILIES, config_from_hf
 from pallas_paged.models.sharded import ShardingOf, is_split, read_parameter
 from pallas_paged.models.tensors import Place, places, spread
+
+_DRAWN_BYTES = 512 << 20
+"""Of parameters that one program draws: it takes more memory than its share of them."""
 
 
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -164,7 +168,7 @@ def init_model(
 
     Only `config.json` is read. The same seed gives the same weights on the same platform, up to
     rounding in the last place, however they are split. Those that are split are drawn where they
-    go, by one program for all of them.
+    go, some at a time.
 
     Args:
       path: a folder with `config.json`.
@@ -196,9 +200,25 @@ def init_model(
     def values() -> list[jax.Array]:
         return [param[...] for _, param in nnx.to_flat_state(nnx.state(draw()))]
 
-    drawn = jax.jit(values, out_shardings=shardings)()
+    traced = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(values)())
+    drawn: list[jax.Array] = []
+    for group in _groups([param.size * param.dtype.itemsize for _, param in params]):
+        # What the others are drawn with is left out of the program.
+        some = jax.jit(lambda group=group: traced()[group], out_shardings=shardings[group])
+        drawn += some()
     of_paths = [(path, p.replace(x)) for (path, p), x in zip(params, drawn, strict=True)]
     return nnx.merge(graph, nnx.from_flat_state(of_paths))
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[slice]:
+    """Yields groups of neighbours of up to `_DRAWN_BYTES` together, or one that is larger."""
+    begin = held = 0
+    for index, size in enumerate(sizes):
+        if index > begin and held + size > _DRAWN_BYTES:
+            yield slice(begin, index)
+            begin, held = index, 0
+        held += size
+    yield slice(begin, len(sizes))
 
 
 def abstract_model(config: ModelConfig, dtype: jax.typing.DTypeLike = "auto") -> CausalLM:
