@@ -8,6 +8,7 @@ from pallas_paged.engine.errors import (
     EngineDrainingError,
     EngineError,
     EngineOverloadedError,
+    ProcessLostError,
     StepFailedError,
 )
 from pallas_paged.engine.llm import LLM
@@ -27,6 +28,7 @@ __all__ = [
     "EngineError",
     "EngineOverloadedError",
     "Logprob",
+    "ProcessLostError",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",

@@ -1,19 +1,13 @@
 """From a configuration to an engine: the model, the pool, the programs, and what joins them."""
 
-import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-from flax import nnx
-
-from pallas_paged.cache_spec import CacheSpec, common_window
+from pallas_paged.cache_spec import common_window
 from pallas_paged.dispatch import target_device
 from pallas_paged.engine.config import (
     EngineConfig,
-    resolve_background_compilation,
-    resolve_max_model_len,
 )
 from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.engine_core import EngineCore
@@ -34,39 +28,20 @@ from pallas_paged.engine.core.speculation import make_proposer, speculation_sett
 from pallas_paged.engine.core.swapping import num_blocks_to_swap
 from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device import device_memory
-from pallas_paged.engine.device.checks_ahead import ChecksAhead, begin_checks
-from pallas_paged.engine.device.choices import choose
-from pallas_paged.engine.device.compilation_cache import use_compilation_cache
-from pallas_paged.engine.device.drafted import Drafted, draft_model_of
-from pallas_paged.engine.device.implementations import (
-    compile_kernels_soon,
-    register_kernels,
-    warn_of_slow_types,
-)
-from pallas_paged.engine.device.kernel_check import check_kernels
-from pallas_paged.engine.device.placement import Placement, devices_for
-from pallas_paged.engine.device.pool_size import (
-    PoolPlan,
-    buckets_for,
-    plan_pool,
-    unsized_programs,
-)
+from pallas_paged.engine.device.following import leading
+from pallas_paged.engine.device.placement import Placement
 from pallas_paged.engine.device.recovery_costs import measured_costs
 from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.kv.host_pool import HostPool
-from pallas_paged.engine.kv.sharing import blocks_for
+from pallas_paged.engine.loading import MakeRunner, begin, load
 from pallas_paged.engine.parts import EngineParts
 from pallas_paged.engine.text.grammars import Grammars
 from pallas_paged.engine.text.output_processor import OutputProcessor
 from pallas_paged.engine.text.tokenizer import Tokenizer, known_eos_token_ids, load_tokenizer
 from pallas_paged.models import (
-    CausalLM,
     ModelConfig,
-    init_model,
-    load_config,
     load_eos_token_ids,
-    load_model,
 )
 
 logger = logging.getLogger(__name__)
@@ -115,24 +90,13 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
       ValueError: an option or the checkpoint is not usable; the message names the field or tensor.
       FileNotFoundError: the folder or one of its files is missing.
     """
-    use_compilation_cache(config.compilation_cache_dir)
-    shape = load_config(config.model)  # first: what is wrong with it is not the tokenizer's
-    max_model_len = resolve_max_model_len(config, shape)
-    shape = shape.for_length(max_model_len).for_devices(config.tensor_parallel_size)
-    if placement is None:
-        placement = Placement.on(*devices_for(config.tensor_parallel_size))
-    if placement.num_devices != config.tensor_parallel_size:
-        raise ValueError(
-            f"tensor_parallel_size={config.tensor_parallel_size} does not go with a placement on "
-            f"{placement.num_devices} devices"
-        )
-    with placement.as_target():
-        compile_kernels_soon(config, shape, placement)
-        ahead = begin_checks(config, shape, max_model_len, placement)
+    begun = begin(config, placement)  # first: what is wrong with it is not the tokenizer's
+    placement, max_model_len = begun.placement, begun.max_model_len
+    make_runner: MakeRunner = ModelRunner
+    if not placement.is_local:
+        make_runner = leading(config)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    with placement.as_target():
-        network = _load_network(config, shape, max_model_len, placement)
-        plan, runner, specs = _build_runner(config, network, max_model_len, placement, ahead)
+    runner, plan, specs, num_host_blocks = load(begun, make_runner)
     memory = BlockTableMemory(
         num_blocks=plan.num_blocks,
         block_size=config.block_size,
@@ -140,8 +104,6 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         max_model_len=plan.max_blocks_per_seq * config.block_size,
         enable_prefix_caching=config.enable_prefix_caching,
     )
-    host_block_bytes = plan.block_bytes * len(placement.local_devices)
-    num_host_blocks = placement.least(int(config.swap_space * 2**30 / host_block_bytes))
     host_pool = HostPool(num_host_blocks, memory.num_usable_blocks)
     scheduler = Scheduler(
         memory,
@@ -157,7 +119,7 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         worth_while=runner.buckets.worth_while,
         step_cost=runner.buckets.step_cost,
     )
-    vocab_size = network.config.vocab_size
+    vocab_size = begun.shape.vocab_size
     eos_token_ids = load_eos_token_ids(config.model)
     assert config.seed is not None
     parts = join(
@@ -173,7 +135,7 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         max_logprobs=config.max_logprobs,
         async_scheduling=config.async_scheduling,
     )
-    return Built(parts, runner, tokenizer, shape, max_model_len)
+    return Built(parts, runner, tokenizer, begun.shape, max_model_len)
 
 
 def join(
@@ -226,93 +188,6 @@ def join(
     )
     processor = OutputProcessor(tokenizer)
     return EngineParts(core, memory, intake, processor, tokenizer, vocab_size, grammars)
-
-
-def _load_network(
-    config: EngineConfig, shape: ModelConfig, max_model_len: int, placement: Placement
-) -> CausalLM:
-    def load(folder: str, shape: ModelConfig, dtype: Any) -> CausalLM:
-        if config.load_format == "dummy":
-            assert config.seed is not None
-            return init_model(folder, dtype, config.seed, shape, placement.parameter)
-        return load_model(folder, dtype, placement.parameter, shape)
-
-    network = load(config.model, shape, config.dtype)
-    draft = draft_model_of(config, shape, max_model_len)
-    if draft is None:
-        return network
-    dtype = jax.tree.leaves(nnx.state(network))[0].dtype.name
-    return Drafted(network, load(*draft, dtype))
-
-
-def _build_runner(
-    config: EngineConfig,
-    network: CausalLM,
-    max_model_len: int,
-    placement: Placement,
-    ahead: ChecksAhead | None,
-) -> tuple[PoolPlan, ModelRunner, tuple[CacheSpec, ...]]:
-    """Returns the pool's plan, the device with a pool of that size, and what its layers cache."""
-    choices = choose(config, network, placement) if ahead is None else ahead.choices
-    dtype, cache_dtype, specs, share, share_specs, implementation, writes, checks = choices
-    warn_of_slow_types(dtype, cache_dtype)
-    if (scaled := network.config.kv_cache_dtype) is not None:
-        use = "used" if cache_dtype == scaled else f"not used in a cache of {cache_dtype}"
-        logger.info("the checkpoint's scales for a KV cache of %s are %s", scaled, use)
-    bundle = None
-    if config.bundle is not None:
-        table_width = blocks_for(max_model_len, config.block_size)
-        unsized = unsized_programs(config, network, table_width, specs, implementation, placement)
-        bundle = bundles.open_matching(config.bundle, unsized)
-    if checks:
-        compiled: Callable[[], Mapping[Any, jax.stages.Compiled]] = dict
-        if bundle is not None:
-            assert config.bundle is not None
-            arguments = config.bundle, bundle, checks, placement.device
-            compiled = functools.partial(bundles.load_checks, *arguments)
-        elif ahead is not None:
-            compiled = ahead.programs
-        check_kernels(checks, compiled)
-    plan = plan_pool(
-        config,
-        network,
-        max_model_len,
-        cache_dtype,
-        implementation,
-        placement,
-        bundled=None if bundle is None else bundle.pool,
-    )
-    logger.info(
-        "attention: %s, writes: %s, on %s", implementation, writes, target_device().device_kind
-    )
-    logger.info("%s", plan)
-    if plan.max_blocks_per_seq * config.block_size < max_model_len:
-        logger.warning(
-            "the KV pool holds %d tokens, fewer than max_model_len=%d: longer requests will be "
-            "refused",
-            plan.max_blocks_per_seq * config.block_size,
-            max_model_len,
-        )
-    runner = ModelRunner(
-        network,
-        num_blocks=plan.num_blocks,
-        block_size=config.block_size,
-        kv_cache_dtype=cache_dtype,
-        max_num_seqs=config.max_num_seqs,
-        buckets=buckets_for(config, plan.max_blocks_per_seq, placement.device.platform, specs),
-        max_logprobs=config.max_logprobs,
-        implementation=implementation,
-        cache_implementation=config.cache_implementation,
-        deterministic=config.deterministic,
-        swaps=config.swap_space > 0,
-        background_compilation=resolve_background_compilation(config, placement.device.platform),
-        placement=placement,
-    )
-    if bundle is not None and bundle.has_pool_of(plan.num_blocks):
-        register_kernels(implementation, share, dtype, share_specs)
-        assert config.bundle is not None
-        bundles.adopt(config.bundle, bundle, runner.programs, runner.block_programs, runner.buckets)
-    return plan, runner, specs
 
 
 def _recovery(

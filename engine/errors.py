@@ -33,6 +33,10 @@ class DeadlineExceededError(EngineError, TimeoutError):
     """A request was not done in the time that it was given, and has been aborted."""
 
 
+class ProcessLostError(EngineError):
+    """One of the processes that share a model is gone, and the engine with it."""
+
+
 def step_failed(cause: BaseException) -> StepFailedError:
     """Returns what the requests of a step get that `cause` has ended."""
     error = StepFailedError(f"a step of the engine failed: {type(cause).__name__}: {cause}")

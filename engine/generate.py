@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from absl import flags
 
+from pallas_paged.engine import distributed_flags
 from pallas_paged.engine.llm import LLM, Prompt
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.sampling_params import SamplingParams
@@ -77,6 +78,9 @@ _DTYPE = flags.DEFINE_enum(
 )
 _MAX_MODEL_LEN = flags.DEFINE_integer("max_model_len", None, "Most tokens of prompt and output.")
 _NUM_BLOCKS = flags.DEFINE_integer("num_blocks", None, "Size of the KV pool in blocks.")
+_TENSOR_PARALLEL_SIZE = flags.DEFINE_integer(
+    "tensor_parallel_size", 1, "Devices that share the model."
+)
 _BUNDLE = flags.DEFINE_string(
     "bundle",
     None,
@@ -84,6 +88,7 @@ _BUNDLE = flags.DEFINE_string(
     "pickle, which runs whatever is in it: name none that you do not trust.",
 )
 _VERBOSE = flags.DEFINE_bool("verbose", False, "Log memory, compilation and implementation.")
+flags.adopt_module_key_flags(distributed_flags)  # --help has them too
 
 
 def main() -> None:
@@ -91,6 +96,8 @@ def main() -> None:
     logging.getLogger("pallas_paged").setLevel(logging.INFO if _VERBOSE.value else logging.WARNING)
     if _CHAT_TEMPLATE.value is not None and not _CHAT.value:
         raise ValueError("--chat_template is for messages; add --chat")
+    if distributed_flags.has_followed():
+        return
     prompts = _read_prompts()
     given = {
         flag.name: flag.value
@@ -114,6 +121,7 @@ def main() -> None:
         dtype=_DTYPE.value,
         max_model_len=_MAX_MODEL_LEN.value,
         num_blocks=_NUM_BLOCKS.value,
+        tensor_parallel_size=_TENSOR_PARALLEL_SIZE.value,
         bundle=_BUNDLE.value,
         seed=None,
         **watching_options(),

@@ -110,7 +110,8 @@ def target_device() -> jax.Device:
     device = jax.config.jax_default_device
     if isinstance(device, jax.Device):
         return device
-    return jax.devices(device)[0]  # a platform's name, or None for the default one
+    # A platform's name, or None for the default one; of several processes' devices this one's.
+    return jax.local_devices(backend=device)[0]
 
 
 def is_interpreting() -> bool:

@@ -24,7 +24,7 @@ if lacking := [name for name in _NEEDED if importlib.util.find_spec(name) is Non
 import uvloop
 from absl import flags
 
-from pallas_paged.engine import engine_flags
+from pallas_paged.engine import distributed_flags, engine_flags
 from pallas_paged.engine.async_llm import MAX_QUEUED_REQUESTS, AsyncLLM
 from pallas_paged.engine.serve import server
 from pallas_paged.engine.serve.app import make_app
@@ -100,7 +100,8 @@ _METRICS_PREFIX = flags.DEFINE_string("metrics_prefix", "vllm", "In front of the
 _LOG_REQUESTS = flags.DEFINE_bool(
     "log_requests", True, "Print a line of JSON for each request to standard output."
 )
-flags.adopt_module_key_flags(engine_flags)  # --help has them too
+for module in (engine_flags, distributed_flags):
+    flags.adopt_module_key_flags(module)  # --help has them too
 
 
 def main() -> None:
@@ -111,6 +112,8 @@ def main() -> None:
     if _LOG_REQUESTS.value:
         requests.addHandler(logging.StreamHandler(sys.stdout))  # nothing there but lines of JSON
     check_limits()
+    if distributed_flags.has_followed():
+        return
     bound = server.bound_socket(_HOST.value, _PORT.value)  # first: loading takes longer
     options = engine_flags.engine_options() | watching_options()
     llm = AsyncLLM(max_queued_requests=_MAX_QUEUED_REQUESTS.value, **options)

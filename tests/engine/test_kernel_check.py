@@ -225,7 +225,9 @@ def test_a_kernel_that_cannot_run_is_an_error_too(monkeypatch: pytest.MonkeyPatc
 def test_an_engine_checks_what_it_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """None where XLA runs; and not where it is switched off."""
     calls: list[Any] = []
-    monkeypatch.setattr("pallas_paged.engine.build.check_kernels", lambda *args: calls.append(args))
+    monkeypatch.setattr(
+        "pallas_paged.engine.loading.check_kernels", lambda *args: calls.append(args)
+    )
     make_llm("llama-mqa-linear")
     assert calls == []
     monkeypatch.setattr(choices, "choose_writes", lambda *args: "mosaic_gpu")
@@ -314,7 +316,9 @@ def test_checks_begin_before_the_weights_are_read(monkeypatch: pytest.MonkeyPatc
 
 def test_an_engine_uses_what_was_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr("pallas_paged.engine.build.check_kernels", lambda *args: calls.append(args))
+    monkeypatch.setattr(
+        "pallas_paged.engine.loading.check_kernels", lambda *args: calls.append(args)
+    )
     real = make_llm("llama-mqa-linear").config
 
     def begin(*args: Any) -> Any:
@@ -323,7 +327,7 @@ def test_an_engine_uses_what_was_compiled_ahead(monkeypatch: pytest.MonkeyPatch)
         made = choices.choose(config, network, placement)._replace(checks=checks())
         return types.SimpleNamespace(choices=made, programs=lambda: {"name": "program"})
 
-    monkeypatch.setattr("pallas_paged.engine.build.begin_checks", begin)
+    monkeypatch.setattr("pallas_paged.engine.loading.begin_checks", begin)
     assert make_llm("llama-mqa-linear").config == real
     ((checked, compiled),) = calls
     assert (checked, compiled()) == (checks(), {"name": "program"})
