@@ -13,6 +13,7 @@ from pallas_paged.engine.errors import (
 )
 from pallas_paged.engine.llm import LLM
 from pallas_paged.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from pallas_paged.engine.replicas import ReplicatedLLM
 from pallas_paged.engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from pallas_paged.engine.structured_outputs import StructuredOutputsParams
 
@@ -29,6 +30,7 @@ __all__ = [
     "EngineOverloadedError",
     "Logprob",
     "ProcessLostError",
+    "ReplicatedLLM",
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",

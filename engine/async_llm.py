@@ -80,14 +80,23 @@ class AsyncLLM:
 
     @classmethod
     def of_built(
-        cls, config: EngineConfig, built: Built, max_queued_requests: int = MAX_QUEUED_REQUESTS
+        cls,
+        config: EngineConfig,
+        built: Built,
+        max_queued_requests: int = MAX_QUEUED_REQUESTS,
+        data_parallel_rank: int = 0,
     ) -> "AsyncLLM":
-        """Returns one over an engine that has been built, and is nobody else's."""
+        """Returns one over an engine that has been built, and is nobody else's.
+
+        `data_parallel_rank` is its place among replicas, as its `kv_events` tell.
+        """
         llm = cls.__new__(cls)
-        llm._join(config, built, max_queued_requests)
+        llm._join(config, built, max_queued_requests, data_parallel_rank)
         return llm
 
-    def _join(self, config: EngineConfig, built: Built, max_queued_requests: int) -> None:
+    def _join(
+        self, config: EngineConfig, built: Built, max_queued_requests: int, rank: int = 0
+    ) -> None:
         """Takes an engine as its own, and starts its thread."""
         self.config = config
         self.tokenizer: Tokenizer | None = built.tokenizer
@@ -95,7 +104,7 @@ class AsyncLLM:
         self.vocab_size = self.model_config.vocab_size
         self._prompts = PromptReader(built.tokenizer, config.model, self.vocab_size)
         core, programs = built.parts.core, built.runner.programs
-        self._profiler, self.kv_events = watch(core, programs, config)
+        self._profiler, self.kv_events = watch(core, programs, config, rank)
         self._readers = concurrent.futures.ThreadPoolExecutor(_NUM_READERS, "prompt-reader")
         weakref.finalize(self, self._readers.shutdown, wait=False)
         self._num_named = 0
@@ -167,7 +176,7 @@ class AsyncLLM:
             raise ValueError(f"timeout_s={timeout_s!r} must be above 0, or None for no limit")
         if not isinstance(request_id, str | None):
             raise ValueError(f"request_id={request_id!r:.80} must be a string or None")
-        text, ids = await self._read(prompt)
+        text, ids = await self.read_prompt(prompt)
         salt = cache_salt(prompt)
         parts = self.engine.parts
         bad_sequences = parts.bad_sequences(params)
@@ -231,7 +240,8 @@ class AsyncLLM:
             )
         return params, None
 
-    async def _read(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+    async def read_prompt(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+        """Returns a prompt's text, if it came as text, and its tokens; `ValueError` for none."""
         text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
         if isinstance(text, str) and len(text) > _LONG_TEXT:
             return await self._in_reader(functools.partial(self._prompts.read, prompt))
@@ -243,6 +253,20 @@ class AsyncLLM:
         return await asyncio.get_running_loop().run_in_executor(self._readers, function)
 
     # --- state --------------------------------------------------------------------------------
+
+    @property
+    def replicas(self) -> Sequence["AsyncLLM"]:
+        """Itself: the engines of an `EngineClient`."""
+        return (self,)
+
+    def check_accepts(self) -> None:
+        """Tells whether a request of the running event loop would be taken in now.
+
+        Raises:
+          EngineDeadError, EngineDrainingError, EngineOverloadedError: it would not.
+          RuntimeError: requests of another event loop are unfinished.
+        """
+        self.engine.check_accepts()
 
     @property
     def is_running(self) -> bool:

@@ -2,8 +2,8 @@
 
 The wire format is that of vLLM 0.23, whose events are arrays; routers that also read the maps of
 later releases go on to read these. A message on the PUB socket has three parts: the topic, the
-batch's number (8 bytes, big endian) and the batch in msgpack: `[seconds since 1970, events, 0]`,
-where 0 is the data parallel rank. An event is one of
+batch's number (8 bytes, big endian) and the batch in msgpack: `[seconds since 1970, events, rank]`,
+with the engine's data parallel rank. An event is one of
 
     ["BlockStored", block_hashes, parent_block_hash, token_ids, block_size, lora_id, "GPU",
      lora_name, extra_keys]
@@ -46,7 +46,6 @@ _MAX_UNREAD_BATCHES = 100_000
 """Of one subscriber; those behind them are lost to it."""
 _MEDIUM = "GPU"
 """Of blocks that a step can read at once, whatever the device is."""
-_RANK = 0
 _END = (-1).to_bytes(8, "big", signed=True)
 _IDLE_S = 0.1
 """Until what changed outside of steps is sent, and a replay begun."""
@@ -121,9 +120,22 @@ def wire_event(event: BlockEvent) -> tuple[Any, ...]:
     return (*fields, [(event.root,), *[None] * (len(event.block_hashes) - 1)])
 
 
-def wire_batch(batch: Batch) -> tuple[Any, ...]:
-    """Returns what a batch is in msgpack."""
-    return batch.time_s, [wire_event(event) for event in batch.events], _RANK
+def wire_batch(batch: Batch, data_parallel_rank: int = 0) -> tuple[Any, ...]:
+    """Returns what a batch of an engine is in msgpack."""
+    return batch.time_s, [wire_event(event) for event in batch.events], data_parallel_rank
+
+
+def endpoint_of_rank(endpoint: str | None, data_parallel_rank: int) -> str | None:
+    """Returns the endpoint of a replica, as vLLM has them: ports count up from the first one's.
+
+    Of `ipc://` the name gets the suffix `_dp1`; a port that ZeroMQ chooses is left to it.
+    """
+    if endpoint is None or not data_parallel_rank:
+        return endpoint
+    if endpoint.startswith("ipc://"):
+        return f"{endpoint}_dp{data_parallel_rank}"
+    address, _, port = endpoint.rpartition(":")
+    return f"{address}:{int(port) + data_parallel_rank}" if port.isdecimal() else endpoint
 
 
 class KVEventPublisher:
@@ -141,6 +153,7 @@ class KVEventPublisher:
       replay_endpoint: of the ROUTER socket for replays, which is bound; None has none.
       buffer_steps: batches that are kept for replays.
       max_queued_batches: batches that may wait for the publisher's thread.
+      data_parallel_rank: the engine's place among replicas, which every batch tells.
 
     Attributes:
       endpoint: as given; of a bound socket with the port that it has. So is the next one.
@@ -161,8 +174,10 @@ class KVEventPublisher:
         replay_endpoint: str | None = None,
         buffer_steps: int = DEFAULT_BUFFER_STEPS,
         max_queued_batches: int = MAX_QUEUED_BATCHES,
+        data_parallel_rank: int = 0,
     ):
         self.num_dropped_batches = 0
+        self._rank = data_parallel_rank
         self._events = events
         self._topic = topic.encode()
         self._next_number = 0
@@ -284,7 +299,10 @@ class KVEventPublisher:
             logger.exception("KV events: a batch or a replay was not sent")
 
     def _send(self, batch: Batch) -> None:
-        number, payload = batch.number.to_bytes(8, "big"), self._encode(wire_batch(batch))
+        number, payload = (
+            batch.number.to_bytes(8, "big"),
+            self._encode(wire_batch(batch, self._rank)),
+        )
         self._kept.append((number, payload))
         self._socket.send_multipart((self._topic, number, payload))
 

@@ -101,7 +101,7 @@ class Profiler:
 
 
 def watch(
-    core: EngineCore, programs: Any, config: EngineConfig
+    core: EngineCore, programs: Any, config: EngineConfig, data_parallel_rank: int = 0
 ) -> tuple[Profiler, KVEventPublisher | None]:
     """Lets what the configuration asks for watch an engine.
 
@@ -112,6 +112,7 @@ def watch(
       core: tells of its steps.
       programs: `StepPrograms`, which tell what they compiled.
       config: what is asked for.
+      data_parallel_rank: see `KVEventPublisher`.
 
     Raises:
       OSError: `step_log` cannot be written to.
@@ -125,10 +126,12 @@ def watch(
         log = StepLog(str(config.step_log))
         core.observers.append(log)
         programs.on_compiled = log.compiled
-    return profiler, _publish_kv_events(core, config)
+    return profiler, _publish_kv_events(core, config, data_parallel_rank)
 
 
-def _publish_kv_events(core: EngineCore, config: EngineConfig) -> KVEventPublisher | None:
+def _publish_kv_events(
+    core: EngineCore, config: EngineConfig, rank: int
+) -> KVEventPublisher | None:
     if config.kv_events_endpoint is None:
         return None
     events = BlockEvents(config.block_size)
@@ -138,6 +141,7 @@ def _publish_kv_events(core: EngineCore, config: EngineConfig) -> KVEventPublish
         topic=config.kv_events_topic,
         replay_endpoint=config.kv_events_replay_endpoint,
         buffer_steps=config.kv_events_buffer_steps,
+        data_parallel_rank=rank,
     )
     weakref.finalize(core, publisher.close)
     core.scheduler.memory.listen(events)
