@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 _NEEDED = ("fastapi", "httptools", "msgspec", "prometheus_client", "uvicorn", "uvloop")
 if lacking := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
@@ -26,6 +27,8 @@ from absl import flags
 
 from pallas_paged.engine import distributed_flags, engine_flags
 from pallas_paged.engine.async_llm import MAX_QUEUED_REQUESTS, AsyncLLM
+from pallas_paged.engine.engine_client import EngineClient
+from pallas_paged.engine.replicas import ReplicatedLLM
 from pallas_paged.engine.serve import server
 from pallas_paged.engine.serve.app import make_app
 from pallas_paged.engine.serve.parsers.formats import TOOL_PARSERS, choose_format
@@ -58,7 +61,13 @@ _API_KEY = flags.DEFINE_multi_string(
 _MAX_QUEUED_REQUESTS = flags.DEFINE_integer(
     "max_queued_requests",
     MAX_QUEUED_REQUESTS,
-    "Requests that may wait; more are answered with 503 and Retry-After.",
+    "Requests that may wait, at each replica; more are answered with 503 and Retry-After.",
+)
+_DATA_PARALLEL_SIZE = flags.DEFINE_integer(
+    "data_parallel_size",
+    1,
+    "Replicas of the model, each on devices of its own; requests go where their prefix is cached.",
+    lower_bound=1,
 )
 _REQUEST_TIMEOUT_S = flags.DEFINE_float(
     "request_timeout_s", None, "Seconds that a request may take; by default any number."
@@ -116,7 +125,7 @@ def main() -> None:
         return
     bound = server.bound_socket(_HOST.value, _PORT.value)  # first: loading takes longer
     options = engine_flags.engine_options() | watching_options()
-    llm = AsyncLLM(max_queued_requests=_MAX_QUEUED_REQUESTS.value, **options)
+    llm = make_llm(_DATA_PARALLEL_SIZE.value, options)
     own = None if llm.tokenizer is None else llm.tokenizer.implementation.chat_template
     app = make_app(Service(llm, serve_options(options["model"], own)))
     logging.getLogger("pallas_paged.engine.serve").info(
@@ -130,6 +139,14 @@ def main() -> None:
 
     if status := uvloop.run(serve()):
         sys.exit(status)
+
+
+def make_llm(data_parallel_size: int, options: Mapping[str, Any]) -> EngineClient:
+    """Loads the model, once for each replica."""
+    limits: dict[str, Any] = {"max_queued_requests": _MAX_QUEUED_REQUESTS.value}
+    if data_parallel_size == 1:
+        return AsyncLLM(**limits, **options)
+    return ReplicatedLLM(data_parallel_size=data_parallel_size, **limits, **options)
 
 
 def check_limits() -> None:

@@ -247,7 +247,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/ping")
     async def health() -> Response:
         try:
-            llm.engine.check_accepts()
+            llm.check_accepts()
         except EngineError as error:
             return _error_answer(error)
         return json_answer(encode(Health("ok")))

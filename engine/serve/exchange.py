@@ -12,7 +12,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
-from pallas_paged.engine.async_llm import AsyncLLM
+from pallas_paged.engine.engine_client import EngineClient
 from pallas_paged.engine.errors import EngineError
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.request_stream import RequestStream
@@ -53,7 +53,7 @@ class Exchange:
 
     async def submit(
         self,
-        llm: AsyncLLM,
+        llm: EngineClient,
         prompts: Sequence[Prompt],
         params: Params,
         *,

@@ -6,6 +6,7 @@ boards.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -20,6 +21,8 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from pallas_paged.engine.async_llm import AsyncLLM
+from pallas_paged.engine.engine_client import EngineClient
+from pallas_paged.engine.errors import EngineDeadError
 from pallas_paged.engine.metrics import Counter
 from pallas_paged.engine.metrics import Metric as Figure
 from pallas_paged.engine.serve.latency import Latencies
@@ -59,69 +62,108 @@ _HELP = {
 
 
 class EngineMetrics:
-    """Writes an engine's figures for Prometheus.
+    """Writes the figures of a server's engines for Prometheus.
 
     Args:
-      llm: the engine.
+      llm: the engines; each one's place is the label `engine`.
       model_name: the label of all figures.
       prefix: of their names.
     """
 
-    def __init__(self, llm: AsyncLLM, model_name: str, prefix: str):
-        """Watches the engine's outputs from now on."""
-        self._llm, self._prefix = llm, prefix
-        self._labels = {"model_name": model_name, "engine": "0"}
-        self._latencies = Latencies(llm.engine)
+    def __init__(self, llm: EngineClient, model_name: str, prefix: str):
+        """Watches the engines' outputs from now on."""
+        self._prefix = prefix
+        self._engines = [
+            _Watched(replica, {"model_name": model_name, "engine": str(rank)})
+            for rank, replica in enumerate(llm.replicas)
+        ]
 
     async def text(self) -> bytes:
-        """Returns all figures as they are between two steps.
+        """Returns all figures, of each engine that runs as they are between two steps.
 
         Raises:
-          EngineDeadError: the engine has ended.
+          EngineDeadError: none runs.
         """
-        figures = await self._llm.get_metrics()
-        stats = await self._llm.kv_stats()
+        families: dict[str, _Family] = {}
+        death: EngineDeadError | None = None
+        num_running = 0
+        for engine in self._engines:
+            try:
+                figures, num_blocks = await engine.figures()
+            except EngineDeadError as error:
+                death = error
+                continue
+            num_running += 1
+            self._add_figures(families, engine.labels, figures)
+            self._add_histograms(families, engine)
+            self._add_config(families, engine, num_blocks)
+        if death is not None and not num_running:
+            raise death
         registry = CollectorRegistry()
-        registry.register(_Once([*self._families(figures), self._config(stats.num_blocks + 1)]))
+        registry.register(_Once(list(families.values())))
         ProcessCollector(registry=registry)
         return generate_latest(registry)
 
-    def _families(self, figures: list[Figure]) -> Iterator[Metric]:
-        names, values = list(self._labels), list(self._labels.values())
-        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+    def _add_figures(
+        self, families: dict[str, "_Family"], labels: dict[str, str], figures: list[Figure]
+    ) -> None:
         for figure in figures:
             name = figure.name.partition(":")[2]
-            more = {key: one for key, one in figure.labels.items() if key != "model_name"}
+            more = {key: one for key, one in figure.labels.items() if key not in labels}
             for own in filter(None, (name, _ALSO.get(name))):
                 family = families.get(own)
                 if family is None:
                     kind = CounterMetricFamily if isinstance(figure, Counter) else GaugeMetricFamily
-                    family = kind(self._named(own), _HELP[name], labels=[*names, *more])
+                    family = kind(self._named(own), _HELP[name], labels=[*labels, *more])
                     families[own] = family
-                family.add_metric([*values, *more.values()], figure.value)
-        yield from families.values()
-        for name, histogram in self._latencies.histograms.items():
-            for own in filter(None, (name, _ALSO.get(name))):
-                made = HistogramMetricFamily(self._named(own), _HELP[name], labels=names)
-                made.add_metric(values, histogram.buckets(), histogram.total)
-                yield made
+                family.add_metric([*labels.values(), *more.values()], figure.value)
 
-    def _config(self, num_blocks: int) -> Metric:
-        """Returns what routers read of the pool's shape."""
-        config = self._llm.config
-        labels = self._labels | {
+    def _add_histograms(self, families: dict[str, "_Family"], engine: "_Watched") -> None:
+        for name, histogram in engine.latencies.histograms.items():
+            for own in filter(None, (name, _ALSO.get(name))):
+                family = families.get(own)
+                if family is None:
+                    names = list(engine.labels)
+                    family = HistogramMetricFamily(self._named(own), _HELP[name], labels=names)
+                    families[own] = family
+                values = list(engine.labels.values())
+                family.add_metric(values, histogram.buckets(), histogram.total)
+
+    def _add_config(
+        self, families: dict[str, "_Family"], engine: "_Watched", num_blocks: int
+    ) -> None:
+        """Adds what routers read of the pool's shape."""
+        config = engine.llm.config
+        labels = engine.labels | {
             "block_size": str(config.block_size),
             "num_gpu_blocks": str(num_blocks),
             "cache_dtype": config.kv_cache_dtype,
             "enable_prefix_caching": str(config.enable_prefix_caching),
             "gpu_memory_utilization": str(config.gpu_memory_utilization),
         }
-        made = InfoMetricFamily(self._named("cache_config"), "The KV pool's shape.", labels=[])
-        made.add_metric([], labels)
-        return made
+        name = "cache_config"
+        if name not in families:
+            families[name] = InfoMetricFamily(self._named(name), "The KV pool's shape.", labels=[])
+        families[name].add_metric([], labels)
 
     def _named(self, name: str) -> str:
         return f"{self._prefix}:{name}"
+
+
+type _Family = Any
+"""One of the families of `prometheus_client`, whose `add_metric` differ."""
+
+
+class _Watched:
+    """An engine, its labels, and how long its requests took."""
+
+    def __init__(self, llm: AsyncLLM, labels: dict[str, str]):
+        self.llm, self.labels = llm, labels
+        self.latencies = Latencies(llm.engine)
+
+    async def figures(self) -> tuple[list[Figure], int]:
+        """Returns its figures, and the blocks of its pool, the null block included."""
+        return await self.llm.get_metrics(), (await self.llm.kv_stats()).num_blocks + 1
 
 
 class _Once(Collector):

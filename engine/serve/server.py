@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from pallas_paged.engine import garbage
-from pallas_paged.engine.async_llm import AsyncLLM
+from pallas_paged.engine.engine_client import EngineClient
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,13 @@ def url_of(bound: socket.socket) -> str:
 
 
 async def run(
-    llm: AsyncLLM, app: FastAPI, bound: socket.socket, stopping: asyncio.Event, grace_s: float
+    llm: EngineClient, app: FastAPI, bound: socket.socket, stopping: asyncio.Event, grace_s: float
 ) -> int:
     """Serves until `stopping` is set, or the engine ends; returns the program's exit status.
 
     When told to stop it takes no new requests, ends those that it has, as far as `grace_s` seconds
-    suffice, and returns 0. If the engine ends by an error, its requests get that, and it returns 1.
+    suffice, and returns 0. If the engine ends by an error, its requests get that, and it returns 1;
+    of several engines the others go on first, until it is told to stop or none is left.
     """
     server = _Server(
         uvicorn.Config(
@@ -77,7 +78,7 @@ async def run(
     serving = asyncio.ensure_future(server.serve([bound]))
     ending = asyncio.ensure_future(_until_end(llm, stopping))
     await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
-    if not llm.errored:
+    if not _has_ended(llm):
         await llm.shutdown(grace_s)
     server.should_exit = True
     await serving
@@ -111,7 +112,11 @@ def stop_at_signals(stopping: asyncio.Event) -> None:
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
 
 
-async def _until_end(llm: AsyncLLM, stopping: asyncio.Event) -> None:
-    while not stopping.is_set() and not llm.errored:
+async def _until_end(llm: EngineClient, stopping: asyncio.Event) -> None:
+    while not stopping.is_set() and not _has_ended(llm):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stopping.wait(), _HEALTH_POLL_S)
+
+
+def _has_ended(llm: EngineClient) -> bool:
+    return llm.errored and not llm.is_running

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 
-from pallas_paged.engine.async_llm import AsyncLLM
+from pallas_paged.engine.engine_client import EngineClient
 from pallas_paged.engine.serve.http_errors import HttpError
 from pallas_paged.engine.serve.parsers.formats import ToolFormat
 
@@ -54,7 +54,7 @@ class Service:
       created: seconds since 1970, when it began.
     """
 
-    def __init__(self, llm: AsyncLLM, options: ServeOptions):
+    def __init__(self, llm: EngineClient, options: ServeOptions):
         """Raises `ValueError` if the model's advice on sampling is not usable."""
         self.llm, self.options = llm, options
         self.defaults = llm.get_default_sampling_params()
