@@ -26,7 +26,7 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         try:
-            _settle_jax()
+            settle_jax()
             if len(argv) > 1:
                 raise ValueError(f"unexpected arguments {argv[1:]}; all of them are --flag=value")
             main()
@@ -64,7 +64,7 @@ def _refuse(reason: str) -> NoReturn:
     sys.exit(2)
 
 
-def _settle_jax() -> None:
+def settle_jax() -> None:
     """Makes JAX's settings, where nobody has, those of a program that has the machine for itself.
 
     It may use nine tenths of a GPU, not three quarters; where its CUDA plugin is installed and no

@@ -11,7 +11,6 @@ second one ends it at once.
 import asyncio
 import importlib.util
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -31,13 +30,12 @@ from pallas_paged.engine.engine_client import EngineClient
 from pallas_paged.engine.replicas import ReplicatedLLM
 from pallas_paged.engine.serve import server
 from pallas_paged.engine.serve.app import make_app
-from pallas_paged.engine.serve.parsers.formats import TOOL_PARSERS, choose_format
+from pallas_paged.engine.serve.options_for import log_requests, options_for
+from pallas_paged.engine.serve.parsers.formats import TOOL_PARSERS
 from pallas_paged.engine.serve.parsers.reasoning import REASONING_PARSERS
 from pallas_paged.engine.serve.service import ServeOptions, Service
-from pallas_paged.engine.serve.templates import choose_template
 from pallas_paged.engine.watching_flags import watching_options
 from pallas_paged.models import command_line
-from pallas_paged.models.demo import DEMO_MODEL
 
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 is every one.")
 _PORT = flags.DEFINE_integer(
@@ -116,10 +114,7 @@ for module in (engine_flags, distributed_flags):
 def main() -> None:
     """Loads the model and serves it."""
     logging.getLogger("pallas_paged").setLevel(logging.INFO)
-    requests = logging.getLogger("pallas_paged.engine.serve.requests")
-    requests.propagate = False
-    if _LOG_REQUESTS.value:
-        requests.addHandler(logging.StreamHandler(sys.stdout))  # nothing there but lines of JSON
+    log_requests(_LOG_REQUESTS.value)
     check_limits()
     if distributed_flags.has_followed():
         return
@@ -164,26 +159,19 @@ def serve_options(model: str, own_template: str | Mapping[str, str] | None) -> S
     Raises:
       ValueError: there is no such chat template.
     """
-    chosen, template = choose_template(_CHAT_TEMPLATE.value, own_template)
-    own = "demo" if model == str(DEMO_MODEL) else os.path.basename(os.path.normpath(model))
-    keys = [*(_API_KEY.value or ()), os.environ.get("PALLAS_PAGED_API_KEY", "")]
-    tool_format = TOOL_PARSERS.get(_TOOL_CALL_PARSER.value)
-    if _TOOL_CALL_PARSER.value == "auto":
-        tool_format = choose_format(template)
-    has_reasoning = _REASONING_PARSER.value in REASONING_PARSERS
-    if _REASONING_PARSER.value == "auto":
-        has_reasoning = "<think>" in (template or "")
-    return ServeOptions(
-        served_model_names=tuple(_SERVED_MODEL_NAME.value or (own,)),
-        api_keys=tuple(filter(None, keys)),
+    return options_for(
+        model,
+        own_template,
+        served_model_name=_SERVED_MODEL_NAME.value,
+        api_key=_API_KEY.value,
+        allowed_origin=_ALLOWED_ORIGIN.value,
+        chat_template=_CHAT_TEMPLATE.value,
+        tool_call_parser=_TOOL_CALL_PARSER.value,
+        reasoning_parser=_REASONING_PARSER.value,
         max_request_bytes=_MAX_REQUEST_BYTES.value,
         body_timeout_s=_BODY_TIMEOUT_S.value,
         request_timeout_s=_REQUEST_TIMEOUT_S.value,
         stalled_client_s=_STALLED_CLIENT_S.value,
-        allowed_origins=tuple(_ALLOWED_ORIGIN.value or ()),
-        chat_template=chosen,
-        tool_format=tool_format,
-        has_reasoning=has_reasoning,
         trust_request_chat_template=_TRUST_REQUEST_CHAT_TEMPLATE.value,
         metrics_prefix=_METRICS_PREFIX.value,
     )
