@@ -8,12 +8,13 @@ EVAL := .venv-eval
 CLIENTS := .venv-clients
 GPU := .venv-gpu
 FUZZ := .venv-fuzz
+RAY := .venv-ray
 GPU_JAX ?= 0.11.2
 SCHEMATHESIS := 4.32.5
 SECONDS ?= 300
 
 .PHONY: demo serve test check format strict speed soak fuzz oldest kernels-full kernels-mutate \
-  sharing-mutate eval-check clients gpu-programs dist clean
+  sharing-mutate eval-check clients ray-check gpu-programs dist clean
 
 demo: $(VENV)/.base
 	@$(PY) -m pallas_paged.engine.demo
@@ -90,6 +91,10 @@ eval-check: $(EVAL)/.eval
 clients: $(CLIENTS)/.clients
 	@$(CLIENTS)/bin/python -m tests.clients.check
 
+# Two replicas of the demo model on Ray Serve, of which some are killed under load: some minutes.
+ray-check: $(RAY)/.ray
+	@JAX_PLATFORMS=cpu $(RAY)/bin/python -m tests.on_ray.check
+
 # Compile every named program of the kernels and interpret every named case with both JAX, as far as
 # the committed tables are not up to date; may be stopped and started again.
 kernels-full: $(VENV)/.test $(OLDEST)/.oldest
@@ -129,7 +134,7 @@ dist: $(VENV)/.test
 	  --prompt='def main():' --max_tokens=8 --temperature=0
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(EVAL) $(CLIENTS) $(FUZZ) $(GPU) .gpu-programs dist
+	rm -rf $(VENV) $(OLDEST) $(EVAL) $(CLIENTS) $(FUZZ) $(RAY) $(GPU) .gpu-programs dist
 
 # --- set-up -----------------------------------------------------------------------------------
 # With --no-compile: pip would compile every file of every package, Python compiles what it imports.
@@ -165,6 +170,13 @@ $(EVAL)/.eval: pyproject.toml constraints.txt
 $(CLIENTS)/.clients: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory VENV=$(CLIENTS) $(CLIENTS)/.serve
 	@$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile openai litellm llm
+	@touch $@
+
+# With pytest, for what the check says of errors.
+$(RAY)/.ray: pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory VENV=$(RAY) $(RAY)/bin/pip
+	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	  -c constraints.txt -e '.[ray]' pytest
 	@touch $@
 
 # By itself: it only sends requests.
