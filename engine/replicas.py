@@ -295,11 +295,16 @@ def device_groups(
     """Returns the devices of each replica: consecutive ones, none in two groups.
 
     Raises:
-      ValueError: `data_parallel_size` is below 1, or there are fewer than
-        `data_parallel_size * group_size` devices.
+      ValueError: `data_parallel_size` is below 1, there are fewer than
+        `data_parallel_size * group_size` devices, or this is one of several processes.
     """
     if data_parallel_size < 1:
         raise ValueError(f"data_parallel_size={data_parallel_size} must be at least 1")
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"data_parallel_size={data_parallel_size} is for one process: several processes share "
+            "one model; across hosts run replicas with Ray Serve, or a server on each"
+        )
     num_needed = data_parallel_size * group_size
     if num_needed > len(devices):
         platform = devices[0].platform

@@ -392,3 +392,25 @@ def test_a_model_on_two_devices_answers_as_on_one(tmp_path: pathlib.Path) -> Non
             await idle(llm)
 
     run(main())
+
+
+def test_each_replica_may_have_several_devices() -> None:
+    options: dict[str, Any] = SMALL | {"dtype": "float32"}
+    one = SamplingParams(temperature=0, max_tokens=8, output_kind=RequestOutputKind.FINAL_ONLY)
+    outputs = LLM(DEMO_MODEL, **options).generate(TEXTS[:4], one, use_tqdm=False)
+
+    async def answers(llm: ReplicatedLLM) -> list[str | None]:
+        streams = [await llm.submit(text, one) for text in TEXTS[:4]]
+        return [[each async for each in stream][-1].outputs[0].text for stream in streams]
+
+    async def main() -> None:
+        options["tensor_parallel_size"] = 2
+        async with ReplicatedLLM(DEMO_MODEL, data_parallel_size=2, **options) as llm:
+            for rank, replica in enumerate(llm.replicas):
+                runner: Any = replica.engine.parts.core.executor
+                own = set(jax.devices()[2 * rank : 2 * rank + 2])
+                for array in jax.tree.leaves((runner.kv_caches, runner.programs.params)):
+                    assert array.devices() == own
+            assert await answers(llm) == [output.outputs[0].text for output in outputs]
+
+    asyncio.run(main())  # two engines compile: longer than others may take
