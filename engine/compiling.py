@@ -51,6 +51,7 @@ _SHAPING = (
     *("kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_logprobs"),
     *("num_blocks", "kv_cache_memory_bytes", "gpu_memory_utilization", "deterministic"),
     *("num_scheduler_steps", "attention_implementation", "cache_implementation"),
+    "tensor_parallel_size",
 )
 """Fields of `EngineConfig` that an engine takes from its bundle, beside `dtype` and a length."""
 

@@ -167,7 +167,12 @@ def open_matching(folder: str | os.PathLike[str], programs: StepPrograms) -> Man
 
     Raises:
       FileNotFoundError, ValueError: as `read_manifest`.
+      ValueError: several processes share the model.
     """
+    if not programs.placement.is_local:
+        raise ValueError(
+            f"bundle={os.fspath(folder)!r} is for the devices of one process: leave it out"
+        )
     manifest = read_manifest(folder)
     found = differences(manifest.fingerprint, fingerprint(programs))
     if found:
@@ -195,7 +200,7 @@ def adopt(
     """
     begin = time.perf_counter()
     entries = [entry for entry in manifest.programs if not _is_check(entry)]
-    loaded = load_programs(folder, entries, programs.placement.device)
+    loaded = load_programs(folder, entries, programs.placement.devices)
     for name, compiled in loaded.items():
         if isinstance(name, Bucket) or name[0] not in KINDS:
             programs.adopt({name: compiled})
@@ -221,13 +226,13 @@ def load_checks(
         logger.warning(
             "the bundle has no check of some kernels: it is compiled; see verify_kernels"
         )
-    return load_programs(folder, entries, device)
+    return load_programs(folder, entries, [device])
 
 
 def load_programs(
-    folder: str | os.PathLike[str], entries: Sequence[Entry], device: jax.Device
+    folder: str | os.PathLike[str], entries: Sequence[Entry], devices: Sequence[jax.Device]
 ) -> dict[Name, jax.stages.Compiled]:
-    """Returns programs of a bundle, ready to run on a device.
+    """Returns programs of a bundle, ready to run on one device, or on all that share a model.
 
     What they call must be known to XLA before, see `register_for_loading`. Unpickles the files: the
     bundle must be from somebody who may run code here.
@@ -235,7 +240,7 @@ def load_programs(
     Args:
       folder: the bundle.
       entries: which of its manifest.
-      device: one like that which they were compiled for.
+      devices: as many as they were compiled for, and like these.
 
     Raises:
       ValueError: a file is missing or damaged, or XLA refuses a program.
@@ -247,7 +252,7 @@ def load_programs(
         try:
             payload, in_tree, out_tree = pickle.loads(content)
             return serialize_executable.deserialize_and_load(
-                payload, in_tree, out_tree, device.client, [device]
+                payload, in_tree, out_tree, devices[0].client, devices
             )
         except Exception as error:  # whatever the parts of JAX and XLA raise
             raise ValueError(

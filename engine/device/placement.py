@@ -67,6 +67,11 @@ class Placement:
         return self.mesh.local_devices or list(self.mesh.devices.flat)
 
     @property
+    def devices(self) -> Sequence[jax.Device]:
+        """All of them, those of other processes included."""
+        return [target_device()] if self.mesh is None else list(self.mesh.devices.flat)
+
+    @property
     def is_local(self) -> bool:
         """Whether all devices are this process's."""
         return len(self.local_devices) == self.num_devices

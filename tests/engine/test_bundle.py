@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -41,8 +42,13 @@ ALL_KINDS = [
 ]
 
 
-def compile_to(folder: pathlib.Path, full: bool, tell: Callable[[Progress], object] = print) -> Any:
-    config = EngineConfig(str(DATA / MODEL), swap_space=0.001, **LIMITS)
+def compile_to(
+    folder: pathlib.Path,
+    full: bool,
+    tell: Callable[[Progress], object] = print,
+    **options: Any,
+) -> Any:
+    config = EngineConfig(str(DATA / MODEL), swap_space=0.001, **LIMITS, **options)
     prepared = prepare(load_config(DATA / MODEL), config, HOST)
     return compile_bundle(prepared, folder, full=full, tell=tell)
 
@@ -106,6 +112,33 @@ def test_an_engine_with_a_bundle_traces_nothing_and_gives_the_same_tokens(
         assert [x.token_ids for x in one.outputs] == [x.token_ids for x in other.outputs]
         assert [x.logprobs for x in one.outputs] == [x.logprobs for x in other.outputs]
         assert one.prompt_logprobs == other.prompt_logprobs
+
+
+def test_a_bundle_for_devices_that_share_the_model(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine takes their number from it, and another number is another bundle's."""
+    compile_to(tmp_path / "two", full=True, tensor_parallel_size=2, deterministic=True)
+    with caplog.at_level(logging.WARNING):
+        llm = load(tmp_path / "two", swap_space=0.001)
+    assert not caplog.records
+    assert llm.config.tensor_parallel_size == llm.runner.programs.placement.num_devices == 2
+    assert llm.runner.kv_caches[0].k.sharding.device_set == set(jax.devices()[:2])
+    with nothing_compiles(llm.runner):
+        found = [tokens(llm, params) for params in ALL_KINDS]
+    assert llm.runner.programs.num_traces == llm.runner.block_programs.num_traces == {}
+    alone = load(tmp_path / "two", swap_space=0.001, tensor_parallel_size=1)
+    assert "tensor_parallel_size: 2 in the bundle, 1 in this engine" in caplog.text
+    assert [tokens(alone, params) for params in ALL_KINDS] == found
+
+
+def test_a_bundle_is_refused_where_a_model_is_on_several_processes(
+    whole: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that loads it and one that compiles could wait for each other."""
+    monkeypatch.setattr(Placement, "is_local", False)
+    with pytest.raises(ValueError, match="is for the devices of one process: leave it out"):
+        load(whole)
 
 
 def test_plain_programs_alone_and_the_others_when_somebody_asks(tmp_path: pathlib.Path) -> None:
