@@ -16,7 +16,10 @@ asks for them. Matrix products are cuBLAS's: nothing can be timed. For a GPU thi
 packages that `pallas_paged.deviceless` names; the target cpu is this machine's own CPU.
 
 --plan writes no bundle: it prints where the memory goes, the pool that fits, and what each step
-takes and launches. --largest does so for the largest decode and mixed step alone.
+takes and launches. --largest does so for the largest decode and mixed step alone. With
+--tensor_parallel_size=N all of that is for each of N devices of one machine, which need not be here
+either, and for each step it prints what they exchange, beside the least that the way in which they
+share the model needs.
 """
 
 import dataclasses
@@ -24,6 +27,7 @@ import json
 import logging
 import pathlib
 import time
+from typing import Any
 
 from absl import flags
 
@@ -41,6 +45,7 @@ from pallas_paged.engine.compiling import (
 from pallas_paged.engine.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.device import bundle as bundles
+from pallas_paged.engine.device.exchanges import Exchanges, by_kind, least
 from pallas_paged.engine.device.step_report import SHAPES, StepReport
 from pallas_paged.engine.kv.sharing import blocks_for, most_blocks
 from pallas_paged.models import ModelConfig, command_line, load_config
@@ -88,7 +93,10 @@ _NUM_SCHEDULER_STEPS = flags.DEFINE_integer(
     "num_scheduler_steps", None, "Most decode steps in one program; by default the device's."
 )
 _TENSOR_PARALLEL_SIZE = flags.DEFINE_integer(
-    "tensor_parallel_size", 1, "Devices that share the model.", lower_bound=1
+    "tensor_parallel_size",
+    EngineConfig.tensor_parallel_size,
+    "Devices of one machine that share the model.",
+    lower_bound=1,
 )
 _DETERMINISTIC = flags.DEFINE_bool("deterministic", False, "Every step in one fixed shape.")
 _SWAP_SPACE = flags.DEFINE_float("swap_space", 0.0, "GiB of host memory for preempted requests.")
@@ -182,13 +190,15 @@ def _print_plan(prepared: Prepared) -> None:
     )
     steps = []
     for report in report_steps(prepared, _buckets(prepared)):
-        print(_line(report), flush=True)
-        steps.append(dataclasses.asdict(report))
+        found, needed = _exchanges(prepared, report)
+        print(_line(report, found, needed), flush=True)
+        steps.append(_figures(report, found, needed))
     if _JSON.value:
         figures = {
             "model": _MODEL.value,
             "target": _TARGET.value,
             "num_layers": prepared.shape.num_layers,
+            "kv_head_copies": prepared.shape.kv_head_copies,
             **dataclasses.asdict(plan),
             "num_tokens": (plan.num_blocks - 1) * plan.block_size,
             "sliding_window": window,
@@ -210,7 +220,34 @@ def _buckets(prepared: Prepared) -> list[Bucket]:
     return [max(kind) for kind in kinds if kind]
 
 
-def _line(report: StepReport) -> str:
+def _exchanges(
+    prepared: Prepared, report: StepReport
+) -> tuple[tuple[Exchanges, ...], tuple[Exchanges, ...]]:
+    """Returns what a step's devices exchange, and the least."""
+    config, bucket = prepared.config, report.bucket
+    needed = least(
+        prepared.shape,
+        config.dtype,
+        bucket,
+        config.tensor_parallel_size,
+        deterministic=config.deterministic,
+    )
+    return by_kind(report.collectives, bucket.num_steps), needed
+
+
+def _figures(
+    report: StepReport, found: tuple[Exchanges, ...], needed: tuple[Exchanges, ...]
+) -> dict[str, Any]:
+    """Returns what a step takes as it is written to the file."""
+    return {
+        **dataclasses.asdict(report),
+        "collectives": [one._asdict() for one in report.collectives],
+        "exchanges": list(map(dataclasses.asdict, found)),
+        "least_exchanges": list(map(dataclasses.asdict, needed)),
+    }
+
+
+def _line(report: StepReport, found: tuple[Exchanges, ...], needed: tuple[Exchanges, ...]) -> str:
     """Returns what a step takes, in words."""
     parts = [f"peak {_mib(report.peak_bytes)}", f"temporaries {_mib(report.temporary_bytes)}"]
     if report.launches is not None and report.schedule is not None:
@@ -221,7 +258,14 @@ def _line(report: StepReport) -> str:
             f"buffers {len(buffers)}, which hold {sum(map(len, buffers))} of them"
         )
     parts.append(f"weights and caches made anew: {len(report.moves)}")
+    if found or needed:
+        fewest = "the least" if found == needed else f"at least {_list(needed)}"
+        parts.append(f"collectives: {_list(found)}: {fewest}")
     return f"{report.bucket}: {'; '.join(parts)}"
+
+
+def _list(exchanges: tuple[Exchanges, ...]) -> str:
+    return ", ".join(map(str, exchanges)) or "none"
 
 
 def _mib(num_bytes: int) -> str:

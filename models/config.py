@@ -254,6 +254,11 @@ class ModelConfig:
             )
 
     @property
+    def embedding_size(self) -> int:
+        """Features of a token's embedding."""
+        return self.hidden_size
+
+    @property
     def max_model_len(self) -> int:
         """The most tokens a sequence may have, its prompt and its output together."""
         return self.max_position_embeddings

@@ -73,6 +73,11 @@ class OPTConfig(ModelConfig):
             )
 
     @property
+    def embedding_size(self) -> int:
+        """See `ModelConfig.embedding_size`."""
+        return self.word_embed_proj_dim
+
+    @property
     def has_final_layer_norm(self) -> bool:
         """Whether a norm follows the last layer."""
         return self.do_layer_norm_before and not self.remove_final_layer_norm

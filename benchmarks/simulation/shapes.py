@@ -1,10 +1,13 @@
 """The shapes of the paper's models, as far as a step's cost depends on them.
 
 Parameters and KV memory of the OPT models are those of the paper's Table 1 (Kwon et al. 2023); the
-rest follows from the published configurations.
+rest is in the published configurations, those of `step_report.SHAPES`.
 """
 
 import dataclasses
+
+from pallas_paged.engine.device import step_report
+from pallas_paged.models import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +53,33 @@ class Shape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_itemsize
 
 
+def shape_of(
+    name: str, model: ModelConfig, num_parameters: float, gpu: str, num_gpus: int, num_slots: int
+) -> Shape:
+    """Returns a model's shape from its configuration; the other arguments are those of `Shape`."""
+    return Shape(
+        name,
+        num_parameters,
+        model.num_layers,
+        model.hidden_size,
+        model.num_q_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        gpu,
+        num_gpus,
+        num_slots,
+    )
+
+
+_PAPER = {
+    "opt-13b": (13e9, "a100-40gb", 1, 15_700),
+    "opt-66b": (66e9, "a100-40gb", 4, 9_700),
+    "opt-175b": (173e9, "a100-80gb", 8, 60_100),
+}
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("opt-13b", 13e9, 40, 5120, 40, 40, 128, "a100-40gb", 1, 15_700),
-        Shape("opt-66b", 66e9, 64, 9216, 72, 72, 128, "a100-40gb", 4, 9_700),
-        Shape("opt-175b", 173e9, 96, 12288, 96, 96, 128, "a100-80gb", 8, 60_100),
+        *(shape_of(name, step_report.SHAPES[name], *rest) for name, rest in _PAPER.items()),
         Shape("llama-13b", 13e9, 40, 5120, 40, 40, 128, "a100-40gb", 1, 15_700),
     )
 }

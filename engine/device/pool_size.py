@@ -69,6 +69,7 @@ class PoolPlan:
         or log-probabilities.
       temporary_bytes: bytes of the largest step's temporaries; None where the pool's size did not
         need them.
+      num_devices: that share the model.
     """
 
     num_blocks: int
@@ -79,6 +80,7 @@ class PoolPlan:
     rows_bytes: int
     row_state_bytes: int
     temporary_bytes: int | None
+    num_devices: int = 1
 
     def __str__(self) -> str:
         slots = (self.num_blocks - 1) * self.block_size
@@ -91,7 +93,8 @@ class PoolPlan:
         ]
         if self.temporary_bytes is not None:
             parts.append(f"temporaries of the largest step {_mib(self.temporary_bytes)}")
-        return "memory: " + ", ".join(parts)
+        of_which = "" if self.num_devices == 1 else f" on each of {self.num_devices} devices"
+        return f"memory{of_which}: " + ", ".join(parts)
 
 
 def buckets_for(
@@ -252,6 +255,7 @@ def plan_pool(
         _rows_bytes(config.max_num_seqs, max_blocks_per_seq),
         row_state_bytes,
         temporary_bytes,
+        placement.num_devices,
     )
 
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_paged.collectives import Collective, collectives
-from pallas_paged.deviceless import compile_with_schedule, target_device
+from pallas_paged.deviceless import compile_with_schedule, target_devices
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.logprobs import width_for
 from pallas_paged.engine.device.implementations import resolve_kv_cache_dtype
-from pallas_paged.engine.device.placement import BY_HEAD, share_shapes
+from pallas_paged.engine.device.placement import BY_HEAD, Placement, share_shapes
 from pallas_paged.engine.device.pool_size import num_bytes
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.kv.sharing import blocks_for
@@ -20,31 +20,49 @@ from pallas_paged.launches import Launches, Schedule, launches
 from pallas_paged.models import ModelConfig, abstract_model
 from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.opt import OPTConfig
+from pallas_paged.models.rope import Rope
 from pallas_paged.moves import moves
 
-SHAPES: Mapping[str, ModelConfig] = {
-    "llama-8b": LlamaConfig(
+_HEAD_DIM = 128
+
+
+def _llama(num_layers: int, *, hidden_size: int, intermediate_size: int) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_q_heads=32,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=num_layers,
+        num_q_heads=hidden_size // _HEAD_DIM,
         num_kv_heads=8,
-        head_dim=128,
+        head_dim=_HEAD_DIM,
         max_position_embeddings=8192,
-    ),
-    "opt-13b": OPTConfig(
+        rope=Rope(rope_theta=500000.0),
+        rms_norm_eps=1e-5,
+    )
+
+
+def _opt(num_layers: int, *, hidden_size: int) -> OPTConfig:
+    num_heads = hidden_size // _HEAD_DIM
+    return OPTConfig(
         vocab_size=50272,
-        hidden_size=5120,
-        ffn_dim=20480,
-        num_layers=40,
-        num_q_heads=40,
-        num_kv_heads=40,
-        head_dim=128,
+        hidden_size=hidden_size,
+        ffn_dim=4 * hidden_size,
+        num_layers=num_layers,
+        num_q_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=_HEAD_DIM,
         max_position_embeddings=2048,
-        word_embed_proj_dim=5120,
+        word_embed_proj_dim=hidden_size,
         tie_word_embeddings=True,
-    ),
+    )
+
+
+SHAPES: Mapping[str, ModelConfig] = {
+    "llama-8b": _llama(32, hidden_size=4096, intermediate_size=14336),
+    "llama-70b": _llama(80, hidden_size=8192, intermediate_size=28672),
+    "opt-13b": _opt(40, hidden_size=5120),
+    "opt-66b": _opt(64, hidden_size=9216),
+    "opt-175b": _opt(96, hidden_size=12288),
 }
 """Models by name, as their published configurations have them."""
 
@@ -85,7 +103,10 @@ def compile_step(
     *,
     num_blocks: int,
 ) -> StepReport:
-    """Compiles one step of a model of that shape for the GPU named `target`."""
+    """Compiles one step of a model of that shape for GPUs named `target`, as many as share it."""
+    num_devices = config.tensor_parallel_size
+    placement = Placement.on(*target_devices(target, num_devices))
+    shape = shape.for_devices(num_devices)
     model = abstract_model(shape, config.dtype)
     cache_dtype = resolve_kv_cache_dtype(config, jnp.dtype(config.dtype), shape, "gpu")
     specs = shape.cache_specs(config.block_size, cache_dtype)
@@ -98,8 +119,9 @@ def compile_step(
         width_for(config.max_logprobs, shape.vocab_size),
         config.attention_implementation,
         config.cache_implementation,
+        placement=placement,
     )
-    with jax.default_device(target_device(target)):
+    with placement.as_target():
         return report_step(programs, bucket)
 
 

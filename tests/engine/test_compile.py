@@ -1,5 +1,6 @@
 """The program that writes bundles, and the plan that it prints instead."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -7,7 +8,10 @@ import pathlib
 import pytest
 
 from pallas_paged.engine import LLM
+from pallas_paged.engine.device.step_report import SHAPES
 from pallas_paged.models.demo import DEMO_MODEL
+from pallas_paged.models.registry import config_from_hf
+from tests.models.references import DATA
 from tests.programs import run_program
 
 SMALL = ["--max_num_seqs=2", "--max_num_batched_tokens=32", "--max_model_len=128"]
@@ -56,6 +60,29 @@ def test_a_plan_for_this_cpu(tmp_path: pathlib.Path) -> None:
     assert [step["bucket"]["is_full"] for step in figures["steps"]] == [False, False]
     assert all(step["launches"] is None for step in figures["steps"])
     assert figures["temporary_bytes"] is None
+
+
+@pytest.mark.parametrize("target", ["cpu", pytest.param("h100", marks=pytest.mark.slow)])
+def test_a_plan_for_devices_that_share_the_model(target: str, tmp_path: pathlib.Path) -> None:
+    """What each of them has, and what they exchange: the least that they can."""
+    one, two = (plan(tmp_path, target, "--largest", f"--tensor_parallel_size={n}") for n in (1, 2))
+    assert (one["num_devices"], two["num_devices"]) == (1, 2)
+    assert two["block_bytes"] == one["block_bytes"] / 2
+    assert one["weight_bytes"] / 2 < two["weight_bytes"] < 0.6 * one["weight_bytes"]
+    assert not any(step["exchanges"] or step["least_exchanges"] for step in one["steps"])
+    for step in two["steps"]:
+        assert step["exchanges"] == step["least_exchanges"]
+        assert [kind["kind"] for kind in step["exchanges"]] == ["all-gather", "all-reduce"]
+        assert {each["kind"] for each in step["collectives"]} == {"all-gather", "all-reduce"}
+        steps = step["bucket"]["num_steps"]
+        assert [kind["count"] for kind in step["exchanges"]] == [steps, 3 * steps]
+
+
+def test_shapes_are_the_published_ones() -> None:
+    published = json.loads((DATA / "published.json").read_text())
+    for name, shape in SHAPES.items():
+        config = config_from_hf(published[name.replace("llama-", "llama-3-")]["config"])
+        assert dataclasses.replace(config, checkpoint_dtype=None) == shape
 
 
 @pytest.mark.slow
@@ -120,6 +147,9 @@ def plan(folder: pathlib.Path, target: str, *flags: str) -> dict:
     done = run_program(COMPILE, *model, dtype, "--plan", f"--json={file}", *SMALL, *flags)
     assert done.returncode == 0, done.stderr
     assert "decodes with" in done.stdout
+    is_shared = "--tensor_parallel_size=2" in flags
+    assert ("on each of 2 devices: weights" in done.stdout) == is_shared
+    assert (": the least" in done.stdout) == is_shared
     assert list(folder.iterdir()) == [file]
     figures = json.loads(file.read_text())
     lines = [line for line in done.stdout.splitlines() if "temporaries" in line]
