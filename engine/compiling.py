@@ -45,7 +45,7 @@ HOST = "cpu"
 """The target that is this machine's own CPU."""
 NUM_AT_ONCE = 2
 """Programs that are compiled at a time."""
-_NOT_OURS_BYTES = 256 << 20
+NOT_OURS_BYTES = 256 << 20
 """Of a GPU that is not here, what is taken beside weights and programs: gaps, other processes."""
 _SHAPING = (
     *("kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_logprobs"),
@@ -125,7 +125,7 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
         state = nnx.state(model)
         specs_of = placement.parameter_specs(state)
         weights = share_shapes(jax.tree.leaves(state), specs_of, count)
-        in_use = num_bytes(weights) + _NOT_OURS_BYTES
+        in_use = num_bytes(weights) + NOT_OURS_BYTES
         stats = stats_of_card(target_memory_bytes(target), in_use)
     with placement.as_target(), without_compilation_cache():
         dtype, cache_dtype, specs, share, share_specs, attention, writes, checks = choose(

@@ -7,6 +7,7 @@ from tests.engine import (
     mutate_beams,
     mutate_cascade,
     mutate_grammars,
+    mutate_plans,
     mutate_sharing,
     mutate_steps,
 )
@@ -27,6 +28,7 @@ PROGRAMS = (
     mutate_cascade,
     mutate_grammars,
     mutate_async,
+    mutate_plans,
     mutate_decode,
     mutate_prefill,
     mutate_ampere,

@@ -15,8 +15,8 @@ from benchmarks.simulation.shapes import Shape
 
 LAUNCHES_PER_LAYER = 10
 """Of a decode step of this project, as `tests/engine/test_whole_step_deviceless.py` counts them."""
-_ALL_REDUCE_S = 15e-6
-"""Of a small all-reduce between the devices of one machine; an assumption."""
+COLLECTIVE_S = 15e-6
+"""Of a small collective between the devices of one machine; an assumption."""
 
 
 class Attention(NamedTuple):
@@ -89,6 +89,20 @@ class Costs:
         return self.step_s + products + attention + work.num_tokens * self.row_s + moves + copies
 
 
+def ring_share(kind: str, num_devices: int) -> float:
+    """Returns how much of a collective's bytes go through each device's link, in a ring.
+
+    Args:
+      kind: "all-reduce" or "all-gather".
+      num_devices: in the ring.
+
+    Raises:
+      KeyError: another kind.
+    """
+    passes = {"all-reduce": 2, "all-gather": 1}[kind]
+    return passes * (num_devices - 1) / num_devices
+
+
 def costs_on(shape: Shape, device: Hardware, block_size: int) -> Costs:
     """Returns the constants of a model on GPUs that divide its heads and columns among them."""
     n = device.num_devices
@@ -96,13 +110,13 @@ def costs_on(shape: Shape, device: Hardware, block_size: int) -> Costs:
     layers, kv_bytes = shape.num_layers, shape.kv_bytes_per_token
     block_bytes = block_size * kv_bytes
     reduces = 2 * layers if n > 1 else 0
-    reduced_bytes = reduces * 2 * (n - 1) / n * shape.hidden * 2
+    reduced_bytes = reduces * ring_share("all-reduce", n) * shape.hidden * 2
     return Costs(
         weights_s=shape.weight_bytes / bytes_per_s,
         token_s=2 * shape.num_parameters / flops_per_s,
         kv_token_s=kv_bytes / bytes_per_s,
         pair_s=4 * layers * shape.num_heads * shape.head_dim / flops_per_s,
-        step_s=LAUNCHES_PER_LAYER * layers * device.launch_s + reduces * _ALL_REDUCE_S,
+        step_s=LAUNCHES_PER_LAYER * layers * device.launch_s + reduces * COLLECTIVE_S,
         copied_block_s=2 * block_bytes / bytes_per_s,
         moved_block_s=block_bytes / (n * device.host_bytes_per_s),
         move_s=2 * layers * device.launch_s,
