@@ -19,7 +19,8 @@ _FUSED = re.compile(r"calls=%([\w.\-]+)")
 _VIEWS = ("bitcast", "get-tuple-element", "parameter")
 _MADE_ELSEWHERE = ("tuple", "while", "conditional", "call", "copy-done", "custom-call")
 _IN_PLACE = ("scatter", "dynamic-update-slice")
-_FEW = 1 << 13
+_FEW = 1 << 15
+"""More than a norm has: as many numbers as that stand in a step for other reasons too."""
 
 
 class _Instruction(NamedTuple):
