@@ -167,12 +167,7 @@ def open_matching(folder: str | os.PathLike[str], programs: StepPrograms) -> Man
 
     Raises:
       FileNotFoundError, ValueError: as `read_manifest`.
-      ValueError: several processes share the model.
     """
-    if not programs.placement.is_local:
-        raise ValueError(
-            f"bundle={os.fspath(folder)!r} is for the devices of one process: leave it out"
-        )
     manifest = read_manifest(folder)
     found = differences(manifest.fingerprint, fingerprint(programs))
     if found:

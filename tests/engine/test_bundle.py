@@ -137,7 +137,7 @@ def test_a_bundle_is_refused_where_a_model_is_on_several_processes(
 ) -> None:
     """One that loads it and one that compiles could wait for each other."""
     monkeypatch.setattr(Placement, "is_local", False)
-    with pytest.raises(ValueError, match="is for the devices of one process: leave it out"):
+    with pytest.raises(ValueError, match="is for an engine of one process, not of several"):
         load(whole)
 
 
