@@ -34,7 +34,7 @@ from pallas_paged.engine.device.recovery_costs import measured_costs
 from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.kv.host_pool import HostPool
-from pallas_paged.engine.loading import MakeRunner, begin, load
+from pallas_paged.engine.loading import begin, load
 from pallas_paged.engine.parts import EngineParts
 from pallas_paged.engine.text.grammars import Grammars
 from pallas_paged.engine.text.output_processor import OutputProcessor
@@ -71,11 +71,20 @@ def config_with_limits(model: str, options: dict[str, Any]) -> EngineConfig:
     Raises:
       ValueError, FileNotFoundError: an option is not usable; `bundle` names no bundle.
     """
-    if options.get("bundle") is not None:
-        given = {name: value for name, value in options.items() if value is not None}
-        options = {**bundles.read_manifest(options["bundle"]).options, **given}
     stats = device_memory.memory_stats(target_device())
-    return EngineConfig(model=model, **device_memory.with_limits(options, stats))
+    return EngineConfig(model=model, **device_memory.with_limits(with_bundle(options), stats))
+
+
+def with_bundle(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns a caller's options, and those of its bundle, if it names one, that it leaves out.
+
+    Raises:
+      ValueError, FileNotFoundError: `bundle` names no bundle.
+    """
+    if options.get("bundle") is None:
+        return options
+    given = {name: value for name, value in options.items() if value is not None}
+    return {**bundles.read_manifest(options["bundle"]).options, **given}
 
 
 def build(config: EngineConfig, placement: Placement | None = None) -> Built:
@@ -92,11 +101,13 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
     """
     begun = begin(config, placement)  # first: what is wrong with it is not the tokenizer's
     placement, max_model_len = begun.placement, begun.max_model_len
-    make_runner: MakeRunner = ModelRunner
-    if not placement.is_local:
-        make_runner = leading(config)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    runner, plan, specs, num_host_blocks = load(begun, make_runner)
+    if placement.is_local:
+        loaded = load(begun)
+    else:
+        with leading(config) as make_runner:
+            loaded = load(begun, make_runner)
+    runner, plan, specs, num_host_blocks = loaded
     memory = BlockTableMemory(
         num_blocks=plan.num_blocks,
         block_size=config.block_size,

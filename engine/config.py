@@ -63,12 +63,13 @@ class EngineConfig:
       block_size: tokens in a KV block.
       num_blocks: size of the pool in blocks, the null block included; wins over
         `kv_cache_memory_bytes`.
-      kv_cache_memory_bytes: size of the pool in bytes; wins over `gpu_memory_utilization`.
+      kv_cache_memory_bytes: size of the pool in bytes, of each device's part if several share the
+        model; wins over `gpu_memory_utilization`.
       gpu_memory_utilization: share of the whole card's memory for weights, temporaries and pool
         together, as far as JAX may use it: by default JAX takes 75 % of the card, and the
         environment variable XLA_CLIENT_MEM_FRACTION more.
-        On a CPU the default pool is 1 GiB (or less, when all sequences at their longest need
-        less).
+        On a CPU the default pool is 1 GiB on each device (or less, when all sequences at their
+        longest need less).
       seed: where the seeds of requests that bring none are drawn from, and dummy weights. None or
         -1 draws one at every start, which is what is held then.
       max_logprobs: most log-probabilities per token that a request may ask for; -1 allows the whole
@@ -117,8 +118,8 @@ class EngineConfig:
         and everything is compiled.
       enable_prefix_caching: keep full blocks of finished requests for later ones that begin with
         the same tokens. On by default: cached blocks only take memory that nobody else asks for.
-      swap_space: GiB of host memory for the blocks of requests that are preempted. 0: they are
-        computed again instead.
+      swap_space: GiB of host memory for the blocks of requests that are preempted, in each process.
+        0: they are computed again instead.
       preemption_mode: how preempted requests come back: "recompute"; "swap", as long as there is
         room in `swap_space`; "auto", which is faster for each request by its length and blocks,
         from times of steps and copies that it measures when the engine starts, if `swap_space`

@@ -16,21 +16,20 @@ and then the plan of each step (see `pallas_paged.engine.device.following`); the
 must be at the same place for all. When a process is gone, the others end within seconds.
 """
 
-import atexit
 import logging
-import os
 import signal
 import sys
 import threading
 
 import jax
 
-from pallas_paged.engine.device.channel import Channel, Message, channel
 from pallas_paged.engine.device.following import (
     BUILD,
     END,
     FORGET,
+    channel,
     config_from_bytes,
+    exit_at_once,
     obey,
 )
 from pallas_paged.engine.device.runner import ModelRunner
@@ -78,14 +77,7 @@ def initialize(
         shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
     )
     if jax.process_count() > 1 and is_first():
-        atexit.register(_end, channel())
-
-
-def _end(opened: Channel) -> None:
-    """Ends the others at this process's exit; if one is gone, ends this one without waiting."""
-    opened.close(Message(END, 0))
-    if opened.lost is not None:
-        _exit_at_once()
+        channel()
 
 
 def is_first() -> bool:
@@ -117,15 +109,7 @@ def follow() -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             logger.critical("process %d ends: %s", jax.process_index(), error, exc_info=error)
-        _exit_at_once()
-
-
-def _exit_at_once() -> None:
-    """What JAX does at an exit would wait for processes that are gone, and then abort."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+        exit_at_once()
 
 
 def _follow() -> None:

@@ -36,6 +36,15 @@ class DeadlineExceededError(EngineError, TimeoutError):
 class ProcessLostError(EngineError):
     """One of the processes that share a model is gone, and the engine with it."""
 
+    @classmethod
+    def of(cls, index: int, count: int, cause: BaseException) -> "ProcessLostError":
+        """Returns what process `index` of `count` says when it cannot reach another one."""
+        return cls(
+            f"one of the {count} processes of this engine is gone; this one is "
+            f"number {index}. Look at the others' output for the reason, and start "
+            f"all of them again ({str(cause).splitlines()[0]})"
+        )
+
 
 def step_failed(cause: BaseException) -> StepFailedError:
     """Returns what the requests of a step get that `cause` has ended."""

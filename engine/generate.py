@@ -79,7 +79,7 @@ _DTYPE = flags.DEFINE_enum(
 _MAX_MODEL_LEN = flags.DEFINE_integer("max_model_len", None, "Most tokens of prompt and output.")
 _NUM_BLOCKS = flags.DEFINE_integer("num_blocks", None, "Size of the KV pool in blocks.")
 _TENSOR_PARALLEL_SIZE = flags.DEFINE_integer(
-    "tensor_parallel_size", 1, "Devices that share the model."
+    "tensor_parallel_size", None, "Devices that share the model; by default 1, or the bundle's."
 )
 _BUNDLE = flags.DEFINE_string(
     "bundle",
@@ -121,10 +121,14 @@ def main() -> None:
         dtype=_DTYPE.value,
         max_model_len=_MAX_MODEL_LEN.value,
         num_blocks=_NUM_BLOCKS.value,
-        tensor_parallel_size=_TENSOR_PARALLEL_SIZE.value,
         bundle=_BUNDLE.value,
         seed=None,
         **watching_options(),
+        **(
+            {}
+            if _TENSOR_PARALLEL_SIZE.value is None
+            else {"tensor_parallel_size": _TENSOR_PARALLEL_SIZE.value}
+        ),
     )
     llm.announce = lambda line: print(line, "...", file=sys.stderr, flush=True)
     inputs: list[Prompt] = (

@@ -316,19 +316,22 @@ class ModelConfig:
         """
         if num_devices < 1:
             raise ValueError(f"num_devices={num_devices} must be positive")
-        for name in self.must_split:
-            if (size := getattr(self, name)) % num_devices:
-                raise ValueError(
-                    f"{name}={size} cannot be split over {num_devices} devices: use a number of "
-                    f"devices that divides {size}"
-                )
+        wrong = self._not_split(num_devices)
+        if wrong is not None:
+            usable = [n for n in range(1, self.num_q_heads + 1) if self._not_split(n) is None]
+            raise ValueError(
+                f"{wrong}={getattr(self, wrong)} cannot be split over {num_devices} devices; with "
+                f"this model tensor_parallel_size can be {', '.join(map(str, usable))}"
+            )
         if self.num_kv_heads % num_devices == 0:
             return self
-        if num_devices % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads={self.num_kv_heads} cannot be split over {num_devices} devices, nor "
-                "can each be on as many of them: use a number of devices that divides "
-                f"{self.num_kv_heads} or is a multiple of it"
-            )
         copies = self.kv_head_copies * (num_devices // self.num_kv_heads)
         return dataclasses.replace(self, num_kv_heads=num_devices, kv_head_copies=copies)
+
+    def _not_split(self, num_devices: int) -> str | None:
+        """Returns the name of a field that cannot be split over so many devices, or None."""
+        for name in self.must_split:
+            if getattr(self, name) % num_devices:
+                return name
+        heads = self.num_kv_heads
+        return "num_kv_heads" if heads % num_devices and num_devices % heads else None

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_paged.kv_cache import AttentionMetadata, KVCache
 from pallas_paged.models.config import ModelConfig
 from pallas_paged.models.interface import Attend, Context, Wanted
-from pallas_paged.models.sharding import device_index, gathered, has_divided, summed
+from pallas_paged.models.sharding import device_index, gathered, is_divided, own_part, summed
 from pallas_paged.ops.product.api import product
 from pallas_paged.ops.rotary import rotate
 
@@ -85,14 +85,14 @@ class Linear(nnx.Module):
         dtype: jax.typing.DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.axes = axes
+        self.in_features = in_features
         self.weight = parameter(_random(rngs, (out_features, in_features), dtype), axes)
         self.bias = parameter(jnp.zeros(out_features, dtype), axes[:1]) if bias else None
 
     def __call__(self, x: Float[Array, "*n in"]) -> Float[Array, "*n out"]:
         """Returns the projection of `x`, in its dtype."""
         y = product(x, self.weight[...])
-        if has_divided(self.axes[1]):
+        if self.weight.shape[1] != self.in_features:
             y = summed(y)
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
@@ -245,10 +245,16 @@ def logits(
 ) -> Float[Array, "*n V"]:
     """Returns float32 logits of `hidden` under the output embedding `weight`, of all V tokens.
 
-    `weight` has their rows, or where devices share them this device's.
+    `weight` has their rows, or where devices share them this device's. Where each device has all,
+    each multiplies a part of them all the same: so all have the same numbers, to the last bit, and
+    draw the same tokens.
     """
-    own = product(hidden, weight, jnp.float32)
-    return own if own.shape[-1] == vocab_size else gathered(own)
+    if not is_divided():
+        return product(hidden, weight, jnp.float32)
+    if weight.shape[0] < vocab_size:
+        return gathered(product(hidden, weight, jnp.float32))
+    rows, places = own_part(weight)
+    return gathered(product(hidden, rows, jnp.float32))[..., places]
 
 
 def wanted_by_layer(

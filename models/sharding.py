@@ -8,10 +8,12 @@ does anything: the same layers then have whole parameters.
 """
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-AXIS = "model"
+AXIS = "tensor_parallel"
 """The axis of a mesh of devices that share one model."""
 
 _DIVIDED = frozenset({"kv_heads", "heads", "mlp", "vocab"})
@@ -23,7 +25,7 @@ def partition_spec(
 ) -> PartitionSpec:
     """Returns how a parameter is divided among devices.
 
-    A vocabulary that is no multiple of their number stays whole.
+    A vocabulary that is no multiple of their number stays whole on each.
 
     Args:
       axes: the logical names of its axes.
@@ -49,14 +51,23 @@ def is_divided() -> bool:
     return AXIS in jax.sharding.get_abstract_mesh().manual_axes
 
 
-def has_divided(axis: str) -> bool:
-    """Whether a parameter's axis of that logical name is, as it is traced now, a device's share."""
-    return axis in _DIVIDED and is_divided()
-
-
 def device_index() -> Array:
     """Returns i32[], which of the devices this is; inside a part only."""
     return jax.lax.axis_index(AXIS)
+
+
+def own_part(x: Array) -> tuple[Array, np.ndarray]:
+    """Returns this device's part of the rows of an array that all devices have whole.
+
+    All parts have one size, so that the last ones may overlap. The second result says where the
+    rows are, i32[rows of x], when what devices made of their parts is joined.
+    """
+    num_rows, num_devices = x.shape[0], jax.lax.axis_size(AXIS)
+    size = -(-num_rows // num_devices)
+    starts = np.minimum(np.arange(num_devices) * size, num_rows - size).astype(np.int32)
+    part = jax.lax.dynamic_slice_in_dim(x, jnp.asarray(starts)[device_index()], size)
+    owners = np.arange(num_rows) // size
+    return part, (owners * size + np.arange(num_rows) - starts[owners]).astype(np.int32)
 
 
 def summed(x: Array) -> Array:

@@ -63,12 +63,12 @@ class BlockPrograms:
         """Returns blocks of every layer in host memory; copies in one launch, without waiting."""
         size = move.chunk.num_blocks
         gathered = self._program("gather", size)(kv_caches, self._blocks(move.block_ids, size))
-        return jax.device_put(gathered, self._placement.host_blocks)
+        return self._placement.moved(gathered, self._placement.host_blocks)
 
     def swap_in(self, kv_caches: Caches, move: BlockMove, chunk: Caches) -> Caches:
         """Copies blocks of every layer back from what `swap_out` returned; donates `kv_caches`."""
         size = move.chunk.num_blocks
-        blocks = jax.device_put(chunk, self._placement.kv_caches)
+        blocks = self._placement.moved(chunk, self._placement.kv_caches)
         ids = self._blocks(move.block_ids, size)
         return self._program("scatter", size)(kv_caches, ids, blocks)
 

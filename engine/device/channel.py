@@ -12,7 +12,6 @@ while nobody has anything to say, the sender says so every `IDLE_S` seconds.
 
 import collections
 import contextlib
-import functools
 import logging
 import threading
 import time
@@ -31,6 +30,7 @@ IDLE_S = 2.0
 """After so many seconds without a message one is sent that says nothing."""
 NOTHING = 0
 """The kind of that message; it is not given to who receives."""
+_CLOSE_S = 10.0
 _FIRST_INTS = 4096
 _HEAD_INTS = 3  # kind, number of an engine, bytes
 _MAX_UNSEEN = 3
@@ -148,12 +148,29 @@ class Channel:
         while len(unseen) > (0 if wait else _MAX_UNSEEN):
             np.asarray(unseen.popleft())
 
+    def give_up(self, reason: str) -> None:
+        """Sends nothing any more: this process cannot go on with the others."""
+        self.lost = ProcessLostError(
+            f"this engine of {jax.process_count()} processes has ended, {reason}: start it again"
+        )
+        logger.critical("%s", self.lost)
+
     def close(self, last: Message) -> None:
-        """Sends a last message, if all processes are there to take it."""
-        with self._lock, contextlib.suppress(ProcessLostError):
-            if not self._is_closed:
+        """Sends a last message, and waits some seconds for all processes to take it.
+
+        One that is gone, or does not listen, is no reason to wait for it.
+        """
+
+        def close() -> None:
+            with contextlib.suppress(ProcessLostError), self._lock:
+                self._is_closed = True
                 self.send(last, wait=True)
-            self._is_closed = True
+
+        closing = threading.Thread(target=close, name="channel-end", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
+        if closing.is_alive():
+            logger.warning("the other processes do not follow this one, which ends")
 
     def _keep_alive(self) -> None:
         while not self._is_closed and self.lost is None:
@@ -193,19 +210,9 @@ class Channel:
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
-            self.lost = ProcessLostError(
-                f"one of the {jax.process_count()} processes of this engine is gone; this one is "
-                f"number {jax.process_index()}. Look at the others' output for the reason, and "
-                f"start all of them again ({str(error).splitlines()[0]})"
-            )
+            self.lost = ProcessLostError.of(jax.process_index(), jax.process_count(), error)
             logger.critical("%s", self.lost)
             raise self.lost from error
-
-
-@functools.cache
-def channel() -> Channel:
-    """Returns this process's channel; the first call opens it, in all processes at one time."""
-    return Channel()
 
 
 def _room(num_ints: int) -> int:

@@ -86,7 +86,10 @@ def draft_model_of(
             f"the draft model in {settings.model} serves {draft.max_model_len} tokens, fewer than "
             f"max_model_len={max_model_len}"
         )
-    draft = draft.for_length(max_model_len).for_devices(config.tensor_parallel_size)
+    try:
+        draft = draft.for_length(max_model_len).for_devices(config.tensor_parallel_size)
+    except ValueError as error:
+        raise ValueError(f"the draft model in {settings.model}: {error}") from error
     DraftedConfig.of(shape, draft)
     return settings.model, draft
 

@@ -4,19 +4,23 @@ The first process has the scheduler, the tokenizer and the callers. What it runs
 others run too, each on its own part: they get the plans of its steps as bytes.
 """
 
+import atexit
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import os
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.plan import StepPlan
-from pallas_paged.engine.device.channel import Channel, Message, channel
+from pallas_paged.engine.device.channel import Channel, Message
 from pallas_paged.engine.device.runner import InFlight, ModelRunner
 
 BUILD, STEP, RECOVER, WARM_UP, FORGET, END = range(1, 7)
@@ -41,12 +45,19 @@ class LeadingRunner(ModelRunner):
     def dispatch(self, plan: StepPlan) -> InFlight:
         """See `ModelRunner`.
 
+        What fails here, or is interrupted, ends the engine for good: the others have begun a step
+        that waits for this process's part.
+
         Raises:
           ProcessLostError: a process is gone.
         """
         with self._channel.order():
             self._tell(STEP, plan.to_bytes())
-            in_flight = super().dispatch(plan)
+            try:
+                in_flight = super().dispatch(plan)
+            except BaseException as error:
+                self._channel.give_up(f"step {plan.step_id} failed: {type(error).__name__}")
+                raise
             hold_messages_for(in_flight, self._channel)
             return in_flight
 
@@ -66,8 +77,38 @@ class LeadingRunner(ModelRunner):
         self._channel.send(Message(kind, self._engine, content), wait=wait)
 
 
-def leading(config: EngineConfig) -> Callable[..., LeadingRunner]:
-    """Lets the other processes begin to build an engine; returns what makes its runner here.
+@functools.cache
+def channel() -> Channel:
+    """Returns this process's channel; the first call opens it, in all processes at one time.
+
+    When the first process exits, it tells the others.
+    """
+    opened = Channel()
+    if opened.is_first:
+        atexit.register(_end, opened)
+    return opened
+
+
+def _end(opened: Channel) -> None:
+    opened.close(Message(END, 0))
+    if opened.lost is not None:
+        exit_at_once()
+
+
+def exit_at_once() -> None:
+    """Ends this process with status 1: what JAX does at an exit waits for those that are gone."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def leading(config: EngineConfig) -> Iterator[Callable[..., LeadingRunner]]:
+    """Lets the other processes build an engine; inside, this one builds its part of it.
+
+    Yields what makes the runner here. What fails inside ends the engine for good: the others wait
+    for this process in the middle of their part.
 
     Raises:
       RuntimeError: this is one of the others.
@@ -80,8 +121,13 @@ def leading(config: EngineConfig) -> Callable[..., LeadingRunner]:
             "makes no engine of its own: call pallas_paged.engine.distributed.follow() there"
         )
     engine = opened.new_engine()
-    opened.send(Message(BUILD, engine, config_to_bytes(config)))
-    return functools.partial(LeadingRunner, channel=opened, engine=engine)
+    with opened.order():  # while it is built the processes exchange other things
+        opened.send(Message(BUILD, engine, config_to_bytes(config)))
+        try:
+            yield functools.partial(LeadingRunner, channel=opened, engine=engine)
+        except BaseException as error:
+            opened.give_up(f"its start failed: {type(error).__name__}")
+            raise
 
 
 def hold_messages_for(in_flight: InFlight, opened: Channel) -> None:

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from pallas_paged.dispatch import target_device
+from pallas_paged.engine.errors import ProcessLostError
 from pallas_paged.models.sharding import AXIS, partition_spec
 
 WHOLE = PartitionSpec()
@@ -169,10 +170,35 @@ class Placement:
     # --- between processes --------------------------------------------------------------------
 
     def least(self, value: int) -> int:
-        """Returns the least of what the processes of these devices say; all must ask."""
+        """Returns the least of what the processes of these devices say; all must ask.
+
+        Raises:
+          ProcessLostError: one of them is gone.
+        """
         if self.is_local:
             return value
-        return int(multihost_utils.process_allgather(np.int32(value)).min())
+        try:
+            return int(multihost_utils.process_allgather(np.int32(value)).min())
+        except jax.errors.JaxRuntimeError as error:
+            raise ProcessLostError.of(jax.process_index(), jax.process_count(), error) from error
+
+    def moved(self, arrays: Any, sharding: Sharding) -> Any:
+        """Returns arrays with the same shares on the same devices in another kind of memory.
+
+        Each process moves its own; JAX would run a program of all processes for that.
+        """
+        if self.is_local:
+            return jax.device_put(arrays, sharding)
+        kind = sharding.memory_kind
+
+        def move(array: jax.Array) -> jax.Array:
+            shares = [
+                jax.device_put(shard.data, SingleDeviceSharding(shard.device, memory_kind=kind))
+                for shard in array.addressable_shards
+            ]
+            return jax.make_array_from_single_device_arrays(array.shape, sharding, shares)
+
+        return jax.tree.map(move, arrays)
 
     def _sharding(self, spec: PartitionSpec, memory_kind: str | None = None) -> Sharding:
         if self.mesh is None or self.mesh.size == 1:
@@ -213,8 +239,8 @@ def devices_for(num_devices: int) -> list[jax.Device]:
         )
     if jax.process_count() > 1 and len(devices) != num_devices:
         raise ValueError(
-            f"tensor_parallel_size={num_devices} must be the number of devices of all "
-            f"{jax.process_count()} processes together, {len(devices)}"
+            f"tensor_parallel_size={num_devices} must be {len(devices)} here: the "
+            f"{jax.process_count()} processes of this program share one model, all their devices do"
         )
     return devices[:num_devices]
 

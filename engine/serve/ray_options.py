@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pallas_paged.engine.async_llm import MAX_QUEUED_REQUESTS
+from pallas_paged.engine.build import with_bundle
 from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.device.device_memory import with_limits
 from pallas_paged.models.demo import DEMO_MODEL
 
 _SERVER: dict[str, Any] = {
@@ -103,7 +105,8 @@ def ray_options(args: Mapping[str, Any], environment: Mapping[str, str] = os.env
             names = ", ".join(sorted({*engine_types, *_SERVER, *_DEPLOYMENT} - {*_REFUSED}))
             raise ValueError(f"{name}={value!r} is not known; known are {names}")
     engine.setdefault("model", str(DEMO_MODEL))
-    config = EngineConfig(**engine)  # raises for what is wrong with it
+    # Raises for what is wrong with it; what depends on the device is known where a replica runs.
+    config = EngineConfig(**with_limits(with_bundle(engine), None))
     endpoint = config.kv_events_endpoint
     if endpoint is not None and (endpoint.startswith("ipc") or "*" in endpoint or "::" in endpoint):
         raise ValueError(
@@ -131,13 +134,22 @@ def ray_options(args: Mapping[str, Any], environment: Mapping[str, str] = os.env
     actor: dict[str, Any] = {"num_gpus": config.tensor_parallel_size}
     if environment.get("JAX_PLATFORMS") == "cpu":
         actor = {"num_gpus": 0, "runtime_env": {"env_vars": {"JAX_PLATFORMS": "cpu"}}}
-    deployment["ray_actor_options"] = actor | deployment.get("ray_actor_options", {})
+    deployment["ray_actor_options"] = _joined(actor, deployment.get("ray_actor_options", {}))
     return RayOptions(
         engine | {"max_queued_requests": num_queued},
         server,
         logs,
         defaults | deployment,
     )
+
+
+def _joined(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Returns both; what is given wins, and dictionaries in them are joined too."""
+    joined = defaults | given
+    for name, value in defaults.items():
+        if isinstance(value, dict) and isinstance(given.get(name), dict):
+            joined[name] = _joined(value, given[name])
+    return joined
 
 
 def typed(name: str, value: Any, kind: Any) -> Any:
@@ -159,7 +171,10 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     elif isinstance(value, str) and int in plain and value.isdecimal():
         value = int(value)
     elif isinstance(value, str) and list in plain:
-        value = [value]
+        is_json = value.startswith("[") or value == "null"
+        value = json.loads(value) if is_json else [value]
+    elif value == "null" and types.NoneType in plain:
+        value = None
     if isinstance(value, list) and tuple in plain:
         value = tuple(value)
     if float in plain and isinstance(value, int) and not isinstance(value, bool):

@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_paged.engine import LLM, BeamSearchParams, SamplingParams, distributed
-from pallas_paged.engine.device.channel import Message, channel
+from pallas_paged.engine import LLM, BeamSearchParams, SamplingParams, distributed, loading
+from pallas_paged.engine.device.channel import Message
+from pallas_paged.engine.device.following import channel
+from pallas_paged.engine.device.placement import Placement
 from tests.models.references import DATA
 
 NAME = "llama-mqa-linear"
@@ -95,6 +97,35 @@ def idle(num_devices: int, ready: str) -> None:
     say(time.time(), type(channel().lost).__name__, channel().lost)
 
 
+def interrupted(num_devices: int) -> None:
+    """Interrupts the first step when the others have begun it, and asks for another one."""
+    llm = LLM(DATA / NAME, tensor_parallel_size=num_devices, **OPTIONS)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    llm.runner._move_blocks = interrupt  # type: ignore[method-assign]
+    for _ in range(2):
+        try:
+            answers(llm)
+        except BaseException as error:
+            say(type(error).__name__, error)
+
+
+def failing_start(num_devices: int) -> None:
+    """Fails where the other processes wait for this one, and tries again."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no room")
+
+    loading.plan_pool = fail  # type: ignore[assignment]
+    for _ in range(2):
+        try:
+            LLM(DATA / NAME, tensor_parallel_size=num_devices, **OPTIONS)
+        except Exception as error:
+            say(type(error).__name__, error)
+
+
 def wrong_size(num_devices: int) -> None:
     """Asks for fewer devices than there are."""
     try:
@@ -146,7 +177,9 @@ def main() -> None:
     distributed.initialize(f"127.0.0.1:{port}", int(count), int(number))
     import jax
 
-    if name == "messages":
+    if name == "least":
+        say(Placement.on(*jax.devices()).least(10 - jax.process_index()))
+    elif name == "messages":
         (messages if distributed.is_first() else receive)(*arguments)
     elif not distributed.is_first():
         if name == "own_engine":
@@ -158,7 +191,7 @@ def main() -> None:
     elif name == "own_engine":
         channel()
         time.sleep(20)
-    elif name in ("serve", "wrong_size"):
+    elif name in ("serve", "wrong_size", "interrupted", "failing_start"):
         globals()[name](jax.device_count())
     else:
         globals()[name](jax.device_count(), arguments[0])
