@@ -54,7 +54,7 @@ MUTATIONS = {
         _BUNDLE, "programs.placement.devices)", "programs.placement.devices[:1])", _BUNDLES
     ),
     "a bundle that one of several processes loads": Mutation(
-        _BUNDLE, "if not programs.placement.is_local:", "if False:", _BUNDLES
+        "pallas_paged/engine/loading.py", 'in ("bundle", ', "in (", _BUNDLES
     ),
     "an engine of one device that loads a bundle of two": Mutation(
         "pallas_paged/engine/compiling.py", '    "tensor_parallel_size",\n', "", _BUNDLES
