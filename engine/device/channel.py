@@ -94,7 +94,8 @@ class Channel:
         self._num_engines = 0
         self._unseen: collections.deque[jax.Array] = collections.deque()
         self._last_s = time.monotonic()
-        self._is_closed = False
+        self._last: Message | None = None
+        self._is_closing, self._is_closed = threading.Event(), threading.Event()
         if self.is_first:
             threading.Thread(target=self._keep_alive, name="channel", daemon=True).start()
 
@@ -155,29 +156,29 @@ class Channel:
         )
         logger.critical("%s", self.lost)
 
-    def close(self, last: Message) -> None:
-        """Sends a last message, and waits some seconds for all processes to take it.
+    def close(self, last: Message) -> bool:
+        """Sends a last message; returns whether all processes have it, after some seconds at most.
 
-        One that is gone, or does not listen, is no reason to wait for it.
+        One that is gone, or does not listen, is no reason to wait for it. At an interpreter's exit
+        no thread can be started: the one that is there sends it.
         """
-
-        def close() -> None:
-            with contextlib.suppress(ProcessLostError), self._lock:
-                self._is_closed = True
-                self.send(last, wait=True)
-
-        closing = threading.Thread(target=close, name="channel-end", daemon=True)
-        closing.start()
-        closing.join(_CLOSE_S)
-        if closing.is_alive():
-            logger.warning("the other processes do not follow this one, which ends")
+        self._last = last
+        self._is_closing.set()
+        if not self._is_closed.wait(_CLOSE_S):
+            logger.critical("the other processes do not follow this one, which ends")
+            return False
+        return self.lost is None
 
     def _keep_alive(self) -> None:
-        while not self._is_closed and self.lost is None:
-            time.sleep(IDLE_S / 4)
+        while self.lost is None and not self._is_closing.wait(IDLE_S / 4):
             with contextlib.suppress(ProcessLostError), self._lock:
-                if not self._is_closed and time.monotonic() - self._last_s > IDLE_S:
+                if time.monotonic() - self._last_s > IDLE_S:
                     self.send(Message(NOTHING, 0), wait=True)
+        self._is_closing.wait()
+        if self._last is not None:
+            with contextlib.suppress(ProcessLostError):
+                self.send(self._last, wait=True)
+        self._is_closed.set()
 
     # --- the others ---------------------------------------------------------------------------
 

@@ -90,8 +90,7 @@ def channel() -> Channel:
 
 
 def _end(opened: Channel) -> None:
-    opened.close(Message(END, 0))
-    if opened.lost is not None:
+    if not opened.close(Message(END, 0)):
         exit_at_once()
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -160,6 +160,16 @@ class Placement:
     def cache_shapes(self, arrays: Any) -> Any:
         """Returns shapes and dtypes of arrays that lie as `kv_caches` says."""
         return self._shapes(arrays, BY_HEAD)
+
+    @property
+    def compiler_options(self) -> Mapping[str, Any]:
+        """What XLA is told when it compiles for these devices, by name.
+
+        Processes may compile at different times, or find a program in their own cache. Where they
+        share a GPU's timing of variants, as is XLA's default, one would wait for another then.
+        """
+        alone = self.is_local or self.device.platform == "cpu"
+        return {} if alone else {"xla_gpu_shard_autotuning": False}
 
     def as_target(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, what is traced is for these devices, and new arrays lie on the first of them."""

@@ -226,7 +226,8 @@ class StepPrograms:
 
     def _finish(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         """Compiles a program, and what it calls if that was put off."""
-        compiled = compile_lowered(lowered, self.placement.device)
+        placement = self.placement
+        compiled = compile_lowered(lowered, placement.device, placement.compiler_options)
         for compile_kernel in list(self._kernels.values()):  # while others may add to them
             compile_kernel()
         return compiled

@@ -179,6 +179,8 @@ def main() -> None:
 
     if name == "least":
         say(Placement.on(*jax.devices()).least(10 - jax.process_index()))
+        if not distributed.is_first():
+            distributed.follow()
     elif name == "messages":
         (messages if distributed.is_first() else receive)(*arguments)
     elif not distributed.is_first():

@@ -94,3 +94,12 @@ def test_parameters_that_lie_there_are_not_copied() -> None:
     param = nnx.Param(jax.numpy.ones(8))
     put = Placement.on(jax.devices()[0]).put_parameters({"p": param})["p"]
     assert put[...].unsafe_buffer_pointer() == param[...].unsafe_buffer_pointer()
+
+
+def test_processes_with_gpus_share_no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu = Placement.on(described_device("h100")), Placement.on(jax.devices()[0])
+    assert gpu.compiler_options == cpu.compiler_options == {}
+    monkeypatch.setattr(Placement, "is_local", False)
+    assert gpu.compiler_options == {"xla_gpu_shard_autotuning": False}  # by XLA's own name
+    assert cpu.compiler_options == {}
+    jax.jit(jax.numpy.sin).lower(1.0).compile(compiler_options=dict(gpu.compiler_options))
