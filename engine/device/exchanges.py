@@ -51,7 +51,7 @@ def least(
     """Returns the exchanges that a step needs where devices divide heads, MLP and vocabulary.
 
     Two all-reduces of activations in each layer, behind the attention and behind the MLP; one more
-    of the token embeddings, and an all-gather of the float32 logits, if the vocabulary is divided.
+    of the token embeddings, if the vocabulary is divided; and an all-gather of the float32 logits.
     In a plain step with prompts the last layer's are of those tokens alone whose logits are wanted.
 
     Args:
@@ -69,10 +69,11 @@ def least(
     count, elements = 2 * shape.num_layers, rows * shape.hidden_size
     steps = bucket.num_steps
     is_divided = bool(partition_spec(("vocab",), (shape.vocab_size,), num_devices))
-    found = []
     if is_divided:
         count, elements = count + 1, elements + tokens * shape.embedding_size
-        wanted = bucket.num_seqs if bucket.num_drafts == 0 else logits
-        found.append(Exchanges("all-gather", steps, steps * wanted * shape.vocab_size * 4))
-    found.append(Exchanges("all-reduce", steps * count, steps * elements * itemsize))
-    return tuple(sorted(found))
+    wanted = bucket.num_seqs if bucket.num_drafts == 0 else logits
+    vocab_size = -(-shape.vocab_size // num_devices) * num_devices  # parts of one size
+    return (
+        Exchanges("all-gather", steps, steps * wanted * vocab_size * 4),
+        Exchanges("all-reduce", steps * count, steps * elements * itemsize),
+    )

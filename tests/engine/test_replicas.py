@@ -223,8 +223,10 @@ class TestDeath:
                 await llm.check_health()
                 await dead(llm, 1)
                 for _ in range(2):
+                    slow(llm)
                     streams = [await llm.submit(prompt(i), LONG) for i in range(6)]
                     assert num_open(llm) == [3, 0, 3]
+                    fast(llm)
                     for stream in streams:
                         output = await whole(stream, RequestOutputKind.DELTA)
                         assert len(output.outputs[0].token_ids) == 40
