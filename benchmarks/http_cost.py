@@ -34,6 +34,7 @@ from benchmarks.serving_client.load import Outgoing, open_session, send
 from pallas_paged.engine.async_llm import AsyncLLM
 from pallas_paged.engine.build import Built
 from pallas_paged.engine.config import EngineConfig
+from pallas_paged.engine.model_source import FolderSource
 from pallas_paged.engine.serve import server
 from pallas_paged.engine.serve.app import make_app
 from pallas_paged.engine.serve.service import ServeOptions, Service
@@ -81,7 +82,9 @@ def _serve(case: _Case, pipe: Connection) -> None:
     )
     runner: Any = types.SimpleNamespace(programs=None)
     shape: Any = types.SimpleNamespace(vocab_size=tokenizer.vocab_size)
-    built = Built(parts, runner, tokenizer, shape, _PROMPT_LEN + case.room)
+    weights: Any = None  # nothing computes
+    source = FolderSource(str(DEMO_MODEL))
+    built = Built(parts, runner, tokenizer, shape, _PROMPT_LEN + case.room, weights, source)
     llm = AsyncLLM.of_built(EngineConfig(str(DEMO_MODEL)), built)
     app = make_app(Service(llm, ServeOptions(served_model_names=(_MODEL,))))
     bound = server.bound_socket("127.0.0.1", 0)

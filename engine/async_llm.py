@@ -18,7 +18,6 @@ from pallas_paged.engine.errors import EngineDeadError
 from pallas_paged.engine.kv.stats import KVStats, kv_stats
 from pallas_paged.engine.metrics import Metric, metrics
 from pallas_paged.engine.outputs import RequestOutput
-from pallas_paged.engine.reader import default_sampling_params
 from pallas_paged.engine.request_stream import RequestStream
 from pallas_paged.engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from pallas_paged.engine.text.prompts import (
@@ -107,7 +106,7 @@ class AsyncLLM:
         self._profiler, self.kv_events = watch(core, programs, config, rank)
         self._readers = concurrent.futures.ThreadPoolExecutor(_NUM_READERS, "prompt-reader")
         weakref.finalize(self, self._readers.shutdown, wait=False)
-        self._num_named = 0
+        self._num_named, self._defaults = 0, built.source.sampling_defaults
         self.engine = AsyncEngine(built.parts, max_queued_requests)
 
     async def __aenter__(self) -> "AsyncLLM":
@@ -232,7 +231,7 @@ class AsyncLLM:
     def _checked_params(self, params: Params | None) -> tuple[Params, int | None]:
         """Returns a request's parameters, and the most tokens where these are the model's own."""
         if params is None:
-            params = default_sampling_params(self.config.model)
+            params = self._defaults()
             return dataclasses.replace(params, max_tokens=None), params.max_tokens
         if not isinstance(params, SamplingParams | BeamSearchParams):
             raise ValueError(
@@ -312,7 +311,7 @@ class AsyncLLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Returns what requests without parameters get, see `LLM.get_default_sampling_params`."""
-        return default_sampling_params(self.config.model)
+        return self._defaults()
 
     async def drain(self, timeout_s: float | None = None) -> bool:
         """Takes no new requests, and waits for those that it has; returns whether all ended."""

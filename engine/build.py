@@ -35,14 +35,13 @@ from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.kv.host_pool import HostPool
 from pallas_paged.engine.loading import begin, load
+from pallas_paged.engine.model_source import ModelSource
 from pallas_paged.engine.parts import EngineParts
 from pallas_paged.engine.text.grammars import Grammars
 from pallas_paged.engine.text.output_processor import OutputProcessor
-from pallas_paged.engine.text.tokenizer import Tokenizer, known_eos_token_ids, load_tokenizer
-from pallas_paged.models import (
-    ModelConfig,
-    load_eos_token_ids,
-)
+from pallas_paged.engine.text.tokenizer import Tokenizer, known_eos_token_ids
+from pallas_paged.engine.weights import Weights
+from pallas_paged.models import ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +55,8 @@ class Built(NamedTuple):
       tokenizer: None where the folder has none.
       model_config: the model's shape, for sequences of `max_model_len` tokens.
       max_model_len: most tokens of a sequence.
+      weights: the model's, which may be replaced.
+      source: where the model came from.
     """
 
     parts: EngineParts
@@ -63,6 +64,8 @@ class Built(NamedTuple):
     tokenizer: Tokenizer | None
     model_config: ModelConfig
     max_model_len: int
+    weights: Weights
+    source: ModelSource
 
 
 def config_with_limits(model: str, options: dict[str, Any]) -> EngineConfig:
@@ -87,27 +90,30 @@ def with_bundle(options: dict[str, Any]) -> dict[str, Any]:
     return {**bundles.read_manifest(options["bundle"]).options, **given}
 
 
-def build(config: EngineConfig, placement: Placement | None = None) -> Built:
+def build(
+    config: EngineConfig, placement: Placement | None = None, source: ModelSource | None = None
+) -> Built:
     """Loads the model, sizes the pool, makes an engine; compiles what the size depends on.
 
     Args:
       config: what the engine is like.
       placement: the devices that it runs on, as many as `tensor_parallel_size`; None for JAX's
         default device, or the first ones of its platform.
+      source: of the model; None for the folder that the configuration names.
 
     Raises:
       ValueError: an option or the checkpoint is not usable; the message names the field or tensor.
       FileNotFoundError: the folder or one of its files is missing.
     """
-    begun = begin(config, placement)  # first: what is wrong with it is not the tokenizer's
+    begun = begin(config, placement, source)  # first: what is wrong is not the tokenizer's
     placement, max_model_len = begun.placement, begun.max_model_len
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    tokenizer = begun.source.tokenizer(config.tokenizer)
     if placement.is_local:
         loaded = load(begun)
     else:
         with leading(config) as make_runner:
             loaded = load(begun, make_runner)
-    runner, plan, specs, num_host_blocks = loaded
+    runner, plan, specs, num_host_blocks, shared = loaded
     memory = BlockTableMemory(
         num_blocks=plan.num_blocks,
         block_size=config.block_size,
@@ -131,7 +137,6 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         step_cost=runner.buckets.step_cost,
     )
     vocab_size = begun.shape.vocab_size
-    eos_token_ids = load_eos_token_ids(config.model)
     assert config.seed is not None
     parts = join(
         scheduler,
@@ -140,13 +145,14 @@ def build(config: EngineConfig, placement: Placement | None = None) -> Built:
         runner.buckets,
         vocab_size=vocab_size,
         max_model_len=max_model_len,
-        eos_token_ids=known_eos_token_ids(eos_token_ids, tokenizer, vocab_size),
+        eos_token_ids=known_eos_token_ids(begun.source.eos_token_ids(), tokenizer, vocab_size),
         tokenizer=tokenizer,
         seed=config.seed,
         max_logprobs=config.max_logprobs,
         async_scheduling=config.async_scheduling,
     )
-    return Built(parts, runner, tokenizer, begun.shape, max_model_len)
+    weights = Weights(runner.programs, begun, shared)
+    return Built(parts, runner, tokenizer, begun.shape, max_model_len, weights, begun.source)
 
 
 def join(

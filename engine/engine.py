@@ -1,14 +1,18 @@
 """A whole engine in this process: requests in, outputs with text out, and what a failure does."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from pallas_paged.engine.core.core_output import CoreOutput, NewTokens
 from pallas_paged.engine.core.request import SequenceGroup
+from pallas_paged.engine.kv.sharing import Root
 from pallas_paged.engine.kv.stats import KVStats, kv_stats
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.parts import EngineParts, is_held
 from pallas_paged.engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+
+Pinned = tuple[tuple[int, ...], Root]
+"""A prefix that is pinned: its tokens, and what they are salted with."""
 
 
 class Engine:
@@ -21,12 +25,14 @@ class Engine:
       memory: likewise.
       counts: likewise.
       undelivered: outputs that `step` returns next; who calls `advance` takes them from here.
+      asleep: what it has given back, of "weights" and "kv_cache"; requests are refused then.
     """
 
     def __init__(self, parts: EngineParts):
         """Takes the parts as its own."""
         self.core, self.memory, self.counts = parts.core, parts.memory, parts.counts
         self.undelivered: list[RequestOutput] = []
+        self.asleep: frozenset[str] = frozenset()
         self._parts = parts
         self._processor = parts.processor
         self._failure: str | None = None  # of a change that is under way, or was cut short
@@ -59,8 +65,14 @@ class Engine:
 
         Raises:
           ValueError: see `Intake.make_group`, `bad_sequences` and `Grammars.compile`.
+          RuntimeError: the engine is asleep.
         """
         self._recover()
+        if self.asleep:
+            raise RuntimeError(
+                f"the engine sleeps, without {' and '.join(sorted(self.asleep))}: call wake_up"
+                + (", or update_weights" if "weights" in self.asleep else "")
+            )
         return self._parts.intake.make_group(
             prompt_token_ids,
             params,
@@ -109,12 +121,12 @@ class Engine:
         with self._all_or_nobody():
             self._process(self.core.abort(request_id))
 
-    def pin(self, token_ids: Sequence[int], salt: str | None) -> bool:
+    def pin(self, token_ids: Sequence[int], salt: Root) -> bool:
         """Keeps the full blocks of a prefix until `unpin`; see `Scheduler.pin`."""
         with self._all_or_nobody(ValueError):
             return self.core.scheduler.pin(token_ids, salt)
 
-    def unpin(self, token_ids: Sequence[int], salt: str | None) -> bool:
+    def unpin(self, token_ids: Sequence[int], salt: Root) -> bool:
         """Takes a `pin` back; returns False if there is none."""
         with self._all_or_nobody():
             return self.core.scheduler.unpin(token_ids, salt)
@@ -154,6 +166,31 @@ class Engine:
         """Steps until nothing is left to do; what the requests still get is lost."""
         while self.has_unfinished:
             self.step()
+
+    def finish_requests(self) -> None:
+        """Steps until no request is left; what they get is in `undelivered`."""
+        while self.core.has_unfinished:
+            self.advance()
+
+    def abort_requests(self) -> None:
+        """Ends every request by "abort"; their last outputs are in `undelivered`."""
+        for request_id in list(self._processor.request_ids):
+            self.abort(request_id)
+        self.finish_requests()  # the step in flight
+
+    def change_device[T](self, change: Callable[[], T]) -> tuple[T, list[Pinned]]:
+        """Calls what lets the device lose all that it has computed, between two steps.
+
+        Requests go on from the tokens that they have. What is cached is forgotten.
+
+        Returns:
+          what `change` returns; and the prefixes that were pinned, and are not any more.
+        """
+        with self._all_or_nobody():
+            self._process(*self.core.settle())
+            pinned = list(self.memory.pinned.elements())
+            self.core.start_over()
+            return change(), pinned
 
     def _process(self, outputs: Iterable[CoreOutput], tokens: NewTokens | None = None) -> None:
         """Lets the requests have what the core gave them, and the core know what that ended."""

@@ -1,37 +1,29 @@
-"""The offline API: prompts in, completions out."""
+"""The offline API: a model and its engine in this process, for programs that wait for outputs."""
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
 from pallas_paged.engine.build import Built, build, config_with_limits
 from pallas_paged.engine.config import EngineConfig
-from pallas_paged.engine.core.request import SequenceGroup
-from pallas_paged.engine.engine import Engine
+from pallas_paged.engine.engine import Pinned
+from pallas_paged.engine.kv.sharing import Root
 from pallas_paged.engine.kv.stats import KVStats
 from pallas_paged.engine.metrics import Metric, metrics
-from pallas_paged.engine.outputs import RequestOutput
-from pallas_paged.engine.reader import RequestReader, default_sampling_params
-from pallas_paged.engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
-from pallas_paged.engine.streams import Streams
-from pallas_paged.engine.text.prompts import (
-    Message,
-    Params,
-    Prompt,
-    PromptReader,
-    split_conversations,
-)
-from pallas_paged.engine.text.tokenizer import require_tokenizer
-from pallas_paged.engine.turns import Turns
+from pallas_paged.engine.model_source import GivenSource, ModelSource
+from pallas_paged.engine.offline import OfflineLLM
+from pallas_paged.engine.sampling_params import SamplingParams
+from pallas_paged.engine.scoring_params import scoring_params, token_logprobs
+from pallas_paged.engine.sleeping import WEIGHTS, Freed, Sleep
+from pallas_paged.engine.text.prompts import Prompt
 from pallas_paged.engine.watching import watch
+from pallas_paged.engine.weights import Matched, WeightsUpdate, check_mode
+from pallas_paged.models.given import NameMapping
 
-logger = logging.getLogger(__name__)
 
-
-class LLM:
+class LLM(OfflineLLM):
     """A model, its KV cache and the engine that serves it from this process.
 
     Several threads may use it: their requests run in one batch, and a step runs in the thread that
@@ -41,6 +33,7 @@ class LLM:
     Args:
       model: folder with a Hugging Face checkpoint: `config.json`, safetensors, and tokenizer files
         if text is to go in or out; or with what `pallas_paged.models.port` made of one.
+        `from_model` takes a model that is in memory.
       **options: the other fields of `EngineConfig`.
 
     Attributes:
@@ -54,198 +47,188 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **options: Any):
-        config = config_with_limits(str(model), options)
-        self._join(config, build(config))
+        self._begin(str(model), options)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        state: Any = None,
+        eos_token_ids: Sequence[int] = (),
+        **options: Any,
+    ) -> "LLM":
+        """Returns an engine over a model that this program has, such as the one that it trains.
+
+        Arrays that have the engine's dtype, lie on its devices and are divided as it divides them
+        are used as they are: nothing is copied. So they must not be donated to another program
+        while the engine may run, see `update_weights`.
+
+        Args:
+          model: a Flax NNX module of `pallas_paged.models`; or the configuration of a family, such
+            as `LlamaConfig`, whose weights are `state`.
+          tokenizer: one of transformers, or a folder with one; None takes and gives token ids only.
+          state: the weights of a configuration, see `update_weights`; None with a module.
+          eos_token_ids: tokens that end an output, beside the tokenizer's EOS.
+          **options: fields of `EngineConfig`. `dtype` is by default that of the weights.
+
+        Raises:
+          ValueError: an option, the model or its weights are not usable; the message names them.
+        """
+        source = GivenSource(model, state, tokenizer, eos_token_ids)
+        llm = cls.__new__(cls)
+        llm._begin(source.name, options, source)
+        return llm
+
+    def _begin(
+        self, model: str, options: dict[str, Any], source: ModelSource | None = None
+    ) -> None:
+        """Builds the engine."""
+        config = config_with_limits(model, options)
+        self._join(config, build(config, source=source))
         if config.compile_ahead:
             self.warm_up()
 
     def _join(self, config: EngineConfig, built: Built) -> None:
         """Takes an engine as its own."""
-        self.config = config
-        self.engine, self.runner = Engine(built.parts), built.runner
-        self.tokenizer = built.tokenizer
-        self.model_config, self.max_model_len = built.model_config, built.max_model_len
-        self.announce: Callable[[str], object] = logger.info
-        self._prompts = PromptReader(self.tokenizer, config.model, self.model_config.vocab_size)
-        self._turns = Turns()
-        self._reader = RequestReader(self.engine, self._turns, self._prompts, config)
-        self._streams = Streams(self.engine, self._turns)
+        super().__init__(config, built)
         self._profiler, self.kv_events = watch(self.engine.core, self.runner.programs, config)
+        self._weights = built.weights
+        self._sleep = Sleep(self.engine, self.runner, built.weights)
 
-    def start_profile(self) -> None:
-        """Begins a trace of JAX's profiler into `profile_dir`, until `stop_profile`.
+    # --- scores -------------------------------------------------------------------------------
 
-        Raises:
-          RuntimeError: a trace is under way, or the engine has no `profile_dir`.
-        """
-        self._profiler.start()
-
-    def stop_profile(self) -> None:
-        """Ends the trace and writes it; `RuntimeError` if none is under way."""
-        self._profiler.stop()
-
-    def warm_up(self) -> None:
-        """Compiles every program, so that no request waits for a compilation."""
-        with self._turns:
-            self.runner.programs.announce = self.announce
-            self.runner.warm_up()
-
-    def generate(
+    def score(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: Params | Sequence[Params] | None = None,
-        use_tqdm: bool = True,
-        priority: Sequence[int] | None = None,
-    ) -> list[RequestOutput]:
-        """Completes prompts as one continuously batched run.
+        completions: Prompt | Sequence[Prompt],
+        use_tqdm: bool = False,
+    ) -> list[np.ndarray]:
+        """Returns how likely the model finds given completions, token by token.
+
+        They run as one batch through the programs of `generate`; nothing is taken from the prefix
+        cache, and nothing is kept in it.
 
         Args:
-          prompts: one or several of `Prompt`; a list of integers is one.
-          sampling_params: one for all, or one per prompt; None means what
-            `get_default_sampling_params` returns, of whose `max_tokens` as many as fit. Some may be
-            `BeamSearchParams`.
-          use_tqdm: show progress on standard error, compilations too.
-          priority: one number per prompt, lower ones first; for `scheduling_policy="priority"`.
+          prompts: see `generate`; none of them empty.
+          completions: one for each prompt, likewise; a text is split without special tokens.
+          use_tqdm: show progress on standard error.
 
         Returns:
-          One output per prompt, in the order of the prompts.
+          For each completion f32[n], the model's own log-probabilities of its n tokens: the
+          log-softmax of the logits, without temperature, penalties and filters.
 
         Raises:
-          ValueError: a prompt or parameter is not usable; the message says which of several.
-            Nothing has been run, and the next call gives what it would have given without this.
+          ValueError: a prompt or completion is not usable, or both together are longer than
+            `max_model_len`; the message says which of several.
         """
-        requests = self._reader.read(prompts, sampling_params, priority)
-        done: dict[str, RequestOutput] = {}
-        with tqdm(total=len(requests), unit="request", disable=not use_tqdm) as progress:
-            core, begin = self.engine.core, self.engine.core.num_generated_tokens
-            announce = progress.set_postfix_str if use_tqdm else self.announce
-            for output in self._run(requests, announce, RequestOutputKind.FINAL_ONLY):
-                done[output.request_id] = output
-                progress.update()
-                tokens = core.num_generated_tokens - begin
-                seconds = max(progress.format_dict["elapsed"], 1e-9)
-                progress.set_postfix_str(f"{tokens / seconds:.1f} output tokens/s")
-        return [done[group.request_id] for group, _ in requests]
-
-    def beam_search(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: BeamSearchParams | Sequence[BeamSearchParams],
-        use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
-        """Searches the most likely completions of prompts, as one batch.
-
-        Args:
-          prompts: see `generate`.
-          params: one for all, or one per prompt.
-          use_tqdm: see `generate`.
-
-        Returns:
-          One output per prompt, in the order of the prompts. Its `num_return` completions are
-          sorted by their `score`, best first.
-
-        Raises:
-          ValueError: see `generate`; or params of another kind.
-        """
-        for one in params if isinstance(params, list | tuple) else [params]:
-            if not isinstance(one, BeamSearchParams):
-                raise ValueError(f"params={one!r:.80} must be BeamSearchParams; see `generate`")
-        return self.generate(prompts, params, use_tqdm)
-
-    def stream(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: Params | Sequence[Params] | None = None,
-        priority: Sequence[int] | None = None,
-    ) -> Iterator[RequestOutput]:
-        """Completes prompts like `generate`, and yields each output whenever it has grown.
-
-        What an output holds is up to the request's `output_kind`: all so far, which costs more per
-        token the longer it gets, only what is new, or nothing before the end. The last output of a
-        request has `finished` set. What is wrong with a prompt is raised before this returns; the
-        requests run while the result is iterated over, together with those of other iterations.
-        Leaving the iteration early aborts what has not finished. A beam search is yielded once,
-        when it is over.
-        """
-        return self._run(self._reader.read(prompts, sampling_params, priority), self.announce)
-
-    def chat(
-        self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: Params | Sequence[Params] | None = None,
-        use_tqdm: bool = True,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Any] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        priority: Sequence[int] | None = None,
-    ) -> list[RequestOutput]:
-        """Answers one conversation, or several as one batch.
-
-        Args:
-          messages: a conversation, `[{"role": ..., "content": ...}, ...]`, or a list of them. A
-            content is a string or a list of `{"type": "text", "text": ...}`; templates that do not
-            loop over the list get the texts joined by newlines.
-          sampling_params: see `generate`.
-          use_tqdm: see `generate`.
-          chat_template: a Jinja template, or the name of one of the tokenizer's; None is its only
-            one, or of several "tool_use" if there are tools, else "default".
-          add_generation_prompt: end the prompt where the assistant's answer begins.
-          continue_final_message: let the model go on with the last message instead; needs
-            `add_generation_prompt=False`.
-          tools: functions that the model may call, as JSON schemas or as Python functions with type
-            hints and a docstring; what it answers is text, as always.
-          chat_template_kwargs: further variables of the template, such as `enable_thinking`.
-          priority: see `generate`; one number per conversation.
-
-        Raises:
-          ValueError: there is no tokenizer or no such template, the template does not accept the
-            messages, or as for `generate`.
-        """
-        prompts = [
-            self._prompts.from_chat(
-                conversation,
-                name,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                chat_template_kwargs=chat_template_kwargs,
-            )
-            for name, conversation in split_conversations(messages)
+        pairs = self._reader.read_pairs(prompts, completions)
+        texts: list[Prompt] = [
+            {"prompt_token_ids": [*ids, *completion][:-1]} for ids, completion in pairs
         ]
-        return self.generate(prompts, sampling_params, use_tqdm, priority)
+        params = [scoring_params([*ids, *completion], len(completion)) for ids, completion in pairs]
+        outputs = self.generate(texts, params, use_tqdm) if texts else []
+        return [
+            token_logprobs(output, completion)
+            for output, (_, completion) in zip(outputs, pairs, strict=True)
+        ]
 
-    def chat_prompt(
-        self,
-        messages: Sequence[Message],
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Any] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Prompt:
-        """Returns the prompt that `chat` makes of one conversation."""
-        return self._prompts.from_chat(
-            messages,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-        )
+    # --- weights and memory -------------------------------------------------------------------
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request that `stream` is running; unknown and finished ones are ignored.
+    @property
+    def weights_version(self) -> int:
+        """Of the weights that the next token comes from: 0, and 1 more for each update."""
+        return self.engine.core.weights_version
+
+    def update_weights(
+        self, state: Any, mapping: NameMapping | None = None, *, mode: str = "wait"
+    ) -> WeightsUpdate:
+        """Puts other weights in the place of the model's; compiles no step, and forgets all caches.
+
+        Arrays that have the layout, dtype and devices of the engine's parameters take their place
+        as they are: the engine and the caller then share their memory. Who donates them to the next
+        training step must call this again with its result before any other request; requests in
+        between fail, and say so. Everything else is made by one compiled program, to which the
+        engine donates its own arrays that it replaces; it is compiled once for each kind of state.
+
+        Args:
+          state: a module, an `nnx.State`, or a tree of arrays, of JAX or NumPy. Where an array
+            stands in it, joined by dots, is its name: that of a tensor in a checkpoint of Hugging
+            Face, or of one of our parameters, which may hold several tensors.
+          mapping: from the names in `state` to such names, for those that differ. In a name `*`
+            stands for one part between dots, and for the same in ours. In the place of our name can
+            stand that and a function, which makes our array of the caller's; let it be the same
+            function in each call, for it is compiled.
+          mode: what becomes of unfinished requests, those of other threads or of a `stream`:
+            "wait" finishes them first, with the old weights; "abort" ends them; "keep" lets them go
+            on from the tokens that they have, whose keys and values are computed again.
+
+        Returns:
+          The new version, and what was cast, joined and moved. In outputs
+          `CompletionOutput.weights_versions` tells for each token which weights it came from.
 
         Raises:
-          ValueError: `request_id` is no string.
+          ValueError: arrays are missing, unused, misshapen, of another dtype than float32, bfloat16
+            or float16, or deleted; all are listed by name. Or a value is too large for float16.
+            Nothing has changed.
         """
-        if not isinstance(request_id, str):
-            raise ValueError(f"request_id={request_id!r:.80} must be a string: abort one by one")
+        check_mode(mode)
         with self._turns:
-            self.engine.abort(request_id)
+            matched = self._weights.match(state, mapping)
+            if mode == "wait":
+                self.engine.finish_requests()
+            elif mode == "abort":
+                self.engine.abort_requests()
+            update, pinned = self.engine.change_device(lambda: self._take(matched))
+            self._sleep.pinned += pinned
+            self._pin_again([] if self.engine.asleep else self._sleep.take_pinned())
+        return update
+
+    def _take(self, matched: Matched) -> WeightsUpdate:
+        """Takes new weights between two steps."""
+        update = self._weights.take(matched, self.weights_version + 1)
+        self.engine.core.note_new_weights()
+        self.engine.asleep -= {WEIGHTS}
+        return update
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether memory has been given back that requests need."""
+        return bool(self.engine.asleep)
+
+    def sleep(self, level: int = 1) -> Freed:
+        """Gives memory back, until `wake_up`; programs stay compiled, and requests are refused.
+
+        Prefixes are forgotten; those that are pinned are computed again on waking up.
+
+        Args:
+          level: 1, the KV pool; 2, that and the weights, of which no copy is kept: they come back
+            by `update_weights`, or from the engine's folder by `wake_up`.
+
+        Returns:
+          The bytes that are free now, which are logged too.
+
+        Raises:
+          ValueError: there is no such level; the engine is of several processes.
+          RuntimeError: requests are unfinished.
+        """
+        with self._turns:
+            return self._sleep.begin(level)
+
+    def wake_up(self, tags: Collection[str] | None = None) -> None:
+        """Gets back what `sleep` has given, from newly allocated memory.
+
+        Args:
+          tags: what of it, "kv_cache" or "weights"; None is all.
+
+        Raises:
+          ValueError: there is no such tag; the weights cannot be read, see `load_model`.
+          RuntimeError: the weights were given by `from_model`: `update_weights` brings others.
+        """
+        with self._turns:
+            self._sleep.end(tags)
+            self._pin_again([] if self.engine.asleep else self._sleep.take_pinned())
 
     def pin_prefix(self, prompt: Prompt) -> int:
         """Computes a prefix, such as a system prompt, and keeps it until `unpin_prefix`.
@@ -262,18 +245,23 @@ class LLM:
           RuntimeError: it could not be computed; the message says why.
         """
         ids, salt = self._reader.read_prefix(prompt)
-        once = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-        request: Prompt = {"prompt_token_ids": ids}
-        if salt is not None:
-            request = {"prompt_token_ids": ids, "cache_salt": salt}
-        while not self._pin(ids, salt):
-            (output,) = self.generate(request, once, use_tqdm=False)
-            if output.outputs[0].finish_reason == "abort":
-                reason = output.outputs[0].stop_reason
-                raise RuntimeError(f"prompt={prompt!r:.80} was not computed: {reason}")
+        self._pin_again([(ids, salt)])
         return len(ids)
 
-    def _pin(self, token_ids: tuple[int, ...], salt: str | None) -> bool:
+    def _pin_again(self, prefixes: Sequence[Pinned]) -> None:
+        """Pins prefixes, and computes those that are not there."""
+        once = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+        for ids, salt in prefixes:
+            request: Prompt = {"prompt_token_ids": ids}
+            if salt is not None:
+                request = {"prompt_token_ids": ids, "cache_salt": str(salt)}
+            while not self._pin(ids, salt):
+                (output,) = self.generate(request, once, use_tqdm=False)
+                if output.outputs[0].finish_reason == "abort":
+                    reason = output.outputs[0].stop_reason
+                    raise RuntimeError(f"the prefix {ids!r:.80} was not computed: {reason}")
+
+    def _pin(self, token_ids: tuple[int, ...], salt: Root) -> bool:
         with self._turns:
             return self.engine.pin(token_ids, salt)
 
@@ -309,40 +297,20 @@ class LLM:
         with self._turns:
             return self.engine.reset_prefix_cache()
 
-    def get_tokenizer(self) -> Any:
-        """Returns the tokenizer, as transformers made it.
-
-        Raises:
-          ValueError: the folder has none.
-        """
-        return require_tokenizer(self.tokenizer, self.config.model).implementation
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """Returns `SamplingParams` with what the model's `generation_config.json` advises.
-
-        These are its temperature, top_k, top_p, min_p, repetition_penalty and max_new_tokens, where
-        it has them; see `pallas_paged.models.load_sampling_defaults`.
-
-        Raises:
-          ValueError: one of them is not usable; requests then have to bring their own.
-        """
-        return default_sampling_params(self.config.model)
-
     @property
     def kv_cache_usage(self) -> float:
         """The share of the pool's blocks that sequences hold, in [0, 1]."""
         stats = self.kv_stats()
         return stats.num_allocated_blocks / stats.num_blocks
 
-    def _run(
-        self,
-        requests: list[tuple[SequenceGroup, str | None]],
-        announce: Callable[[str], object],
-        output_kind: RequestOutputKind | None = None,
-    ) -> Iterator[RequestOutput]:
-        """Runs the requests; `announce` is told of compilations in the steps of this iteration."""
+    def start_profile(self) -> None:
+        """Begins a trace of JAX's profiler into `profile_dir`, until `stop_profile`.
 
-        def before_step() -> None:
-            self.runner.programs.announce = announce
+        Raises:
+          RuntimeError: a trace is under way, or the engine has no `profile_dir`.
+        """
+        self._profiler.start()
 
-        return self._streams.run(requests, before_step, output_kind)
+    def stop_profile(self) -> None:
+        """Ends the trace and writes it; `RuntimeError` if none is under way."""
+        self._profiler.stop()

@@ -35,7 +35,9 @@ from pallas_paged.engine.device.pool_size import (
 )
 from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.kv.sharing import blocks_for
-from pallas_paged.models import CausalLM, ModelConfig, init_model, load_config, load_model
+from pallas_paged.engine.model_source import FolderSource, LoadedModel, ModelSource
+from pallas_paged.models import CausalLM, ModelConfig
+from pallas_paged.models.new_weights import Path
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ class Begun(NamedTuple):
       shape: of its model, for sequences of `max_model_len` tokens and for so many devices.
       max_model_len: most tokens of a sequence.
       checks: of the kernels, which are compiled meanwhile; None if there is nothing to compile.
+      source: of the model.
     """
 
     config: EngineConfig
@@ -59,6 +62,7 @@ class Begun(NamedTuple):
     shape: ModelConfig
     max_model_len: int
     checks: ChecksAhead | None
+    source: ModelSource
 
 
 class Loaded(NamedTuple):
@@ -69,22 +73,29 @@ class Loaded(NamedTuple):
       plan: of the memory.
       specs: of the layers' caches.
       num_host_blocks: how many blocks `swap_space` holds.
+      shared: see `LoadedModel`.
     """
 
     runner: ModelRunner
     plan: PoolPlan
     specs: tuple[CacheSpec, ...]
     num_host_blocks: int
+    shared: frozenset[Path]
 
 
-def begin(config: EngineConfig, placement: Placement | None = None) -> Begun:
-    """Reads `config.json`, and lets threads compile what needs no weights.
+def begin(
+    config: EngineConfig, placement: Placement | None = None, source: ModelSource | None = None
+) -> Begun:
+    """Looks at the model's shape, and lets threads compile what needs no weights.
+
+    `source` is of the model, by default the folder that the configuration names.
 
     Raises:
       ValueError, FileNotFoundError: see `pallas_paged.engine.build.build`.
     """
     use_compilation_cache(config.compilation_cache_dir)
-    shape = load_config(config.model)
+    source = FolderSource(config.model) if source is None else source
+    shape = source.shape()
     max_model_len = resolve_max_model_len(config, shape)
     shape = shape.for_length(max_model_len).for_devices(config.tensor_parallel_size)
     if placement is None:
@@ -100,10 +111,15 @@ def begin(config: EngineConfig, placement: Placement | None = None) -> Begun:
                 raise ValueError(
                     f"{name}={value!r} is for an engine of one process, not of several"
                 )
+        if not isinstance(source, FolderSource):
+            raise ValueError(
+                "a model in memory is for an engine of one process, not of several: the others "
+                "read theirs from a folder"
+            )
     with placement.as_target():
         compile_kernels_soon(config, shape, placement)
         checks = begin_checks(config, shape, max_model_len, placement)
-    return Begun(config, placement, shape, max_model_len, checks)
+    return Begun(config, placement, shape, max_model_len, checks, source)
 
 
 def load(begun: Begun, make_runner: MakeRunner = ModelRunner) -> Loaded:
@@ -116,35 +132,36 @@ def load(begun: Begun, make_runner: MakeRunner = ModelRunner) -> Loaded:
     """
     config, placement = begun.config, begun.placement
     with placement.as_target():
-        network = _load_network(config, begun.shape, begun.max_model_len, placement)
+        network, shared = load_network(begun)
         plan, runner, specs = _build_runner(begun, network, make_runner)
     host_block_bytes = plan.block_bytes * len(placement.local_devices)
     num_host_blocks = placement.least(int(config.swap_space * 2**30 / host_block_bytes))
-    return Loaded(runner, plan, specs, num_host_blocks)
+    return Loaded(runner, plan, specs, num_host_blocks, shared)
 
 
-def _load_network(
-    config: EngineConfig, shape: ModelConfig, max_model_len: int, placement: Placement
-) -> CausalLM:
-    def load(folder: str, shape: ModelConfig, dtype: Any) -> CausalLM:
-        if config.load_format == "dummy":
-            assert config.seed is not None
-            return init_model(folder, dtype, config.seed, shape, placement.parameter)
-        return load_model(folder, dtype, placement.parameter, shape)
+def load_network(begun: Begun) -> LoadedModel:
+    """Returns the model on its devices, with its draft model if it has one.
 
-    network = load(config.model, shape, config.dtype)
-    draft = draft_model_of(config, shape, max_model_len)
+    Raises:
+      ValueError, FileNotFoundError: see `pallas_paged.engine.build.build`.
+    """
+    config, placement = begun.config, begun.placement
+    seed = config.seed if config.load_format == "dummy" else None
+    network, shared = begun.source.load(begun.shape, config.dtype, placement, seed=seed)
+    draft = draft_model_of(config, begun.shape, begun.max_model_len)
     if draft is None:
-        return network
+        return LoadedModel(network, shared)
+    folder, shape = draft
     dtype = jax.tree.leaves(nnx.state(network))[0].dtype.name
-    return Drafted(network, load(*draft, dtype))
+    small = FolderSource(folder).load(shape, dtype, placement, seed=seed).network
+    return LoadedModel(Drafted(network, small), frozenset(("target", *path) for path in shared))
 
 
 def _build_runner(
     begun: Begun, network: CausalLM, make_runner: MakeRunner
 ) -> tuple[PoolPlan, ModelRunner, tuple[CacheSpec, ...]]:
     """Returns the pool's plan, the device with a pool of that size, and what its layers cache."""
-    config, placement, _, max_model_len, ahead = begun
+    config, placement, _, max_model_len, ahead, _ = begun
     choices = choose(config, network, placement) if ahead is None else ahead.choices
     dtype, cache_dtype, specs, share, share_specs, implementation, writes, checks = choices
     warn_of_slow_types(dtype, cache_dtype)

@@ -64,6 +64,9 @@ class CompletionOutput:
       stop_reason: the stop string or the token id of `stop_token_ids` that ended it, None when EOS
         did; what went wrong when the engine aborted it.
       score: of a beam search, the sum with the length penalty; else None.
+      version_runs: (number of tokens, version of the weights) pairs, which say of `token_ids` which
+        weights they came from: tokens of several versions are those of a request that went on
+        while its engine got new ones.
     """
 
     index: int
@@ -74,6 +77,12 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     score: float | None = None
+    version_runs: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def weights_versions(self) -> tuple[int, ...]:
+        """The version of the weights that each token came from, see `LLM.update_weights`."""
+        return tuple(version for count, version in self.version_runs for _ in range(count))
 
     def merged_with(self, later: "CompletionOutput") -> "CompletionOutput":
         """Returns this delta and the next one of the same completion as one delta."""
@@ -88,6 +97,7 @@ class CompletionOutput:
             later.finish_reason,
             later.stop_reason,
             later.score,
+            self.version_runs + later.version_runs,
         )
 
 

@@ -1,8 +1,7 @@
 """From what callers of `LLM` pass to groups: all of a call are checked before any is queued."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.request import SequenceGroup
@@ -19,14 +18,25 @@ from pallas_paged.engine.text.prompts import (
     split_prompts,
 )
 from pallas_paged.engine.turns import Turns
-from pallas_paged.models import load_sampling_defaults
 
 
 class RequestReader:
     """Makes the groups of one engine."""
 
-    def __init__(self, engine: Engine, turns: Turns, prompts: PromptReader, config: EngineConfig):
-        """`prompts` reads with the model's tokenizer; `config` is the engine's."""
+    def __init__(
+        self,
+        engine: Engine,
+        turns: Turns,
+        prompts: PromptReader,
+        config: EngineConfig,
+        defaults: Callable[[], SamplingParams],
+        max_model_len: int,
+    ):
+        """`prompts` reads with the model's tokenizer; `config` is the engine's.
+
+        `defaults` gives the parameters of requests that bring none.
+        """
+        self._defaults, self._max_model_len = defaults, max_model_len
         self._engine = engine
         self._turns = turns
         self._prompts = prompts
@@ -47,7 +57,7 @@ class RequestReader:
         priorities = checked_priorities(priority, len(split), self._config.scheduling_policy)
         most_tokens = None
         if sampling_params is None:
-            sampling_params = default_sampling_params(self._config.model)
+            sampling_params = self._defaults()
             most_tokens = sampling_params.max_tokens
             sampling_params = dataclasses.replace(sampling_params, max_tokens=None)
         params = broadcast_params(sampling_params, len(split))
@@ -66,6 +76,33 @@ class RequestReader:
                 requests.append((group, text))
         return requests
 
+    def read_pairs(
+        self, prompts: Prompt | Sequence[Prompt], completions: Prompt | Sequence[Prompt]
+    ) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """Returns the tokens of prompts and of their completions.
+
+        Raises:
+          ValueError: see `LLM.score`.
+        """
+        split, behind_each = split_prompts(prompts), split_prompts(completions)
+        if len(behind_each) != len(split):
+            raise ValueError(
+                f"{len(split)} prompts need as many completions, and there are {len(behind_each)}"
+            )
+        pairs = []
+        for index, (prompt, completion) in enumerate(zip(split, behind_each, strict=True)):
+            with naming_prompt(index, split):
+                _, ids = self._prompts.read(prompt)
+                behind = self._prompts.read_completion(completion)
+                total = len(ids) + len(behind)
+                if total > self._max_model_len:
+                    raise ValueError(
+                        f"a prompt of {len(ids)} tokens and a completion of {len(behind)} are more "
+                        f"than max_model_len={self._max_model_len}; shorten one of them"
+                    )
+            pairs.append((ids, behind))
+        return pairs
+
     def read_prefix(self, prompt: Prompt) -> tuple[tuple[int, ...], str | None]:
         """Returns the tokens of a prompt's full blocks, and its salt.
 
@@ -83,21 +120,3 @@ class RequestReader:
                 "or use a smaller block_size"
             )
         return tuple(ids[: num_full * block_size]), cache_salt(prompt)
-
-
-def default_sampling_params(model: str) -> SamplingParams:
-    """Returns `SamplingParams` with what the model's `generation_config.json` advises.
-
-    These are its temperature, top_k, top_p, min_p, repetition_penalty and max_new_tokens, where
-    it has them; see `pallas_paged.models.load_sampling_defaults`.
-
-    Raises:
-      ValueError: one of them is not usable; requests then have to bring their own.
-    """
-    defaults: dict[str, Any] = dict(load_sampling_defaults(model))
-    try:
-        return SamplingParams(**defaults)
-    except ValueError as error:
-        raise ValueError(
-            f"the generation_config.json of {model}: {error}; or pass sampling_params"
-        ) from error

@@ -128,6 +128,10 @@ class SamplingParams:
             object.__setattr__(self, field, check(field, getattr(self, field)))
         self._check_together()
 
+    def logprob_targets(self, prompt: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+        """Returns whose log-probabilities `prompt_logprobs` are: a first place, and all tokens."""
+        return 1, prompt
+
     def _check_together(self) -> None:
         if self.n > 1 and self.temperature == 0:
             raise ValueError(

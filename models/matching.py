@@ -29,9 +29,19 @@ def parameters(
       ValueError: tensors are missing, unused or misshapen, all listed under the name `path`, or of
         an unsupported dtype; tied embeddings differ.
     """
-    tensors = _by_parameter(checkpoint, FAMILIES[config.architecture].names, config)
+    tensors = by_parameter(checkpoint, FAMILIES[config.architecture].names, config)
     _, abstract = abstract_parameters(config, jnp.float32)
-    _check(path, tensors, places(abstract))
+    expected = places(abstract)
+    problems = differences(tensors, expected, "by config.json")
+    if any(name.endswith(SCALES) and name not in tensors for name in expected):
+        problems.append(
+            "quantization_config in config.json promises these scales; without it the KV cache has "
+            "a scale of its own for each token"
+        )
+    if problems:
+        raise ValueError(
+            f"the tensors in {path} are not those of its config.json:\n  " + "\n  ".join(problems)
+        )
     unsupported = [f"{t.name} ({t.dtype})" for t in tensors.values() if t.dtype not in DTYPES]
     if unsupported:
         raise ValueError(
@@ -47,10 +57,14 @@ def abstract_parameters(config: ModelConfig, dtype: jax.typing.DTypeLike) -> tup
     return nnx.split(nnx.eval_shape(lambda: build(config, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
-def _by_parameter(
+def by_parameter(
     checkpoint: Checkpoint, names: CheckpointNames, config: ModelConfig
 ) -> dict[str, Tensor]:
-    """Returns the tensors by our names for them, without those that are no parameters."""
+    """Returns the tensors by our names for them, without those that are no parameters.
+
+    Raises:
+      ValueError: two are the same parameter, or embeddings that are tied differ.
+    """
     found: dict[str, Tensor] = {}
     for tensor in checkpoint.tensors.values():
         if tensor.name.endswith(names.derived):
@@ -91,12 +105,13 @@ def _check_equal(checkpoint: Checkpoint, embedding: Tensor, output: Tensor) -> N
         )
 
 
-def _check(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    expected: Mapping[str, Place],
-) -> None:
-    """Raises `ValueError` with all tensors that are missing, unused or misshapen."""
+def differences(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Place], whose: str
+) -> list[str]:
+    """Returns what is wrong with tensors, a line for each that is missing, unused or misshapen.
+
+    `whose` says in front of an expected shape whose it is.
+    """
     problems = [
         f"missing: {name}, {place.shape}" for name, place in expected.items() if name not in tensors
     ]
@@ -105,13 +120,5 @@ def _check(
             problems.append(f"unused: {tensor.name}, {tensor.shape}")
         elif not expected[name].takes(tensor.shape):
             shape = expected[name].shape
-            problems.append(f"misshapen: {tensor.name} is {tensor.shape}, by config.json {shape}")
-    if any(name.endswith(SCALES) and name not in tensors for name in expected):
-        problems.append(
-            "quantization_config in config.json promises these scales; without it the KV cache has "
-            "a scale of its own for each token"
-        )
-    if problems:
-        raise ValueError(
-            f"the tensors in {path} are not those of its config.json:\n  " + "\n  ".join(problems)
-        )
+            problems.append(f"misshapen: {tensor.name} is {tensor.shape}, {whose} {shape}")
+    return problems

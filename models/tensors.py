@@ -49,17 +49,17 @@ def places(params: nnx.State) -> dict[str, Place]:
     """Returns where each tensor is in parameters, whose values are not needed, by its name."""
     found: dict[str, Place] = {}
     for path, param in nnx.to_flat_state(params):
-        *parents, module, leaf = path
+        *parents, _, leaf = path
         for part in param.parts:
             sides = (len(range(n)[rows]) for n, rows in zip(param.shape, part.slices, strict=False))
             shape = (math.prod(sides) // part.copies, *param.shape[2:])
             place = Place(path, part.slices, shape, copies=part.copies)
-            found[_name(*parents, part.module, leaf)] = place
+            found[name_of((*parents, part.module, leaf))] = place
         if not param.parts:
             copies = param.copies
             shape = (param.shape[0] // copies, *param.shape[1:])
             place = Place(path, (), shape, param.is_static_scale, copies)
-            found[_name(*parents, module, leaf)] = place
+            found[name_of(path)] = place
     return found
 
 
@@ -129,5 +129,6 @@ def _width(place: Place) -> int:
     return place.slices[1].stop - place.slices[1].start
 
 
-def _name(*path: Any) -> str:
+def name_of(path: tuple[Any, ...]) -> str:
+    """Returns the name of a parameter: its path, joined by dots."""
     return ".".join(map(str, path))

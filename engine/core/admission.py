@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from pallas_paged.engine.core.entries import Entry, plan_entry, plan_return, sequences_to_place
@@ -14,6 +14,7 @@ from pallas_paged.engine.kv.interface import Memory, Need, Space
 from pallas_paged.engine.kv.sharing import (
     NO_COPIES,
     CopyPairs,
+    Root,
     RowPlan,
     longest_length,
     worst_case_blocks,
@@ -112,6 +113,26 @@ class Admission:
         prompt_len, block_size = group.num_prompt_tokens, self.memory.block_size
         longest = longest_length(prompt_len, group.num_seqs, num_blocks, block_size)
         return min(longest, self.max_model_len) - prompt_len
+
+    def pin(self, token_ids: Sequence[int], root: Root, groups: Iterable[SequenceGroup]) -> bool:
+        """Keeps the full blocks of a prefix, however little memory there is.
+
+        Returns False, and changes nothing, if not all of them are cached.
+
+        Raises:
+          ValueError: one of `groups`, which are unfinished, could not run to its end beside them.
+        """
+        if not self.memory.pin(token_ids, root):
+            return False
+        for group in groups:
+            if not self.fits_beside_pins(group):
+                self.memory.unpin(token_ids, root)
+                raise ValueError(
+                    f"pinning {len(token_ids) // self.memory.block_size} blocks would leave too "
+                    f"few of {self.memory.num_usable_blocks} for request {group.request_id!r}; "
+                    "pin fewer tokens, wait for the request's end, or enlarge the cache"
+                )
+        return True
 
     def fits_beside_pins(self, group: SequenceGroup) -> bool:
         """Whether a group that `check` accepted could still run to its end, alone."""

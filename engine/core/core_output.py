@@ -8,6 +8,16 @@ import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
 
+Versions = tuple[tuple[int, int], ...]
+"""Which weights a sequence's output tokens came from: (place of the first token, version) pairs.
+
+Each pair is of the tokens up to the next pair's.
+"""
+
+
+Held = tuple[Sequence[int], Versions]
+"""All tokens of a sequence that has not given any of them, and their versions."""
+
 
 class TokenLogprobs(NamedTuple):
     """How likely the model found n places of a sequence, one after the other.
@@ -75,6 +85,7 @@ class CoreOutput:
       beam: of a result of a beam search.
       is_whole: whether it ended by "stop" without a token that only says so: its last one is a part
         of the output.
+      versions: of all tokens of the sequence so far.
     """
 
     request_id: str
@@ -88,6 +99,7 @@ class CoreOutput:
     prompt_logprobs: TokenLogprobs | None = None
     beam: BeamFigures | None = None
     is_whole: bool = False
+    versions: Versions = ()
 
 
 class NewTokens(NamedTuple):
@@ -111,7 +123,8 @@ class CoreOutputs(NamedTuple):
 
     Attributes:
       outputs: of the sequences that got no token, or have more to say; to be read first.
-      tokens: of all others; the `stats` of their requests are those that `outputs` told last.
+      tokens: of all others; the `stats` of their requests, and the `versions` of their tokens, are
+        those that `outputs` told last.
     """
 
     outputs: list[CoreOutput]

@@ -9,7 +9,9 @@ from pallas_paged.engine.core.committer import Result
 from pallas_paged.engine.core.core_output import (
     CoreOutput,
     CoreOutputs,
+    Held,
     NewTokens,
+    Versions,
 )
 from pallas_paged.engine.core.matching import ending_without_token
 from pallas_paged.engine.core.plan import Executor
@@ -35,6 +37,7 @@ NO_TOKEN_REASONS = (
     "of them",
 )
 """What V, V + 1 mean in the place of a token."""
+NOTHING = CoreOutputs([], NewTokens([], [], []))
 
 
 class _InFlight(NamedTuple):
@@ -74,6 +77,7 @@ class EngineCore:
       observers: are told of each step; empty at first.
       num_steps: steps dispatched so far; several decode steps in one program count as one.
       num_generated_tokens: tokens that steps have brought.
+      weights_version: of the executor's weights, from which the tokens of the next step come.
     """
 
     def __init__(
@@ -88,7 +92,8 @@ class EngineCore:
         self.scheduler = scheduler
         self.executor = executor
         self.observers: list[StepObserver] = []
-        self.num_steps = self.num_generated_tokens = 0
+        self.num_steps = self.num_generated_tokens = self.weights_version = 0
+        self._versions: Versions = ((0, 0),)  # of a new sequence
         self._planner = planner
         self._vocab_size = vocab_size
         self._async_scheduling = async_scheduling
@@ -102,6 +107,8 @@ class EngineCore:
     def add(self, group: SequenceGroup) -> None:
         """Queues a group; raises `ValueError` as `Scheduler.check` does, before any change."""
         self.scheduler.add(group)
+        for sequence in group.sequences:
+            sequence.versions = self._versions
 
     def abort(self, request_id: str) -> list[CoreOutput]:
         """Ends a request in any state, and returns its last outputs; none if it is unknown."""
@@ -122,14 +129,38 @@ class EngineCore:
         if group is not None:
             self.scheduler.finish(group.sequences[index], "stop", stop_reason)
 
-    def held_tokens(self) -> dict[str, list[list[int]]]:
-        """Returns the tokens so far of each sequence of the requests that are held, by request."""
+    def held_tokens(self) -> dict[str, list[Held]]:
+        """Returns what each sequence of the requests that are held has so far, by request."""
         groups = list(self.scheduler.queues.unfinished.values())
         return {
-            group.request_id: [sequence.output_token_ids for sequence in group.sequences]
+            group.request_id: [(one.output_token_ids, one.versions) for one in group.sequences]
             for group in groups
             if group.is_held
         }
+
+    def settle(self) -> CoreOutputs:
+        """Takes in the step in flight, if there is one, and dispatches no other."""
+        in_flight, self._in_flight = self._in_flight, None
+        return NOTHING if in_flight is None else self._take_in(in_flight)
+
+    def start_over(self) -> None:
+        """Forgets all that is computed, for the executor has lost it; no step may be in flight.
+
+        Requests keep their tokens, and go on from them when they have been computed again.
+        """
+        assert self._in_flight is None, "take it in first"
+        self.scheduler.start_over()
+        self._planner.reset()
+
+    def note_new_weights(self) -> None:
+        """Counts the executor's weights as others than before, for all tokens to come."""
+        self.weights_version += 1
+        self._versions = ((0, self.weights_version),)
+        for group in self.scheduler.queues.unfinished.values():
+            for sequence in group.live:
+                place = sequence.num_output_tokens
+                kept = tuple(pair for pair in sequence.versions if pair[0] < place)
+                sequence.versions = (*kept, (place, self.weights_version))
 
     def reset(self) -> None:
         """Forgets every request and every step, whatever was cut short; may be begun again."""
@@ -150,7 +181,7 @@ class EngineCore:
         if self._async_scheduling:
             dispatched, self._in_flight = self._in_flight, dispatched
         if dispatched is None:
-            return CoreOutputs([], NewTokens([], [], []))
+            return NOTHING
         return self._take_in(dispatched)
 
     def _dispatch(self, step: ScheduledStep, begin: float) -> _InFlight:

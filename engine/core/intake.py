@@ -116,6 +116,7 @@ class Intake:
             group.max_tokens = max(1, self._scheduler.admission.longest_output(group))
         self._check_lengths(group)
         self._num_named += request_id is None
+        group.num_prompt_logprobs = params.logprob_targets(ids)[0] - 1
         group.sampling_params = self._with_seed(params)
         return group
 

@@ -267,8 +267,9 @@ def _targets_of(one: ScheduledSequence) -> range:
     sequence = one.sequence
     if sequence.sampling_params.prompt_logprobs is None:
         return range(0)
+    _, targets = sequence.sampling_params.logprob_targets(sequence.prompt_token_ids)
     first = max(one.start, sequence.group.num_prompt_logprobs) + 1
-    return range(first, min(one.start + one.num_tokens, sequence.num_prompt_tokens - 1) + 1)
+    return range(first, min(one.start + one.num_tokens, len(targets) - 1) + 1)
 
 
 def _take_targets(
@@ -284,7 +285,9 @@ def _take_targets(
     for one, positions in zip(scheduled, targets, strict=True):
         if positions:
             indices.extend(offset + position - 1 - one.start for position in positions)
-            tokens.extend(one.sequence.prompt_token_ids[positions.start : positions.stop])
+            sequence = one.sequence
+            _, all_tokens = sequence.sampling_params.logprob_targets(sequence.prompt_token_ids)
+            tokens.extend(all_tokens[positions.start : positions.stop])
             prompts.append((one.sequence.group, len(positions)))
             one.sequence.group.num_prompt_logprobs = positions.stop - 1
         offset += one.num_tokens

@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 from pallas_paged.engine.core.beam_search import BeamSearch, Candidates
-from pallas_paged.engine.core.core_output import FinishReason, RequestStats
+from pallas_paged.engine.core.core_output import FinishReason, RequestStats, Versions
 from pallas_paged.engine.core.grammar import Matcher
 from pallas_paged.engine.core.logit_rules import LogitRules
 from pallas_paged.engine.core.row_columns import Progress, RowColumns
@@ -57,11 +57,11 @@ class TokenSequence:
       finish_reason: None until it finished.
       stop_reason: the stop token or stop string that ended it, None for any other end.
       number: tells it from all other sequences of this process.
+      versions: which weights its output tokens come from; set when the core gets its group.
     """
 
     group: "SequenceGroup"
     index: int = 0
-
     token_ids: list[int] = dataclasses.field(init=False)
     row: int | None = dataclasses.field(init=False, default=None)
     columns: RowColumns | None = dataclasses.field(init=False, default=None, repr=False)
@@ -78,6 +78,7 @@ class TokenSequence:
     finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
     stop_reason: int | str | None = dataclasses.field(init=False, default=None)
     number: int = dataclasses.field(init=False, default_factory=_NUMBERS.__next__)
+    versions: Versions = dataclasses.field(init=False, default=())
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.group.prompt_token_ids)
@@ -178,7 +179,7 @@ class TokenSequence:
     def continued(self, index: int, token: int) -> "TokenSequence":
         """Returns a sequence with this one's tokens and one more; it has no row."""
         child = TokenSequence(self.group, index)
-        child.token_ids = [*self.token_ids, token]
+        child.token_ids, child.versions = [*self.token_ids, token], self.versions
         return child
 
 
@@ -239,7 +240,6 @@ class SequenceGroup:
     writes_cache: bool = True
     beams: BeamSearch | None = None
     waits_for_host: bool = False
-
     sequences: list[TokenSequence] = dataclasses.field(init=False, repr=False)
     is_held: bool = dataclasses.field(init=False, default=False)
     status: SequenceStatus = dataclasses.field(init=False, default=SequenceStatus.WAITING)

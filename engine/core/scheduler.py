@@ -31,7 +31,7 @@ from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
 from pallas_paged.engine.core.row_columns import RowColumns
 from pallas_paged.engine.core.scheduled import ScheduledStep
 from pallas_paged.engine.core.speculation import Proposer, propose
-from pallas_paged.engine.core.swapping import lose_blocks
+from pallas_paged.engine.core.swapping import lose_blocks, lose_everything
 from pallas_paged.engine.core.token_plan import StepSize, TokenPlan
 from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
 from pallas_paged.engine.kv.interface import Memory
@@ -151,25 +151,8 @@ class Scheduler:
         self.admission.check(group)
 
     def pin(self, token_ids: Sequence[int], root: Root) -> bool:
-        """Keeps the full blocks of a prefix, until `unpin`, however little memory there is.
-
-        Returns False, and changes nothing, if not all of them are cached.
-
-        Raises:
-          ValueError: an unfinished request could not run to its end beside them.
-        """
-        num_blocks = len(token_ids) // self.memory.block_size
-        if not self.memory.pin(token_ids, root):
-            return False
-        for group in self.queues.unfinished.values():
-            if not self.admission.fits_beside_pins(group):
-                self.memory.unpin(token_ids, root)
-                raise ValueError(
-                    f"pinning {num_blocks} blocks would leave too few of "
-                    f"{self.memory.num_usable_blocks} for request {group.request_id!r}; pin fewer "
-                    "tokens, wait for the request's end, or enlarge the cache"
-                )
-        return True
+        """Keeps the full blocks of a prefix, see `Admission.pin`, until `unpin`."""
+        return self.admission.pin(token_ids, root, self.queues.unfinished.values())
 
     def unpin(self, token_ids: Sequence[int], root: Root) -> bool:
         """Takes a `pin` back; returns False if there is none."""
@@ -253,6 +236,13 @@ class Scheduler:
         """Ends what runs of a request by "abort"; does nothing if it is unknown or has ended."""
         if request_id in self.queues.unfinished:
             self._committer.abort(self.queues.unfinished[request_id])
+
+    def start_over(self) -> None:
+        """Lets requests compute all again; forgets all prefixes. No step may be in flight."""
+        assert not self._in_flight, "a step in flight still reads the blocks"
+        self.num_preemptions += len(self.queues.running)
+        lose_everything(self.queues, self.memory, self.host_pool)
+        self._swap_outs.clear()
 
     def abort_all(self) -> list[SequenceGroup]:
         """Aborts and returns all requests, and forgets the steps in flight.

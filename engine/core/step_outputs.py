@@ -68,6 +68,7 @@ def output_of(
         logprobs,
         is_whole=sequence.finish_reason == "stop"
         and sequence.token_ids[-1] not in sequence.group.ending_ids,
+        versions=sequence.versions,
     )
 
 
@@ -85,6 +86,7 @@ def beam_outputs(group: SequenceGroup) -> list[CoreOutput]:
             beam is results[-1],
             group.stats,
             beam=beam_groups.figures(beam),
+            versions=beam.versions,
         )
         for index, beam in enumerate(results)
     ]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pallas_paged.engine.core.queues import Queues
 from pallas_paged.engine.core.request import SequenceGroup, SequenceStatus, TokenSequence
 from pallas_paged.engine.kv.host_pool import DROPPED, BlockMove, HostPool
 from pallas_paged.engine.kv.interface import Memory
@@ -26,6 +27,22 @@ def lose_blocks(group: SequenceGroup, memory: Memory, pool: HostPool | None) -> 
     group.is_forked = False
     group.stats = group.stats._replace(num_preemptions=group.num_preemptions + 1)
     return move
+
+
+def lose_everything(queues: Queues, memory: Memory, pool: HostPool) -> None:
+    """Lets every request wait and begin anew, on the host and in the pool; nothing stays cached."""
+    for group in list(queues.running):
+        queues.stop(group)
+        lose_blocks(group, memory, None)
+        queues.wait(group)
+    for group in queues.waiting:
+        if group.swapped is not None:
+            pool.give_back(group.swapped, is_read=False)
+            group.forget_swapped()
+            group.status = SequenceStatus.WAITING
+        for sequence in group.sequences:
+            sequence.hits.clear()
+    memory.free_all()
 
 
 def swap_out(group: SequenceGroup, tables: np.ndarray, S: int, pool: HostPool) -> BlockMove | None:

@@ -50,7 +50,7 @@ class StepPrograms:
     A compiled program refuses inputs of any other shape or dtype, so nothing compiles by accident.
 
     Attributes:
-      model: the model; its state is an argument of every call, not a constant of the programs.
+      model: the model, of whose state only shapes are kept: it is an argument of every call.
       kv_caches: the caches, of which only shapes and dtypes are kept.
       max_num_seqs: R.
       max_blocks_per_seq: M, the width of the block tables.
@@ -83,6 +83,7 @@ class StepPrograms:
         self._specs = self.placement.parameter_specs(params)
         self.params = self.placement.put_parameters(params)
         # Not the arrays: they would stay in memory beside the ones that take their place.
+        self.model = nnx.merge(self.graphdef, jax.eval_shape(lambda x: x, params))
         self.kv_caches = self.placement.cache_shapes(self.kv_caches)
         self._compiled: dict[Name, jax.stages.Compiled] = {}
         self._hidden: dict[int, jax.ShapeDtypeStruct] = {}  # by T, of full steps

@@ -15,6 +15,7 @@ from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.core.plan import StepPlan, StepResult
 from pallas_paged.engine.device.block_programs import BlockPrograms, Caches
 from pallas_paged.engine.device.placement import DEFAULT_DEVICE, Placement
+from pallas_paged.engine.device.pool_size import num_bytes
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.device.row_state import RowState
 from pallas_paged.engine.device.rows import Rows
@@ -126,7 +127,15 @@ class ModelRunner:
     def dispatch(self, plan: StepPlan) -> InFlight:
         """Starts a step without waiting for its result; the caches are donated to it."""
         with jax.profiler.StepTraceAnnotation("step", step_num=plan.step_id):
-            return self._dispatch(plan)
+            try:
+                return self._dispatch(plan)
+            except RuntimeError as error:
+                if any(leaf.is_deleted() for leaf in jax.tree.leaves(self.programs.params)):
+                    raise RuntimeError(
+                        "the weights have been donated to another program, such as a training "
+                        "step: call update_weights with what that returned"
+                    ) from error
+                raise
 
     def _dispatch(self, plan: StepPlan) -> InFlight:
         self._move_blocks(plan)
@@ -204,6 +213,13 @@ class ModelRunner:
         self._chunks.clear()
         self.row_state = None
         self.rows = self._fresh_rows()
+
+    def release(self) -> int:
+        """Gives back the caches, and blocks in host memory; returns the bytes of the caches."""
+        freed = num_bytes(self.kv_caches)
+        self.kv_caches, self.row_state = (), None
+        self._chunks.clear()
+        return freed
 
     def _fresh_rows(self) -> Rows:
         return Rows.zeros(self._num_rows, self.buckets.table_widths[-1], self._placement.inputs)

@@ -21,6 +21,7 @@ class BlockTableMemory(Memory):
     Attributes:
       prefix_cache: the blocks kept for later requests; None keeps none.
       pins: how often each block is pinned.
+      pinned: how often each prefix is, which is tokens and a root.
       state: the block tables. Every verb uses the state up and puts another one in its place: who
         wants to keep an array of it copies that.
     """
@@ -37,7 +38,7 @@ class BlockTableMemory(Memory):
         """`num_blocks` counts the null block; one row for each of `max_num_seqs` sequences."""
         self.prefix_cache = PrefixCache(num_blocks, block_size) if enable_prefix_caching else None
         self.pins: collections.Counter[int] = collections.Counter()
-        self._pinned: collections.Counter[tuple[tuple[int, ...], Root]] = collections.Counter()
+        self.pinned: collections.Counter[tuple[tuple[int, ...], Root]] = collections.Counter()
         width = blocks_for(max_model_len, block_size)
         self.state = block_tables.create(num_blocks, max_num_seqs, width, block_size, in_place=True)
         self._versions = np.zeros(max_num_seqs, np.int64)
@@ -141,17 +142,17 @@ class BlockTableMemory(Memory):
             return False
         self.state = block_tables.hold(self.state, np.array(blocks, np.int32))
         self.pins.update(blocks)
-        self._pinned[tuple(token_ids), root] += 1
+        self.pinned[tuple(token_ids), root] += 1
         return True
 
     @override
     def unpin(self, token_ids: Sequence[int], root: Root) -> bool:
         blocks, prefix = self._cached(token_ids, root), (tuple(token_ids), root)
-        if blocks is None or prefix not in self._pinned:
+        if blocks is None or prefix not in self.pinned:
             return False
         self.state = block_tables.release(self.state, np.array(blocks, np.int32))
         self.pins -= collections.Counter(blocks)  # forgets a block that is not pinned any more
-        self._pinned -= collections.Counter([prefix])
+        self.pinned -= collections.Counter([prefix])
         return True
 
     def reset_prefix_cache(self) -> bool:
@@ -305,7 +306,7 @@ class BlockTableMemory(Memory):
         self.state = block_tables.create(
             num_blocks, num_rows, width, self.block_size, in_place=True
         )
-        self.pins, self._pinned = collections.Counter(), collections.Counter()
+        self.pins, self.pinned = collections.Counter(), collections.Counter()
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
 

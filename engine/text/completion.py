@@ -3,7 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from pallas_paged.engine.core.core_output import BeamFigures, FinishReason, TokenLogprobs
+from pallas_paged.engine.core.core_output import (
+    BeamFigures,
+    FinishReason,
+    TokenLogprobs,
+    Versions,
+)
 from pallas_paged.engine.outputs import CompletionOutput, Logprob
 from pallas_paged.engine.sampling_params import SamplingParams
 from pallas_paged.engine.text.detokenizer import Detokenizer, prompt_context, text_of
@@ -103,6 +108,8 @@ class Completion:
       is_whole: see `CoreOutput`.
       is_torn: whether text may be missing between `text` and what `stop` holds back.
       is_changed: whether anything is new since it was cleared.
+      versions: see `CoreOutput`.
+      num_cleared: tokens that have been cleared.
     """
 
     index: int
@@ -121,6 +128,8 @@ class Completion:
     is_whole: bool = False
     is_torn: bool = False
     is_changed: bool = False
+    versions: Versions = ()
+    num_cleared: int = 0
 
     def begun_detokenizer(self) -> Detokenizer:
         """Returns what makes its text, which is begun with the first token."""
@@ -226,6 +235,7 @@ class Completion:
         texts = self.texts
         text = self.text if texts.has_text else None
         output = CompletionOutput(self.index, text, tuple(self.token_ids))
+        output.version_runs = self.version_runs(len(self.token_ids))
         if texts.has_logprobs:
             decode = texts.decode_token if decodes else None
             if self.found:
@@ -247,7 +257,28 @@ class Completion:
                 output.cumulative_logprob, output.score = self.beam
         return output
 
+    def version_runs(self, num_tokens: int) -> tuple[tuple[int, int], ...]:
+        """Returns for so many tokens behind those that have been cleared how many are of which."""
+        begin, versions = self.num_cleared, self.versions
+        if not versions or not num_tokens:
+            return ()
+        if len(versions) == 1:
+            return ((num_tokens, versions[0][1]),)
+        end = begin + num_tokens
+        borders = [*(place for place, _ in versions[1:]), end]
+        runs = []
+        for (_, version), border in zip(versions, borders, strict=True):
+            count = min(border, end) - begin
+            if count > 0:
+                runs.append((count, version))
+                begin += count
+        return tuple(runs)
+
     def clear(self) -> None:
         """Forgets what an output has given out."""
+        num_cleared = self.num_cleared + len(self.token_ids)
         # In one statement, which no interrupt divides.
-        self.text, self.token_ids, self.logprobs, self.is_changed = "", [], [], False
+        self.text, self.token_ids, self.logprobs, self.is_changed, self.num_cleared = (
+            *("", [], []),
+            *(False, num_cleared),
+        )

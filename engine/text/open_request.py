@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pallas_paged.engine.core.core_output import CoreOutput, RequestStats, TokenLogprobs
+from pallas_paged.engine.core.core_output import CoreOutput, Held, RequestStats, TokenLogprobs
 from pallas_paged.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from pallas_paged.engine.text.completion import Completion, Texts
 from pallas_paged.engine.text.logprobs import logprobs_by_token
@@ -88,7 +88,7 @@ class OpenRequest:
             return False
         if not token_ids and finish_reason is None:
             return False  # log-probabilities of the prompt alone
-        completion.is_whole = output.is_whole
+        completion.is_whole, completion.versions = output.is_whole, output.versions
         completion.take(token_ids, finish_reason, output.stop_reason, output.logprobs)
         if completion.finish_reason is not None:
             if not self.is_beam_search:  # which ends with its last result
@@ -115,11 +115,14 @@ class OpenRequest:
         if self.append is None and self.texts.are_read:
             self.append = self.completions[0].begun_detokenizer().append
         text = None if self.append is None else self.append(token_id)
+        completion = self.completions[0]
+        runs = completion.version_runs(1)
+        completion.num_cleared += 1
         return RequestOutput(
             self.request_id,
             self.prompt,
             self.prompt_token_ids,
-            (CompletionOutput(0, text, (token_id,)),),
+            (CompletionOutput(0, text, (token_id,), version_runs=runs),),
             False,
             self.metrics,
             self.num_cached_tokens,
@@ -152,21 +155,22 @@ class OpenRequest:
         decode = self.texts.decode_token if decodes else None
         made = self.prompt_logprobs
         if self.found_prompt_logprobs or made is None:
-            made = (None,) if made is None else made
+            first, targets = self.texts.params.logprob_targets(self.prompt_token_ids)
+            made = (None,) * first if made is None else made
             for found in self.found_prompt_logprobs:
-                made += tuple(logprobs_by_token(self.prompt_token_ids[len(made) :], found, decode))
+                made += tuple(logprobs_by_token(targets[len(made) :], found, decode))
             # In one statement, which no interrupt divides.
             self.prompt_logprobs, self.found_prompt_logprobs = made, []
             return made
         return None if self.is_delta else made
 
-    def fail(self, cause: str | None, held: Sequence[Sequence[int]]) -> RequestOutput:
+    def fail(self, cause: str | None, held: Sequence[Held]) -> RequestOutput:
         """Ends it by "abort" as it is; see `OutputProcessor.fail`."""
         if not self.completions:  # a beam search that is not over
             self.completions.append(Completion(0, self.texts, None))
-        for completion, token_ids in zip(self.completions, held, strict=False):
+        for completion, (token_ids, versions) in zip(self.completions, held, strict=False):
             if completion.finish_reason is None:
-                completion.token_ids = list(token_ids)
+                completion.token_ids, completion.versions = list(token_ids), versions
         for completion in self.completions:
             completion.fail(cause, is_given=self.is_given)
         self.num_open = 0

@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from pallas_paged.engine.core.core_output import CoreOutput, NewTokens
+from pallas_paged.engine.core.core_output import CoreOutput, Held, NewTokens
 from pallas_paged.engine.outputs import RequestMetrics, RequestOutput
 from pallas_paged.engine.sampling_params import RequestOutputKind, SamplingParams
 from pallas_paged.engine.text.completion import Completion, Texts
@@ -196,7 +196,7 @@ class OutputProcessor:
         request_id: str,
         cause: str | None,
         into: list[RequestOutput] | None = None,
-        held: Sequence[Sequence[int]] = (),
+        held: Sequence[Held] = (),
     ) -> RequestOutput:
         """Ends a request now as "abort", and forgets it; returns its last output.
 
@@ -209,7 +209,7 @@ class OutputProcessor:
           request_id: one of `request_ids`.
           cause: the `stop_reason` of what has not ended yet.
           into: a list that gets the output before the request is forgotten.
-          held: the tokens of its completions that the core held back.
+          held: what the core held back of its completions.
         """
         request = self._requests[request_id]
         output = request.last_output

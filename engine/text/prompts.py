@@ -149,6 +149,19 @@ class PromptReader:
             label = _checked_string("prompt", label)
         return label, checked_token_ids(prompt["prompt_token_ids"], self._vocab_size)
 
+    def read_completion(self, completion: Prompt) -> Sequence[int]:
+        """Returns the tokens of what stands behind a prompt; text without special tokens.
+
+        Raises:
+          ValueError: as `read`, or there is no token.
+        """
+        if not isinstance(completion, str):
+            return self.read(completion)[1]
+        ids = self.encode(completion, add_special_tokens=False)
+        if not ids:
+            raise ValueError(f"completion={completion!r} has no tokens, so nothing to score")
+        return ids
+
     def from_chat(
         self, messages: Sequence[Message], name: str = "messages", **options: Any
     ) -> Prompt:

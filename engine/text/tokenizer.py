@@ -23,13 +23,13 @@ _PROBES = ("Hello world", "One line\nand a 2nd.")
 
 
 class Tokenizer:
-    """A folder's tokenizer; all that the engine uses of it.
+    """A tokenizer of transformers; all that the engine uses of it.
 
     Text never depends on `clean_up_tokenization_spaces` of the folder: that removes spaces by what
     stands around them, and text that is already streamed cannot change.
 
     Attributes:
-      path: the folder.
+      path: the folder, or what transformers calls it.
       vocab_size: number of ids, added tokens included; a model's vocabulary may be larger.
       eos_token_id: the EOS token of the tokenizer's config, or None.
       implementation: the tokenizer of transformers.
@@ -127,6 +127,23 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
         if not set(implementation.get_vocab()) - set(implementation.all_special_tokens):
             raise ValueError("transformers finds no token in it")  # and does not say so
     return Tokenizer(folder, implementation)
+
+
+def wrap_tokenizer(implementation: Any) -> Tokenizer:
+    """Returns the tokenizer that a program has from transformers.
+
+    Raises:
+      ValueError: it is none of transformers.
+    """
+    with _no_news_of_pytorch():
+        import transformers
+
+    if not isinstance(implementation, transformers.PreTrainedTokenizerBase):
+        raise ValueError(
+            f"tokenizer={implementation!r:.80} must be a tokenizer of transformers, the name of a "
+            "folder with one, or None"
+        )
+    return Tokenizer(Path(implementation.name_or_path), implementation)
 
 
 def require_tokenizer(tokenizer: Tokenizer | None, path: str | os.PathLike[str]) -> Tokenizer:

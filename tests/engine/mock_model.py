@@ -33,6 +33,7 @@ from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.kv.block_memory import BlockTableMemory
 from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
 from pallas_paged.engine.kv.sharing import CopyPairs
+from pallas_paged.engine.model_source import FolderSource
 from pallas_paged.engine.parts import EngineParts
 from tests.engine import beam_oracle
 
@@ -603,4 +604,5 @@ def _config_and_built(tokenizer: Any, options: dict[str, Any]) -> tuple[EngineCo
     config = EngineConfig("mock", block_size=parts.memory.block_size, **watched)
     runner: Any = types.SimpleNamespace(programs=types.SimpleNamespace())
     shape: Any = types.SimpleNamespace(vocab_size=VOCAB_SIZE)
-    return config, Built(parts, runner, tokenizer, shape, 64)
+    weights: Any = None
+    return config, Built(parts, runner, tokenizer, shape, 64, weights, FolderSource(config.model))

@@ -386,7 +386,7 @@ MUTATIONS = {
     ),
     "a block left to an interrupted verb": Mutation(
         _MEMORY,
-        "self.pins, self._pinned = collections.Counter(), collections.Counter()\n",
+        "self.pins, self.pinned = collections.Counter(), collections.Counter()\n",
         "pass\n",
         _INTERRUPTS,
     ),

@@ -110,7 +110,7 @@ def test_defaults_that_cannot_be_used_stop_only_who_asks_for_them(
     llm: LLM, advised: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (advised / "generation_config.json").write_text('{"temperature": -1}')
-    monkeypatch.setattr(llm._reader, "_config", small_llm(advised).config)
+    monkeypatch.setattr(llm._reader, "_defaults", small_llm(advised).get_default_sampling_params)
     with pytest.raises(ValueError, match=r"generation_config\.json of .*temperature=-1"):
         llm.generate(PROMPTS[0], use_tqdm=False)
     assert tokens_of(llm, PROMPTS[:1])
