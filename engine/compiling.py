@@ -17,7 +17,7 @@ from pallas_paged.deviceless import (
     target_memory_bytes,
     without_compilation_cache,
 )
-from pallas_paged.engine.config import EngineConfig, resolve_max_model_len
+from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device.block_programs import KINDS, BlockPrograms
@@ -38,6 +38,7 @@ from pallas_paged.engine.device.pool_size import (
 from pallas_paged.engine.device.programs import Name, StepPrograms
 from pallas_paged.engine.device.step_report import StepReport, report_step
 from pallas_paged.engine.kv.sharing import blocks_for
+from pallas_paged.engine.shape import engine_shape
 from pallas_paged.models import ModelConfig
 from pallas_paged.models.new_folder import new_folder
 
@@ -116,8 +117,7 @@ def prepare(shape: ModelConfig, config: EngineConfig, target: str) -> Prepared:
     count = config.tensor_parallel_size
     devices = _host_devices(count) if target == HOST else target_devices(target, count)
     placement = Placement.on(*devices)
-    max_model_len = resolve_max_model_len(config, shape)
-    shape = shape.for_length(max_model_len).for_devices(count)
+    shape, max_model_len = engine_shape(config, shape)
     model = abstract_network(config, shape, max_model_len)
     shape = model.config
     stats = None

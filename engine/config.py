@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from pallas_paged.dispatch import KNOWN_IMPLEMENTATIONS
 from pallas_paged.engine.core.speculation import speculation_settings
 from pallas_paged.engine.kv_events import DEFAULT_BUFFER_STEPS, check_kv_events
-from pallas_paged.models import ModelConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
@@ -36,6 +35,7 @@ SCHEDULING_POLICIES = ("fcfs", "priority")
 _SWITCHES = (
     *("async_scheduling", "deterministic", "compile_ahead", "verify_kernels"),
     "enable_prefix_caching",
+    "merge_projections",
 )
 
 
@@ -141,6 +141,10 @@ class EngineConfig:
         MLPs' features and of the vocabulary, see `pallas_paged.models.sharding`. KV heads fewer
         than devices are kept several times. Of several processes (`jax.distributed`) it is the
         number of all their devices, see `pallas_paged.engine.distributed`.
+      merge_projections: compute the projections of one input, to queries, keys and values or to
+        gate and up, as one product, by one parameter. False keeps their parameters apart, as
+        checkpoints and most trainers have them: `LLM.update_weights` then takes a trainer's as they
+        are, and each step runs more products. `benchmarks.weights` measures both.
     """
 
     model: str
@@ -171,6 +175,7 @@ class EngineConfig:
     bundle: str | None = None
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
+    merge_projections: bool = True
     swap_space: float = 0
     preemption_mode: str = "auto"
     scheduling_policy: str = "fcfs"
@@ -326,21 +331,3 @@ def resolve_cascade(config: EngineConfig, platform: str) -> bool:
     if config.disable_cascade_attn is None:
         return platform != "cpu" and not config.deterministic
     return not config.disable_cascade_attn and not config.deterministic
-
-
-def resolve_max_model_len(config: EngineConfig, shape: ModelConfig) -> int:
-    """Returns the longest sequence the engine serves, in tokens, of a model of that shape.
-
-    Raises:
-      ValueError: `config.max_model_len` is more than the model was made for.
-    """
-    longest = shape.max_model_len
-    if config.max_model_len is None:
-        return shape.default_max_model_len
-    if config.max_model_len > longest:
-        raise ValueError(
-            f"max_model_len={config.max_model_len} is more than the {longest} tokens that the "
-            "model was made for (max_position_embeddings in config.json, and what rope_scaling or "
-            "rope_parameters make of it); choose at most that"
-        )
-    return config.max_model_len

@@ -13,7 +13,6 @@ from pallas_paged.dispatch import target_device
 from pallas_paged.engine.config import (
     EngineConfig,
     resolve_background_compilation,
-    resolve_max_model_len,
 )
 from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device.checks_ahead import ChecksAhead, begin_checks
@@ -36,6 +35,7 @@ from pallas_paged.engine.device.pool_size import (
 from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.kv.sharing import blocks_for
 from pallas_paged.engine.model_source import FolderSource, LoadedModel, ModelSource
+from pallas_paged.engine.shape import engine_shape
 from pallas_paged.models import CausalLM, ModelConfig
 from pallas_paged.models.new_weights import Path
 
@@ -95,9 +95,7 @@ def begin(
     """
     use_compilation_cache(config.compilation_cache_dir)
     source = FolderSource(config.model) if source is None else source
-    shape = source.shape()
-    max_model_len = resolve_max_model_len(config, shape)
-    shape = shape.for_length(max_model_len).for_devices(config.tensor_parallel_size)
+    shape, max_model_len = engine_shape(config, source.shape())
     if placement is None:
         placement = Placement.on(*devices_for(config.tensor_parallel_size))
     if placement.num_devices != config.tensor_parallel_size:

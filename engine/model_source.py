@@ -5,8 +5,6 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from pallas_paged.engine.device.new_weights import place
@@ -26,7 +24,8 @@ from pallas_paged.models.config import DTYPES
 from pallas_paged.models.given import GivenArrays
 from pallas_paged.models.kv_scales import is_static_scale
 from pallas_paged.models.matching import abstract_parameters
-from pallas_paged.models.new_weights import Path, sources
+from pallas_paged.models.new_weights import Path, merged_parameters, sources
+from pallas_paged.models.registry import FAMILIES
 
 
 class LoadedModel(NamedTuple):
@@ -159,13 +158,17 @@ class GivenSource:
                 "weights as state"
             )
         config = model.config if is_module else model
+        if config.architecture not in FAMILIES:
+            raise ValueError(
+                f"{config.architecture} is none of the families {', '.join(FAMILIES)}: register it "
+                "in pallas_paged.models.registry"
+            )
         if config.kv_head_copies != 1:
             raise ValueError(
                 f"kv_head_copies={config.kv_head_copies}: give the model as it is on one device; "
                 "the engine makes the copies that its devices need"
             )
         self._arrays: GivenArrays | None = GivenArrays(model if is_module else state)
-        self._split = nnx.split(model) if is_module else None
         dtypes = {
             tensor.dtype
             for name, tensor in self._arrays.tensors.items()
@@ -196,15 +199,8 @@ class GivenSource:
             )
         arrays, self._arrays = self._arrays, None
         assert arrays is not None, "the weights have been given away"
-        own = dataclasses.replace(self._config, checkpoint_dtype=shape.checkpoint_dtype)
-        if self._split is not None and shape == own:
-            graph, params = self._split
-            params = _abstract(params, jnp.dtype(dtype))
-        else:  # of other lengths or for more devices
-            graph, params = abstract_parameters(shape, dtype)
-        plain = None if shape.kv_head_copies == 1 else abstract_parameters(own, dtype)[1]
-        self._split = None
-        found = sources(shape, params, arrays, plain)
+        graph, params = abstract_parameters(shape, dtype)
+        found = sources(shape, params, arrays, merged_parameters(shape))
         flat = nnx.to_flat_state(params)
         shardings = [placement.parameter(x.out_sharding, x.shape) for _, x in flat]
         placed = place([found[path] for path, _ in flat], shardings, placement)
@@ -228,16 +224,3 @@ class GivenSource:
     def sampling_defaults(self) -> SamplingParams:
         """See `ModelSource`: nobody advises anything."""
         return SamplingParams()
-
-
-def _abstract(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
-    """Returns parameters without values, in that dtype but for scales."""
-    return nnx.from_flat_state(
-        [
-            (
-                path,
-                x.replace(jax.ShapeDtypeStruct(x.shape, x.dtype if x.is_static_scale else dtype)),
-            )
-            for path, x in nnx.to_flat_state(params)
-        ]
-    )

@@ -6,7 +6,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from pallas_paged.engine.device.new_weights import place
@@ -14,8 +13,7 @@ from pallas_paged.engine.device.pool_size import num_bytes
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.loading import Begun, load_network
 from pallas_paged.models.given import GivenArrays, NameMapping
-from pallas_paged.models.matching import abstract_parameters
-from pallas_paged.models.new_weights import Path, Source, sources
+from pallas_paged.models.new_weights import Path, Source, merged_parameters, sources
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +94,7 @@ class Weights:
         self._prefix: Path = ("target",) if "target" in self._params else ()
         self._trained = self._params["target"] if self._prefix else self._params
         self._shared = set(shared)
+        self._merged: nnx.State | None = None  # made when it is needed
 
     def check_process(self, what: str) -> None:
         """Raises `ValueError` where the engine has parts in other processes, which miss it."""
@@ -110,13 +109,10 @@ class Weights:
         """
         begin_s = time.perf_counter()
         self.check_process("update_weights")
-        shape, plain = self._begun.shape, None
-        if shape.kv_head_copies > 1:
-            own = dataclasses.replace(
-                shape, num_kv_heads=shape.num_kv_heads // shape.kv_head_copies, kv_head_copies=1
-            )
-            _, plain = abstract_parameters(own, jnp.float32)
-        found = sources(shape, self._trained, GivenArrays(state, mapping), plain)
+        if self._merged is None:
+            self._merged = merged_parameters(self._begun.shape)
+        arrays = GivenArrays(state, mapping)
+        found = sources(self._begun.shape, self._trained, arrays, self._merged)
         return Matched(found, begin_s)
 
     def take(self, matched: Matched, version: int) -> WeightsUpdate:

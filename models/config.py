@@ -218,6 +218,8 @@ class ModelConfig:
         "float8_e4m3fn"; None without.
       kv_head_copies: how many times in a row each KV head of a checkpoint stands in the model, each
         time for its share of the query heads; see `for_devices`.
+      merges_projections: whether projections of the same input are one product, with one parameter
+        for all of them, and not each a parameter of its own, as checkpoints have them.
     """
 
     must_split: ClassVar[tuple[str, ...]] = ("num_q_heads",)
@@ -234,6 +236,7 @@ class ModelConfig:
     checkpoint_dtype: str | None = None
     kv_cache_dtype: str | None = None
     kv_head_copies: int = 1
+    merges_projections: bool = True
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_q_heads", "num_kv_heads")
@@ -247,6 +250,11 @@ class ModelConfig:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} counts the copies, so it must be divisible by "
                 f"kv_head_copies={self.kv_head_copies}"
+            )
+        if self.kv_head_copies > 1 and not self.merges_projections:
+            raise ValueError(
+                f"kv_head_copies={self.kv_head_copies} needs merges_projections=True: use no more "
+                "devices than KV heads, or merge the projections"
             )
         if self.checkpoint_dtype not in (None, *DTYPES):
             raise ValueError(

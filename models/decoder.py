@@ -2,7 +2,8 @@
 
 RMS norms before each part, rotary positions, grouped query heads, SwiGLU. The modules have the
 names of Hugging Face's, so that the path of a parameter is the name of its tensor; but `qkv_proj`
-is three of those modules and `gate_up_proj` two (see `pallas_paged.models.tensors`).
+is three of those modules and `gate_up_proj` two (see `pallas_paged.models.tensors`), unless the
+configuration keeps them apart.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ from pallas_paged.models.layers import (
     gate_up_projection,
     logits,
     qkv_projection,
+    separate_qkv,
     wanted_by_layer,
 )
 from pallas_paged.models.rope import Rope, rotation
@@ -162,7 +164,12 @@ class Attention(nnx.Module):
         self.sliding_window = config.sliding_window(layer)
         self.scaled_dtype = config.kv_cache_dtype
         self.k_scale, self.v_scale = static_scale(config), static_scale(config)
-        self.qkv_proj = qkv_projection(config, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        self.merges = config.merges_projections
+        how: dict[str, Any] = {"bias": config.qkv_bias, "dtype": dtype, "rngs": rngs}
+        if self.merges:
+            self.qkv_proj = qkv_projection(config, **how)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = separate_qkv(config, **how)
         self.o_proj = Linear(
             config.num_q_heads * config.head_dim,
             config.hidden_size,
@@ -188,7 +195,11 @@ class Attention(nnx.Module):
         wanted: Wanted | None = None,
     ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], KVCache | None]:
         """Returns the attention's output, of the `wanted` tokens, and the layer's updated cache."""
-        q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in self.qkv_proj(x))
+        if self.merges:
+            projected = self.qkv_proj(x)
+        else:
+            projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in projected)
         rotary: Rotary | None = cos_sin
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -208,14 +219,21 @@ class MLP(nnx.Module):
         self, config: DecoderConfig, layer: int, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
     ):
         sizes, bias = (config.hidden_size, config.intermediate_size), config.mlp_bias
-        self.gate_up_proj = gate_up_projection(*sizes, bias=bias, dtype=dtype, rngs=rngs)
+        self.merges = config.merges_projections
+        how: dict[str, Any] = {"bias": bias, "dtype": dtype, "rngs": rngs}
+        if self.merges:
+            self.gate_up_proj = gate_up_projection(*sizes, **how)
+        else:
+            self.gate_proj, self.up_proj = (
+                Linear(*sizes, axes=("mlp", "embed"), **how) for _ in range(2)
+            )
         self.down_proj = Linear(
             *sizes[::-1], axes=("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs
         )
 
     def __call__(self, x: Float[Array, "T E"], context: Context = None) -> Float[Array, "T E"]:
         """Returns `down(silu(gate(x)) * up(x))`, whatever the context."""
-        gate, up = self.gate_up_proj(x)
+        gate, up = self.gate_up_proj(x) if self.merges else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(jax.nn.silu(gate) * up)
 
 

@@ -152,6 +152,28 @@ def qkv_projection(
     return MergedLinear(weight, parts, axes=("kv_heads", "qkv", "embed"), bias=bias)
 
 
+def separate_qkv(
+    config: ModelConfig, *, bias: bool, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs
+) -> tuple[Linear, Linear, Linear]:
+    """Returns the same projections one by one, with parameters as checkpoints have them."""
+    q, k, v = (
+        Linear(
+            config.hidden_size,
+            num_heads * config.head_dim,
+            axes=(axis, "embed"),
+            bias=bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        for axis, num_heads in (
+            ("heads", config.num_q_heads),
+            ("kv_heads", config.num_kv_heads),
+            ("kv_heads", config.num_kv_heads),
+        )
+    )
+    return q, k, v
+
+
 def gate_up_projection(
     hidden_size: int,
     intermediate_size: int,

@@ -17,7 +17,7 @@ from pallas_paged.models.checkpoint import Tensor
 from pallas_paged.models.config import DTYPES, ModelConfig
 from pallas_paged.models.given import Given, GivenArrays, Transform
 from pallas_paged.models.interface import CheckpointNames
-from pallas_paged.models.matching import by_parameter, differences
+from pallas_paged.models.matching import abstract_parameters, by_parameter, differences
 from pallas_paged.models.registry import FAMILIES
 from pallas_paged.models.tensors import Place, name_of, places, spread
 
@@ -85,32 +85,29 @@ class Source(NamedTuple):
 
 
 def sources(
-    config: ModelConfig, params: nnx.State, arrays: GivenArrays, plain: nnx.State | None = None
+    config: ModelConfig, params: nnx.State, arrays: GivenArrays, merged: nnx.State
 ) -> dict[Path, Source]:
     """Returns what each parameter comes from, by its path; reads no values but of tied embeddings.
 
     Args:
       config: of the model.
       params: its parameters, whose values are not needed.
-      arrays: by the names of a checkpoint's tensors, or of parameters that hold several.
-      plain: the parameters of the model without copies of KV heads, if `params` have some: an array
-        for one that holds several tensors is one of these.
+      arrays: by the names of a checkpoint's tensors, or of parameters in `merged`.
+      merged: see `merged_parameters`.
 
     Raises:
       ValueError: arrays are missing, unused, misshapen or of an unsupported dtype, all are listed;
         tied embeddings differ.
     """
-    plain = params if plain is None else plain
-    family = FAMILIES.get(config.architecture)
-    names = CheckpointNames(embedding="") if family is None else family.names
+    names = FAMILIES[config.architecture].names
+    of_tensors = places(merged)
     own = {
         path: Place(path, (), param.shape)
-        for path, param in nnx.to_flat_state(plain)
+        for path, param in nnx.to_flat_state(merged)
         if param.parts and name_of(path) in arrays.given
     }
-    expected = {name: place for name, place in places(params).items() if place.path not in own} | {
-        name_of(path): place for path, place in own.items()
-    }
+    expected = {name: place for name, place in of_tensors.items() if place.path not in own}
+    expected |= {name_of(path): place for path, place in own.items()}
     tensors = by_parameter(_without_same_output(arrays, names, config), names, config)
     given = {name: arrays.given[tensor.name] for name, tensor in tensors.items()}
     problems = differences(
@@ -126,7 +123,22 @@ def sources(
     ]
     if problems:
         raise ValueError("the state is not that of these weights:\n  " + "\n  ".join(problems))
-    return _sources(params, plain, given)
+    wholes = {path: param.shape for path, param in nnx.to_flat_state(merged) if path in own}
+    return _sources(params, given, of_tensors, wholes)
+
+
+def merged_parameters(config: ModelConfig) -> nnx.State:
+    """Returns a model's parameters, without values, as one device has them that merges projections.
+
+    Whose arrays lie like these can give them whole, whatever the engine does with them.
+    """
+    plain = dataclasses.replace(
+        config,
+        num_kv_heads=config.num_kv_heads // config.kv_head_copies,
+        kv_head_copies=1,
+        merges_projections=True,
+    )
+    return abstract_parameters(plain, jnp.float32)[1]
 
 
 def _without_same_output(
@@ -150,36 +162,43 @@ def _as_named(tensor: Tensor, given: Given) -> Tensor:
     return dataclasses.replace(tensor, name=f"{tensor.name} (here {given.name})")
 
 
-def _sources(params: nnx.State, plain: nnx.State, given: Mapping[str, Given]) -> dict[Path, Source]:
-    shapes = {path: param.shape for path, param in nnx.to_flat_state(plain)}
-    cuts = {name: place.slices for name, place in places(plain).items()}
+def _sources(
+    params: nnx.State,
+    given: Mapping[str, Given],
+    of_tensors: Mapping[str, Place],
+    wholes: Mapping[Path, tuple[int, ...]],
+) -> dict[Path, Source]:
+    """Returns the sources, from tensors or from `wholes`: merged parameters, with their shapes."""
     by_path: dict[Path, list[tuple[str, Place]]] = {}
     for name, place in places(params).items():
         by_path.setdefault(place.path, []).append((name, place))
     found: dict[Path, Source] = {}
     for path, param in nnx.to_flat_state(params):
-        own = given.get(name_of(path))
-        if own is None:
-            made = [
-                (given[name], Piece(given[name].transform, (), *_shape_of(place, param.shape)))
-                for name, place in by_path[path]
-            ]
-        elif shapes[path] == param.shape or not param.parts:
-            (_, place), *_ = by_path[path]
-            whole = place._replace(slices=())
-            copies = 1 if param.parts else place.copies
-            piece = Piece(own.transform, (), param.shape, copies, whole.is_static_scale)
-            made = [(own, piece)]
+        if wholes.get(path) == param.shape:
+            whole = given[name_of(path)]
+            made = [(whole, Piece(whole.transform, (), param.shape))]
         else:
-            made = [
-                (own, Piece(own.transform, cuts[name], *_shape_of(place, param.shape)))
-                for name, place in by_path[path]
-            ]
+            made = [_piece(*each, param.shape, given, of_tensors) for each in by_path[path]]
         recipe = Recipe(tuple(piece for _, piece in made), np.dtype(param.dtype))
         source = Source(name_of(path), tuple(each for each, _ in made), recipe)
         is_same = not source.is_made and not source.is_cast
         found[path] = source._replace(recipe=None) if is_same else source
     return found
+
+
+def _piece(
+    name: str,
+    place: Place,
+    shape: tuple[int, ...],
+    given: Mapping[str, Given],
+    of_tensors: Mapping[str, Place],
+) -> tuple[Given, Piece]:
+    """Returns what a tensor in a parameter of that shape is made of."""
+    own, cut = given.get(name), tuple[slice, ...]()
+    if own is None:
+        merged = of_tensors[name]
+        own, cut = given[name_of(merged.path)], merged.slices
+    return own, Piece(own.transform, cut, *_shape_of(place, shape))
 
 
 def _shape_of(place: Place, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, bool]:

@@ -28,6 +28,7 @@ from pallas_paged.models.layers import (
     chosen,
     logits,
     qkv_projection,
+    separate_qkv,
     wanted_by_layer,
 )
 
@@ -118,7 +119,13 @@ class OPTAttention(nnx.Module):
         self.scaled_dtype = config.kv_cache_dtype
         self.k_scale, self.v_scale = static_scale(config), static_scale(config)
         bias = config.enable_bias
-        self.qkv_proj = qkv_projection(config, bias=bias, dtype=dtype, rngs=rngs)
+        self.merges = config.merges_projections
+        if self.merges:
+            self.qkv_proj = qkv_projection(config, bias=bias, dtype=dtype, rngs=rngs)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = separate_qkv(
+                config, bias=bias, dtype=dtype, rngs=rngs
+            )
         self.out_proj = Linear(
             config.num_q_heads * config.head_dim,
             config.hidden_size,
@@ -138,7 +145,11 @@ class OPTAttention(nnx.Module):
         wanted: Wanted | None = None,
     ) -> tuple[Float[Array, "T E"] | Float[Array, "L E"], KVCache | None]:
         """Returns the attention's output, of the `wanted` tokens, and the layer's updated cache."""
-        q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in self.qkv_proj(x))
+        if self.merges:
+            projected = self.qkv_proj(x)
+        else:
+            projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.reshape(x.shape[0], -1, self.head_dim) for y in projected)
         options = {} if context is None else {"context": context}
         options |= options_for(kv_cache, self.scaled_dtype, self.k_scale, self.v_scale)
         out, kv_cache = attend_to_wanted(attend, wanted, q, k, v, kv_cache, metadata, **options)

@@ -12,11 +12,11 @@ from flax import nnx
 from pallas_paged.engine.config import (
     DEFAULT_CPU_KV_CACHE_BYTES,
     EngineConfig,
-    resolve_max_model_len,
 )
 from pallas_paged.engine.device.implementations import resolve_kv_cache_dtype
 from pallas_paged.engine.device.pool_size import plan_pool, round_num_blocks
 from pallas_paged.engine.llm import LLM
+from pallas_paged.engine.shape import resolve_max_model_len
 from pallas_paged.models import ModelConfig
 from pallas_paged.models.decoder import Decoder
 from pallas_paged.models.llama import LlamaConfig

@@ -443,3 +443,63 @@ def test_pinned_prefixes_are_computed_again(
     assert output.outputs[0].token_ids == alone.outputs[0].token_ids
     llm.unpin_prefix(prefix)
     llm.engine.check_idle()
+
+
+# --- projections apart ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def apart(model: CausalLM) -> LLM:
+    """An engine that keeps them apart, of a module that merges them."""
+    return LLM.from_model(model, DEMO_MODEL, merge_projections=False, **OPTIONS)
+
+
+def test_projections_apart_give_the_same_tokens_and_take_tensors_as_they_are(
+    apart: LLM, model: CausalLM, other: nnx.State, expected: dict[str, Any]
+) -> None:
+    apart.update_weights(model)
+    assert tokens(apart) == expected["model"]
+    state = tensors_of(other)
+    update = apart.update_weights(state)
+    assert (update.made, update.cast, update.moved) == ((), (), ())
+    assert pointers(apart.runner.programs.params) == pointers(state)
+    assert tokens(apart) == expected["other"]
+    update = apart.update_weights(other)  # a merged one is cut
+    assert len(update.made) == 5 * load_config(DEMO_MODEL).num_layers
+    assert tokens(apart) == expected["other"]
+
+
+def test_a_folder_serves_with_projections_apart(expected: dict[str, Any]) -> None:
+    llm = LLM(DEMO_MODEL, dtype="float32", merge_projections=False, **OPTIONS)
+    assert tokens(llm) == expected["model"]
+
+
+# --- several devices ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_devices", [2, 4])
+def test_weights_are_divided_among_devices(
+    model: CausalLM, other: nnx.State, expected: dict[str, Any], num_devices: int
+) -> None:
+    """With four devices each of the two KV heads is there twice."""
+    llm = LLM.from_model(model, DEMO_MODEL, tensor_parallel_size=num_devices, **OPTIONS)
+    assert tokens(llm) == expected["model"]
+    for state in (other, tensors_of(other)):
+        update = llm.update_weights(model)
+        update = llm.update_weights(state)
+        assert len(update.moved) == len(llm._weights._paths)
+        assert tokens(llm) == expected["other"]
+    # What lies there as the engine divides it is taken as it is.
+    mine = llm.runner.programs.params
+    update = llm.update_weights(mine) if num_devices == 2 else None
+    if update is not None:
+        assert update.moved == update.made == ()
+        assert tokens(llm) == expected["other"]
+
+
+def test_projections_apart_need_a_kv_head_for_each_device(model: CausalLM) -> None:
+    options = OPTIONS | {"merge_projections": False}
+    llm = LLM.from_model(model, DEMO_MODEL, tensor_parallel_size=2, **options)
+    assert len(tokens(llm)) == len(PROMPTS)
+    with pytest.raises(ValueError, match="kv_head_copies=2 needs merges_projections=True"):
+        LLM.from_model(model, DEMO_MODEL, tensor_parallel_size=4, **options)
