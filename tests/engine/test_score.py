@@ -1,5 +1,7 @@
 """`LLM.score` against log-probabilities that requests get, and against a dense forward pass."""
 
+import threading
+import time
 from typing import Any
 
 import jax
@@ -98,13 +100,21 @@ def test_what_cannot_be_scored(llm: LLM, prompts: Any, completions: Any, message
     llm.engine.check_idle()
 
 
-def test_scores_survive_preemption(model: CausalLM) -> None:
+def test_scores_survive_preemption(llm: LLM, model: CausalLM) -> None:
     """Each position is scored once, however often its prompt is computed."""
-    llm = LLM.from_model(model, DEMO_MODEL, **OPTIONS | {"num_blocks": 17})
-    pairs = [(p[:100], c[:20]) for p, c in cases(1)]
-    generated = llm.stream("import os\n", SamplingParams(temperature=0, max_tokens=150))
-    next(generated)
-    found = llm.score([p for p, _ in pairs], [c for _, c in pairs])
-    assert llm.engine.core.scheduler.num_preemptions
-    for (prompt, completion), mine in zip(pairs, found, strict=True):
-        np.testing.assert_allclose(mine, dense(model, prompt, completion), rtol=0, atol=1e-4)
+    pairs = [(p[:200], c[:20]) for p, c in cases(1)]
+    expected = [dense(model, *pair) for pair in pairs]
+    llm.score([p for p, _ in pairs], [c for _, c in pairs])  # compiles
+    found: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: found.extend(llm.score([p for p, _ in pairs], [c for _, c in pairs]))
+    )
+    before = llm.engine.core.scheduler.num_preemptions
+    thread.start()
+    while thread.is_alive():
+        llm.update_weights(model, mode="keep")  # lets all that is under way start over
+        time.sleep(0.02)
+    thread.join()
+    assert llm.engine.core.scheduler.num_preemptions > before
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4)
