@@ -119,6 +119,7 @@ sharing-mutate: $(VENV)/.test
 	@$(PY) -m tests.engine.mutate_grammars
 	@$(PY) -m tests.engine.mutate_async
 	@$(PY) -m tests.engine.mutate_plans
+	@$(PY) -m tests.engine.mutate_weights
 
 # What the GPU suite runs, compiled here for a machine with that JAX for CUDA 13: it loads it with
 # `python -m benchmarks.gpu_suite --out=DIR --programs=.gpu-programs`.

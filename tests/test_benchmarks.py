@@ -47,6 +47,7 @@ SLOW = [
         "--waiting=0,5 --num_steps=3 --num_requests=2 --plot=PLOT",
     ),
     ("load_memory", "--random_model=tiny"),
+    ("weights", "--random_model=tiny --num_updates=1 --num_runs=1 --batches=1 --num_tokens=8"),
     ("sampling", "--shapes=2x300 --rounds=1 --hidden=16 --layers=1 --heads=2/1 --context=4"),
     ("recovery", "--block_sizes=8 --num_requests=8 --prompt_len=9 --output_len=20"),
     ("recovery", "--parts=costs --block_sizes=8,128 --swap_tokens=100"),

@@ -10,6 +10,7 @@ from tests.engine import (
     mutate_plans,
     mutate_sharing,
     mutate_steps,
+    mutate_weights,
 )
 from tests.kernels import (
     mutate_ampere,
@@ -29,6 +30,7 @@ PROGRAMS = (
     mutate_grammars,
     mutate_async,
     mutate_plans,
+    mutate_weights,
     mutate_decode,
     mutate_prefill,
     mutate_ampere,
