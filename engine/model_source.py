@@ -1,6 +1,7 @@
 """Where an engine's model comes from: a folder, or a program that has it in memory."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -26,6 +27,8 @@ from pallas_paged.models.kv_scales import is_static_scale
 from pallas_paged.models.matching import abstract_parameters
 from pallas_paged.models.new_weights import Path, merged_parameters, sources
 from pallas_paged.models.registry import FAMILIES
+
+logger = logging.getLogger(__name__)
 
 
 class LoadedModel(NamedTuple):
@@ -204,6 +207,7 @@ class GivenSource:
         flat = nnx.to_flat_state(params)
         shardings = [placement.parameter(x.out_sharding, x.shape) for _, x in flat]
         placed = place([found[path] for path, _ in flat], shardings, placement)
+        logger.info("weights: %s", placed)
         made = [(path, x.replace(y)) for (path, x), y in zip(flat, placed.leaves, strict=True)]
         shared = [path for (path, _), own in zip(flat, placed.owned, strict=True) if not own]
         return LoadedModel(nnx.merge(graph, nnx.from_flat_state(made)), frozenset(shared))

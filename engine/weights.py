@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from pallas_paged.engine.device.new_weights import place
+from pallas_paged.engine.device.new_weights import describe, place
 from pallas_paged.engine.device.pool_size import num_bytes
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.loading import Begun, load_network
@@ -50,12 +50,8 @@ class WeightsUpdate:
     moved: tuple[str, ...]
 
     def __str__(self) -> str:
-        parts = [f"weights {self.version} in {self.seconds:.4f} s: {self.num_taken} as they are"]
-        for what in ("cast", "made", "moved"):
-            if names := getattr(self, what):
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                parts.append(f"{len(names)} {what} ({names[0]}{more})")
-        return ", ".join(parts)
+        what = describe(self.num_taken, cast=self.cast, made=self.made, moved=self.moved)
+        return f"weights {self.version} in {self.seconds:.4f} s: {what}"
 
 
 class Matched(NamedTuple):
@@ -134,7 +130,7 @@ class Weights:
         self._put(now)
         self.are_there = True
         self._shared = {path for path, own in zip(paths, placed.owned, strict=True) if not own}
-        return WeightsUpdate(
+        update = WeightsUpdate(
             version,
             time.perf_counter() - matched.begin_s,
             placed.num_taken,
@@ -142,6 +138,8 @@ class Weights:
             tuple(placed.made),
             tuple(placed.moved),
         )
+        logger.info("%s", update)
+        return update
 
     def give_back(self) -> tuple[int, int]:
         """Leaves the programs without weights; returns the bytes freed, and those of callers.

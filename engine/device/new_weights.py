@@ -37,6 +37,19 @@ class Placed(NamedTuple):
     made: list[str]
     moved: list[str]
 
+    def __str__(self) -> str:
+        return describe(self.num_taken, cast=self.cast, made=self.made, moved=self.moved)
+
+
+def describe(num_taken: int, **names: Sequence[str]) -> str:
+    """Returns in words how many weights were taken as they are, and which were not, by kind."""
+    parts = [f"{num_taken} as they are"]
+    for kind, which in names.items():
+        if which:
+            more = f" and {len(which) - 1} more" if len(which) > 1 else ""
+            parts.append(f"{len(which)} {kind} ({which[0]}{more})")
+    return ", ".join(parts)
+
 
 def place(
     sources: Sequence[Source],

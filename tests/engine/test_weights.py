@@ -17,7 +17,13 @@ from pallas_paged.models import CausalLM, load_config, load_model
 from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.tensors import tensors_of
 
-PROMPTS = ["def main():\n", "class Tree:\n    def __init__(self", "import os, sys\n\n", "x = [1, 2"]
+PROMPTS = [
+    "def main():\n",
+    "class Tree:\n    def __init__(self" * 4,
+    "import os, sys\n\n",
+    "x = [1, 2",
+]
+"""The second one fills blocks, which are cached."""
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 OPTIONS: dict[str, Any] = {"max_num_seqs": 4, "num_blocks": 65, "background_compilation": False}
 
