@@ -58,6 +58,7 @@ def test_the_tensors_of_a_checkpoint(name: str, merges: bool) -> None:
         *[(name, False, n) for name in ("llama-gqa-llama3", "opt-prenorm") for n in (1, 2)],
         *[("llama-mqa-linear", merges, 1) for merges in (True, False)],
         ("llama-mqa-linear", True, 2),
+        ("llama-yarn", True, 4),  # two KV heads, each of them twice
     ],
 )
 def test_a_module_of_one_device(name: str, merges: bool, devices: int) -> None:
