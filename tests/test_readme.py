@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import textwrap
 
 import pytest
 
@@ -29,3 +30,13 @@ def test_the_guide_to_a_new_model_shows_the_code_as_it_is() -> None:
     assert len(shown) >= 4
     for block in shown:
         assert any(block in source for source in sources), block
+
+
+def test_the_page_on_training_loops_shows_the_program_as_it_is() -> None:
+    page = (ROOT / "engine/README.md").read_text()
+    shown = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    source = (ROOT / "benchmarks/grpo.py").read_text()
+    assert len(shown) >= 3
+    for block in shown:
+        assert block in source or textwrap.indent(block, "    ") in source, block
+    assert "\ndef grpo(" in "".join(shown)
