@@ -35,7 +35,8 @@ def test_the_guide_to_a_new_model_shows_the_code_as_it_is() -> None:
 def test_the_page_on_training_loops_shows_the_program_as_it_is() -> None:
     page = (ROOT / "engine/README.md").read_text()
     shown = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    source = (ROOT / "benchmarks/grpo.py").read_text()
+    files = ("benchmarks/grpo.py", "benchmarks/grpo_loop.py")
+    source = "\n".join((ROOT / file).read_text() for file in files)
     assert len(shown) >= 3
     for block in shown:
         assert block in source or textwrap.indent(block, "    ") in source, block

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from benchmarks.grpo import make_batch
+from benchmarks.grpo_loop import make_batch
 from pallas_paged.engine import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from tests.programs import run_program
 

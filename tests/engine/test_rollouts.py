@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from benchmarks.demo_score import token_losses
-from benchmarks.grpo import make_batch, train_step
+from benchmarks.grpo_loop import make_batch, train_step
 from pallas_paged.engine import LLM, RequestOutput, SamplingParams
 from pallas_paged.models import load_model
 from tests.engine.serving import assert_idle, reference_requests

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine import LLM, SamplingParams
-from pallas_paged.engine.demo import DEMO_MODEL
 from pallas_paged.models import CausalLM, load_model
 from pallas_paged.models.attend import dense_attend, dense_metadata
+from pallas_paged.models.demo import DEMO_MODEL
 
 OPTIONS: dict[str, Any] = {"max_num_seqs": 4, "num_blocks": 129, "max_num_batched_tokens": 64}
 

@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from pallas_paged.engine import LLM, SamplingParams
-from pallas_paged.engine.demo import DEMO_MODEL
 from pallas_paged.engine.device.pool_size import num_bytes
 from pallas_paged.models import CausalLM, load_model
+from pallas_paged.models.demo import DEMO_MODEL
 
 PROMPTS = ["def main():\n", "class Tree:\n    def __init__(self" * 3]
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)

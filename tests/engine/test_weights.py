@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from pallas_paged.engine import LLM, RequestOutputKind, SamplingParams
-from pallas_paged.engine.demo import DEMO_MODEL
 from pallas_paged.models import CausalLM, load_config, load_model
+from pallas_paged.models.demo import DEMO_MODEL
 from pallas_paged.models.llama import LlamaConfig
 from pallas_paged.models.tensors import tensors_of
 
@@ -38,7 +38,7 @@ def other() -> nnx.State:
     """Weights of the same shape that give other tokens."""
     state = nnx.state(load_model(DEMO_MODEL, "float32"))
     keys = iter(jax.random.split(jax.random.key(1), 1000))
-    return jax.tree.map(lambda x: x + 0.02 * jax.random.normal(next(keys), x.shape), state)
+    return jax.tree.map(lambda x: x + 0.02 * jax.random.normal(next(keys), x.shape, x.dtype), state)
 
 
 @pytest.fixture(scope="module")
