@@ -55,6 +55,7 @@ SLOW = [
     ("throughput", f"{SMALL} --baseline=static,orca-max"),
     ("http_cost", "--num_seqs=4 --num_steps=60 --warm_steps=4 --repeats=1 --step_ms=5"),
     ("soak", "--seconds=27 --clients=50"),
+    ("rollouts", "--samples=2,3 --rounds=1 --prompt_len=20 --output_len=3 --max_num_seqs=4"),
     ("structured", "--running=2 --prompt_len=40 --output_len=12 --rounds=1"),
     (
         "speculation",
