@@ -9,12 +9,14 @@ CLIENTS := .venv-clients
 GPU := .venv-gpu
 FUZZ := .venv-fuzz
 RAY := .venv-ray
+TUNIX := .venv-tunix
+TUNIX_VERSION := 0.1.7
 GPU_JAX ?= 0.11.2
 SCHEMATHESIS := 4.32.5
 SECONDS ?= 300
 
 .PHONY: demo serve test check format strict speed soak fuzz oldest kernels-full kernels-mutate \
-  sharing-mutate eval-check clients ray-check gpu-programs dist clean
+  sharing-mutate eval-check clients ray-check tunix-check gpu-programs dist clean
 
 demo: $(VENV)/.base
 	@$(PY) -m pallas_paged.engine.demo
@@ -95,6 +97,10 @@ clients: $(CLIENTS)/.clients
 ray-check: $(RAY)/.ray
 	@JAX_PLATFORMS=cpu $(RAY)/bin/python -m tests.on_ray.check
 
+# Tunix's GRPO learner trains the demo model, with this engine as its sampler: some minutes.
+tunix-check: $(TUNIX)/.tunix
+	@JAX_PLATFORMS=cpu $(TUNIX)/bin/python -m tests.with_tunix.check
+
 # Compile every named program of the kernels and interpret every named case with both JAX, as far as
 # the committed tables are not up to date; may be stopped and started again.
 kernels-full: $(VENV)/.test $(OLDEST)/.oldest
@@ -136,7 +142,7 @@ dist: $(VENV)/.test
 	  --prompt='def main():' --max_tokens=8 --temperature=0
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(EVAL) $(CLIENTS) $(FUZZ) $(RAY) $(GPU) .gpu-programs dist
+	rm -rf $(VENV) $(OLDEST) $(EVAL) $(CLIENTS) $(FUZZ) $(RAY) $(TUNIX) $(GPU) .gpu-programs dist
 
 # --- set-up -----------------------------------------------------------------------------------
 # With --no-compile: pip would compile every file of every package, Python compiles what it imports.
@@ -179,6 +185,14 @@ $(RAY)/.ray: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory VENV=$(RAY) $(RAY)/bin/pip
 	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 	  -c constraints.txt -e '.[ray]' pytest
+	@touch $@
+
+# Without the pins of what Tunix wants older.
+$(TUNIX)/.tunix: pyproject.toml constraints.txt Makefile
+	@$(MAKE) --no-print-directory VENV=$(TUNIX) $(TUNIX)/bin/pip
+	@grep -vE '^(safetensors|transformers|tokenizers|huggingface_hub)==' constraints.txt > $(TUNIX)/constraints.txt
+	@$(TUNIX)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	  -c $(TUNIX)/constraints.txt -e . google-tunix==$(TUNIX_VERSION) pytest
 	@touch $@
 
 # By itself: it only sends requests.

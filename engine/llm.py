@@ -56,6 +56,7 @@ class LLM(OfflineLLM):
         tokenizer: Any = None,
         *,
         state: Any = None,
+        mapping: NameMapping | None = None,
         eos_token_ids: Sequence[int] = (),
         **options: Any,
     ) -> "LLM":
@@ -70,13 +71,14 @@ class LLM(OfflineLLM):
             as `LlamaConfig`, whose weights are `state`.
           tokenizer: one of transformers, or a folder with one; None takes and gives token ids only.
           state: the weights of a configuration, see `update_weights`; None with a module.
+          mapping: from the names of the weights to ours, see there.
           eos_token_ids: tokens that end an output, beside the tokenizer's EOS.
           **options: fields of `EngineConfig`. `dtype` is by default that of the weights.
 
         Raises:
           ValueError: an option, the model or its weights are not usable; the message names them.
         """
-        source = GivenSource(model, state, tokenizer, eos_token_ids)
+        source = GivenSource(model, state, tokenizer, eos_token_ids, mapping)
         llm = cls.__new__(cls)
         llm._begin(source.name, options, source)
         return llm

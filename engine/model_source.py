@@ -22,7 +22,7 @@ from pallas_paged.models import (
     load_sampling_defaults,
 )
 from pallas_paged.models.config import DTYPES
-from pallas_paged.models.given import GivenArrays
+from pallas_paged.models.given import GivenArrays, NameMapping
 from pallas_paged.models.kv_scales import is_static_scale
 from pallas_paged.models.matching import abstract_parameters
 from pallas_paged.models.new_weights import Path, merged_parameters, sources
@@ -133,6 +133,7 @@ class GivenSource:
       state: the weights of a configuration, see `GivenArrays`; None for a module.
       tokenizer: of transformers, or a folder with one; None for none.
       eos_token_ids: tokens that end an output, beside the tokenizer's.
+      mapping: from the names of the weights to ours, see `GivenArrays`.
 
     Raises:
       ValueError: `model` is neither, or its state is missing, or of several dtypes, or none.
@@ -146,6 +147,7 @@ class GivenSource:
         state: Any = None,
         tokenizer: Any = None,
         eos_token_ids: Sequence[int] = (),
+        mapping: NameMapping | None = None,
     ):
         is_module = isinstance(model, nnx.Module) and isinstance(
             getattr(model, "config", None), ModelConfig
@@ -171,7 +173,7 @@ class GivenSource:
                 f"kv_head_copies={config.kv_head_copies}: give the model as it is on one device; "
                 "the engine makes the copies that its devices need"
             )
-        self._arrays: GivenArrays | None = GivenArrays(model if is_module else state)
+        self._arrays: GivenArrays | None = GivenArrays(model if is_module else state, mapping)
         dtypes = {
             tensor.dtype
             for name, tensor in self._arrays.tensors.items()
