@@ -192,7 +192,7 @@ $(TUNIX)/.tunix: pyproject.toml constraints.txt Makefile
 	@$(MAKE) --no-print-directory VENV=$(TUNIX) $(TUNIX)/bin/pip
 	@grep -vE '^(safetensors|transformers|tokenizers|huggingface_hub)==' constraints.txt > $(TUNIX)/constraints.txt
 	@$(TUNIX)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
-	  -c $(TUNIX)/constraints.txt -e . google-tunix==$(TUNIX_VERSION) pytest
+	  -c $(TUNIX)/constraints.txt -e '.[tunix]' google-tunix==$(TUNIX_VERSION) pytest
 	@touch $@
 
 # By itself: it only sends requests.
