@@ -103,6 +103,7 @@ def drive(
     *,
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
     static_batch_size: int | None = None,
+    logprobs: int | None = None,
 ) -> Run:
     """Runs the workload in real time and returns when each token came.
 
@@ -114,6 +115,7 @@ def drive(
         tokens come at once.
       static_batch_size: hand the engine batches of at most so many requests, of those that have
         arrived, each when the one before has ended; None: hand over each request on arrival.
+      logprobs: what all requests ask for, see `SamplingParams`.
     """
     requests, arrivals = workload.requests, list(arrivals_s)
     waiting = collections.deque(range(len(requests)))
@@ -129,7 +131,7 @@ def drive(
         if static_batch_size is not None and engine.has_unfinished:
             room = 0
         while room and waiting and arrivals[waiting[0]] <= now:
-            _add(engine, workload, waiting.popleft(), output_kind)
+            _add(engine, workload, waiting.popleft(), output_kind, logprobs)
             room -= 1
         if not engine.has_unfinished:
             time.sleep(max(0.0, arrivals[waiting[0]] - (time.monotonic() - begin)))
@@ -160,12 +162,19 @@ def drive(
     )
 
 
-def _add(engine: Engine, workload: Workload, index: int, output_kind: RequestOutputKind) -> None:
+def _add(
+    engine: Engine,
+    workload: Workload,
+    index: int,
+    output_kind: RequestOutputKind,
+    logprobs: int | None,
+) -> None:
     request = workload.requests[index]
     params = SamplingParams(
         temperature=0,
         max_tokens=request.num_output_tokens,
         ignore_eos=True,
+        logprobs=logprobs,
         detokenize=False,
         output_kind=output_kind,
     )

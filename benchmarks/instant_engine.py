@@ -67,7 +67,7 @@ class InstantDevice:
         self._num_steps += 1
         first = self._num_steps * 37 % _NUM_DRAWN
         drawn = slice(first, first + plan.bucket.num_seqs)
-        packed = self._packed[drawn] if plan.wants_logprobs else None
+        packed = self._packed[drawn, None] if plan.wants_logprobs else None
         return StepResult(self._tokens[drawn, None], packed)
 
     def collect(self, in_flight: StepResult) -> StepResult:

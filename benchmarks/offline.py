@@ -110,7 +110,7 @@ def make_llm() -> LLM:
         with tempfile.TemporaryDirectory() as folder:
             random_models.write_config(_RANDOM_MODEL.value, pathlib.Path(folder))
             llm = LLM(folder, load_format="dummy", **options)
-    llm.runner.programs.compile(bucket for bucket in llm.runner.buckets.all() if not bucket.is_full)
+    llm.runner.programs.compile(bucket for bucket in llm.runner.buckets.all() if bucket.is_common)
     return llm
 
 

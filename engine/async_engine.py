@@ -27,7 +27,7 @@ from pallas_paged.engine.errors import (
 )
 from pallas_paged.engine.hand_over import HandOver
 from pallas_paged.engine.outputs import RequestOutput
-from pallas_paged.engine.parts import EngineParts, is_held
+from pallas_paged.engine.parts import EngineParts
 from pallas_paged.engine.queue_limit import QueueLimit
 from pallas_paged.engine.request_stream import RequestStream
 from pallas_paged.engine.sampling_params import RequestOutputKind
@@ -124,7 +124,7 @@ class AsyncEngine:
 
         def make_held_group() -> SequenceGroup:
             group = make_group()
-            group.is_held = is_held(group, kind)
+            group.is_held = self.parts.may_hold(group, kind)
             return group
 
         event_loop = asyncio.get_running_loop()

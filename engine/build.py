@@ -204,7 +204,10 @@ def join(
         speculates=scheduler.proposer is not None,
     )
     processor = OutputProcessor(tokenizer)
-    return EngineParts(core, memory, intake, processor, tokenizer, vocab_size, grammars)
+    return EngineParts(
+        *(core, memory, intake, processor, tokenizer, vocab_size, grammars),
+        plain_logprobs=buckets.has_logprobs,
+    )
 
 
 def _recovery(

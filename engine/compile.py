@@ -12,8 +12,10 @@ Only `config.json` is read of the model. Without --num_blocks the pool is as lar
 memory allows beside weights and temporaries, if JAX may use as much: here and in the engine's
 environment XLA_CLIENT_MEM_FRACTION says so, which is 0.9 in programs of ours. --full also compiles
 the steps with penalties and log-probabilities, which an engine otherwise compiles when somebody
-asks for them. Matrix products are cuBLAS's: nothing can be timed. For a GPU this needs the
-packages that `pallas_paged.deviceless` names; the target cpu is this machine's own CPU.
+asks for them; --token_logprobs those that give each token's log-probability and nothing else, in
+whose place the engine otherwise takes those of --full. Matrix products are cuBLAS's: nothing can be
+timed. For a GPU this needs the packages that `pallas_paged.deviceless` names; the target cpu is
+this machine's own CPU.
 
 --plan writes no bundle: it prints where the memory goes, the pool that fits, and what each step
 takes and launches. --largest does so for the largest decode and mixed step alone. With
@@ -41,6 +43,7 @@ from pallas_paged.engine.compiling import (
     compile_bundle,
     prepare,
     report_steps,
+    steps_of,
 )
 from pallas_paged.engine.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
 from pallas_paged.engine.core.buckets import Bucket
@@ -98,6 +101,9 @@ _TENSOR_PARALLEL_SIZE = flags.DEFINE_integer(
     "Devices of one machine that share the model.",
     lower_bound=1,
 )
+_TOKEN_LOGPROBS = flags.DEFINE_bool(
+    "token_logprobs", False, "Also plain steps that give tokens' log-probabilities, logprobs=0."
+)
 _DETERMINISTIC = flags.DEFINE_bool("deterministic", False, "Every step in one fixed shape.")
 _SWAP_SPACE = flags.DEFINE_float("swap_space", 0.0, "GiB of host memory for preempted requests.")
 
@@ -131,6 +137,7 @@ def main() -> None:
         attention_implementation=_ATTENTION.value,
         cache_implementation=_CACHE.value,
         num_scheduler_steps=_NUM_SCHEDULER_STEPS.value,
+        token_logprobs=bool(_TOKEN_LOGPROBS.value),
         deterministic=_DETERMINISTIC.value,
         swap_space=_SWAP_SPACE.value,
         tensor_parallel_size=_TENSOR_PARALLEL_SIZE.value,
@@ -212,9 +219,9 @@ def _print_plan(prepared: Prepared) -> None:
 
 def _buckets(prepared: Prepared) -> list[Bucket]:
     """Returns the steps to plan."""
-    every = prepared.buckets.all()
+    every = steps_of(prepared, full=bool(_FULL.value))
     if not _LARGEST.value:
-        return [bucket for bucket in every if _FULL.value or not bucket.is_full]
+        return every
     asked = [bucket for bucket in every if bucket.is_full == _FULL.value]
     kinds = [[bucket for bucket in asked if bucket.is_decode == kind] for kind in (True, False)]
     return [max(kind) for kind in kinds if kind]

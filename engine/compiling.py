@@ -51,7 +51,7 @@ NOT_OURS_BYTES = 256 << 20
 _SHAPING = (
     *("kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_logprobs"),
     *("num_blocks", "kv_cache_memory_bytes", "gpu_memory_utilization", "deterministic"),
-    *("num_scheduler_steps", "attention_implementation", "cache_implementation"),
+    *("num_scheduler_steps", "attention_implementation", "cache_implementation", "token_logprobs"),
     "tensor_parallel_size",
 )
 """Fields of `EngineConfig` that an engine takes from its bundle, beside `dtype` and a length."""
@@ -183,13 +183,14 @@ def compile_bundle(
     Args:
       prepared: the programs.
       folder: the bundle to be.
-      full: also compile the steps with penalties and log-probabilities.
+      full: also compile the steps with penalties and log-probabilities; those that give tokens'
+        log-probabilities alone if the configuration's `token_logprobs` says so.
       tell: called when a program is compiled, in one of several threads.
 
     Raises:
       ValueError: the folder is there and is something else.
     """
-    buckets = [bucket for bucket in prepared.buckets.all() if full or not bucket.is_full]
+    buckets = steps_of(prepared, full=full)
     others: list[Name] = [*prepared.programs.others(buckets), *prepared.block_programs.names()]
     others += [check.name for check in prepared.checks]
     entries: list[bundles.Entry] = []
@@ -221,6 +222,16 @@ def compile_bundle(
         )
         bundles.write_manifest(work, manifest)
     return manifest
+
+
+def steps_of(prepared: Prepared, *, full: bool) -> list[Bucket]:
+    """Returns the shapes of an engine's steps that are compiled ahead, see `compile_bundle`."""
+    plain = bool(prepared.config.token_logprobs)
+    return [
+        bucket
+        for bucket in prepared.buckets.all()
+        if bucket.is_common or (full and bucket.is_full) or (plain and bucket.has_logprobs)
+    ]
 
 
 def report_steps(prepared: Prepared, buckets: Sequence[Bucket]) -> Iterator[StepReport]:

@@ -80,9 +80,14 @@ class EngineConfig:
         host.
       num_scheduler_steps: the most decode steps that one program makes before the host looks, while
         nobody waits for single tokens: all requests that run came to `generate`, or want their
-        output at its end only, and without stop strings, log-probabilities and penalties. Their
-        tokens are the same. None: 8 on a CPU, where the host's work takes the model's cores, and 1
-        elsewhere.
+        output at its end only, and without stop strings, penalties, and log-probabilities of more
+        than the tokens themselves. Their tokens are the same. None: 8 on a CPU, where the host's
+        work takes the model's cores, and 1 elsewhere.
+      token_logprobs: whether there are programs of steps that give each token's log-probability and
+        do nothing else that others do not, for requests with `logprobs=0`. Without them these run
+        in the steps of those with penalties and with `logprobs=k`, a token at a time. As many
+        programs more are compiled ahead, where any are. None: yes, but for engines that compile
+        ahead or have a bundle, which is to hold all that they ever run.
       deterministic: run every step in one fixed shape, so that in float32 a request's tokens do
         not depend, bit for bit, on what else is in its batches. Decoding then costs as much as
         the largest step.
@@ -165,6 +170,7 @@ class EngineConfig:
     cache_implementation: str | None = None
     async_scheduling: bool = True
     num_scheduler_steps: int | None = None
+    token_logprobs: bool | None = None
     deterministic: bool = False
     compile_ahead: bool = False
     background_compilation: bool | None = None
@@ -228,7 +234,7 @@ class EngineConfig:
         speculation = speculation_settings(self.speculative_config)
         ok = speculation is None or not self.deterministic
         _require(ok, self, "speculative_config", "must be None with deterministic=True")
-        for name in ("background_compilation", "disable_cascade_attn"):
+        for name in ("background_compilation", "disable_cascade_attn", "token_logprobs"):
             ok = getattr(self, name) in (None, True, False)
             _require(ok, self, name, "must be True, False or None")
         room = self.swap_space
@@ -308,26 +314,3 @@ def _is_int(value: object, least: int, most: float = math.inf) -> bool:
 def _require(condition: bool, config: EngineConfig, name: str, rule: str) -> None:
     if not condition:
         raise ValueError(f"{name}={getattr(config, name)!r} {rule}")
-
-
-def resolve_num_scheduler_steps(config: EngineConfig, platform: str) -> int:
-    """Returns the most decode steps in one program on devices of a platform."""
-    if config.deterministic:
-        return 1
-    if config.num_scheduler_steps is None:
-        return CPU_SCHEDULER_STEPS if platform == "cpu" else 1
-    return config.num_scheduler_steps
-
-
-def resolve_background_compilation(config: EngineConfig, platform: str) -> bool:
-    """Returns whether programs are compiled in the background on devices of a platform."""
-    if config.background_compilation is None:
-        return platform == "cpu" and not config.deterministic
-    return config.background_compilation
-
-
-def resolve_cascade(config: EngineConfig, platform: str) -> bool:
-    """Returns whether a prefix that many share is read for several of them at a time."""
-    if config.disable_cascade_attn is None:
-        return platform != "cpu" and not config.deterministic
-    return not config.disable_cascade_attn and not config.deterministic

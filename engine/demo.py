@@ -70,7 +70,7 @@ def run(console: Console, prompts: list[str]) -> None:
         max_num_batched_tokens=max(32, len(prompts)),
     )
     # These requests ask for nothing that only the full variants of a step do.
-    llm.runner.programs.compile(bucket for bucket in llm.runner.buckets.all() if not bucket.is_full)
+    llm.runner.programs.compile(bucket for bucket in llm.runner.buckets.all() if bucket.is_common)
     console.print(f"Loaded and compiled in {time.perf_counter() - begin:.1f} s.")
 
     params = [

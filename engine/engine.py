@@ -8,7 +8,7 @@ from pallas_paged.engine.core.request import SequenceGroup
 from pallas_paged.engine.kv.sharing import Root
 from pallas_paged.engine.kv.stats import KVStats, kv_stats
 from pallas_paged.engine.outputs import RequestOutput
-from pallas_paged.engine.parts import EngineParts, is_held
+from pallas_paged.engine.parts import EngineParts
 from pallas_paged.engine.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 Pinned = tuple[tuple[int, ...], Root]
@@ -101,7 +101,7 @@ class Engine:
           ValueError: its request id is in use, or it no longer fits beside what is pinned.
         """
         kind = group.sampling_params.output_kind if output_kind is None else output_kind
-        group.is_held = is_held(group, kind)
+        group.is_held = self._parts.may_hold(group, kind)
         with self._all_or_nobody(ValueError):
             if group.request_id in self._processor:
                 raise ValueError(f"request_id={group.request_id!r} is in use; choose another")

@@ -55,6 +55,12 @@ _FLAGS = (
     ),
     flags.DEFINE_bool("enable_prefix_caching", None, "Keep blocks for later requests; on."),
     flags.DEFINE_integer("max_logprobs", None, "Most log-probabilities per token; by default 20."),
+    flags.DEFINE_bool(
+        "token_logprobs",
+        None,
+        "Programs of plain steps that also give tokens' log-probabilities (logprobs=0), compiled "
+        "ahead too; by default with neither compile_ahead nor bundle.",
+    ),
     flags.DEFINE_bool("deterministic", None, "One shape of steps: the same answers in any batch."),
     flags.DEFINE_bool(
         "compile_ahead", None, "Compile all programs before the first request; off by default."

@@ -10,10 +10,7 @@ from flax import nnx
 
 from pallas_paged.cache_spec import CacheSpec
 from pallas_paged.dispatch import target_device
-from pallas_paged.engine.config import (
-    EngineConfig,
-    resolve_background_compilation,
-)
+from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device.checks_ahead import ChecksAhead, begin_checks
 from pallas_paged.engine.device.choices import choose
@@ -35,6 +32,7 @@ from pallas_paged.engine.device.pool_size import (
 from pallas_paged.engine.device.runner import ModelRunner
 from pallas_paged.engine.kv.sharing import blocks_for
 from pallas_paged.engine.model_source import FolderSource, LoadedModel, ModelSource
+from pallas_paged.engine.resolved import resolve_background_compilation
 from pallas_paged.engine.shape import engine_shape
 from pallas_paged.models import CausalLM, ModelConfig
 from pallas_paged.models.new_weights import Path

@@ -84,6 +84,14 @@ class CompletionOutput:
         """The version of the weights that each token came from, see `LLM.update_weights`."""
         return tuple(version for count, version in self.version_runs for _ in range(count))
 
+    @property
+    def token_logprobs(self) -> tuple[float, ...] | None:
+        """The log-probability of each of `token_ids`, out of `logprobs`; None without these."""
+        if self.logprobs is None:
+            return None
+        places = zip(self.token_ids, self.logprobs, strict=True)
+        return tuple([found[token].logprob for token, found in places])
+
     def merged_with(self, later: "CompletionOutput") -> "CompletionOutput":
         """Returns this delta and the next one of the same completion as one delta."""
         return CompletionOutput(  # `dataclasses.replace` takes four times as long

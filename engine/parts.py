@@ -27,6 +27,8 @@ class EngineParts:
       tokenizer: for bad words; None refuses them.
       vocab_size: V.
       grammars: compiles those of requests.
+      plain_logprobs: whether steps that sample several tokens give their log-probabilities, see
+        `Buckets.has_logprobs`.
       counts: what happened to requests so far.
     """
 
@@ -37,6 +39,7 @@ class EngineParts:
     tokenizer: Tokenizer | None
     vocab_size: int
     grammars: Grammars
+    plain_logprobs: bool = False
     counts: Counts = dataclasses.field(default_factory=Counts)
 
     def bad_sequences(self, params: SamplingParams | BeamSearchParams) -> list[tuple[int, ...]]:
@@ -71,14 +74,16 @@ class EngineParts:
         )
         self.counts.num_prompt_tokens += group.num_prompt_tokens
 
+    def may_hold(self, group: SequenceGroup, kind: RequestOutputKind) -> bool:
+        """Returns whether nobody waits for a group's tokens before a sequence of it has ended.
 
-def is_held(group: SequenceGroup, kind: RequestOutputKind) -> bool:
-    """Returns whether nobody waits for a group's tokens before a sequence of it has ended."""
-    params = group.sampling_params
-    return (
-        kind is RequestOutputKind.FINAL_ONLY
-        and group.beams is None
-        and not params.stop
-        and params.logprobs is None
-        and params.prompt_logprobs is None
-    )
+        And the core can keep all that comes with them until then.
+        """
+        params = group.sampling_params
+        return (
+            kind is RequestOutputKind.FINAL_ONLY
+            and group.beams is None
+            and not params.stop
+            and (params.logprobs is None or (params.logprobs == 0 and self.plain_logprobs))
+            and params.prompt_logprobs is None
+        )

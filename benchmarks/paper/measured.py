@@ -78,7 +78,7 @@ def make_llm(folder: str, *, block_size: int = 16, **options: Any) -> LLM:
         "enable_prefix_caching": False,
     }
     llm = LLM(folder, block_size=block_size, **fixed | options)
-    llm.runner.programs.compile(bucket for bucket in llm.runner.buckets.all() if not bucket.is_full)
+    llm.runner.programs.compile(bucket for bucket in llm.runner.buckets.all() if bucket.is_common)
     return llm
 
 

@@ -159,7 +159,7 @@ def make_llm(folder: str) -> LLM:
         num_scheduler_steps=1,
         async_scheduling=False,
     )
-    llm.runner.programs.compile(bucket for bucket in llm.runner.buckets.all() if not bucket.is_full)
+    llm.runner.programs.compile(bucket for bucket in llm.runner.buckets.all() if bucket.is_common)
     return llm
 
 

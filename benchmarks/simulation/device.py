@@ -115,7 +115,7 @@ class SimulatedDevice:
         packed = None
         if plan.wants_logprobs:
             assert self._candidates is not None, "beams need candidates"
-            packed = self._candidates.draw(B, self._width)
+            packed = self._candidates.draw(B, self._width)[:, None]
         return self._free_at_s, StepResult(tokens, packed)
 
     def collect(self, in_flight: tuple[float, StepResult]) -> StepResult:

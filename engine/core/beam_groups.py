@@ -49,7 +49,9 @@ def advance(columns: RowColumns, group: SequenceGroup) -> Inheritance:
     children, forks = [], []
     unclaimed = dict(rows)
     for index, (parent, token) in enumerate(zip(parents, tokens, strict=True)):
-        child = beams[parent].continued(index, token)
+        child = TokenSequence(group, index)
+        child.token_ids = [*beams[parent].token_ids, token]
+        child.versions = beams[parent].versions
         row = unclaimed.pop(parent, None)
         if row is None:
             forks.append((rows[parent], child))

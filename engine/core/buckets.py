@@ -23,7 +23,8 @@ class Bucket:
     `proposes`, a small model also guesses D tokens behind the last one. One without `filters` has
     no sequence with a top-k or a top-p, and one without `has_decodes`, a mixed bucket, no sequence
     with one token. One that `shares_prefix`, a plain decode bucket, is told of blocks that several
-    sequences begin with, and reads them for several at a time.
+    sequences begin with, and reads them for several at a time. A plain one that `has_logprobs` also
+    gives the log-probability of each token that it samples; a full one always can.
     """
 
     num_tokens: int
@@ -37,6 +38,12 @@ class Bucket:
     filters: bool = True
     has_decodes: bool = True
     shares_prefix: bool = False
+    has_logprobs: bool = False
+
+    @property
+    def is_common(self) -> bool:
+        """Whether it is for steps in which nobody asks for anything but tokens."""
+        return not self.is_full and not self.has_logprobs
 
     @property
     def num_logits(self) -> int:
@@ -53,6 +60,7 @@ class Bucket:
         without = "" if self.filters else ", without top-k and top-p"
         without += "" if self.has_decodes else ", prompts only"
         without += ", sharing a prefix" if self.shares_prefix else ""
+        without += ", with log-probabilities" if self.has_logprobs else ""
         return f"{kind} {shape}{full}{steps}{drafts}{without}"
 
 
@@ -76,6 +84,8 @@ class Buckets:
         device that can look at what a step needs, and skip the rest, has no use for them.
       shares_prefix: whether plain decode steps of `sharing_seqs` have programs with
         `Bucket.shares_prefix`.
+      has_logprobs: whether each plain step also has a program with `Bucket.has_logprobs`; else
+        steps are full in which somebody asks for the log-probability of a sampled token.
     """
 
     decode_seqs: tuple[int, ...]
@@ -89,6 +99,7 @@ class Buckets:
     step_cost: int = 0
     specialised: bool = False
     shares_prefix: bool = False
+    has_logprobs: bool = False
 
     @classmethod
     def for_limits(
@@ -104,6 +115,7 @@ class Buckets:
         step_cost: int = 0,
         specialised: bool = False,
         shares_prefix: bool = False,
+        has_logprobs: bool = False,
     ) -> "Buckets":
         """Returns few sizes up to the maxima; one of each kind for a deterministic engine.
 
@@ -114,7 +126,8 @@ class Buckets:
         to there.
         """
         if deterministic:
-            return cls((), (max_num_batched_tokens,), (max_num_seqs,), (max_blocks_per_seq,))
+            sizes = (), (max_num_batched_tokens,), (max_num_seqs,), (max_blocks_per_seq,)
+            return cls(*sizes, has_logprobs=has_logprobs)
         return cls(
             _decode_sizes(max_num_seqs, 64 if specialised else 8),
             _mixed_sizes(max_num_batched_tokens),
@@ -127,6 +140,7 @@ class Buckets:
             step_cost,
             specialised,
             shares_prefix,
+            has_logprobs,
         )
 
     @property
@@ -172,30 +186,42 @@ class Buckets:
         filters: bool = True,
         has_decodes: bool = True,
         shares_prefix: bool = False,
+        has_logprobs: bool = False,
     ) -> Bucket:
         """Returns the smallest bucket that holds a step of `num_tokens` of `num_seqs` sequences.
 
         `table_width` is the number of blocks of the longest of them. `is_decode` tells that each
-        sequence has one token; equal numbers alone do not say so. `filters`, `has_decodes` and
-        `shares_prefix` as in `Bucket`.
+        sequence has one token; equal numbers alone do not say so. `filters`, `has_decodes`,
+        `shares_prefix` and, where the engine has such buckets, `has_logprobs` as in `Bucket`.
         """
         width = _at_least(self.table_widths, table_width)
+        assert self.has_logprobs or is_full or not has_logprobs, "there is no such plain bucket"
+        has_logprobs &= not is_full
         if has_drafts:
             size = _at_least(self.draft_tokens, num_tokens)
             seqs = _at_least(self.mixed_seqs, num_seqs)
-            return Bucket(size, seqs, width, False, is_full, 1, self.num_drafts, self.proposes)
+            drafts = self.num_drafts, self.proposes
+            return Bucket(size, seqs, width, False, is_full, 1, *drafts, has_logprobs=has_logprobs)
         if is_decode and self.decode_seqs:
             shares_prefix &= bool(self.sharing_seqs) and not is_full
             sizes = self.sharing_seqs if shares_prefix else self.decode_seqs
             size = _at_least(sizes, num_seqs)
             num_steps = 1 if is_full else self.num_steps
             filters |= is_full or shares_prefix or not self.specialised
-            bucket = Bucket(size, size, width, True, is_full, num_steps, filters=filters)
-            return dataclasses.replace(bucket, shares_prefix=shares_prefix)
+            return Bucket(
+                *(size, size, width, True, is_full, num_steps),
+                filters=filters,
+                shares_prefix=shares_prefix,
+                has_logprobs=has_logprobs,
+            )
         size = _at_least(self.mixed_tokens, num_tokens)
         seqs = _at_least(self.mixed_seqs, num_seqs)
         has_decodes |= is_full or not self.specialised or seqs > self.mixed_seqs[0]
-        return Bucket(size, seqs, width, False, is_full, has_decodes=has_decodes)
+        return Bucket(
+            *(size, seqs, width, False, is_full),
+            has_decodes=has_decodes,
+            has_logprobs=has_logprobs,
+        )
 
     def holding(
         self,
@@ -209,6 +235,7 @@ class Buckets:
         filters: bool = True,
         has_decodes: bool = True,
         shares_prefix: bool = False,
+        has_logprobs: bool = False,
     ) -> list[Bucket]:
         """Returns all buckets that hold such a step, see `pick`, smallest first.
 
@@ -226,6 +253,7 @@ class Buckets:
             and bucket.filters >= filters
             and bucket.has_decodes >= has_decodes
             and bucket.shares_prefix <= shares_prefix
+            and (bucket.has_logprobs >= has_logprobs or is_full)
         ]
         return sorted(fits, key=lambda bucket: (not bucket.is_decode, bucket))
 
@@ -254,7 +282,9 @@ class Buckets:
         ]
         plain += drafts
         full = [dataclasses.replace(bucket, is_full=True, num_steps=1) for bucket in plain]
-        return plain + self._special(plain) + full
+        plain += self._special(plain)
+        with_logprobs = [dataclasses.replace(bucket, has_logprobs=True) for bucket in plain]
+        return plain + (with_logprobs if self.has_logprobs else []) + full
 
     def _special(self, plain: Sequence[Bucket]) -> list[Bucket]:
         """Returns the plain buckets that leave something out, or are told of a shared prefix."""

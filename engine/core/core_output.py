@@ -15,10 +15,6 @@ Each pair is of the tokens up to the next pair's.
 """
 
 
-Held = tuple[Sequence[int], Versions]
-"""All tokens of a sequence that has not given any of them, and their versions."""
-
-
 class TokenLogprobs(NamedTuple):
     """How likely the model found n places of a sequence, one after the other.
 
@@ -34,6 +30,20 @@ class TokenLogprobs(NamedTuple):
     ranks: np.ndarray
     top_token_ids: np.ndarray
     top_logprobs: np.ndarray
+
+
+class Held(NamedTuple):
+    """All that a sequence has which has not given anything yet.
+
+    Attributes:
+      token_ids: its output tokens.
+      versions: theirs.
+      logprobs: theirs, if its request asks for them and there is a token.
+    """
+
+    token_ids: list[int]
+    versions: Versions
+    logprobs: TokenLogprobs | None = None
 
 
 class RequestStats(NamedTuple):

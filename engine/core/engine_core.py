@@ -13,6 +13,7 @@ from pallas_paged.engine.core.core_output import (
     NewTokens,
     Versions,
 )
+from pallas_paged.engine.core.found_logprobs import FoundLogprobs, held_tokens
 from pallas_paged.engine.core.matching import ending_without_token
 from pallas_paged.engine.core.plan import Executor
 from pallas_paged.engine.core.planner import Planned, Planner
@@ -22,8 +23,6 @@ from pallas_paged.engine.core.scheduler import Scheduler
 from pallas_paged.engine.core.speculation import num_right
 from pallas_paged.engine.core.step_outputs import (
     beam_outputs,
-    candidates_of,
-    logprobs_of,
     mark_last,
     output_of,
     prompt_logprobs_of,
@@ -130,10 +129,13 @@ class EngineCore:
             self.scheduler.finish(group.sequences[index], "stop", stop_reason)
 
     def held_tokens(self) -> dict[str, list[Held]]:
-        """Returns what each sequence of the requests that are held has so far, by request."""
+        """Returns what each sequence of the requests that are held has so far, by request.
+
+        It may be called whatever an interrupt has left behind.
+        """
         groups = list(self.scheduler.queues.unfinished.values())
         return {
-            group.request_id: [(one.output_token_ids, one.versions) for one in group.sequences]
+            group.request_id: list(map(held_tokens, group.sequences))
             for group in groups
             if group.is_held
         }
@@ -209,10 +211,9 @@ class EngineCore:
         results = _results(step, result.tokens)
         if in_flight.planned.plan.bucket.proposes:
             _keep_proposals(step, result.tokens, in_flight.planned.plan.bucket.num_drafts)
-        logprobs = {} if result.logprobs is None else logprobs_of(step, result)
-        for b, sequence in enumerate(step.batch.sequences if logprobs else ()):
-            if sequence.group.beams is not None and sequence in logprobs:
-                results[b] = candidates_of(logprobs[sequence])
+        found = None if result.logprobs is None else FoundLogprobs(step, result.logprobs)
+        for b, candidates in found.candidates().items() if found is not None else ():
+            results[b] = candidates
         faults: list[tuple[TokenSequence, int]] = []
         if (result.tokens >= self._vocab_size).any():
             faults = self._cut_at_faults(step, result.tokens, results)
@@ -222,6 +223,7 @@ class EngineCore:
             if isinstance(result, list)
         }
         committed = self.scheduler.commit(step, results)
+        logprobs = {} if found is None else found.of_new_tokens()
         self.num_generated_tokens += committed.num_tokens
         aborted = self._abort(faults) if faults else {}
         advanced = [sequence for sequence in committed.others if sequence not in aborted]

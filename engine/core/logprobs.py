@@ -13,6 +13,10 @@ MIN_WIDTH = 32
 """W is at least this, whatever requests may ask for: searches of up to 31 beams and one EOS."""
 
 
+NUM_OWN = 3
+"""Columns of packed log-probabilities in front of those of the most likely tokens."""
+
+
 def width_for(max_logprobs: int, vocab_size: int) -> int:
     """Returns W of an engine whose requests may ask for `max_logprobs` (-1: all) tokens."""
     if max_logprobs == -1:
@@ -22,19 +26,20 @@ def width_for(max_logprobs: int, vocab_size: int) -> int:
 
 def packed_width(width: int) -> int:
     """Returns the columns of packed log-probabilities."""
-    return 3 + 2 * width
+    return NUM_OWN + 2 * width
 
 
 def read(packed: np.ndarray, num_top: int) -> TokenLogprobs:
     """Returns packed rows, i32[n, 3 + 2 W], with their `num_top` (-1: all) most likely tokens."""
-    width = (packed.shape[1] - 3) // 2
-    ids, values = packed[:, 3 : 3 + width], _floats(packed[:, 3 + width :])
+    own = _floats(packed[:, 1:2])[:, 0], packed[:, 2]
+    if num_top == 0:  # of every token, and nothing is sorted
+        nobody = len(packed), 0
+        return TokenLogprobs(*own, np.zeros(nobody, np.int32), np.zeros(nobody, np.float32))
+    width = (packed.shape[1] - NUM_OWN) // 2
+    ids, values = packed[:, NUM_OWN : NUM_OWN + width], _floats(packed[:, NUM_OWN + width :])
     order = np.argsort(-values, axis=1, kind="stable")[:, : width if num_top == -1 else num_top]
     return TokenLogprobs(
-        _floats(packed[:, 1:2])[:, 0],
-        packed[:, 2],
-        np.take_along_axis(ids, order, 1),
-        np.take_along_axis(values, order, 1),
+        *own, np.take_along_axis(ids, order, 1), np.take_along_axis(values, order, 1)
     )
 
 

@@ -58,7 +58,7 @@ class StepPlan(NamedTuple):
             [bucket.num_tokens, bucket.num_seqs, bucket.table_width],
             [bucket.num_steps, bucket.num_drafts, bucket.proposes],
             [bucket.is_decode, bucket.is_full, bucket.filters, bucket.has_decodes],
-            [bucket.shares_prefix, self.wants_logprobs],
+            [bucket.shares_prefix, bucket.has_logprobs, self.wants_logprobs],
             self.dropped_chunks,
             *self.copies,
             self.inputs,
@@ -84,7 +84,7 @@ class StepPlan(NamedTuple):
         num_tokens, num_seqs, table_width = next(parts).tolist()
         num_steps, num_drafts, proposes = next(parts).tolist()
         is_decode, is_full, filters, has_decodes = map(bool, next(parts))
-        shares_prefix, wants_logprobs = map(bool, next(parts))
+        shares_prefix, has_logprobs, wants_logprobs = map(bool, next(parts))
         dropped = tuple(next(parts).tolist())
         copies = CopyPairs(next(parts), next(parts))
         inputs = next(parts)
@@ -110,6 +110,7 @@ class StepPlan(NamedTuple):
                 filters,
                 has_decodes,
                 shares_prefix,
+                has_logprobs,
             ),
             dropped,
             moves[:num_outs],
@@ -133,7 +134,8 @@ class StepResult(NamedTuple):
         the place of a sample where the logits are not finite, V + 1 where the rules leave no token.
         Anything behind such a place, behind a token that ends the row's sequence, and where nothing
         is sampled.
-      logprobs: i32[B, 3 + 2 W], see `logprobs`; None unless the plan wants them.
+      logprobs: i32[B, K, 3 + 2 W], of each sample, see `logprobs`; None unless the plan wants
+        them. W is 0 after a plain step, and K is 1 after a full one.
       prompt_logprobs: i32[P, 3 + 2 W], of the plan's `prompt_targets`.
     """
 

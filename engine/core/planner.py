@@ -73,7 +73,7 @@ class Planner:
     def reset(self) -> None:
         """Forgets what the device's rows hold."""
         self._table_edits = TableEdits(self._memory)
-        self._columns = _Columns(self._num_rows)
+        self._columns = _Columns(self._num_rows, self._buckets.has_logprobs)
         self._row_edits = RowEdits(self._num_rows)
 
     def plan(self, step: ScheduledStep) -> Planned:
@@ -83,12 +83,15 @@ class Planner:
         targets: list[range] = []
         scheduled: list[ScheduledSequence] = []
         is_full = wants_logprobs = samples_full = False
-        if self._columns.is_special[batch.rows].any():
-            scheduled = step.scheduled
-            targets = [_targets_of(one) for one in scheduled]
-            wants_logprobs = any(map(samples_logprobs, scheduled))
-            samples_full = wants_logprobs or any(map(_samples_ruled, scheduled))
-            is_full = samples_full or any(targets)
+        if self._columns.asks[batch.rows].any():
+            sampling = batch.rows[batch.samples]
+            wants_logprobs = bool(self._columns.has_logprobs[sampling].any())
+            samples_full = is_full = bool(self._columns.needs_full[sampling].any())
+            if self._columns.asks_of_prompt[batch.rows].any():
+                targets = [_targets_of(one) for one in step.scheduled]
+                is_full |= any(targets)
+            if is_full:
+                scheduled = step.scheduled
         B, width = len(batch.sequences), -(-int(batch.ends.max()) // self._memory.block_size)
         is_decode = bool((batch.num_tokens == 1).all()) and not any(targets)
         num_steps, has_drafts = int(batch.num_steps.max()), bool(batch.num_drafts.any())
@@ -105,6 +108,7 @@ class Planner:
             "filters": filters,
             "has_decodes": bool((batch.num_tokens == 1).any()),
             "shares_prefix": prefix is not None,
+            "has_logprobs": wants_logprobs,
         }
 
         def all_that_fit() -> list[Bucket]:
@@ -116,7 +120,13 @@ class Planner:
         likely = None
         if not is_decode and not has_drafts:
             likely = self._buckets.pick(
-                B, B, width, is_decode=True, is_full=samples_full, filters=filters
+                B,
+                B,
+                width,
+                is_decode=True,
+                is_full=samples_full,
+                filters=filters,
+                has_logprobs=wants_logprobs,
             )
         elif self._buckets.proposes:
             most = min(B * (1 + self._buckets.num_drafts), self._buckets.draft_tokens[-1])
@@ -200,15 +210,20 @@ class _Columns:
     """What each row's sequence asks of sampling.
 
     Attributes:
-      is_special: bool[R], whether its request asks for log-probabilities or has rules for logits,
-        so that some of its steps are full.
+      asks: bool[R], whether its request asks for log-probabilities or has rules for logits: what
+        follows is true of no other one.
+      needs_full: bool[R], whether the steps are full that sample its tokens.
+      has_logprobs: bool[R], whether its tokens come with log-probabilities.
+      asks_of_prompt: bool[R], whether those of its prompt do.
       filters: bool[R], whether its tokens are drawn with a top-k or a top-p.
       ending_ids: i32[R, `MAX_ENDING_IDS`], padded with -1. All of it is padding if there are more:
         the device is not told, and the host finds out.
     """
 
-    def __init__(self, num_rows: int) -> None:
-        self.is_special, self.filters = np.zeros((2, num_rows), bool)
+    def __init__(self, num_rows: int, plain_logprobs: bool) -> None:
+        self._plain_logprobs = plain_logprobs  # see `Buckets.has_logprobs`
+        self.asks, self.needs_full, self.filters = np.zeros((3, num_rows), bool)
+        self.has_logprobs, self.asks_of_prompt = np.zeros((2, num_rows), bool)
         self._numbers = np.full(num_rows, -1, np.int64)  # of the sequences
         self._temperature, self._top_p, self._min_p = np.zeros((3, num_rows), np.float32)
         self._top_k, self._sample_index = np.zeros((2, num_rows), np.int32)
@@ -230,11 +245,14 @@ class _Columns:
         self._min_p[row] = params.min_p
         self._seeds[row] = seed_words(params.seed)
         self._sample_index[row] = sequence.index
-        asks = params.logprobs is not None or params.prompt_logprobs is not None
         self.ending_ids[row] = -1
         if len(group.ending_ids) <= MAX_ENDING_IDS:
             self.ending_ids[row, : len(group.ending_ids)] = list(group.ending_ids)
-        self.is_special[row] = asks or group.logit_rules is not None
+        self.has_logprobs[row] = params.logprobs is not None
+        self.asks_of_prompt[row] = params.prompt_logprobs is not None
+        is_plain = params.logprobs is None or (params.logprobs == 0 and self._plain_logprobs)
+        self.needs_full[row] = not is_plain or group.logit_rules is not None
+        self.asks[row] = self.needs_full[row] or self.has_logprobs[row] or self.asks_of_prompt[row]
         is_cut = params.top_k > 0 or params.top_p < 1
         self.filters[row] = params.temperature > 0 and is_cut
 
@@ -252,10 +270,6 @@ class _Columns:
 def samples_logprobs(one: ScheduledSequence) -> bool:
     """Whether the token that is sampled comes with log-probabilities."""
     return one.samples and one.sequence.sampling_params.logprobs is not None
-
-
-def _samples_ruled(one: ScheduledSequence) -> bool:
-    return one.samples and one.sequence.logit_rules is not None
 
 
 def _targets_of(one: ScheduledSequence) -> range:

@@ -53,6 +53,8 @@ class TokenSequence:
       drafts: guesses of the tokens that come next, for the step that is scheduled.
       proposals: what the last step guessed on the device.
       matcher: how far it is in the grammar of its request, see `matching`; None before it is asked.
+      held_logprobs: i32[n, 3] each, the packed log-probabilities of its output tokens in order, if
+        its group is held and asks for them; see `logprobs`.
       candidates: of a beam whose last token is computed, until the others' are too; else None.
       finish_reason: None until it finished.
       stop_reason: the stop token or stop string that ended it, None for any other end.
@@ -74,6 +76,7 @@ class TokenSequence:
     drafts: list[int] = dataclasses.field(init=False, default_factory=list)
     proposals: list[int] = dataclasses.field(init=False, default_factory=list)
     matcher: Matcher | None = dataclasses.field(init=False, default=None, repr=False)
+    held_logprobs: list[Any] = dataclasses.field(init=False, default_factory=list, repr=False)
     candidates: Candidates | None = dataclasses.field(init=False, default=None)
     finish_reason: FinishReason | None = dataclasses.field(init=False, default=None)
     stop_reason: int | str | None = dataclasses.field(init=False, default=None)
@@ -175,12 +178,6 @@ class TokenSequence:
         self.row = self.leader = self.candidates = None
         self.drafts, self.proposals = [], []
         self.num_shared = 0
-
-    def continued(self, index: int, token: int) -> "TokenSequence":
-        """Returns a sequence with this one's tokens and one more; it has no row."""
-        child = TokenSequence(self.group, index)
-        child.token_ids, child.versions = [*self.token_ids, token], self.versions
-        return child
 
 
 @dataclasses.dataclass(eq=False, slots=True)

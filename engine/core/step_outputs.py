@@ -4,12 +4,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from pallas_paged.engine.core import beam_groups, logprobs
-from pallas_paged.engine.core.beam_search import Candidates
 from pallas_paged.engine.core.core_output import CoreOutput, TokenLogprobs
+from pallas_paged.engine.core.found_logprobs import held_tokens
 from pallas_paged.engine.core.plan import StepResult
-from pallas_paged.engine.core.planner import Planned, samples_logprobs
+from pallas_paged.engine.core.planner import Planned
 from pallas_paged.engine.core.request import SequenceGroup, TokenSequence
-from pallas_paged.engine.core.scheduled import ScheduledStep
 
 
 def step_outputs(
@@ -57,10 +56,12 @@ def output_of(
     logprobs: TokenLogprobs | None = None,
 ) -> CoreOutput:
     """Returns what a sequence gives with these new tokens, or with all that were held back."""
+    if sequence.group.is_held:
+        token_ids, _, logprobs = held_tokens(sequence)
     return CoreOutput(
         sequence.request_id,
         sequence.index,
-        sequence.output_token_ids if sequence.group.is_held else token_ids,
+        token_ids,
         sequence.finish_reason,
         sequence.stop_reason,
         sequence.group.is_finished,
@@ -114,30 +115,6 @@ def _attach(outputs: list[CoreOutput], group: SequenceGroup, found: TokenLogprob
     mine.prompt_logprobs = found
 
 
-def logprobs_of(step: ScheduledStep, result: StepResult) -> dict[TokenSequence, TokenLogprobs]:
-    """Returns the log-probabilities of the sampled tokens whose requests ask for them."""
-    asking = [b for b, one in enumerate(step.scheduled) if samples_logprobs(one)]
-    sequences = [step.batch.sequences[b] for b in asking]
-    asked = [sequence.sampling_params.logprobs for sequence in sequences]
-    assert result.logprobs is not None
-    found = logprobs.read(result.logprobs[asking], -1 if -1 in asked else max(asked))
-    return {
-        sequence: _of_place(found, place, num_top)
-        for place, (sequence, num_top) in enumerate(zip(sequences, asked, strict=True))
-    }
-
-
-def _of_place(found: TokenLogprobs, place: int, num_top: int) -> TokenLogprobs:
-    width = found.top_token_ids.shape[1] if num_top == -1 else num_top
-    one = slice(place, place + 1)
-    return TokenLogprobs(
-        found.logprobs[one],
-        found.ranks[one],
-        found.top_token_ids[one, :width],
-        found.top_logprobs[one, :width],
-    )
-
-
 def prompt_logprobs_of(planned: Planned, result: StepResult) -> dict[SequenceGroup, TokenLogprobs]:
     """Returns the log-probabilities of the next tokens of prompts."""
     found, end = {}, 0
@@ -147,8 +124,3 @@ def prompt_logprobs_of(planned: Planned, result: StepResult) -> dict[SequenceGro
         num_top = group.sampling_params.prompt_logprobs
         found[group] = logprobs.read(result.prompt_logprobs[begin:end], num_top)
     return found
-
-
-def candidates_of(found: TokenLogprobs) -> Candidates:
-    """Returns the likeliest next tokens of a beam, best first."""
-    return Candidates(found.top_token_ids[0].tolist(), found.top_logprobs[0].tolist())

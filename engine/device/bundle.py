@@ -203,7 +203,7 @@ def adopt(
             block_programs.adopt({name: compiled})
     seconds = time.perf_counter() - begin
     logger.info("loaded %d programs of the bundle %s in %.1f s", len(loaded), folder, seconds)
-    missing = [str(b) for b in buckets.all() if not b.is_full and b not in loaded]
+    missing = [str(b) for b in buckets.all() if b.is_common and b not in loaded]
     if missing:
         logger.warning("the bundle has no programs of %s: compiled when needed", "; ".join(missing))
 

@@ -3,7 +3,7 @@
 They are those of the model itself: the log-softmax of its logits before bias, masks, penalties
 and temperature, and whatever filters the token was drawn through. What the device computes is
 packed into one int32 array per step, so that one copy brings it to the host; floats keep their
-bits.
+bits. Where all rows want the tokens' own alone, W is 0, and nothing is searched.
 
 Sizes: B rows, V vocabulary, W `width`, the most likely tokens that the device reports.
 """
@@ -31,18 +31,14 @@ def pack(logits: jax.Array, tokens: jax.Array, width: int) -> jax.Array:
     chosen = jnp.max(jnp.where(ids == tokens[:, None], logits, -jnp.inf), axis=-1)
     ahead = (logits > chosen[:, None]) | ((logits == chosen[:, None]) & (ids < tokens[:, None]))
     rank = 1 + jnp.sum(ahead, axis=-1, dtype=jnp.int32)
+    own = tokens[:, None], _bits(chosen - total)[:, None], rank[:, None]
+    if width == 0:
+        return jnp.concatenate(own, axis=1)
     if width == logits.shape[1]:
         values, first = logits, ids
     else:
         values, first = first_tokens(logits, width)
-    columns = (
-        tokens[:, None],
-        _bits(chosen - total)[:, None],
-        rank[:, None],
-        first,
-        _bits(values - total[:, None]),
-    )
-    return jnp.concatenate(columns, axis=1)
+    return jnp.concatenate((*own, first, _bits(values - total[:, None])), axis=1)
 
 
 def _bits(values: jax.Array) -> jax.Array:

@@ -12,12 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_paged.cache_spec import CacheSpec, common_window
-from pallas_paged.engine.config import (
-    DEFAULT_CPU_KV_CACHE_BYTES,
-    EngineConfig,
-    resolve_cascade,
-    resolve_num_scheduler_steps,
-)
+from pallas_paged.engine.config import DEFAULT_CPU_KV_CACHE_BYTES, EngineConfig
 from pallas_paged.engine.core.buckets import Buckets
 from pallas_paged.engine.core.logprobs import width_for
 from pallas_paged.engine.core.speculation import DraftModelSettings, speculation_settings
@@ -31,6 +26,11 @@ from pallas_paged.engine.device.placement import (
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.engine.device.row_state import RowState
 from pallas_paged.engine.device.rows import Rows
+from pallas_paged.engine.resolved import (
+    resolve_cascade,
+    resolve_num_scheduler_steps,
+    resolve_token_logprobs,
+)
 from pallas_paged.models import CausalLM
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,7 @@ def buckets_for(
         step_cost=_STEP_COST.get(platform, max(_STEP_COST.values())),
         specialised=not may_look(platform),
         shares_prefix=shares_prefixes(config, platform, specs),
+        has_logprobs=resolve_token_logprobs(config),
     )
 
 

@@ -24,13 +24,8 @@ from pallas_paged.engine.device.placement import BY_HEAD, DEFAULT_DEVICE, WHOLE,
 from pallas_paged.engine.device.row_edits import edit_function
 from pallas_paged.engine.device.row_state import RowState
 from pallas_paged.engine.device.rows import Rows
-from pallas_paged.engine.device.step import (
-    NUM_PROMPT_ROWS,
-    Caches,
-    StepArrays,
-    prompt_logprobs,
-    run_step,
-)
+from pallas_paged.engine.device.step import NUM_PROMPT_ROWS, prompt_logprobs, run_step
+from pallas_paged.engine.device.step_arrays import Caches, StepArrays
 from pallas_paged.models import CausalLM
 from pallas_paged.ops.cpu.later import kernels_later
 

@@ -31,7 +31,7 @@ class InFlight(NamedTuple):
 
     Attributes:
       tokens: i32[B, K], the samples.
-      logprobs: i32[B, 3 + 2 W]; None unless the plan wants them.
+      logprobs: i32[B, K, 3 + 2 W]; None unless the plan wants them.
       prompt_logprobs: i32[`NUM_PROMPT_ROWS`, 3 + 2 W] each, in as many arrays as needed.
       num_prompt_targets: how many of their rows are not padding.
     """
@@ -150,7 +150,7 @@ class ModelRunner:
         result.tokens.copy_to_host_async()
         logprobs = None
         if plan.wants_logprobs:
-            assert result.logprobs is not None, "a step with log-probabilities is full"
+            assert result.logprobs is not None, "no such step gives log-probabilities"
             logprobs = result.logprobs
             logprobs.copy_to_host_async()
         if not plan.prompt_targets.size:

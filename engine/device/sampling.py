@@ -25,8 +25,10 @@ changes them.
 Sizes: B rows, V vocabulary; inside, the vocabulary is padded and split into N tiles of L tokens.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -72,6 +74,10 @@ class SamplingInputs(NamedTuple):
     positions: Int32[Array, "B"]
 
 
+Draw = Callable[[jax.Array, SamplingInputs], jax.Array]
+"""Returns the next tokens i32[B] from logits f32[B, V], see `sample`."""
+
+
 def sample(
     logits: Float[Array, "B V"],
     inputs: SamplingInputs,
@@ -111,6 +117,13 @@ def sample(
     else:
         tokens = draw(inputs)
     return jnp.minimum(tokens, logits.shape[1] - 1)  # a row of NaN may end up in the padding
+
+
+def cannot_sample(logits: jax.Array) -> jax.Array:
+    """Returns which rows of logits [B, V] have a NaN, an infinity, or nothing but -infinities."""
+    # Not by the maximum of the logits: on a CPU it may leave out a NaN.
+    grades = jnp.where(logits == -jnp.inf, 0, jnp.where(logits < jnp.inf, jnp.int32(1), 2))
+    return jnp.max(grades, axis=-1) != 1
 
 
 def _words(inputs: SamplingInputs) -> Int32[Array, "W B"]:

@@ -1,11 +1,12 @@
 """What one step computes on the device: the model, new keys and values, the rows' next tokens.
 
-Every shape comes in two variants. The plain one samples and returns tokens. The full one also does
-what few requests ask for: penalties, bias and masks (`row_state`), and log-probabilities
-(`logprobs`). A step runs it only if a sequence that samples in it asks, and what none of its rows
-asked for is skipped when the program runs, if it `looks`. On a GPU it does not, for the host would
-have to wait: there no step has a branch, or a loop whose turns depend on data, and what the host
-knows that a step does not need it leaves out by choosing a bucket without it.
+Every shape comes in variants. The plain one samples and returns tokens, or also the log-probability
+of each of them (`Bucket.has_logprobs`). The full one also does what few requests ask for:
+penalties, bias and masks (`row_state`), and log-probabilities of the most likely tokens and of
+prompts (`logprobs`). A step runs it only if a sequence that samples in it asks, and what none of
+its rows asked for is skipped when the program runs, if it `looks`. On a GPU it does not, for the
+host would have to wait: there no step has a branch, or a loop whose turns depend on data, and what
+the host knows that a step does not need it leaves out by choosing a bucket without it.
 
 A plain decode bucket may have several steps: a loop, in which each step is what it is alone. The
 host says how many each sequence makes; one that gets a token which ends it makes no more. The loop
@@ -16,10 +17,8 @@ the host sees which were right. If it proposes, a small model guesses the next o
 right.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +26,14 @@ from flax import nnx
 
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.logprobs import packed_width
-from pallas_paged.engine.core.step_inputs import DraftInputs, ManyInputs, StepInputs
+from pallas_paged.engine.core.step_inputs import DraftInputs, StepInputs
+from pallas_paged.engine.device.decode_loop import run_steps
 from pallas_paged.engine.device.drafted import Drafted, Last, propose
 from pallas_paged.engine.device.logprobs import pack
 from pallas_paged.engine.device.row_state import RowState, apply_rules, count_tokens
 from pallas_paged.engine.device.rows import Rows, edit_tables
-from pallas_paged.engine.device.sampling import SamplingInputs, sample
+from pallas_paged.engine.device.sampling import Draw, cannot_sample, sample
+from pallas_paged.engine.device.step_arrays import Caches, StepArrays
 from pallas_paged.engine.device.unpack import (
     attention_metadata,
     logit_inputs,
@@ -41,42 +42,14 @@ from pallas_paged.engine.device.unpack import (
     unpack,
     wanted_tokens,
 )
-from pallas_paged.kv_cache import AttentionMetadata, KVCache
+from pallas_paged.kv_cache import AttentionMetadata
 from pallas_paged.models import CausalLM
 from pallas_paged.models.attend import paged_attend
 from pallas_paged.models.interface import Attend
 from pallas_paged.ops.product.api import rows_in_use
 
-Caches = tuple[KVCache, ...]
-Draw = Callable[[jax.Array, SamplingInputs], jax.Array]
-"""Returns the next tokens i32[B] from logits f32[B, V], see `sample`."""
-
 NUM_PROMPT_ROWS = 64
 """Tokens whose log-probabilities one call of the program for prompts computes."""
-
-
-class StepArrays(NamedTuple):
-    """What a step leaves on the device.
-
-    Attributes:
-      kv_caches: in the place of those that were donated.
-      rows: with this step's samples and entries of block tables.
-      tokens: i32[B, K], the samples of the bucket's `num_steps`, or `num_drafts` + 1, and what it
-        proposes behind them, as many as `num_drafts`. A sequence
-        whose logits are not finite gets V, one whose rules leave no token V + 1, which are no
-        tokens: the host turns them into errors. 0 for steps that it does not make.
-      logprobs: of a full step in which a row asks for them, see `logprobs.pack`, whose first column
-        are the `tokens`; zeros if no row does; None after a plain step.
-      counts: see `RowState`, with this step's input tokens; None after a plain step.
-      hidden: of all T tokens, for `prompt_logprobs`; of full steps that are not decode steps.
-    """
-
-    kv_caches: Caches
-    rows: Rows
-    tokens: jax.Array
-    logprobs: jax.Array | None
-    counts: jax.Array | None
-    hidden: jax.Array | None
 
 
 def run_step(
@@ -123,7 +96,7 @@ def run_step(
     )
     metadata = attention_metadata(x, rows.block_tables, bucket)
     if x.many is not None:
-        return _run_steps(x, x.many, model, attend, draw, metadata, kv_caches, rows, bucket, looks)
+        return run_steps(x, x.many, model, attend, draw, metadata, kv_caches, rows, bucket, looks)
     starts = x.query_start_loc[:-1]
     on_device = jnp.where(x.input_on_device == 1, starts, bucket.num_tokens)
     input_ids = x.input_ids.at[on_device].set(rows.last_tokens[x.rows], mode="drop")
@@ -150,9 +123,10 @@ def run_step(
         tokens = draw(logits, sampling_inputs(x))
         rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(tokens))
         tokens = jnp.where(wrong, logits.shape[-1], tokens)
+        found = pack(logits, tokens, 0)[:, None] if bucket.has_logprobs else None
         tokens = _with_drafts(tokens, behind, x)
         tokens, kv_caches = with_proposals(tokens, kv_caches)
-        return StepArrays(kv_caches, rows, tokens, None, None, None)
+        return StepArrays(kv_caches, rows, tokens, found, None, None)
 
     counts = count_tokens(row_state.counts, x.full.counted_rows, input_ids[x.logits_indices])
     ruled = apply_rules(logits, row_state._replace(counts=counts), logit_inputs(x), looks=looks)
@@ -167,7 +141,7 @@ def run_step(
     found = jax.lax.cond(wants, find, lambda: nothing) if looks else find()
     kept = None if bucket.is_decode else hidden
     tokens, kv_caches = with_proposals(_with_drafts(tokens, behind, x), kv_caches)
-    return StepArrays(kv_caches, rows, tokens, found, counts, kept)
+    return StepArrays(kv_caches, rows, tokens, found[:, None], counts, kept)
 
 
 def _sample_behind(
@@ -238,83 +212,6 @@ def _with_proposals(
         model, last, metadata.block_tables, kv_caches, sampling_inputs(x), attend, draw, count
     )
     return jnp.concatenate([tokens, guesses], axis=1), caches
-
-
-def _run_steps(
-    x: StepInputs[jax.Array],
-    many: ManyInputs[jax.Array],
-    model: CausalLM,
-    attend: Attend,
-    draw: Draw,
-    metadata: AttentionMetadata,
-    kv_caches: Caches,
-    rows: Rows,
-    bucket: Bucket,
-    looks: bool,
-) -> StepArrays:
-    """Makes decode steps one after the other; the inputs and `metadata` are those of the first."""
-    block_size, places = kv_caches[0].k.shape[2], jnp.arange(bucket.num_seqs)
-    sampling = sampling_inputs(x)
-
-    def ends(tokens: jax.Array) -> jax.Array:
-        return jnp.any(tokens[:, None] == many.ending_ids, axis=1)
-
-    def runs(state: _Loop) -> jax.Array:
-        return jnp.any(state.is_live & (state.step < many.num_steps))
-
-    def body(state: _Loop) -> _Loop:
-        step, is_live = state.step, state.is_live & (state.step < many.num_steps)
-        positions = x.positions + step
-        blocks = metadata.block_tables[places, positions // block_size]
-        slots = blocks * block_size + positions % block_size
-        here = dataclasses.replace(
-            metadata,
-            positions=positions,
-            slot_mapping=jnp.where(is_live, slots, 0),
-            seq_lens=jnp.where(is_live, x.seq_lens + step, 0),
-        )
-        with rows_in_use({bucket.num_seqs: jnp.max(jnp.where(is_live, places + 1, 0))}):
-            hidden, caches = model(state.input_ids, here, state.kv_caches, attend=attend)
-            logits = model.compute_logits(hidden)
-        drawn = draw(logits, sampling._replace(positions=sampling.positions + step))
-        wrong = cannot_sample(logits)
-        found = jnp.where(is_live, jnp.where(wrong, logits.shape[-1], drawn), 0)
-        return _Loop(
-            step + 1,
-            is_live & ~wrong & ~ends(drawn),
-            jnp.where(is_live, drawn, state.input_ids),
-            cast(Caches, caches),
-            state.tokens.at[:, step].set(found),
-        )
-
-    on_device = x.input_on_device == 1
-    input_ids = jnp.where(on_device, rows.last_tokens[x.rows], x.input_ids)
-    tokens = jnp.zeros((bucket.num_seqs, bucket.num_steps), jnp.int32)
-    # What the device sampled last may have ended the sequence, which the host did not know.
-    first = _Loop(jnp.int32(0), ~(on_device & ends(input_ids)), input_ids, kv_caches, tokens)
-    if looks:
-        last = jax.lax.while_loop(runs, body, first)
-    else:
-        last = jax.lax.fori_loop(0, bucket.num_steps, lambda _, state: body(state), first)
-    rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(last.input_ids))
-    return StepArrays(last.kv_caches, rows, last.tokens, None, None, None)
-
-
-class _Loop(NamedTuple):
-    """Between two steps of a program: which one is next, who makes it with which tokens, i32[B]."""
-
-    step: jax.Array
-    is_live: jax.Array
-    input_ids: jax.Array
-    kv_caches: Caches
-    tokens: jax.Array
-
-
-def cannot_sample(logits: jax.Array) -> jax.Array:
-    """Returns which rows of logits [B, V] have a NaN, an infinity, or nothing but -infinities."""
-    # Not by the maximum of the logits: on a CPU it may leave out a NaN.
-    grades = jnp.where(logits == -jnp.inf, 0, jnp.where(logits < jnp.inf, jnp.int32(1), 2))
-    return jnp.max(grades, axis=-1) != 1
 
 
 def prompt_logprobs(

@@ -168,9 +168,12 @@ class OpenRequest:
         """Ends it by "abort" as it is; see `OutputProcessor.fail`."""
         if not self.completions:  # a beam search that is not over
             self.completions.append(Completion(0, self.texts, None))
-        for completion, (token_ids, versions) in zip(self.completions, held, strict=False):
+        for completion, (token_ids, versions, logprobs) in zip(
+            self.completions, held, strict=False
+        ):
             if completion.finish_reason is None:
                 completion.token_ids, completion.versions = list(token_ids), versions
+                completion.found = [] if logprobs is None else [(token_ids, logprobs)]
         for completion in self.completions:
             completion.fail(cause, is_given=self.is_given)
         self.num_open = 0

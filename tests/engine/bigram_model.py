@@ -89,6 +89,7 @@ def make_engine(
     draft: np.ndarray | None = None,
     eos_token_ids: Sequence[int] = (EOS,),
     num_host_blocks: int = 0,
+    token_logprobs: bool = False,
     **options: bool,
 ) -> Engine:
     """Returns an engine with rows for 4 sequences and prompts in chunks of 8 tokens.
@@ -112,6 +113,7 @@ def make_engine(
         num_steps=num_scheduler_steps,
         num_drafts=num_drafts,
         proposes=draft is not None,
+        has_logprobs=token_logprobs,
     )
     runner = ModelRunner(
         Bigram(table) if draft is None else Drafted(Bigram(table), Bigram(draft)),

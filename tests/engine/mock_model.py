@@ -375,8 +375,13 @@ class MockDevice:
                 self._sample_behind(x, b, contexts[b], tokens[b])
         if not plan.wants_logprobs:
             return StepResult(tokens)
-        packed = [self._packed(contexts[b], tokens[b, 0]) for b in range(B)]
-        return StepResult(tokens, np.array(packed, np.int32))
+        if plan.bucket.is_full:
+            packed = [self._packed(contexts[b], tokens[b, 0]) for b in range(B)]
+            return StepResult(tokens, np.array(packed, np.int32)[:, None])
+        assert plan.bucket.has_logprobs, "no step of that shape gives log-probabilities"
+        own = tokens[:, : plan.bucket.num_steps]
+        bits = made_up_logprob(own).astype(np.float32).view(np.int32)
+        return StepResult(tokens, np.stack([own, bits, np.ones_like(own)], axis=-1))
 
     def _run_on(self, x: StepInputs[np.ndarray], b: int, tokens: np.ndarray) -> None:
         """Makes the steps of row b behind the first, whose sample stands in `tokens` i32[K]."""
@@ -441,7 +446,7 @@ class MockDevice:
         return np.array([token, floats[0], 1, *found.token_ids, *floats[1:]], np.int32)
 
 
-def made_up_logprob(token: int) -> float:
+def made_up_logprob(token: Any) -> Any:
     """What `MockDevice` says of a sampled token."""
     return -token / 7
 
@@ -559,6 +564,7 @@ def make_parts(
             max_blocks_per_seq,
             num_steps=options.get("num_scheduler_steps", 1),
             num_drafts=0 if proposer is None else proposer.num_speculative_tokens,
+            has_logprobs=True,
         ),
         vocab_size=VOCAB_SIZE,
         max_model_len=scheduler.admission.max_model_len,

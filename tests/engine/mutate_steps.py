@@ -14,6 +14,7 @@ _COMMITTER = "pallas_paged/engine/core/committer.py"
 _LOOP = "pallas_paged/engine/core/engine_core.py"
 _GROUP = "pallas_paged/engine/core/request.py"
 _STEP = "pallas_paged/engine/device/step.py"
+_DEVICE_LOOP = "pallas_paged/engine/device/decode_loop.py"
 _GUESSES = "pallas_paged/engine/core/speculation.py"
 _PLANNER = "pallas_paged/engine/core/planner.py"
 _TESTS = "tests/engine/test_scheduler_steps.py"
@@ -142,19 +143,22 @@ MUTATIONS = {
         _TESTS,
     ),
     "every step at the first position": Mutation(
-        _STEP, "positions = x.positions + step\n", "positions = x.positions + 0 * step\n", _TESTS
+        _DEVICE_LOOP,
+        "positions = x.positions + step\n",
+        "positions = x.positions + 0 * step\n",
+        _TESTS,
     ),
     "every step sampled alike": Mutation(
-        _STEP, "sampling.positions + step", "sampling.positions", _TESTS
+        _DEVICE_LOOP, "sampling.positions + step", "sampling.positions", _TESTS
     ),
     "context that does not grow": Mutation(
-        _STEP, "jnp.where(is_live, x.seq_lens + step, 0)", "x.seq_lens", _TESTS
+        _DEVICE_LOOP, "jnp.where(is_live, x.seq_lens + step, 0)", "x.seq_lens", _TESTS
     ),
     "the end not seen": Mutation(
-        _STEP, "is_live & ~wrong & ~ends(drawn)", "is_live & ~wrong", _TESTS
+        _DEVICE_LOOP, "is_live & ~wrong & ~ends(drawn)", "is_live & ~wrong", _TESTS
     ),
     "an end before the step not seen": Mutation(
-        _STEP, "~(on_device & ends(input_ids))", "jnp.ones_like(on_device)", _TESTS
+        _DEVICE_LOOP, "~(on_device & ends(input_ids))", "jnp.ones_like(on_device)", _TESTS
     ),
     "a search that goes on too far": Mutation(
         _PREFIXES, "sums[:, 1:] < limit", "sums[:, 1:] <= limit", _SAMPLING
@@ -196,7 +200,7 @@ MUTATIONS = {
         _CHECK, "jnp.where(jnp.isfinite(found), found, jnp.inf)", "jnp.nan_to_num(found)", _CHECKS
     ),
     "more steps than a sequence has": Mutation(
-        _STEP,
+        _DEVICE_LOOP,
         "is_live = state.step, state.is_live & (state.step < many.num_steps)",
         "is_live = state.step, state.is_live",
         _TESTS,

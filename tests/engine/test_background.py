@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_paged.engine import SamplingParams
-from pallas_paged.engine.config import EngineConfig, resolve_background_compilation
+from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.buckets import Bucket, Buckets
 from pallas_paged.engine.device import implementations
 from pallas_paged.engine.device.background import Background
 from pallas_paged.engine.device.placement import Placement
 from pallas_paged.engine.device.programs import StepPrograms
+from pallas_paged.engine.resolved import resolve_background_compilation
 from tests.engine.serving import make_llm
 from tests.programs import ROOT
 

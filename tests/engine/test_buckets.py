@@ -1,6 +1,8 @@
 """The shapes of steps: few, one for every step, and tables as wide as the longest row needs."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,7 @@ def test_every_step_fits_a_bucket_that_is_compiled_ahead(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         deterministic=deterministic,
+        compile_ahead=True,
     )
     buckets = buckets_for(config, 40, "cpu", ())
     every = buckets.all()
@@ -214,6 +217,58 @@ def test_variants_are_few_and_each_step_fits_one() -> None:
         fits = others.holding(3, 3, 9, is_decode=True, filters=filters)
         assert all(bucket.filters or not filters for bucket in fits)
         assert best in fits
+
+
+@pytest.mark.parametrize(
+    ("options", "has_logprobs"),
+    [
+        ({}, True),
+        ({"deterministic": True}, True),
+        ({"compile_ahead": True}, False),
+        ({"bundle": "folder"}, False),
+        ({"compile_ahead": True, "token_logprobs": True}, True),
+        ({"token_logprobs": False}, False),
+    ],
+)
+def test_who_has_programs_for_the_logprobs_of_tokens(
+    options: dict[str, Any], has_logprobs: bool
+) -> None:
+    buckets = buckets_for(EngineConfig("m", **options), 40, "cpu", ())
+    assert any(bucket.has_logprobs for bucket in buckets.all()) == has_logprobs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"specialised": True, "shares_prefix": True}, {"deterministic": True}, {"num_drafts": 2}],
+)
+def test_each_plain_shape_has_one_with_logprobs(options: dict[str, Any]) -> None:
+    without = Buckets.for_limits(64, 512, 40, num_steps=4, **options)
+    buckets = dataclasses.replace(without, has_logprobs=True)
+    every = buckets.all()
+    assert len(every) == len(set(every))
+    new = set(every) - set(without.all())
+    plain = {bucket for bucket in without.all() if not bucket.is_full}
+    assert new == {dataclasses.replace(bucket, has_logprobs=True) for bucket in plain}
+    assert {bucket for bucket in every if bucket.is_common} == plain
+    for is_decode in (True, False):
+        kind = {"is_decode": is_decode, "filters": False, "shares_prefix": is_decode}
+        step = (20, 20 if is_decode else 3, 9)
+        best = buckets.pick(*step, **kind, has_logprobs=True)
+        assert best in new
+        assert dataclasses.replace(best, has_logprobs=False) == without.pick(*step, **kind)
+        fits = buckets.holding(*step, **kind, has_logprobs=True)
+        assert best in fits
+        assert all(bucket.has_logprobs for bucket in fits)
+        # Who asks for none may have them, and rather does without.
+        fits = buckets.holding(*step, **kind)
+        assert fits[0] == without.holding(*step, **kind)[0]
+        assert best in fits
+        full = buckets.pick(*step, **kind, is_full=True, has_logprobs=True)
+        assert full == without.pick(*step, **kind, is_full=True)
+        assert full in buckets.holding(*step, **kind, is_full=True, has_logprobs=True)
+    if buckets.num_drafts:
+        best = buckets.pick(20, 3, 9, is_decode=False, has_drafts=True, has_logprobs=True)
+        assert best in new
 
 
 def test_few_sizes_share_a_prefix() -> None:

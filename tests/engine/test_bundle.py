@@ -1,5 +1,6 @@
 """Bundles: an engine that loads one compiles nothing, and one that may not load it says why."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -112,6 +113,23 @@ def test_an_engine_with_a_bundle_traces_nothing_and_gives_the_same_tokens(
         assert [x.token_ids for x in one.outputs] == [x.token_ids for x in other.outputs]
         assert [x.logprobs for x in one.outputs] == [x.logprobs for x in other.outputs]
         assert one.prompt_logprobs == other.prompt_logprobs
+
+
+def test_a_bundle_has_steps_with_logprobs_if_it_was_told_to(
+    whole: pathlib.Path, tmp_path: pathlib.Path, ran: list[Bucket]
+) -> None:
+    compile_to(tmp_path / "told", full=False, token_logprobs=True)
+    params = dataclasses.replace(GREEDY, logprobs=0)
+    found = []
+    for folder, has_logprobs in ((tmp_path / "told", True), (whole, False)):
+        llm = load(folder)
+        ran.clear()
+        with nothing_compiles(llm.runner):
+            found.append(llm.generate(PROMPTS, params, use_tqdm=False))
+        assert {bucket.is_full for bucket in ran if not bucket.is_common} == {not has_logprobs}
+    for one, other in zip(*found, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        assert one.outputs[0].token_logprobs == pytest.approx(other.outputs[0].token_logprobs)
 
 
 def test_a_bundle_for_devices_that_share_the_model(

@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pallas_paged.engine.config import (
-    DEFAULT_CPU_KV_CACHE_BYTES,
-    EngineConfig,
-)
+from pallas_paged.engine.config import DEFAULT_CPU_KV_CACHE_BYTES, EngineConfig
 from pallas_paged.engine.device.implementations import resolve_kv_cache_dtype
 from pallas_paged.engine.device.pool_size import plan_pool, round_num_blocks
 from pallas_paged.engine.llm import LLM

@@ -45,9 +45,17 @@ def engine() -> Engine:
 def test_steps_that_need_nothing_of_it_are_plain(llm: LLM, ran: list[Bucket]) -> None:
     llm.generate(PROMPTS[:2], PLAIN, use_tqdm=False)
     assert not any(bucket.is_full for bucket in ran)
+    assert all(bucket.is_common for bucket in ran)
+    ran.clear()
     params = [dataclasses.replace(PLAIN, max_tokens=3, logprobs=0), PLAIN]
     llm.generate(PROMPTS[:2], params, use_tqdm=False)
+    assert not any(bucket.is_full for bucket in ran)
+    assert 0 < sum(bucket.has_logprobs for bucket in ran) < 6
+    ran.clear()
+    params = [dataclasses.replace(PLAIN, max_tokens=3, logprobs=1), PLAIN]
+    llm.generate(PROMPTS[:2], params, use_tqdm=False)
     assert 0 < sum(bucket.is_full for bucket in ran) < 6
+    assert not any(bucket.has_logprobs for bucket in ran)
 
 
 def test_what_full_steps_keep_is_not_there_before_the_first(llm: LLM) -> None:

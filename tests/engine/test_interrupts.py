@@ -6,6 +6,7 @@ middle of the run.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import os
 import sys
@@ -14,7 +15,7 @@ from types import CodeType
 
 import pytest
 
-from pallas_paged.engine import LLM, BeamSearchParams, SamplingParams
+from pallas_paged.engine import LLM, BeamSearchParams, RequestOutputKind, SamplingParams
 from pallas_paged.engine.core.policies import PriorityOrder, Recovery
 from pallas_paged.engine.core.request import SequenceGroup
 from pallas_paged.engine.engine import Engine
@@ -94,6 +95,7 @@ def make_engine() -> Engine:
 
 PREFIX = (5, 9, 2, 40)
 SAMPLED = SamplingParams(temperature=1, max_tokens=6, seed=1)
+HELD = dataclasses.replace(SAMPLED, logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
 
 
 class Life:
@@ -143,6 +145,7 @@ class Life:
         aborted = self.add((*PREFIX, 30), SAMPLED)
         beams = BeamSearchParams(beam_width=2, max_tokens=3, num_return=1)
         self.add((3, 1, 4), beams)
+        self.add((9, 4), HELD)
         self.steps(2)
         self.engine.abort(aborted.request_id)
         self.engine.unpin(PREFIX, None)

@@ -125,7 +125,7 @@ def test_different_seeds_give_different_tokens(llm: LLM, name: str) -> None:
 
 
 def test_deterministic_is_bitwise(tight: LLM, name: str) -> None:
-    assert len(tight.runner.buckets.all()) == 2  # one shape, plain and full
+    assert len(tight.runner.buckets.all()) == 3  # one shape: plain, with log-probabilities, full
     prompts = reference_requests(name)[:10]
     params = [GREEDY] * 5 + sampled(range(5), top_p=0.9)
     batched = tight.generate(prompts, params, use_tqdm=False)
@@ -137,7 +137,7 @@ def test_deterministic_is_bitwise(tight: LLM, name: str) -> None:
 @pytest.fixture
 def traced(llm: LLM) -> Iterator[LLM]:
     """Fails when a program is traced or compiled while the test runs; full steps see elsewhere."""
-    llm.runner.programs.compile(bucket for bucket in llm.runner.buckets.all() if not bucket.is_full)
+    llm.runner.programs.compile(bucket for bucket in llm.runner.buckets.all() if bucket.is_common)
     with nothing_compiles(llm.runner):
         yield llm
 

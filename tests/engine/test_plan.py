@@ -31,7 +31,11 @@ MOVES = st.builds(BlockMove, st.builds(SwappedChunk, COUNTS, COUNTS), arrays())
 PLANS = st.builds(
     StepPlan,
     step_id=st.integers(0, 2**40),
-    bucket=st.builds(Bucket, COUNTS, COUNTS, COUNTS, st.booleans(), st.booleans(), COUNTS),
+    bucket=st.builds(
+        Bucket,
+        *(COUNTS, COUNTS, COUNTS, st.booleans(), st.booleans(), COUNTS, COUNTS),
+        *(st.booleans() for _ in range(5)),
+    ),
     dropped_chunks=st.lists(COUNTS, max_size=3).map(tuple),
     swap_outs=st.lists(MOVES, max_size=3).map(tuple),
     swap_ins=st.lists(MOVES, max_size=3).map(tuple),

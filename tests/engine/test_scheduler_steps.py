@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine import RequestOutputKind, SamplingParams
-from pallas_paged.engine.config import EngineConfig, resolve_num_scheduler_steps
+from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core.plan import StepPlan
 from pallas_paged.engine.core.request import MAX_ENDING_IDS
 from pallas_paged.engine.core.step_inputs import views
 from pallas_paged.engine.engine import Engine
 from pallas_paged.engine.outputs import RequestOutput
+from pallas_paged.engine.resolved import resolve_num_scheduler_steps
 from tests.engine import bigram_model, mock_model
 from tests.engine.mock_model import VOCAB_SIZE, device_of, make_whole_engine, next_token
 from tests.engine.serving import make_llm

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine import LLM, SamplingParams
-from pallas_paged.engine.config import EngineConfig, resolve_cascade
+from pallas_paged.engine.config import EngineConfig
 from pallas_paged.engine.core import shared_prefix
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.shared_prefix import PrefixFinder, find_prefix
 from pallas_paged.engine.core.step_inputs import packed_size, views
+from pallas_paged.engine.resolved import resolve_cascade
 from tests.engine.serving import assert_idle, make_llm, nothing_compiles
 
 

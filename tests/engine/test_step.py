@@ -18,7 +18,7 @@ from pallas_paged.engine import SamplingParams
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.step_inputs import packed_size, views
 from pallas_paged.engine.device import step
-from pallas_paged.engine.device.step import cannot_sample
+from pallas_paged.engine.device.sampling import cannot_sample
 from pallas_paged.engine.device.unpack import attention_metadata, unpack, wanted_tokens
 from pallas_paged.models.attend import paged_attend
 from pallas_paged.models.decoder import Decoder

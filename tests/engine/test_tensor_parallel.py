@@ -148,14 +148,15 @@ def mixed_requests() -> tuple[list[dict[str, list[int]]], list[Any]]:
         dataclasses.replace(SAMPLED, n=3),
         BeamSearchParams(3, 12, ignore_eos=True),
         dataclasses.replace(GREEDY, presence_penalty=0.5, logprobs=3, prompt_logprobs=1),
+        dataclasses.replace(SAMPLED, logprobs=0),
         dataclasses.replace(SAMPLED, repetition_penalty=1.2, logit_bias={7: 2.0}, min_tokens=4),
     ]
     prefix = list(range(5, 17))
     prompts = [
         {"prompt_token_ids": [*prefix, 20 + i]} if i % 3 == 0 else short[i % len(short)]
-        for i in range(18)
+        for i in range(21)
     ]
-    return prompts, [kinds[i % len(kinds)] for i in range(18)]
+    return prompts, [kinds[i % len(kinds)] for i in range(21)]
 
 
 @pytest.mark.parametrize(
