@@ -47,7 +47,8 @@ format: $(VENV)/.test
 
 # What a program of a user's own may have switched on: 64-bit types, and a search for NaN. Tests of
 # kernels poison memory with NaN on purpose, so that the search goes through engines alone.
-STRICT_ENGINE := tests/engine/test_logprobs.py \
+STRICT_ENGINE := tests/engine/test_logprobs.py tests/engine/test_processed_logprobs.py \
+  tests/engine/test_token_logprobs.py::test_figures_are_those_of_full_steps \
   tests/engine/test_logit_rules.py::test_many_requests_of_all_kinds \
   tests/engine/test_full_step.py::test_prompt_logprobs_across_every_chunk_split \
   'tests/engine/test_recovery.py::test_a_tenth_of_the_memory_gives_the_same_tokens[swap]' \

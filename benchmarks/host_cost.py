@@ -60,6 +60,7 @@ KINDS = {
     "deltas": Kind(_DELTA, "text"),
     "stop string": Kind(_FINAL | {"stop": "no such text"}, None),
     "cumulative": Kind({}, None),  # all tokens and text so far, in every step
+    "own logprobs": Kind(_FINAL | {"detokenize": False, "logprobs": 0}, None),
     "logprobs": Kind(_FINAL | {"detokenize": False, "logprobs": 1}, None),
     "logprobs+deltas": Kind(_DELTA | {"logprobs": 1}, None),
 }

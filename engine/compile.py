@@ -45,7 +45,7 @@ from pallas_paged.engine.compiling import (
     report_steps,
     steps_of,
 )
-from pallas_paged.engine.config import DTYPES, KV_CACHE_DTYPES, EngineConfig
+from pallas_paged.engine.config import DTYPES, KV_CACHE_DTYPES, LOGPROBS_MODES, EngineConfig
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.device import bundle as bundles
 from pallas_paged.engine.device.exchanges import Exchanges, by_kind, least
@@ -85,6 +85,9 @@ _SHARE = flags.DEFINE_float(
 )
 _MAX_LOGPROBS = flags.DEFINE_integer(
     "max_logprobs", EngineConfig.max_logprobs, "Most log-probabilities per token."
+)
+_LOGPROBS_MODE = flags.DEFINE_enum(
+    "logprobs_mode", EngineConfig.logprobs_mode, LOGPROBS_MODES, "What they are taken from."
 )
 _ATTENTION = flags.DEFINE_enum(
     "attention_implementation", None, KNOWN_IMPLEMENTATIONS, "Chosen by the device if not given."
@@ -134,6 +137,7 @@ def main() -> None:
         kv_cache_memory_bytes=_KV_CACHE_MEMORY_BYTES.value,
         gpu_memory_utilization=_SHARE.value,
         max_logprobs=_MAX_LOGPROBS.value,
+        logprobs_mode=_LOGPROBS_MODE.value,
         attention_implementation=_ATTENTION.value,
         cache_implementation=_CACHE.value,
         num_scheduler_steps=_NUM_SCHEDULER_STEPS.value,

@@ -49,7 +49,14 @@ NUM_AT_ONCE = 2
 NOT_OURS_BYTES = 256 << 20
 """Of a GPU that is not here, what is taken beside weights and programs: gaps, other processes."""
 _SHAPING = (
-    *("kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "block_size", "max_logprobs"),
+    *(
+        "logprobs_mode",
+        "kv_cache_dtype",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "block_size",
+        "max_logprobs",
+    ),
     *("num_blocks", "kv_cache_memory_bytes", "gpu_memory_utilization", "deterministic"),
     *("num_scheduler_steps", "attention_implementation", "cache_implementation", "token_logprobs"),
     "tensor_parallel_size",

@@ -14,6 +14,8 @@ from pallas_paged.engine.kv_events import DEFAULT_BUFFER_STEPS, check_kv_events
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+LOGPROBS_MODES = ("raw", "processed")
+_LOGPROBS_MODE_ALIASES = {f"{mode}_logprobs": mode for mode in LOGPROBS_MODES}
 LOAD_FORMATS = ("auto", "dummy")
 KV_CACHE_DTYPES = {
     "float32": jnp.float32,
@@ -74,6 +76,12 @@ class EngineConfig:
         -1 draws one at every start, which is what is held then.
       max_logprobs: most log-probabilities per token that a request may ask for; -1 allows the whole
         vocabulary, which every step that returns log-probabilities then copies to the host.
+      logprobs_mode: "raw" or "raw_logprobs": log-probabilities are the model's own; "processed" or
+        "processed_logprobs": those of sampled tokens are of the distribution that they were drawn
+        from, after bias, penalties, masks, temperature, min-p, top-k and top-p; tokens that these
+        leave out have -inf there. For a greedy request that is after bias, penalties and masks.
+        Those of prompts and of beam searches are the model's own in both. Held under the first
+        name.
       attention_implementation: None chooses by platform; a named one is used or refused.
       cache_implementation: the same for what writes and copies KV blocks.
       async_scheduling: schedule and dispatch a step before the previous one's tokens are on the
@@ -166,6 +174,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     seed: int | None = 0
     max_logprobs: int = 20
+    logprobs_mode: str = "raw"
     attention_implementation: str | None = None
     cache_implementation: str | None = None
     async_scheduling: bool = True
@@ -195,11 +204,25 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        mode = self.logprobs_mode
+        if isinstance(mode, str):
+            object.__setattr__(self, "logprobs_mode", _LOGPROBS_MODE_ALIASES.get(mode, mode))
+        ok = mode not in ("raw_logits", "processed_logits")
+        _require(
+            ok,
+            self,
+            "logprobs_mode",
+            f"is not offered: logits are not given back; use one of {LOGPROBS_MODES}",
+        )
         if self.seed is None or self.seed == -1:
             object.__setattr__(self, "seed", secrets.randbits(63))
         ok = self.load_format in LOAD_FORMATS
         _require(ok, self, "load_format", f"must be one of {LOAD_FORMATS}")
-        for name, choices in (("dtype", DTYPES), ("kv_cache_dtype", ("auto", *KV_CACHE_DTYPES))):
+        for name, choices in (
+            ("dtype", DTYPES),
+            ("kv_cache_dtype", ("auto", *KV_CACHE_DTYPES)),
+            ("logprobs_mode", LOGPROBS_MODES),
+        ):
             _require(getattr(self, name) in choices, self, name, f"must be one of {choices}")
         for name in (
             *("max_num_seqs", "max_num_batched_tokens", "block_size"),

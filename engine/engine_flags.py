@@ -9,6 +9,7 @@ from pallas_paged.dispatch import KNOWN_IMPLEMENTATIONS
 from pallas_paged.engine.config import (
     DTYPES,
     KV_CACHE_DTYPES,
+    LOGPROBS_MODES,
     PREEMPTION_MODES,
     SCHEDULING_POLICIES,
 )
@@ -55,6 +56,13 @@ _FLAGS = (
     ),
     flags.DEFINE_bool("enable_prefix_caching", None, "Keep blocks for later requests; on."),
     flags.DEFINE_integer("max_logprobs", None, "Most log-probabilities per token; by default 20."),
+    flags.DEFINE_enum(
+        "logprobs_mode",
+        None,
+        list(LOGPROBS_MODES),
+        "Log-probabilities in the model's own distribution, or in that which tokens are drawn "
+        "from; raw.",
+    ),
     flags.DEFINE_bool(
         "token_logprobs",
         None,

@@ -209,6 +209,7 @@ def _build_runner(
         implementation=implementation,
         cache_implementation=config.cache_implementation,
         deterministic=config.deterministic,
+        logprobs_mode=config.logprobs_mode,
         swaps=config.swap_space > 0,
         background_compilation=placement.is_local
         and resolve_background_compilation(config, placement.device.platform),

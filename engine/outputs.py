@@ -32,8 +32,11 @@ class RequestMetrics:
 class Logprob:
     """How likely the model found a token, before bias, masks, penalties and temperature.
 
+    Or, of sampled tokens with `EngineConfig.logprobs_mode="processed"`, how likely it was to be
+    drawn: -inf for one that was left out.
+
     Attributes:
-      logprob: log-softmax of the model's logits.
+      logprob: log-softmax of the logits.
       rank: the token's place among all tokens, 1 for the most likely.
       decoded_token: its text, None without a tokenizer or with `detokenize=False`.
     """

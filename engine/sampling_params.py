@@ -67,10 +67,11 @@ class SamplingParams:
         and `stop_token_ids` are not chosen, and `stop` is not looked for. 0 to `max_tokens`.
       logprobs: give each token's log-probability, and those of so many of the most likely tokens;
         0 is the token's alone, -1 all, None nothing. They are the model's own: the log-softmax of
-        its logits before bias, masks, penalties and temperature. At most the engine's
-        `max_logprobs`. 0 costs little more than None, see `EngineConfig.token_logprobs`.
-      prompt_logprobs: the same for the prompt's tokens but the first. Such a request computes its
-        whole prompt and takes nothing from a prefix cache.
+        its logits before bias, masks, penalties and temperature; unless `logprobs_mode` of the
+        engine says what tokens are drawn from. At most the engine's `max_logprobs`. 0 costs little
+        more than None, see `EngineConfig.token_logprobs`.
+      prompt_logprobs: the model's own for the prompt's tokens but the first. Such a request
+        computes its whole prompt and takes nothing from a prefix cache.
       detokenize: make text of the tokens. Without it `text` is None and `stop` must be empty.
       skip_special_tokens: leave special tokens out of the text.
       include_stop_str_in_output: keep the stop string that ended the text.

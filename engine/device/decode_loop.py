@@ -1,6 +1,7 @@
 """Several decode steps in one program: each is what it is alone, see `step`."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax
@@ -9,7 +10,6 @@ import jax.numpy as jnp
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.core.logprobs import packed_width
 from pallas_paged.engine.core.step_inputs import ManyInputs, StepInputs
-from pallas_paged.engine.device.logprobs import pack
 from pallas_paged.engine.device.rows import Rows
 from pallas_paged.engine.device.sampling import Draw, cannot_sample
 from pallas_paged.engine.device.step_arrays import Caches, StepArrays
@@ -26,14 +26,19 @@ def run_steps(
     model: CausalLM,
     attend: Attend,
     draw: Draw,
+    find: Callable[..., jax.Array],
     metadata: AttentionMetadata,
     kv_caches: Caches,
     rows: Rows,
     bucket: Bucket,
     looks: bool,
 ) -> StepArrays:
-    """Makes decode steps one after the other; the inputs and `metadata` are those of the first."""
-    block_size, places = kv_caches[0].k.shape[2], jnp.arange(bucket.num_seqs)
+    """Makes decode steps one after the other; the inputs and `metadata` are those of the first.
+
+    `draw` chooses tokens, and `find`, see `find_logprobs`, says how likely they were.
+    """
+    block_size = kv_caches[0].k.shape[2]
+    places = jnp.arange(bucket.num_seqs, dtype=jnp.int32)
     sampling = sampling_inputs(x)
 
     def ends(tokens: jax.Array) -> jax.Array:
@@ -67,7 +72,7 @@ def run_steps(
             state.tokens.at[:, step].set(found),
             None
             if state.logprobs is None
-            else state.logprobs.at[:, step].set(pack(logits, found, 0)),
+            else state.logprobs.at[:, step].set(find(logits, logits, found, sampling, 0)),
         )
 
     on_device = x.input_on_device == 1

@@ -201,7 +201,8 @@ def propose(
     Returns:
       i32[B, `num_tokens`], 0 for sequences that are not there; and the caches.
     """
-    block_size, places = kv_caches[0].k.shape[2], jnp.arange(len(last.tokens))
+    block_size = kv_caches[0].k.shape[2]
+    places = jnp.arange(len(last.tokens), dtype=jnp.int32)
     own, others = model.split(kv_caches)
     width = block_tables.shape[1]
 

@@ -48,6 +48,7 @@ def fingerprint(programs: StepPrograms) -> dict[str, str]:
                 "implementation",
                 "cache_implementation",
                 "deterministic",
+                "logprobs_mode",
             )
         },
     }

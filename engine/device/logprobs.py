@@ -1,7 +1,8 @@
 """Log-probabilities of the model's tokens, for `logprobs` and `prompt_logprobs`.
 
 They are those of the model itself: the log-softmax of its logits before bias, masks, penalties
-and temperature, and whatever filters the token was drawn through. What the device computes is
+and temperature, and whatever filters the token was drawn through; or, if the engine was told so,
+of the logits after all of these (`processed`). What the device computes is
 packed into one int32 array per step, so that one copy brings it to the host; floats keep their
 bits. Where all rows want the tokens' own alone, W is 0, and nothing is searched.
 

@@ -146,6 +146,7 @@ def unsized_programs(
         implementation,
         config.cache_implementation,
         config.deterministic,
+        config.logprobs_mode,
         placement=placement,
     )
 

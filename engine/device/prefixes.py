@@ -1,9 +1,10 @@
 """Where the prefixes end that top-k and top-p keep of the tokens in order.
 
 In two ways, with the same result but for the rounding of sums of weights. A CPU looks at the rows:
-it finds the end of top-k among 64 candidates, or for a larger k by bisection over the bits of the
-logits, and only where a row asks for it. A GPU would wait for the host to look: there a search of a
-fixed number of passes over the vocabulary finds the end of either, whatever the rows ask for.
+it finds the end of top-k among 64 candidates, for a larger k by bisection over the bits of the
+logits, and that of top-p, where it has to be known, likewise; and each only where a row asks for
+it. A GPU would wait for the host to look: there a search of a fixed number of passes over the
+vocabulary finds the end of either, whatever the rows ask for.
 
 Sizes: B rows, V vocabulary; the vocabulary is padded and split into N tiles of L tokens.
 """
@@ -76,7 +77,7 @@ def end_of_top_k(tiles: Array, top: Array, top_k: Array, *, looks: bool) -> Plac
     return select(large, large_end, select(limited, small_end, everything))
 
 
-def end_of_top_p(tiles: Array, top: Array, weights: Array, limit: Array) -> Place:
+def end_of_top_p(tiles: Array, top: Array, weights: Array, limit: Array, *, looks: bool) -> Place:
     """Returns the place that the tokens precede before which there is less weight than the limit.
 
     Args:
@@ -84,8 +85,10 @@ def end_of_top_p(tiles: Array, top: Array, weights: Array, limit: Array) -> Plac
       top: f32[B], the largest of each row.
       weights: f32[B, N, L], at least 0, equal where logits are; or 0 from some place on.
       limit: f32[B], above 0.
+      looks: whether the program has loops: then many cheap passes find it instead of a few.
     """
-    return _end_by_search(tiles, top, weights, limit)
+    find = _end_by_bisection if looks else _end_by_search
+    return find(tiles, top, weights, limit)
 
 
 def _end_by_search(tiles: Array, top: Array, amounts: Array, limit: Array) -> Place:
@@ -108,6 +111,30 @@ def _end_by_search(tiles: Array, top: Array, amounts: Array, limit: Array) -> Pl
         found, before = (
             jnp.take_along_axis(array, num_less, axis=1)[:, 0] for array in (tries, sums)
         )
+    return _end_among_tied(keys, amounts, limit, found, before)
+
+
+def _end_by_bisection(tiles: Array, top: Array, amounts: Array, limit: Array) -> Place:
+    """Returns what `_end_by_search` does, a bit at a time: a CPU adds up each try by itself."""
+    keys = lax.bitcast_convert_type(top[:, None, None] - tiles, jnp.int32)
+
+    def halve(_: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        bit, found, before = state
+        middle = found + bit
+        sums = jnp.sum(jnp.where(keys < middle[:, None, None], amounts, 0.0), axis=(1, 2))
+        is_less = sums < limit
+        found, before = jnp.where(is_less, middle, found), jnp.where(is_less, sums, before)
+        return bit >> 1, found, before
+
+    state = jnp.int32(1 << (_BITS - 1)), jnp.zeros(len(limit), jnp.int32), jnp.zeros_like(limit)
+    _, found, before = lax.fori_loop(0, _BITS, halve, state)
+    return _end_among_tied(keys, amounts, limit, found, before)
+
+
+def _end_among_tied(
+    keys: Array, amounts: Array, limit: Array, found: Array, before: Array
+) -> Place:
+    """Returns the end among the tokens with the key `found`, before which lies `before`."""
     found = jnp.minimum(found, _INFINITY)  # where rounding has passed all tokens
     is_tied = keys == found[:, None, None]
     each = jnp.max(jnp.where(is_tied, amounts, 0.0), axis=(1, 2))

@@ -52,7 +52,8 @@ class StepPrograms:
       logprobs_width: W, see `logprobs`.
       implementation: of paged attention.
       cache_implementation: of the writes to the caches.
-      deterministic: see `EngineConfig`.
+      deterministic: see `EngineConfig`, as is the next one.
+      logprobs_mode: likewise.
       placement: of all arrays, by default JAX's default device when a program is compiled.
       num_traces: how often each bucket was traced.
       on_compiled: called with the names of steps' programs and the seconds that it took to compile
@@ -68,6 +69,7 @@ class StepPrograms:
     implementation: str | None = None
     cache_implementation: str | None = None
     deterministic: bool = False
+    logprobs_mode: str = "raw"
     placement: Placement = DEFAULT_DEVICE
     num_traces: dict[Bucket, int] = dataclasses.field(default_factory=dict)
     on_compiled: Callable[[list[str], float], object] = lambda names, seconds: None
@@ -293,6 +295,7 @@ class StepPrograms:
                 graphdef=self.graphdef,
                 bucket=bucket,
                 logprobs_width=self.logprobs_width,
+                logprobs_mode=self.logprobs_mode,
                 implementation=self.implementation,
                 cache_implementation=self.cache_implementation,
                 deterministic=self.deterministic,

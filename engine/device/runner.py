@@ -67,6 +67,7 @@ class ModelRunner:
         implementation: str | None = None,
         cache_implementation: str | None = None,
         deterministic: bool = False,
+        logprobs_mode: str = "raw",
         swaps: bool = False,
         background_compilation: bool = False,
         placement: Placement = DEFAULT_DEVICE,
@@ -95,6 +96,7 @@ class ModelRunner:
             implementation,
             cache_implementation,
             deterministic,
+            logprobs_mode,
             placement,
         )
         self.block_programs = BlockPrograms(

@@ -169,20 +169,21 @@ def _draw(
     if filters and looks:
         return _draw_until_inside(weights, top_p, keys)
     if filters:
-        end = end_of_top_p(tiles, top, weights, _limit(weights, top_p))
+        limit = limit_of_top_p(weights, top_p)
+        end = end_of_top_p(tiles, top, weights, limit, looks=looks)
         inside = precede(shifted(tiles, top), end) | (top_p == 1.0)[:, None, None]
         weights = jnp.where(inside, weights, 0.0)
     return _draw_token(weights, jnp.sum(weights, axis=-1), keys, 0)
 
 
-def _limit(weights: Array, top_p: Array) -> Array:
+def limit_of_top_p(weights: Array, top_p: Array) -> Array:
     """Returns f32[B]: top-p keeps a token if the weight before it is less than that."""
     return jnp.maximum(top_p * jnp.sum(weights, axis=(1, 2)), SMALLEST)
 
 
 def _draw_until_inside(weights: Array, top_p: Array, keys: tuple[Array, Array]) -> Array:
     """Returns a token of each row's top-p prefix, drawn in proportion to `weights` [B, N, L]."""
-    limit = _limit(weights, top_p)
+    limit = limit_of_top_p(weights, top_p)
 
     def draw(state: tuple[Array, Place, Array]) -> tuple[Array, Place, Array]:
         num_draws, end, open_rows = state

@@ -30,6 +30,7 @@ from pallas_paged.engine.core.step_inputs import DraftInputs, StepInputs
 from pallas_paged.engine.device.decode_loop import run_steps
 from pallas_paged.engine.device.drafted import Drafted, Last, propose
 from pallas_paged.engine.device.logprobs import pack
+from pallas_paged.engine.device.processed import find_logprobs
 from pallas_paged.engine.device.row_state import RowState, apply_rules, count_tokens
 from pallas_paged.engine.device.rows import Rows, edit_tables
 from pallas_paged.engine.device.sampling import Draw, cannot_sample, sample
@@ -62,6 +63,7 @@ def run_step(
     graphdef: nnx.GraphDef,
     bucket: Bucket,
     logprobs_width: int,
+    logprobs_mode: str,
     implementation: str | None,
     cache_implementation: str | None,
     deterministic: bool,
@@ -78,12 +80,14 @@ def run_step(
       graphdef: the model's graph definition.
       bucket: the step's shape.
       logprobs_width: W, see `logprobs`.
+      logprobs_mode: see `EngineConfig`.
       implementation: of paged attention.
       cache_implementation: of the writes to the caches.
       deterministic: see `EngineConfig`.
       looks: whether the program decides by its inputs what to skip; see `placement.may_look`.
     """
     draw = functools.partial(sample, looks=looks, filters=bucket.filters)
+    find = functools.partial(find_logprobs, mode=logprobs_mode, looks=looks, filters=bucket.filters)
     x = unpack(packed, bucket)
     rows = edit_tables(rows, x.table_places, x.table_blocks)
     model = nnx.merge(graphdef, params)
@@ -96,7 +100,9 @@ def run_step(
     )
     metadata = attention_metadata(x, rows.block_tables, bucket)
     if x.many is not None:
-        return run_steps(x, x.many, model, attend, draw, metadata, kv_caches, rows, bucket, looks)
+        return run_steps(
+            x, x.many, model, attend, draw, find, metadata, kv_caches, rows, bucket, looks
+        )
     starts = x.query_start_loc[:-1]
     on_device = jnp.where(x.input_on_device == 1, starts, bucket.num_tokens)
     input_ids = x.input_ids.at[on_device].set(rows.last_tokens[x.rows], mode="drop")
@@ -123,7 +129,9 @@ def run_step(
         tokens = draw(logits, sampling_inputs(x))
         rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(tokens))
         tokens = jnp.where(wrong, logits.shape[-1], tokens)
-        found = pack(logits, tokens, 0)[:, None] if bucket.has_logprobs else None
+        found = None
+        if bucket.has_logprobs:
+            found = find(logits, logits, tokens, sampling_inputs(x), 0)[:, None]
         tokens = _with_drafts(tokens, behind, x)
         tokens, kv_caches = with_proposals(tokens, kv_caches)
         return StepArrays(kv_caches, rows, tokens, found, None, None)
@@ -135,9 +143,10 @@ def run_step(
     rows = rows._replace(last_tokens=rows.last_tokens.at[x.sample_rows].set(tokens))
     tokens = jnp.where(empty, logits.shape[-1] + 1, tokens)
     tokens = jnp.where(wrong, logits.shape[-1], tokens)
-    find = functools.partial(pack, logits, tokens, logprobs_width)
+    arguments = logits, ruled, tokens, sampling_inputs(x), logprobs_width
     nothing = jnp.zeros((bucket.num_seqs, packed_width(logprobs_width)), jnp.int32)
     wants = jnp.any(x.full.wants_logprobs == 1)
+    find = functools.partial(find, *arguments)
     found = jax.lax.cond(wants, find, lambda: nothing) if looks else find()
     kept = None if bucket.is_decode else hidden
     tokens, kv_caches = with_proposals(_with_drafts(tokens, behind, x), kv_caches)
@@ -156,9 +165,9 @@ def _sample_behind(
     Each as if the drafts before it were the sequence's tokens; see `cannot_sample` for V. 0 behind
     drafts that a sequence does not have.
     """
-    places = jnp.arange(bucket.num_drafts + 1)[None]
+    places = jnp.arange(bucket.num_drafts + 1, dtype=jnp.int32)[None]
     owners, sampling = drafts.owners, sampling_inputs(x)
-    behind = jnp.arange(bucket.num_logits) - drafts.firsts[owners]
+    behind = jnp.arange(bucket.num_logits, dtype=jnp.int32) - drafts.firsts[owners]
     of_each = jax.tree.map(lambda array: array[owners], sampling)
     drawn = draw(logits, of_each._replace(positions=of_each.positions + behind))
     drawn = jnp.where(cannot_sample(logits), logits.shape[-1], drawn)
@@ -198,7 +207,7 @@ def _with_proposals(
     if not bucket.proposes or x.drafts is None:
         return tokens, kv_caches
     assert isinstance(model, Drafted)
-    count, places = bucket.num_drafts, jnp.arange(bucket.num_drafts)[None]
+    count, places = bucket.num_drafts, jnp.arange(bucket.num_drafts, dtype=jnp.int32)[None]
     behind = jnp.minimum(x.drafts.firsts[:, None] + 1 + places, bucket.num_logits - 1)
     drafts = input_ids[x.drafts.places[behind]]
     agrees = (drafts == tokens[:, :count]) & (places < x.drafts.num_drafts[:, None])

@@ -12,6 +12,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from pallas_paged.engine.evaluation.scoring import (
     adds_special_tokens,
+    check_logprobs_mode,
     make_completion,
     make_continuation,
     read_score,
@@ -92,6 +93,7 @@ class PallasPagedLM(TemplateLM):
                 ", ".join(unused),
             )
         self.llm = LLM(pretrained, **options)
+        check_logprobs_mode(self.llm.config.logprobs_mode)
         self._text = require_tokenizer(self.llm.tokenizer, self.llm.config.model)
         self.tokenizer = self._text.implementation
         self.max_gen_toks = max_gen_toks

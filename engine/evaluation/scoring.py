@@ -110,6 +110,15 @@ def make_continuation(
     return Continuation(kept, num_scored, len(token_ids) - len(kept))
 
 
+def check_logprobs_mode(mode: str) -> None:
+    """Raises `ValueError` for an engine whose log-probabilities are not the model's own."""
+    if mode != "raw":
+        raise ValueError(
+            f"logprobs_mode={mode!r} must be 'raw' for evaluations: scores are made of the model's "
+            "own log-probabilities"
+        )
+
+
 def scoring_request(continuation: Continuation) -> tuple[tuple[int, ...], SamplingParams]:
     """Returns a prompt and parameters whose output holds the log-probabilities.
 

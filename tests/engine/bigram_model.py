@@ -90,6 +90,7 @@ def make_engine(
     eos_token_ids: Sequence[int] = (EOS,),
     num_host_blocks: int = 0,
     token_logprobs: bool = False,
+    logprobs_mode: str = "raw",
     **options: bool,
 ) -> Engine:
     """Returns an engine with rows for 4 sequences and prompts in chunks of 8 tokens.
@@ -123,6 +124,7 @@ def make_engine(
         max_num_seqs=4,
         buckets=buckets,
         max_logprobs=max_logprobs,
+        logprobs_mode=logprobs_mode,
         swaps=num_host_blocks > 0,
     )
     scheduler = Scheduler(

@@ -28,6 +28,14 @@ _DRAW, _SAMPLING = "pallas_paged/engine/device/sampling.py", "tests/engine/test_
 _NO_LOOKS = "tests/engine/test_without_looking.py"
 _CHECK = "pallas_paged/engine/device/kernel_check.py"
 _CHECKS = "tests/engine/test_kernel_check.py"
+_FOUND, _FIGURES = (
+    "pallas_paged/engine/core/found_logprobs.py",
+    "tests/engine/test_token_logprobs.py",
+)
+_PROCESSED, _DRAWN_FROM = (
+    "pallas_paged/engine/device/processed.py",
+    "tests/engine/test_processed_logprobs.py",
+)
 _BUCKETS, _SIZES = "pallas_paged/engine/core/buckets.py", "tests/engine/test_buckets.py"
 
 MUTATIONS = {
@@ -198,6 +206,48 @@ MUTATIONS = {
     ),
     "NaN not seen": Mutation(
         _CHECK, "jnp.where(jnp.isfinite(found), found, jnp.inf)", "jnp.nan_to_num(found)", _CHECKS
+    ),
+    "log-probabilities behind the end": Mutation(
+        _FOUND, "self._heads[place, :count]", "self._heads[place]", _FIGURES
+    ),
+    "log-probabilities forgotten that are kept": Mutation(
+        "pallas_paged/engine/core/step_outputs.py",
+        "token_ids, logprobs = held_tokens(sequence)",
+        "token_ids = held_tokens(sequence).token_ids",
+        _FIGURES,
+    ),
+    "log-probabilities of one step alone": Mutation(
+        _DEVICE_LOOP, "state.logprobs.at[:, step]", "state.logprobs.at[:, 0 * step]", _FIGURES
+    ),
+    "plain where more is asked for": Mutation(
+        _PLANNER,
+        "params.logprobs is None or (params.logprobs == 0 and self._plain_logprobs)",
+        "params.logprobs is None or self._plain_logprobs",
+        _FIGURES,
+    ),
+    "a program without log-probabilities will do": Mutation(
+        _BUCKETS, "(bucket.has_logprobs >= has_logprobs or is_full)", "True", _SIZES
+    ),
+    "the model's own are never given": Mutation(
+        _PROCESSED, 'if mode == "processed":', "if True:", "tests/engine/test_full_step.py"
+    ),
+    "the temperature forgotten": Mutation(
+        _PROCESSED,
+        "shifted(tiles, top) / temperature[:, None, None]",
+        "shifted(tiles, top)",
+        _DRAWN_FROM,
+    ),
+    "a drawn token left out": Mutation(
+        _PROCESSED,
+        "kept |= precede(shifted(tiles, top), Place(value, token + 1))",
+        "pass",
+        _DRAWN_FROM,
+    ),
+    "top-p forgotten": Mutation(
+        _PROCESSED, "kept &= precede(shifted(tiles, top), end) |", "kept &= kept |", _DRAWN_FROM
+    ),
+    "a bisection that goes on too far": Mutation(
+        _PREFIXES, "is_less = sums < limit", "is_less = sums <= limit", _DRAWN_FROM
     ),
     "more steps than a sequence has": Mutation(
         _DEVICE_LOOP,

@@ -180,6 +180,7 @@ def test_plain_programs_alone_and_the_others_when_somebody_asks(tmp_path: pathli
         ({"kv_cache_dtype": "int8"}, "kv_caches: 6*float32["),
         ({"attention_implementation": "xla"}, "implementation: numba in the bundle, xla in this"),
         ({"deterministic": True}, "deterministic: False in the bundle, True in this engine"),
+        ({"logprobs_mode": "processed"}, "logprobs_mode: raw in the bundle, processed in this"),
     ],
 )
 def test_what_differs_is_said_once_and_everything_compiled(

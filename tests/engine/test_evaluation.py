@@ -15,6 +15,7 @@ from pallas_paged.engine.evaluation.scoring import (
     Completion,
     Continuation,
     adds_special_tokens,
+    check_logprobs_mode,
     make_completion,
     make_continuation,
     read_score,
@@ -201,6 +202,12 @@ def output_of(token_ids: tuple[int, ...], **fields: Any) -> Any:
     )
     completion = dataclasses.replace(output.outputs[0], token_ids=token_ids, **fields)
     return dataclasses.replace(output, outputs=(completion,))
+
+
+def test_scores_are_made_of_the_models_own_log_probabilities() -> None:
+    check_logprobs_mode("raw")
+    with pytest.raises(ValueError, match="logprobs_mode='processed' must be 'raw'"):
+        check_logprobs_mode("processed")
 
 
 def test_an_aborted_request_is_no_answer() -> None:

@@ -256,6 +256,25 @@ def test_logprobs_are_the_models_own(engine: Engine) -> None:
         before = token
 
 
+def test_processed_logprobs_are_of_what_the_grammar_lets_follow(
+    make: Callable[..., Engine],
+) -> None:
+    engine = make(logprobs_mode="processed", max_logprobs=-1)
+    (output,) = run(engine, [[9, 4]], [under("regex", logprobs=-1)])
+    completion, before, text = output.outputs[0], 4, ""
+    beginning = re.compile("[a-c]{0,2}|[a-c]{2}-[\\d\N{REPLACEMENT CHARACTER}]*")  # parts of digits
+    for token, found in zip(completion.token_ids, completion.logprobs, strict=True):
+        left = [other for other, one in found.items() if np.isfinite(one.logprob)]
+        assert token in left
+        texts = [text + found[other].decoded_token for other in left if other not in EOS]
+        assert all(map(beginning.fullmatch, texts))
+        expected = special.log_softmax(TABLE[before][left].astype(np.float64) / 1.5)
+        values = [found[other].logprob for other in left]
+        np.testing.assert_allclose(values, expected, atol=1e-4)
+        before, text = token, text + found[token].decoded_token
+    assert completion.finish_reason == "stop"
+
+
 def test_a_real_model_under_preemption_both_ways() -> None:
     llm = make_llm(
         DEMO_MODEL,

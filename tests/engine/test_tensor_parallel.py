@@ -168,13 +168,14 @@ def mixed_requests() -> tuple[list[dict[str, list[int]]], list[Any]]:
         {"kv_cache_dtype": "int8"},
         {"num_scheduler_steps": 1, "enable_prefix_caching": False, "async_scheduling": False},
         {"deterministic": True},
+        {"logprobs_mode": "processed"},
     ],
-    ids=["plain", "recompute", "swap", "int8", "single steps", "deterministic"],
+    ids=["plain", "recompute", "swap", "int8", "single steps", "deterministic", "processed"],
 )
 def test_whatever_requests_need(whole: LLM, options: dict[str, Any]) -> None:
     prompts, params = mixed_requests()
     reference = whole
-    if "kv_cache_dtype" in options:
+    if options.keys() & {"kv_cache_dtype", "logprobs_mode"}:
         reference = make_llm("llama-gqa-llama3", num_blocks=200, **LIMITS | options)
     llm = make_llm(
         "llama-gqa-llama3",

@@ -220,11 +220,11 @@ def test_a_failed_engine_gives_them_for_the_tokens_it_gives() -> None:
 
 
 def test_tokens_before_one_that_is_none_have_theirs() -> None:
-    """Logits of a token that are not finite end a request in the middle of a program."""
+    """Behind one of them no token is possible, in the middle of a program."""
     table = TABLE.copy()
     tokens = run(make_engine(table), [[5, 6]], [OWN])[0].outputs[0].token_ids
     place = next(i for i in range(3, 9) if tokens[i] not in tokens[:i])
-    table[tokens[place]] = np.nan
+    table[tokens[place]] = -np.inf
     engine = make_engine(table, num_scheduler_steps=8, token_logprobs=True)
     (output,) = run(engine, [[5, 6]], [OWN])
     assert output.outputs[0].finish_reason == "abort"

@@ -95,6 +95,18 @@ def test_what_a_layer_adds_to_a_decode_step() -> None:
     assert len(two.launches.kernels) == 6
 
 
+@pytest.mark.parametrize(("mode", "filters"), [("raw", False), ("processed", True)])
+def test_what_the_logprobs_of_tokens_add_to_a_decode_step(mode: str, filters: bool) -> None:
+    bucket = dataclasses.replace(DECODE, filters=filters)
+    options = {"vocab_size": 1152, "logprobs_mode": mode}
+    plain = report("llama-8b", 1, bucket, "h100", **options)
+    step = report("llama-8b", 1, dataclasses.replace(bucket, has_logprobs=True), "h100", **options)
+    check_in_place(step)
+    check_one_command_buffer(step)
+    added = step.launches.total - plain.launches.total
+    assert added <= 3, (added, step.launches)
+
+
 @pytest.mark.parametrize(
     ("config", "changes", "most"),
     [

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from pallas_paged.engine.config import LOGPROBS_MODES
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.device.programs import StepPrograms
 from pallas_paged.models import ModelConfig
@@ -21,6 +22,9 @@ BUCKETS = (
     Bucket(4, 4, 16, is_decode=True),
     Bucket(4, 4, 16, is_decode=True, is_full=True),
     Bucket(16, 4, 16, is_decode=False, is_full=True),
+    Bucket(4, 4, 16, is_decode=True, num_steps=2, has_logprobs=True),
+    Bucket(16, 4, 16, is_decode=False, has_logprobs=True),
+    Bucket(16, 4, 16, is_decode=False, num_drafts=2, has_logprobs=True),
 )
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -37,8 +41,11 @@ SHAPES = (
 )
 
 
+@pytest.mark.parametrize("mode", LOGPROBS_MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.architecture)
-def test_the_programs_of_a_step(shape: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_programs_of_a_step(
+    shape: ModelConfig, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found: set[str] = set()
     hidden = jax.ShapeDtypeStruct((16, 32), jnp.bfloat16)
 
@@ -51,7 +58,7 @@ def test_the_programs_of_a_step(shape: ModelConfig, monkeypatch: pytest.MonkeyPa
         family: Any = FAMILIES[shape.architecture].model
         model = nnx.eval_shape(lambda: family(shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
         caches = tuple(spec.shapes(20) for spec in shape.cache_specs(8, jnp.int8))
-        programs = StepPrograms(model, caches, 4, 20, logprobs_width=32)
+        programs = StepPrograms(model, caches, 4, 20, logprobs_width=32, logprobs_mode=mode)
         for name in (*BUCKETS, *programs.others(BUCKETS)):
             programs.lower(name)
     assert found == set()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_paged.engine import SamplingParams
+from pallas_paged.engine.config import LOGPROBS_MODES
 from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.engine.device import placement, pool_size
 from tests.engine.serving import assert_idle, make_llm, nothing_compiles
@@ -16,6 +17,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "min_p": {"min_p": 0.05},
     "top_k": {"top_k": 7},
     "top_k and logprobs": {"top_k": 40, "logprobs": 3},
+    "own logprobs": {"temperature": 0.7, "logprobs": 0},
+    "own logprobs and top_k": {"top_k": 5, "logprobs": 0},
     "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5, "prompt_logprobs": 2},
     "bias": {"logit_bias": {5: 3.0}, "allowed_token_ids": [5, 6, 7, 9]},
 }
@@ -42,12 +45,15 @@ def looks_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "num_scheduler_steps": 4}
 
 
-def outputs(kinds: list[str]) -> list[tuple[list[int], object]]:
-    llm = make_llm("llama-mqa-linear", **OPTIONS)
+def outputs(kinds: list[str], mode: str) -> list[tuple[list[int], object, object]]:
+    llm = make_llm("llama-mqa-linear", **OPTIONS, logprobs_mode=mode)
     prompts = prompts_of(len(kinds))
     done = llm.generate(prompts, [params_of(kind, i) for i, kind in enumerate(kinds)])
     assert_idle(llm)
-    return [(list(one.outputs[0].token_ids), one.prompt_logprobs) for one in done]
+    return [
+        (list(one.outputs[0].token_ids), one.prompt_logprobs, one.outputs[0].logprobs)
+        for one in done
+    ]
 
 
 def logprobs(found: object) -> list[float]:
@@ -55,15 +61,17 @@ def logprobs(found: object) -> list[float]:
     return [entry.logprob for place in found if place for entry in place.values()]
 
 
-def test_the_same_tokens_as_with_looking(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("mode", LOGPROBS_MODES)
+def test_the_same_tokens_as_with_looking(mode: str, request: pytest.FixtureRequest) -> None:
     kinds = [*KINDS, *reversed(KINDS), *["penalties"] * 6]  # rows are cleared for the next one
-    expected = outputs(kinds)
+    expected = outputs(kinds, mode)
     request.getfixturevalue("looks_at_nothing")
-    found = outputs(kinds)
-    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
-    for (_, ours), (_, theirs) in zip(found, expected, strict=True):
-        if theirs is not None:
-            np.testing.assert_allclose(logprobs(ours), logprobs(theirs), rtol=1e-4)
+    found = outputs(kinds, mode)
+    assert [tokens for tokens, *_ in found] == [tokens for tokens, *_ in expected]
+    for (_, *all_ours), (_, *all_theirs) in zip(found, expected, strict=True):
+        for ours, theirs in zip(all_ours, all_theirs, strict=True):
+            if theirs is not None:
+                np.testing.assert_allclose(logprobs(ours), logprobs(theirs), rtol=1e-4, atol=1e-5)
 
 
 def test_top_p_depends_on_no_company(looks_at_nothing: None) -> None:
