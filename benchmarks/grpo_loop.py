@@ -67,10 +67,7 @@ def make_batch(groups: Sequence[RequestOutput], advantages: np.ndarray, max_toke
     for row, (prompt, completion) in enumerate(rows):
         end = len(prompt) + len(completion.token_ids)
         tokens[row, :end] = prompt + completion.token_ids  # causal: nothing sees what is behind
-        logprobs[row, len(prompt) - 1 : end - 1] = [
-            found[token].logprob
-            for token, found in zip(completion.token_ids, completion.logprobs or (), strict=True)
-        ]
+        logprobs[row, len(prompt) - 1 : end - 1] = completion.token_logprobs
         is_sampled[row, len(prompt) - 1 : end - 1] = True
     return Batch(*map(jnp.asarray, (tokens, logprobs, is_sampled, advantages.reshape(-1, 1))))
 

@@ -15,7 +15,7 @@ from pallas_paged.engine.metrics import Metric, metrics
 from pallas_paged.engine.model_source import GivenSource, ModelSource
 from pallas_paged.engine.offline import OfflineLLM
 from pallas_paged.engine.sampling_params import SamplingParams
-from pallas_paged.engine.scoring_params import scoring_params, token_logprobs
+from pallas_paged.engine.scoring_params import check_temperature, scoring_params, token_logprobs
 from pallas_paged.engine.sleeping import WEIGHTS, Freed, Sleep
 from pallas_paged.engine.text.prompts import Prompt
 from pallas_paged.engine.watching import watch
@@ -105,6 +105,7 @@ class LLM(OfflineLLM):
         self,
         prompts: Prompt | Sequence[Prompt],
         completions: Prompt | Sequence[Prompt],
+        temperature: float = 1.0,
         use_tqdm: bool = False,
     ) -> list[np.ndarray]:
         """Returns how likely the model finds given completions, token by token.
@@ -115,21 +116,27 @@ class LLM(OfflineLLM):
         Args:
           prompts: see `generate`; none of them empty.
           completions: one for each prompt, likewise; a text is split without special tokens.
+          temperature: divides the logits; above 0. That of the sampling, if scores are to be held
+            against what was drawn with it.
           use_tqdm: show progress on standard error.
 
         Returns:
-          For each completion f32[n], the model's own log-probabilities of its n tokens: the
-          log-softmax of the logits, without temperature, penalties and filters.
+          For each completion f32[n], the log-probabilities of its n tokens: the log-softmax of the
+          model's logits, divided by the temperature, without penalties and filters.
 
         Raises:
           ValueError: a prompt or completion is not usable, or both together are longer than
-            `max_model_len`; the message says which of several.
+            `max_model_len`; the message says which of several. Or the temperature is not above 0.
         """
+        temperature = check_temperature(temperature)
         pairs = self._reader.read_pairs(prompts, completions)
         texts: list[Prompt] = [
             {"prompt_token_ids": [*ids, *completion][:-1]} for ids, completion in pairs
         ]
-        params = [scoring_params([*ids, *completion], len(completion)) for ids, completion in pairs]
+        params = [
+            scoring_params([*ids, *completion], len(completion), temperature)
+            for ids, completion in pairs
+        ]
         outputs = self.generate(texts, params, use_tqdm) if texts else []
         return [
             token_logprobs(output, completion)

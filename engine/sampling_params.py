@@ -133,6 +133,10 @@ class SamplingParams:
         """Returns whose log-probabilities `prompt_logprobs` are: a first place, and all tokens."""
         return 1, prompt
 
+    def logprob_temperature(self) -> float:
+        """Returns what the logits are divided by for `prompt_logprobs`."""
+        return 1.0
+
     def _check_together(self) -> None:
         if self.n > 1 and self.temperature == 0:
             raise ValueError(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pallas_paged.engine.field_checks import real
 from pallas_paged.engine.outputs import RequestOutput
 from pallas_paged.engine.sampling_params import RequestOutputKind, SamplingParams
 
@@ -13,16 +14,23 @@ from pallas_paged.engine.sampling_params import RequestOutputKind, SamplingParam
 class ScoringParams(SamplingParams):
     """Asks for the log-probabilities of the last tokens of a text, whose last token is not read.
 
-    They are the model's own, and come as `RequestOutput.prompt_logprobs`. The one token that is
-    generated is nobody's. Such a request neither reads nor writes the prefix cache.
+    They are those of the model's own logits, divided by a temperature, and come as
+    `RequestOutput.prompt_logprobs`. The one token that is generated is nobody's. Such a request
+    neither reads nor writes the prefix cache.
 
     Attributes:
       num_scored: how many of the last tokens, at least 1.
       last_token: stands behind the prompt.
+      score_temperature: divides the logits; above 0.
     """
 
     num_scored: int
     last_token: int
+    score_temperature: float = 1.0
+
+    def logprob_temperature(self) -> float:
+        """See `SamplingParams.logprob_temperature`."""
+        return self.score_temperature
 
     def logprob_targets(self, prompt: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
         """See `SamplingParams.logprob_targets`."""
@@ -30,7 +38,14 @@ class ScoringParams(SamplingParams):
         return len(tokens) - self.num_scored, tokens
 
 
-def scoring_params(token_ids: Sequence[int], num_scored: int) -> ScoringParams:
+def check_temperature(temperature: float) -> float:
+    """Returns the temperature of scores; `ValueError` if it is none."""
+    return real(lambda x: x > 0, "> 0", "use 1 for the model's own")("temperature", temperature)
+
+
+def scoring_params(
+    token_ids: Sequence[int], num_scored: int, temperature: float = 1.0
+) -> ScoringParams:
     """Returns what asks for the last `num_scored` of these tokens behind a prompt of the others.
 
     The prompt of the request is `token_ids[:-1]`.
@@ -38,6 +53,7 @@ def scoring_params(token_ids: Sequence[int], num_scored: int) -> ScoringParams:
     return ScoringParams(
         num_scored=num_scored,
         last_token=token_ids[-1],
+        score_temperature=temperature,
         temperature=0,
         max_tokens=1,
         ignore_eos=True,

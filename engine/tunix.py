@@ -29,7 +29,6 @@ from pallas_paged.engine.llm import LLM
 from pallas_paged.engine.outputs import CompletionOutput
 from pallas_paged.engine.tunix_mappings import config_of, dtype_of, mapping_of
 from pallas_paged.engine.tunix_requests import (
-    check_temperature,
     grouped,
     left_padded,
     rows_of,
@@ -95,7 +94,9 @@ class PallasPagedRollout(base_rollout.BaseRollout):
         self._tokenizer = tokenizer
         self._temperature = float(rollout_config.temperature)
         self._has_told_of_pads = False
-        options = _options(mesh, rollout_config) | options
+        # Of what tokens are drawn from, which is what learners hold against their own.
+        given = {"logprobs_mode": "processed"} | options
+        options = _options(mesh, rollout_config) | given
         is_ours = isinstance(getattr(rollout_actor, "config", None), ModelConfig)
         self._mapping, model, state = mapping, rollout_actor, None
         if not is_ours:
@@ -134,7 +135,6 @@ class PallasPagedRollout(base_rollout.BaseRollout):
         Raises:
           ValueError: a prompt with `max_tokens_to_generate` is longer than `kv_cache_size`, ends
             with the pad token, or a field is not usable.
-          NotImplementedError: `return_logprobs` at a temperature that is neither 0 nor 1.
           RuntimeError: the engine ended a request; the message says why.
         """
         if kwargs:
@@ -145,7 +145,7 @@ class PallasPagedRollout(base_rollout.BaseRollout):
         tokens = [np.array(each.token_ids, np.int32) for each in completions]
         logprobs = None
         if rollout_config.return_logprobs:
-            logprobs = [_token_logprobs(each) for each in completions]
+            logprobs = [np.array(each.token_logprobs, np.float32) for each in completions]
         return base_rollout.RolloutOutput(
             text=[self._text(each, ending_ids) for each in tokens],
             logits=None,
@@ -204,23 +204,29 @@ class PallasPagedRollout(base_rollout.BaseRollout):
     ) -> jax.Array:
         """Returns the log-probability of each completion's token, f32[B, C]; 0 for padding.
 
+        Logits are divided by the temperature of training first, unless that is 0, as Tunix's
+        learners do it with those of the trainer's model.
+
         Args:
           prompt_tokens: i32[B, P], padded on the left.
           completion_tokens: i32[B, C], padded on the right.
 
         Raises:
           ValueError: a row is longer than `kv_cache_size`, or its prompt ends with the pad token.
-          NotImplementedError: the temperature of training is neither 0 nor 1.
         """
-        check_temperature(self._temperature)
-        return jnp.asarray(self._score(np.asarray(prompt_tokens), np.asarray(completion_tokens)))
+        prompts, completions = np.asarray(prompt_tokens), np.asarray(completion_tokens)
+        return jnp.asarray(self._score(prompts, completions, self._temperature or 1.0))
 
-    def _score(self, prompts: np.ndarray, completions: np.ndarray) -> np.ndarray:
+    def _score(
+        self, prompts: np.ndarray, completions: np.ndarray, temperature: float = 1.0
+    ) -> np.ndarray:
         rows = rows_of(prompts, completions, self.pad_id(), self.eos_id())
         scores = np.zeros(completions.shape, np.float32)
         places = [place for place, row in enumerate(rows) if row.completion]
         found = self.llm.score(
-            [rows[place].prompt for place in places], [rows[place].completion for place in places]
+            [rows[place].prompt for place in places],
+            [rows[place].completion for place in places],
+            temperature,
         )
         for place, logps in zip(places, found, strict=True):
             scores[place, rows[place].columns] = logps
@@ -332,9 +338,3 @@ def _refuse_offloaded(state: nnx.State) -> None:
             "the trainer's weights are in pinned_host memory: Tunix's offload_to_cpu=True moves "
             "the rollout's model, of which this one is none; use offload_to_cpu=False"
         )
-
-
-def _token_logprobs(completion: CompletionOutput) -> np.ndarray:
-    assert completion.logprobs is not None
-    pairs = zip(completion.token_ids, completion.logprobs, strict=True)
-    return np.array([found[token].logprob for token, found in pairs], np.float32)

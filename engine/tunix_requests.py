@@ -101,7 +101,6 @@ def sampling_params(
 
     Raises:
       ValueError: a field is out of its range; or there is a temperature and no `top_p`.
-      NotImplementedError: log-probabilities at a temperature.
     """
     temperature, top_p = float(rollout_config.temperature), rollout_config.top_p
     if top_p is None and temperature > 0:
@@ -109,8 +108,6 @@ def sampling_params(
             f"top_p=None with temperature={temperature}: of Tunix's own rollouts one is greedy "
             "then, and one samples; use top_p=1.0 to sample, or temperature=0.0"
         )
-    if rollout_config.return_logprobs:
-        check_temperature(temperature)
     return SamplingParams(
         n=1 if temperature == 0 else n,
         temperature=temperature,
@@ -123,20 +120,6 @@ def sampling_params(
         logprobs=0 if rollout_config.return_logprobs else None,
         detokenize=False,
     )
-
-
-def check_temperature(temperature: float) -> None:
-    """Refuses log-probabilities that Tunix's learners would hold against those at a temperature.
-
-    Raises:
-      NotImplementedError: it is neither 0 nor 1.
-    """
-    if temperature not in (0, 1):
-        raise NotImplementedError(
-            f"temperature={temperature}: Tunix's learners divide logits by it before they take "
-            "log-probabilities, and those of this engine are the model's own; use temperature=1.0, "
-            "or what needs none of them (return_logprobs=False, num_iterations=1)"
-        )
 
 
 def rows_of(prompts: np.ndarray, completions: np.ndarray, pad_id: int, eos_id: int) -> list[Row]:

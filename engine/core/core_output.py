@@ -41,7 +41,7 @@ class Held(NamedTuple):
       logprobs: theirs, if its request asks for them and there is a token.
     """
 
-    token_ids: list[int]
+    token_ids: Sequence[int]
     versions: Versions
     logprobs: TokenLogprobs | None = None
 

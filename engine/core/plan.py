@@ -33,8 +33,9 @@ class StepPlan(NamedTuple):
         rows, R for padding, and which tokens may come next there, see `grammar.FindMasks`.
       inputs: i32[`packed_size`], see `step_inputs`.
       wants_logprobs: whether a row's log-probabilities are to be given back.
-      prompt_targets: i32[2, P], for log-probabilities of prompts: the tokens in front of the P
-        tokens, as indices of the step's T, and the P tokens.
+      prompt_targets: i32[3, P], for log-probabilities of prompts: the tokens in front of the P
+        tokens, as indices of the step's T; the P tokens; and the bits of the float32 by which each
+        one's logits are divided.
     """
 
     step_id: int
@@ -88,7 +89,7 @@ class StepPlan(NamedTuple):
         dropped = tuple(next(parts).tolist())
         copies = CopyPairs(next(parts), next(parts))
         inputs = next(parts)
-        targets = np.stack([next(parts), next(parts)])
+        targets = np.stack([next(parts) for _ in range(3)])
         num_outs, num_ins, num_edits, num_masks = next(parts).tolist()
         moves = tuple(
             BlockMove(SwappedChunk(*next(parts).tolist()), next(parts))

@@ -24,7 +24,7 @@ from pallas_paged.engine.core.step_inputs import (
 from pallas_paged.engine.core.table_edits import TableEdits
 from pallas_paged.engine.kv.interface import Memory
 
-NO_TARGETS = np.zeros((2, 0), np.int32)
+NO_TARGETS = np.zeros((3, 0), np.int32)
 """A plan's `prompt_targets` where nobody asks for log-probabilities of a prompt."""
 
 
@@ -294,18 +294,21 @@ def _take_targets(
         return NO_TARGETS, []
     indices: list[int] = []
     tokens: list[int] = []
+    temperatures: list[float] = []
     prompts: list[tuple[SequenceGroup, int]] = []
     offset = 0
     for one, positions in zip(scheduled, targets, strict=True):
         if positions:
             indices.extend(offset + position - 1 - one.start for position in positions)
-            sequence = one.sequence
-            _, all_tokens = sequence.sampling_params.logprob_targets(sequence.prompt_token_ids)
+            sequence, params = one.sequence, one.sequence.sampling_params
+            _, all_tokens = params.logprob_targets(sequence.prompt_token_ids)
             tokens.extend(all_tokens[positions.start : positions.stop])
+            temperatures += [params.logprob_temperature()] * len(positions)
             prompts.append((one.sequence.group, len(positions)))
             one.sequence.group.num_prompt_logprobs = positions.stop - 1
         offset += one.num_tokens
-    return np.array([indices, tokens], np.int32), prompts
+    bits = np.array(temperatures, np.float32).view(np.int32)
+    return np.array([indices, tokens, bits], np.int32), prompts
 
 
 def fill_drafts(x: DraftInputs[np.ndarray], lasts: np.ndarray, num_drafts: np.ndarray) -> None:

@@ -254,7 +254,7 @@ class StepPrograms:
             run = self.placement.per_device(
                 self._prompt_logprobs, (self._specs, WHOLE, WHOLE), WHOLE
             )
-            arguments = self._parameters(), self._hidden[size], self._input(2, NUM_PROMPT_ROWS)
+            arguments = self._parameters(), self._hidden[size], self._input(3, NUM_PROMPT_ROWS)
             return self._lower(jax.jit(run), *arguments)
         state = self._row_state()
         edited = {

@@ -192,7 +192,8 @@ class ModelRunner:
         arrays = []
         for start in range(0, targets.shape[1], NUM_PROMPT_ROWS):
             piece = targets[:, start : start + NUM_PROMPT_ROWS]
-            packed = np.zeros((2, NUM_PROMPT_ROWS), np.int32)
+            packed = np.zeros((3, NUM_PROMPT_ROWS), np.int32)
+            packed[2].view(np.float32)[:] = 1  # of padding, too
             packed[:, : piece.shape[1]] = piece
             packed_there = self._placement.put_inputs(packed)
             arrays.append(self.programs.prompt_logprobs(hidden, packed_there))

@@ -236,9 +236,11 @@ def prompt_logprobs(
     Args:
       params: the model's split state.
       hidden: `StepArrays.hidden`.
-      packed: i32[2, P], the tokens in front of those P, as indices into `hidden`, and the P tokens.
+      packed: i32[3, P], the tokens in front of those P, as indices into `hidden`; the P tokens; and
+        the bits of the f32 by which their logits are divided.
       graphdef: the model's graph definition.
       width: W.
     """
     logits = nnx.merge(graphdef, params).compute_logits(hidden[packed[0]])
-    return pack(logits, packed[1], width)
+    temperature = jax.lax.bitcast_convert_type(packed[2], jnp.float32)
+    return pack(logits / temperature[:, None], packed[1], width)

@@ -168,12 +168,11 @@ class OpenRequest:
         """Ends it by "abort" as it is; see `OutputProcessor.fail`."""
         if not self.completions:  # a beam search that is not over
             self.completions.append(Completion(0, self.texts, None))
-        for completion, (token_ids, versions, logprobs) in zip(
-            self.completions, held, strict=False
-        ):
-            if completion.finish_reason is None:
-                completion.token_ids, completion.versions = list(token_ids), versions
-                completion.found = [] if logprobs is None else [(token_ids, logprobs)]
+        for one, (token_ids, versions, logprobs) in zip(self.completions, held, strict=False):
+            if one.finish_reason is None:
+                found = [] if logprobs is None else [(token_ids, logprobs)]
+                # In one statement, which no interrupt divides: what is held is told once.
+                one.token_ids, one.versions, one.found = list(token_ids), versions, found
         for completion in self.completions:
             completion.fail(cause, is_given=self.is_given)
         self.num_open = 0

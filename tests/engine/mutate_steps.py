@@ -212,7 +212,7 @@ MUTATIONS = {
     ),
     "log-probabilities forgotten that are kept": Mutation(
         "pallas_paged/engine/core/step_outputs.py",
-        "token_ids, logprobs = held_tokens(sequence)",
+        "token_ids, _, logprobs = held_tokens(sequence)",
         "token_ids = held_tokens(sequence).token_ids",
         _FIGURES,
     ),

@@ -101,7 +101,7 @@ def move_plan(**moves: Any) -> StepPlan:
         mask_edits=(),
         inputs=nothing,
         wants_logprobs=False,
-        prompt_targets=nothing.reshape(2, 0),
+        prompt_targets=nothing.reshape(3, 0),
     )
     return plan._replace(**moves)
 

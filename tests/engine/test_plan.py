@@ -48,8 +48,8 @@ PLANS = st.builds(
     inputs=arrays(),
     wants_logprobs=st.booleans(),
     prompt_targets=st.integers(0, 4)
-    .flatmap(lambda p: arrays(2 * p))
-    .map(lambda a: a.reshape(2, -1)),
+    .flatmap(lambda p: arrays(3 * p))
+    .map(lambda a: a.reshape(3, -1)),
 )
 
 

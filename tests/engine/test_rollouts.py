@@ -12,6 +12,7 @@ from flax import nnx
 from benchmarks.demo_score import token_losses
 from benchmarks.grpo_loop import make_batch, train_step
 from pallas_paged.engine import LLM, RequestOutput, SamplingParams
+from pallas_paged.engine.core.buckets import Bucket
 from pallas_paged.models import load_model
 from tests.engine.serving import assert_idle, reference_requests
 from tests.models.references import DATA
@@ -50,13 +51,7 @@ def prompts_of(name: str) -> list[dict[str, list[int]]]:
 def sampled(outputs: Sequence[RequestOutput]) -> tuple[Requests, list[np.ndarray]]:
     """Returns prompts and completions, and the sampler's log-probabilities of the latter."""
     pairs = [(o.prompt_token_ids, c.token_ids) for o in outputs for c in o.outputs]
-    logprobs = [
-        np.array(
-            [d[t].logprob for t, d in zip(c.token_ids, c.logprobs or (), strict=True)], np.float32
-        )
-        for o in outputs
-        for c in o.outputs
-    ]
+    logprobs = [np.array(c.token_logprobs, np.float32) for o in outputs for c in o.outputs]
     return pairs, logprobs
 
 
@@ -124,7 +119,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sampler_and_trainer_agree_before_and_after_every_update(case: str) -> None:
+def test_sampler_and_trainer_agree_before_and_after_every_update(
+    case: str, ran: list[Bucket]
+) -> None:
     name, options = CASES[case]
     llm, model = make_pair(name, **options)
     trainer = Trainer(llm, model)
@@ -140,6 +137,7 @@ def test_sampler_and_trainer_agree_before_and_after_every_update(case: str) -> N
     assert (preempted > 0) == (case in ("recomputed", "swapped"))
     assert (llm.kv_stats().num_swaps > 0) == (case == "swapped")
     assert (hits > 0) == (case != "not cached")
+    assert any(bucket.num_steps > 1 for bucket in ran) == (case != "a step in a program")
 
 
 @pytest.mark.parametrize("case", ["several steps in a program", "recomputed", "not cached"])

@@ -27,11 +27,13 @@ def llm(model: CausalLM) -> LLM:
     return LLM.from_model(model, DEMO_MODEL, **OPTIONS)
 
 
-def dense(model: CausalLM, prompt: list[int], completion: list[int]) -> np.ndarray:
+def dense(
+    model: CausalLM, prompt: list[int], completion: list[int], temperature: float = 1.0
+) -> np.ndarray:
     ids = jnp.array([*prompt, *completion], jnp.int32)
     caches = (None,) * model.config.num_layers
     hidden, _ = model(ids, dense_metadata(1, len(ids)), caches, attend=dense_attend)
-    found = jax.nn.log_softmax(model.compute_logits(hidden))[len(prompt) - 1 : -1]
+    found = jax.nn.log_softmax(model.compute_logits(hidden) / temperature)[len(prompt) - 1 : -1]
     return np.asarray(found[jnp.arange(len(completion)), jnp.array(completion)])
 
 
@@ -71,6 +73,20 @@ def test_the_sampled_tokens_have_their_scores(llm: LLM) -> None:
         assert one.logprobs is not None
         sampled = [at[token].logprob for at, token in zip(one.logprobs, one.token_ids, strict=True)]
         np.testing.assert_allclose(mine, sampled, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2])
+def test_a_temperature_divides_the_logits(llm: LLM, model: CausalLM, temperature: float) -> None:
+    pairs = cases(2)[:4]
+    found = llm.score([p for p, _ in pairs], [c for _, c in pairs], temperature=temperature)
+    for pair, mine in zip(pairs, found, strict=True):
+        np.testing.assert_allclose(mine, dense(model, *pair, temperature), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0, -1, float("nan"), "1"])
+def test_no_temperature(llm: LLM, temperature: Any) -> None:
+    with pytest.raises(ValueError, match="temperature="):
+        llm.score([[1]], [[2]], temperature=temperature)
 
 
 def test_texts_are_split_and_one_pair_needs_no_list(llm: LLM) -> None:
