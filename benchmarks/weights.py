@@ -7,6 +7,7 @@ products in each step. This prints both costs: of an update, and of decode steps
   python -m benchmarks.weights --random_model=100m
 """
 
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ _NUM_RUNS = flags.DEFINE_integer("num_runs", 5, "Runs of the decode steps.", low
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 64, "Tokens of each sequence.", lower_bound=2)
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "Numbers of sequences that decode.")
 
+_JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+
 _PROMPT_LEN = 32
 
 
@@ -54,12 +57,17 @@ def main() -> None:
     size = num_bytes(nnx.state(model)) / 2**20
     device = jax.devices()[0].device_kind
     print(f"model: random {name}, {dtype}, {size:.1f} MiB; jax {jax.__version__} on {device}")
-    _show_updates(model, engines)
-    _show_steps(engines, batches)
+    figures = {"updates": _updates(model, engines), "steps": _steps(engines, batches)}
+    tables.show("an update of the weights", figures["updates"])
+    title = "a token of each sequence, its share of the prompts included"
+    tables.show(title, figures["steps"])
+    if _JSON.value:
+        with open(_JSON.value, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=2)
 
 
-def _show_updates(model: CausalLM, engines: dict[str, LLM]) -> None:
-    """Prints what an update costs by the form of the state, medians of all but the first two."""
+def _updates(model: CausalLM, engines: dict[str, LLM]) -> list[dict[str, Any]]:
+    """Returns what an update costs by the form of the state, medians of all but the first two."""
     own, apart = nnx.state(model), tensors_of(nnx.state(model))
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), apart)
     narrow = LLM.from_model(
@@ -91,14 +99,14 @@ def _show_updates(model: CausalLM, engines: dict[str, LLM]) -> None:
                 "first ms": 1e3 * seconds[0],
             }
         )
-    tables.show("an update of the weights", rows)
+    return rows
 
 
 _SAME = ("max_num_seqs", "max_model_len", "background_compilation")
 
 
-def _show_steps(engines: dict[str, LLM], batches: list[int]) -> None:
-    """Prints what decode steps cost both engines, side by side, medians."""
+def _steps(engines: dict[str, LLM], batches: list[int]) -> list[dict[str, Any]]:
+    """Returns what decode steps cost both engines, side by side, medians."""
     rows = []
     for batch in batches:
         prompts = [{"prompt_token_ids": [3 + i] * _PROMPT_LEN} for i in range(batch)]
@@ -122,7 +130,7 @@ def _show_steps(engines: dict[str, LLM], batches: list[int]) -> None:
                 "apart/merged": apart / merged,
             }
         )
-    tables.show("a token of each sequence, its share of the prompts included", rows)
+    return rows
 
 
 def _timed(llm: LLM, prompts: Any, params: SamplingParams) -> Callable[[], float]:
