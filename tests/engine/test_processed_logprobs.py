@@ -154,7 +154,12 @@ def test_both_searches_end_in_the_same_place() -> None:
     weights = jnp.exp(logits - top[:, None, None])
     # Whole numbers add up to the same in any order.
     counts = jnp.round(weights * 64)
-    limit = jnp.asarray(rng.integers(1, 900, 64).astype(np.float32))
+    limit = rng.integers(1, 900, 64).astype(np.float32)
+    # Every other one is met exactly by the tokens before some value.
+    flat, amounts = np.asarray(logits).reshape(64, -1), np.asarray(counts).reshape(64, -1)
+    values = np.sort(flat, axis=1)[np.arange(64), rng.integers(300, 380, 64)]
+    sums = np.where(flat > values[:, None], amounts, 0).sum(axis=1)
+    limit = jnp.asarray(np.where((np.arange(64) % 2 == 0) & (sums > 0), sums, limit))
     one, other = (end_of_top_p(logits, top, counts, limit, looks=looks) for looks in (True, False))
     np.testing.assert_array_equal(one.value, other.value)
     np.testing.assert_array_equal(one.token, other.token)
