@@ -35,6 +35,7 @@ from pallas_paged.engine.kv.host_pool import BlockMove, HostPool
 from pallas_paged.engine.kv.sharing import CopyPairs
 from pallas_paged.engine.model_source import FolderSource
 from pallas_paged.engine.parts import EngineParts
+from pallas_paged.models.demo import DEMO_MODEL
 from tests.engine import beam_oracle
 
 VOCAB_SIZE = 61
@@ -611,4 +612,6 @@ def _config_and_built(tokenizer: Any, options: dict[str, Any]) -> tuple[EngineCo
     runner: Any = types.SimpleNamespace(programs=types.SimpleNamespace())
     shape: Any = types.SimpleNamespace(vocab_size=VOCAB_SIZE)
     weights: Any = None
-    return config, Built(parts, runner, tokenizer, shape, 64, weights, FolderSource(config.model))
+    return config, Built(
+        parts, runner, tokenizer, shape, 64, weights, FolderSource(str(DEMO_MODEL))
+    )
