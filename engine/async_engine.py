@@ -122,13 +122,14 @@ class AsyncEngine:
         if request_id in self:
             raise ValueError(f"request_id={request_id!r} is in use; choose another")
 
+        may_hold = self.parts.may_hold  # the thread must not hold this, whose end ends it
+
         def make_held_group() -> SequenceGroup:
             group = make_group()
-            group.is_held = self.parts.may_hold(group, kind)
+            group.is_held = may_hold(group, kind)
             return group
 
-        event_loop = asyncio.get_running_loop()
-        is_delta = kind is RequestOutputKind.DELTA
+        event_loop, is_delta = asyncio.get_running_loop(), kind is RequestOutputKind.DELTA
         stream = RequestStream(request_id, is_delta=is_delta, leave=self._leave)
         entry = _Entry(stream, prompt, kind, event_loop.create_future())
         if timeout_s is not None:
