@@ -88,7 +88,9 @@ class OpenRequest:
             return False
         if not token_ids and finish_reason is None:
             return False  # log-probabilities of the prompt alone
-        completion.is_whole, completion.versions = output.is_whole, output.versions
+        completion.is_whole = output.is_whole
+        if output.versions:  # a token alone is told without: they are as they were
+            completion.versions = output.versions
         completion.take(token_ids, finish_reason, output.stop_reason, output.logprobs)
         if completion.finish_reason is not None:
             if not self.is_beam_search:  # which ends with its last result

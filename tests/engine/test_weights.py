@@ -317,6 +317,8 @@ def _advance(streaming: Any, num_tokens: int) -> dict[str, Any]:
     ):
         output = next(streaming)
         last[output.request_id] = output
+        (completion,) = output.outputs
+        assert len(completion.weights_versions) == len(completion.token_ids)
     return last
 
 
